@@ -1,0 +1,291 @@
+"""Checked configuration classes: frozen pydantic dataclasses and the registries that are their choices.
+
+An unknown key, a wrong type or an impossible value ends in one `ConfigError` that names each key and the
+nearest valid one. `dit/configfile.py` reads them from YAML and the command line.
+
+    @config
+    class Linear(Path): ...                    # a stateless component is its own configuration
+
+    PATHS: Registry[Path] = Registry("path")   # an axis of choice
+    @PATHS.register("linear")                  # `path: linear` or `path: {name: linear, ...}` in YAML
+
+    cfg = from_dict(Experiment, {"objective": {"path": "linear"}})
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import inspect
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Generic, TypeVar, Union, cast, dataclass_transform
+
+import pydantic
+from pydantic_core import core_schema
+
+from dit.errors import UserError
+
+T = TypeVar("T")
+C = TypeVar("C")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with a configuration: the dotted key's parts and what to say about it."""
+
+    key: tuple[str, ...]
+    message: str
+
+
+class ConfigError(UserError):
+    """Bad configuration. `problems` lists every key at fault; the text says what, where and how to mend it."""
+
+    def __init__(self, message: str | None = None, *, problems: list[Problem] | None = None):
+        self.problems = problems if problems is not None else [Problem((), message or "bad configuration")]
+        super().__init__("\n".join(_line(p) for p in self.problems))
+
+
+def _line(problem: Problem) -> str:
+    return f"{'.'.join(problem.key)}: {problem.message}" if problem.key else problem.message
+
+
+# --- config classes ----------------------------------------------------------------------------------------
+
+
+def _number(value: Any) -> Any:
+    """Refuse truth values; read "1e5" as the whole number it is, which pydantic does for floats alone."""
+    if isinstance(value, bool):
+        raise ValueError("expected a number, not a truth value")
+    if isinstance(value, str) and "e" in value.lower():
+        with contextlib.suppress(ValueError, OverflowError):
+            return int(float(value)) if float(value) == int(float(value)) else float(value)
+    return value
+
+
+def _numbers_refuse_bools(hint: Any) -> Any:
+    """The same type hint, with every int and float in it refusing True and False (pydantic takes them as 1, 0)."""
+    if hint is int or hint is float:
+        return Annotated[hint, pydantic.BeforeValidator(_number)]
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return Annotated[(_numbers_refuse_bools(args[0]), *args[1:])]
+    if origin in (Union, types.UnionType):
+        if bool in args:
+            return hint
+        return Union[tuple(_numbers_refuse_bools(a) for a in args)]  # noqa: UP007
+    if origin in (tuple, list, dict):
+        return origin[tuple(a if a is Ellipsis else _numbers_refuse_bools(a) for a in args)]
+    return hint
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def config(cls: type[C]) -> type[C]:
+    """Make `cls` a frozen, keyword-only, hashable pydantic dataclass that forbids unknown keys.
+
+    Numbers may be written as text ("1e-4"); truth values are never taken for numbers. A field named after a
+    Python keyword is spelled with a trailing underscore (`from_`) and is `from` in YAML.
+    """
+    own = inspect.get_annotations(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
+    cls.__annotations__ = {name: _numbers_refuse_bools(hints[name]) for name in own}
+    settings = pydantic.ConfigDict(
+        extra="forbid", alias_generator=_key_of, populate_by_name=True, protected_namespaces=()
+    )
+    decorate = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=settings)
+    return cast(type[C], decorate(cls))
+
+
+def _key_of(field_name: str) -> str:
+    return field_name.rstrip("_")
+
+
+def _is_config(thing: Any) -> bool:
+    return dataclasses.is_dataclass(thing) and hasattr(thing, "__pydantic_config__")
+
+
+class Registry(Generic[T]):
+    """The named choices on one axis. As a field type: `path: Annotated[Path, PATHS] = Linear()`."""
+
+    def __init__(self, axis: str, default: str | None = None):
+        """default: the member that a mapping without a name means."""
+        self.axis, self.default = axis, default
+        self._classes: dict[str, type[T]] = {}
+
+    def register(self, name: str) -> Callable[[type[C]], type[C]]:
+        """Class decorator: put a `@config` class on this axis under `name`."""
+
+        def add(cls: type[C]) -> type[C]:
+            if name in self._classes:
+                raise ConfigError(f"{self.axis} '{name}' is registered twice")
+            self._classes[name] = cast(type[T], cls)
+            cls.registered_name = name  # type: ignore[attr-defined]
+            return cls
+
+        return add
+
+    def names(self) -> list[str]:
+        """Registered names, in order of registration."""
+        return list(self._classes)
+
+    def items(self) -> list[tuple[str, type[T]]]:
+        """(name, class) pairs, in order of registration."""
+        return list(self._classes.items())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._classes)
+
+    def __getitem__(self, name: str) -> type[T]:
+        if name not in self._classes:
+            raise ConfigError(f"unknown {self.axis} '{name}'{did_you_mean(name, self._classes)}")
+        return self._classes[name]
+
+    def name_of(self, instance: T) -> str:
+        """The registered name of an instance."""
+        return type(instance).registered_name  # type: ignore[attr-defined,no-any-return]
+
+    def parse(self, value: Any) -> T:
+        """An instance from an instance, a name, or {"name": name, field: value, ...}."""
+        if isinstance(value, tuple(self._classes.values())):
+            return cast(T, value)
+        if isinstance(value, str):
+            value = {"name": value}
+        if isinstance(value, Mapping) and self.default is not None:
+            value = {"name": self.default, **value}
+        if not isinstance(value, Mapping) or "name" not in value:
+            raise ConfigError(
+                f"expected the name of a {self.axis} or {{name: ..., ...}}, got {value!r}; "
+                f"choices: {', '.join(self._classes)}"
+            )
+        fields = {k: v for k, v in value.items() if k != "name"}
+        return from_dict(self[str(value["name"])], fields)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
+        return core_schema.no_info_plain_validator_function(self.parse)
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+# --- dictionaries ------------------------------------------------------------------------------------------
+
+
+def from_dict(cls: type[C], values: Mapping[str, Any]) -> C:
+    """Build a config class from plain values, or raise one `ConfigError` naming every key at fault."""
+    try:
+        return cls(**values)
+    except pydantic.ValidationError as error:
+        raise ConfigError(problems=[p for e in error.errors() for p in _problems(cls, e)]) from None
+
+
+def _problems(cls: type, error: Any) -> list[Problem]:
+    """Pydantic's account of one error in our words; errors of nested registry members keep their own keys."""
+    loc = tuple(str(part) for part in error["loc"] if not str(part).startswith("function-"))
+    cause = error.get("ctx", {}).get("error")
+    if isinstance(cause, ConfigError):
+        return [Problem(loc + p.key, p.message) for p in cause.problems]
+    if error["type"] == "unexpected_keyword_argument":
+        return [Problem(loc, f"unknown key{_nearest_key(cls, loc)}")]
+    if error["type"] == "missing":
+        return [Problem(loc, "is required and was not given")]
+    message = error["msg"].removeprefix("Value error, ")
+    return [Problem(loc, f"{message[0].lower()}{message[1:]}, got {error['input']!r}")]
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """The end of an error message: "; did you mean X?" for the nearest choice, else what is valid."""
+    choices = sorted(choices)
+    near = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
+    if near:
+        return f"; did you mean {near[0]}?"
+    return f"; valid here: {', '.join(choices)}" if choices else ""
+
+
+def _nearest_key(cls: type, key: tuple[str, ...]) -> str:
+    """What an unknown key may have meant: a sibling, else a key of that name elsewhere, else the siblings."""
+    parent = class_at(cls, key[:-1]) or cls
+    prefix = ".".join(key[:-1])
+    siblings = {_key_of(f.name): f"{prefix}.{_key_of(f.name)}".strip(".") for f in dataclasses.fields(parent)}
+    elsewhere = {k.rsplit(".", 1)[-1]: k for k in keys_of(cls)}
+    for names in (siblings, elsewhere):
+        near = difflib.get_close_matches(key[-1], names, n=1, cutoff=0.6)
+        if near:
+            return f"; did you mean {names[near[0]]}?"
+    return f"; valid here: {', '.join(siblings)}"
+
+
+def annotation_at(cls: type, key: str) -> Any:
+    for field in dataclasses.fields(cls):
+        if _key_of(field.name) == key:
+            return typing.get_type_hints(cls, include_extras=True)[field.name]
+    return None
+
+
+def parts_of(hint: Any) -> Iterator[Any]:
+    """Every type and every annotation inside a type hint."""
+    yield hint
+    for arg in [*typing.get_args(hint), *getattr(hint, "__metadata__", ())]:
+        if arg is not hint:
+            yield from parts_of(arg)
+
+
+def class_at(cls: type, key: tuple[str, ...]) -> type | None:
+    """The config class that holds the keys below `key`; None where a choice or a plain value stands."""
+    for part in key:
+        hint = annotation_at(cls, part)
+        inner = [p for p in parts_of(hint) if isinstance(p, type) and _is_config(p)]
+        axes = [p for p in parts_of(hint) if isinstance(p, Registry)]
+        if axes:
+            inner = [axis[axis.default] for axis in axes if axis.default is not None]
+        if not inner:
+            return None
+        cls = inner[0]
+    return cls
+
+
+def keys_of(cls: type, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of a config class, registries as one key."""
+    for field in dataclasses.fields(cls):
+        key = prefix + _key_of(field.name)
+        yield key
+        inner = class_at(cls, (_key_of(field.name),))
+        if inner is not None and inner is not cls:
+            yield from keys_of(inner, key + ".")
+
+
+def to_dict(value: Any) -> Any:
+    """The plain YAML form of a config: registry members as {"name": ..., ...}, tuples as lists."""
+    if _is_config(value):
+        name = getattr(type(value), "registered_name", None)
+        fields = {_key_of(f.name): to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return fields if name is None else {"name": name, **fields}
+    if isinstance(value, list | tuple):
+        return [to_dict(v) for v in value]
+    if isinstance(value, dict):
+        return {str(k): to_dict(v) for k, v in value.items()}
+    return str(value) if isinstance(value, Path) else value
+
+
+def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} as {"a.b": 1}."""
+    if not isinstance(values, Mapping):
+        return {prefix: values}
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(flatten(value, f"{prefix}.{key}" if prefix else str(key)))
+    return flat
+
+
+def merge(base: Any, over: Any) -> Any:
+    """`over` laid on `base`: mappings merge key by key; a change of a member's `name` replaces it whole."""
+    if not isinstance(over, Mapping):
+        return over
+    if isinstance(base, str):
+        base = {"name": base}
+    if not isinstance(base, Mapping) or over.get("name", base.get("name")) != base.get("name"):
+        base = {}
+    return {**base, **{k: merge(base.get(k), v) for k, v in over.items()}}

@@ -1,0 +1,115 @@
+"""Configs from files and command lines: YAML with `base:` inheritance and dotted overrides.
+
+    cfg = load(Experiment, "configs/digits.yaml", {"train.steps": "100"})
+
+Everything is checked before anything runs; an error names the file (or the command line) a key came from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from dit.config import (
+    ConfigError,
+    Problem,
+    annotation_at,
+    class_at,
+    did_you_mean,
+    flatten,
+    from_dict,
+    merge,
+    parts_of,
+    to_dict,
+)
+
+C = TypeVar("C")
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML in which a key given twice is an error and not silently the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node)
+            if key in seen:
+                raise ConfigError(f"key '{key}' is given twice (line {key_node.start_mark.line + 1})")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: str | Path, _seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
+    """A YAML file with its `base:` files merged below it, and for each dotted key the file it came from."""
+    path = Path(path)
+    if path.resolve() in _seen:
+        raise ConfigError(f"{path}: its base files lead back to itself")
+    if not path.is_file():
+        near = (
+            did_you_mean(path.name, [p.name for p in path.parent.glob("*.yaml")])
+            if path.parent.is_dir()
+            else ""
+        )
+        raise ConfigError(f"{path}: no such config file{near}")
+    try:
+        own = yaml.load(path.read_text(), Loader=_StrictLoader) or {}
+    except (yaml.YAMLError, ConfigError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(own, dict):
+        raise ConfigError(f"{path}: expected keys and values, got {type(own).__name__}")
+    base_name = own.pop("base", None)
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    if base_name is not None:
+        values, sources = read_yaml(path.parent / base_name, (*_seen, path.resolve()))
+    sources = {**sources, **dict.fromkeys(flatten(own), str(path))}
+    return merge(values, own), sources
+
+
+def _from_text(cls: type, key: tuple[str, ...], text: str) -> Any:
+    """A command line's text as a value: kept as it is for text fields, else read as YAML ("1e-4", "[1, 2]")."""
+    parent = class_at(cls, key[:-1])
+    hint = annotation_at(parent, key[-1]) if parent else None
+    plain = {p for p in parts_of(hint) if isinstance(p, type)}
+    if str in plain and not plain & {int, float, bool}:
+        return None if text in ("null", "None") and type(None) in plain else text
+    if "," in text and not text.startswith(("[", "{")):
+        text = f"[{text}]"
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(problems=[Problem(key, f"cannot be read from the command line: {error}")]) from None
+
+
+def load(cls: type[C], path: str | Path, overrides: Mapping[str, str] | None = None) -> C:
+    """A checked config from a YAML file and dotted overrides ({"train.steps": "100"}, text as typed)."""
+    values, sources = read_yaml(path)
+    for dotted, text in (overrides or {}).items():
+        key = tuple(dotted.split("."))
+        nested: Any = _from_text(cls, key, text)
+        for part in reversed(key):
+            nested = {part: nested}
+        values = merge(values, nested)
+        sources.update(dict.fromkeys(flatten(nested), "the command line"))
+    try:
+        return from_dict(cls, values)
+    except ConfigError as error:
+        raise ConfigError(problems=[_with_source(p, sources, str(path)) for p in error.problems]) from None
+
+
+def _with_source(problem: Problem, sources: Mapping[str, str], default: str) -> Problem:
+    dotted = ".".join(problem.key)
+    named = [
+        s
+        for k, s in sources.items()
+        if k == dotted or k.startswith(dotted + ".") or dotted.startswith(k + ".")
+    ]
+    return Problem(problem.key, f"{problem.message} (in {named[-1] if named else default})")
+
+
+def write_yaml(path: str | Path, cfg: Any) -> None:
+    """Write a config, resolved in full, as YAML."""
+    Path(path).write_text(yaml.safe_dump(to_dict(cfg), sort_keys=False))

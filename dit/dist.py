@@ -1,0 +1,170 @@
+"""Who this process is among its peers. The only reader of rank and SLURM environment variables.
+
+One process (nothing set), torchrun (RANK, WORLD_SIZE, LOCAL_RANK) and `srun` (SLURM_PROCID, SLURM_NTASKS,
+SLURM_LOCALID) all end in the same `World` and, inside `session()`, in one torch.distributed process group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as td
+from torch import Tensor
+
+T = TypeVar("T")
+
+_LAUNCHERS = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
+
+
+@dataclass(frozen=True)
+class World:
+    """rank in [0, size); local_rank counts the ranks of this node."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @classmethod
+    def from_env(cls) -> World:
+        """From torchrun's or SLURM's variables; one process where neither launched it.
+
+        SLURM's count only inside a step (SLURM_STEP_ID): `python tools/train.py` typed in an allocation's
+        batch script is one process, not rank 0 of a job that waits for others.
+        """
+        if "RANK" in os.environ:
+            names = _LAUNCHERS[0]
+        elif "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ and "MASTER_ADDR" in os.environ:
+            names = _LAUNCHERS[1]
+        else:
+            return cls()
+        missing = [n for n in names if n not in os.environ]
+        if missing:
+            raise ValueError(
+                f"{', '.join(missing)} not set beside {names[0]}: start with torchrun or launch/"
+            )
+        rank, size, local_rank = (int(os.environ[n]) for n in names)
+        return cls(rank, size, local_rank)
+
+    @property
+    def device(self) -> torch.device:
+        """This rank's GPU, or the CPU where there is none (or CUDA_VISIBLE_DEVICES is empty)."""
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", self.local_rank % torch.cuda.device_count())
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes what is written once."""
+        return self.rank == 0
+
+
+@contextlib.contextmanager
+def session(timeout: timedelta = timedelta(minutes=10)) -> Iterator[World]:
+    """Join the process group (gloo on CPU, NCCL on GPUs), and leave it whatever happens.
+
+    Leaving matters: a gloo thread that outlives the interpreter aborts one exit in ten.
+    """
+    world = World.from_env()
+    if td.is_initialized():
+        yield world
+        return
+    os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.local_rank))
+    if world.size == 1:
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(free_port())
+    device = world.device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    td.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    try:
+        yield world
+    finally:
+        td.destroy_process_group()
+        if world.size == 1:
+            for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+                os.environ.pop(name, None)
+
+
+def free_port() -> int:
+    """A TCP port that nobody on this machine listens on now."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def job_name() -> str:
+    """SLURM's job id and restart count where there is a job, else the host's name: for logs."""
+    job, restarts = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "0")
+    return f"slurm job {job} (restart {restarts}) on {socket.gethostname()}" if job else socket.gethostname()
+
+
+def all_sum(tensor: Tensor) -> Tensor:
+    """The sum over ranks, in place; int64 sums wrap, as batch_hash wants. Every rank must call it."""
+    if td.is_initialized() and td.get_world_size() > 1:
+        td.all_reduce(tensor)
+    return tensor
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if td.is_initialized() and td.get_world_size() > 1:
+        td.barrier()
+
+
+def gather_objects(value: T) -> list[T]:
+    """Every rank's value, on every rank."""
+    if not td.is_initialized() or td.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * td.get_world_size()
+    td.all_gather_object(values, value)
+    return values
+
+
+def same_on_all(value: T) -> T:
+    """Rank 0's value, on every rank."""
+    if not td.is_initialized() or td.get_world_size() == 1:
+        return value
+    box: list[Any] = [value]
+    td.broadcast_object_list(box, src=0)
+    return box[0]  # type: ignore[no-any-return]
+
+
+def together(action: Callable[[], T]) -> T:
+    """Run `action` on every rank; if it fails on any, every rank raises, naming the rank and the error.
+
+    Without this a rank that fails alone leaves its peers waiting in the next collective.
+    """
+    error: Exception | None = None
+    result: T | None = None
+    try:
+        result = action()
+    except Exception as caught:  # noqa: BLE001 (raised again below, on every rank)
+        error = caught
+    failures = [
+        (r, e) for r, e in enumerate(gather_objects(None if error is None else str(error))) if e is not None
+    ]
+    if error is not None:
+        raise error
+    if failures:
+        raise RuntimeError(f"rank {failures[0][0]} failed: {failures[0][1]}")
+    return result  # type: ignore[return-value]
+
+
+def code_version() -> str:
+    """The package's version and, in a git checkout, the commit (with a plus where files were changed)."""
+    from dit import __version__
+
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    git = ["git", "-C", root, "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
+    try:
+        found = subprocess.run(git, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return __version__
+    return f"{__version__}-{found.stdout.strip()}" if found.returncode == 0 else __version__

@@ -1,0 +1,45 @@
+"""Losses by time, and the loss on held-out data at draws fixed by each sample's place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from dit import dist
+from dit.flow.objective import Loss
+
+QUARTERS = 4
+
+
+def sums_by_quarter(loss: Loss) -> Tensor:
+    """(2, 4) float32: sums and counts of the losses with t in [0, 1/4), [1/4, 1/2), ..., [3/4, 1].
+
+    A loss without times counts in the first. Does not wait for the device.
+    """
+    each = loss.per_sample.detach().float()
+    t = torch.zeros_like(each) if loss.t is None else loss.t.detach()
+    quarter = (t * QUARTERS).long().clamp(max=QUARTERS - 1)
+    found = torch.zeros(2, QUARTERS, device=each.device)
+    found[0].index_add_(0, quarter, each)
+    found[1].index_add_(0, quarter, torch.ones_like(each))
+    return found
+
+
+def held_out_loss(losses: Iterable[Loss]) -> dict[str, float]:
+    """Means over all ranks: "loss", and "loss_q1".."loss_q4" over quarters of t (left out where none fell there).
+
+    losses: of this rank's share; every rank calls this, with as many forward passes as the others.
+    """
+    total, has_times = torch.zeros(2, QUARTERS, dtype=torch.float64), False
+    for loss in losses:
+        total += sums_by_quarter(loss).double().cpu()
+        has_times = has_times or loss.t is not None
+    sums = torch.stack(dist.gather_objects(total)).sum(0)
+    if not sums[1].sum():
+        raise ValueError("held-out loss of no data")
+    values = {"loss": float(sums[0].sum() / sums[1].sum())}
+    if has_times:
+        values |= {f"loss_q{i + 1}": float(sums[0, i] / n) for i, n in enumerate(sums[1]) if n > 0}
+    return values

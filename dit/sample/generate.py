@@ -1,0 +1,111 @@
+"""From noise to images: what a checkpoint's model, a sampler's spec and an image's index determine together.
+
+Image i depends on (checkpoint, spec, i) alone: its noise is keyed by (seed, i), its label is classes[i mod n].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from dit.config import ConfigError, config
+from dit.flow.path import Path
+from dit.flow.predict import Model, Prediction
+from dit.rng import Draws, Purpose
+from dit.sample.denoise import DenoiseFn, Denoiser
+from dit.sample.grid import GRIDS, Grid, UniformGrid
+from dit.sample.guide import cfg
+from dit.sample.solve import SOLVERS, Heun, Solver
+
+
+@config
+class SamplerSpec:
+    """Everything that decides about the images besides the weights."""
+
+    solver: Annotated[Solver, SOLVERS] = Heun()
+    num_steps: Annotated[int, Field(ge=1)] = 50
+    grid: Annotated[Grid, GRIDS] = UniformGrid()
+    cfg_scale: Annotated[float, Field(ge=0)] = 1.0  # null + scale * (cond - null); 1 = no guidance
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Draws images. shape: (C, H, W) of a latent. decode: model-side latents (B, C, H, W) to images in [-1, 1]."""
+
+    model: Model
+    path: Path
+    prediction: Prediction
+    decode: Callable[[Tensor], Tensor]
+    shape: tuple[int, int, int]
+    spec: SamplerSpec
+    device: torch.device
+
+    @property
+    def denoise(self) -> DenoiseFn:
+        """The guided denoiser."""
+        return cfg(self.spec.cfg_scale)(Denoiser(self.model, self.path, self.prediction))
+
+    @property
+    def nfe(self) -> int:
+        """Evaluations of the network per image and branch (guidance has two branches)."""
+        times = self.times()
+        ends_clean = float(self.path.alpha_sigma(times[-1:])[1][0]) == 0.0
+        return self.spec.solver.nfe(self.spec.num_steps, to_data=not ends_clean)
+
+    def times(self) -> Tensor:
+        """The grid, (num_steps + 1,) float64."""
+        return self.spec.grid(self.spec.num_steps, self.path, self.prediction)
+
+    @torch.no_grad()
+    def latents(self, index: Tensor, label: Tensor) -> Tensor:
+        """(B, C, H, W) for images `index` (B,) of classes `label` (B,), both int64; label -1 = no class."""
+        index, label = index.to(self.device), label.to(self.device)
+
+        def noise(step: int, purpose: Purpose = Purpose.SOLVER) -> Tensor:
+            return Draws(self.spec.seed, step, index, 1).normal(purpose, self.shape)
+
+        x = self.path.prior(noise(0, Purpose.PRIOR))
+        return self.spec.solver(self.denoise, x, self.times(), self.path, noise, {"label": label})
+
+    @torch.no_grad()
+    def images(self, index: Tensor, label: Tensor) -> np.ndarray:
+        """(B, H, W, 3) uint8."""
+        return to_uint8(self.decode(self.latents(index, label)))
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """(B, 3, H, W) in [-1, 1] to (B, H, W, 3) uint8, rounded to the nearest."""
+    scaled = ((images.float().clamp(-1, 1) + 1) * 127.5).round()
+    return scaled.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def labels_for(indices: Tensor, classes: Sequence[int]) -> Tensor:
+    """(B,) int64: classes[i mod n]."""
+    return torch.tensor(list(classes), dtype=torch.int64)[indices % len(classes)]
+
+
+def check_classes(classes: Sequence[int], num_classes: int) -> None:
+    """ConfigError for labels that the model has never seen."""
+    wrong = [c for c in classes if not -1 <= c < num_classes]
+    if wrong:
+        raise ConfigError(
+            f"classes {wrong} are out of range: this model knows 0..{num_classes - 1} (-1 = no class)"
+        )
+
+
+def image_grid(images: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
+    """(N, H, W, 3) uint8 laid out row by row on white: (rows * (H + gap) + gap, ..., 3) uint8."""
+    n, h, w, _ = images.shape
+    rows = -(-n // columns)
+    canvas = np.full((rows * (h + gap) + gap, columns * (w + gap) + gap, 3), 255, np.uint8)
+    for i, image in enumerate(images):
+        y, x = gap + (i // columns) * (h + gap), gap + (i % columns) * (w + gap)
+        canvas[y : y + h, x : x + w] = image
+    return canvas

@@ -1,0 +1,1 @@
+"""Stage 1: training the autoencoder whose latents the diffusion model learns."""

@@ -1,0 +1,1 @@
+"""Training: engines, EMA, checkpoints, meters and the loop."""

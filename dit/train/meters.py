@@ -1,0 +1,181 @@
+"""What a run reports: metrics.jsonl and TensorBoard, from sums kept on the device until a step is logged."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from dit import dist
+from dit.evals.valloss import QUARTERS, sums_by_quarter
+from dit.flow.objective import Loss
+
+_MASK63 = (1 << 63) - 1
+
+
+class Meters:
+    """Sums since the last logged step. Nothing here waits for the device except `take`."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._sums: dict[str, Tensor] = {}
+        self.batch_hash = 0  # sum mod 2^63 of this rank's slots' fingerprints
+        self.reset_clock()
+        self.clear()
+
+    def clear(self) -> None:
+        """Start a new logging interval."""
+        self._sums = {}
+        self.batch_hash = 0
+        self.wait_seconds = 0.0
+
+    def reset_clock(self) -> None:
+        """Count time from now (after compiling, sampling or saving, which are not training)."""
+        self._since = time.perf_counter()
+        self._paused = 0.0
+
+    def pause(self, seconds: float) -> None:
+        """Leave out seconds that were not spent on training."""
+        self._paused += seconds
+
+    def add(self, loss: Loss) -> None:
+        """Add one micro-batch."""
+        terms = {"loss": loss.mean.detach().float(), "one": torch.ones((), device=self.device)}
+        if loss.t is not None:
+            terms["quarters"] = sums_by_quarter(loss)
+        terms |= {f"metric/{name}": value.detach().float() for name, value in loss.metrics.items()}
+        for name, value in terms.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def add_hash(self, fingerprints: Tensor) -> None:
+        """fingerprints: (B,) int64 on the CPU."""
+        self.batch_hash = (self.batch_hash + int(fingerprints.sum())) & _MASK63
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint between two logged steps must keep; collective."""
+        return {
+            "sums": {k: v.tolist() for k, v in self._reduced().items()},
+            "batch_hash": self._reduced_hash(),
+        }
+
+    def load_state(self, state: dict[str, Any], is_main: bool) -> None:
+        """Go on from a checkpoint's sums; rank 0 carries them, whatever the ranks were."""
+        self.clear()
+        if is_main:
+            self._sums = {k: torch.tensor(v, device=self.device) for k, v in state["sums"].items()}
+            self.batch_hash = int(state["batch_hash"])
+
+    def _reduced(self) -> dict[str, Tensor]:
+        """Sums over ranks, one all-reduce for all of them. Ranks may hold different names (after a resume)."""
+        names = sorted({n for found in dist.gather_objects(sorted(self._sums)) for n in found})
+        shapes = {n: (2, QUARTERS) if n == "quarters" else () for n in names}
+        parts = [
+            self._sums.get(n, torch.zeros(shapes[n], device=self.device)).double().flatten() for n in names
+        ]
+        if not parts:
+            return {}
+        flat = dist.all_sum(torch.cat(parts))
+        pieces = flat.split([p.numel() for p in parts])
+        return {n: p.view(shapes[n]).cpu() for n, p in zip(names, pieces, strict=True)}
+
+    def _reduced_hash(self) -> int:
+        return sum(dist.gather_objects(self.batch_hash)) & _MASK63
+
+    def take(self, steps: int, samples: int) -> dict[str, float | int | None]:
+        """The interval's figures, after which a new one starts; collective.
+
+        steps, samples: since the last call, on the clock. Keys as in metrics.jsonl; loss_q1..q4 are the means over
+        t in [0, 1/4), ..., [3/4, 1], None where no t fell there.
+        """
+        sums, batch_hash = self._reduced(), self._reduced_hash()
+        elapsed = max(1e-9, time.perf_counter() - self._since - self._paused)
+        count = float(sums["one"])
+        row: dict[str, float | int | None] = {"loss": float(sums["loss"]) / count}
+        for i, (total, n) in enumerate(sums["quarters"].T.tolist() if "quarters" in sums else ()):
+            row[f"loss_q{i + 1}"] = total / n if n else None
+        row |= {
+            n.removeprefix("metric/"): float(v) / count for n, v in sums.items() if n.startswith("metric/")
+        }
+        row |= {"images_per_s": samples / elapsed, "step_ms": 1e3 * elapsed / max(1, steps)}
+        row |= {"data_wait": self.wait_seconds / elapsed, "batch_hash": batch_hash}
+        self.clear()
+        self.reset_clock()
+        return row
+
+
+class RunLog:
+    """RUN/metrics.jsonl and RUN/tensorboard, written by rank 0 alone."""
+
+    def __init__(self, run_dir: Path, step: int, is_main: bool):
+        """step: steps done; whatever was logged beyond it (by a run that was killed later) is cut off."""
+        self.path, self._writer = run_dir / "metrics.jsonl", None
+        if is_main:
+            if self.path.is_file():
+                truncate(self.path, step)
+            self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+
+    def scalars(self, step: int, row: dict[str, Any]) -> None:
+        """One line in metrics.jsonl and a point on each curve."""
+        if self._writer is None:
+            return
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **{k: _finite(v) for k, v in row.items()}}) + "\n")
+        for name, value in row.items():
+            if isinstance(value, int | float) and name != "batch_hash":
+                self._writer.add_scalar(_group(name), value, step)
+
+    def curve(self, step: int, row: dict[str, float]) -> None:
+        """Points on TensorBoard curves alone."""
+        if self._writer is not None:
+            for name, value in row.items():
+                self._writer.add_scalar(name, value, step)
+
+    def image(self, step: int, name: str, grid: np.ndarray) -> None:
+        """grid: (H, W, 3) uint8."""
+        if self._writer is not None:
+            self._writer.add_image(name, grid, step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Flush and close."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: a figure that is not finite is null (`skipped` and nonfinite/ say why)."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _group(name: str) -> str:
+    """TensorBoard's tab of a scalar: health first, then speed, then the loss by time."""
+    groups = {"images_per_s": "speed", "step_ms": "speed", "mfu": "speed", "data_wait": "speed"}
+    groups |= {
+        "lr": "optim",
+        "grad_norm": "optim",
+        "updates": "optim",
+        "skipped": "optim",
+        "samples": "optim",
+    }
+    groups |= {f"loss_q{i + 1}": "loss_by_t" for i in range(QUARTERS)}
+    return f"{groups.get(name, 'train')}/{name}"
+
+
+def truncate(path: Path, step: int) -> None:
+    """Keep the lines of metrics.jsonl up to `step`; a half-written last line goes too. Atomic."""
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (json.JSONDecodeError, KeyError, TypeError):
+            break  # cut off by a kill: nothing after it can be whole
+    beside = path.with_suffix(".jsonl.partial")
+    beside.write_text("".join(line + "\n" for line in kept))
+    beside.replace(path)

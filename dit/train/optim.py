@@ -1,0 +1,114 @@
+"""The optimizer, its parameter groups, and learning-rate schedules as pure functions of updates applied."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor, nn
+
+from dit.config import ConfigError, Registry, config
+
+
+class Schedule:
+    """Learning-rate factor after warm-up, from the share of training done."""
+
+    def factor(self, done: float) -> float:
+        """done: updates after warm-up over all updates after warm-up, in [0, 1] -> factor of `optim.lr`."""
+        raise NotImplementedError
+
+
+SCHEDULES: Registry[Schedule] = Registry("schedule")
+
+
+@SCHEDULES.register("constant")
+@config
+class Constant(Schedule):
+    """The peak learning rate throughout."""
+
+    def factor(self, done: float) -> float:
+        """1."""
+        return 1.0
+
+
+@SCHEDULES.register("cosine")
+@config
+class Cosine(Schedule):
+    """Half a cosine from 1 to `final` (Loshchilov & Hutter, arXiv 1608.03983, eq. 5, without restarts)."""
+
+    final: float = 0.0  # factor of optim.lr at the end
+
+    def factor(self, done: float) -> float:
+        """From 1 at 0 to `final` at 1."""
+        return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+
+@config
+class OptimConfig:
+    """AdamW (Loshchilov & Hutter, arXiv 1711.05101) with gradient clipping."""
+
+    lr: float = 1e-4  # peak learning rate
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0  # on matrices only: biases, norms and embeddings' gains have one dimension
+    clip: float | None = 1.0  # norm of the whole gradient; null = no clipping
+    warmup: int = 0  # updates of linear warm-up from lr / warmup
+    schedule: Annotated[Schedule, SCHEDULES] = Constant()
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0 or self.warmup < 0 or (self.clip is not None and self.clip <= 0):
+            raise ConfigError("optim: lr and clip must be above 0, warmup at least 0")
+
+    def lr_at(self, updates: int, total: int) -> float:
+        """The learning rate of the update that follows `updates` applied ones, of `total` planned."""
+        if updates < self.warmup:
+            return self.lr * (updates + 1) / self.warmup
+        return self.lr * self.schedule.factor((updates - self.warmup) / max(1, total - self.warmup))
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Decayed matrices and undecayed vectors. Shapes are the whole parameters' also where ZeRO-3 holds pieces."""
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for p in module.parameters():
+        if p.requires_grad:
+            shape = getattr(p, "ds_shape", p.shape)
+            (decayed if weight_decay and len(shape) > 1 else plain).append(p)
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay, "name": "decayed"},
+        {"params": plain, "weight_decay": 0.0, "name": "plain"},
+    ]
+    return [g for g in groups if g["params"]]
+
+
+def adamw_arguments(cfg: OptimConfig, device: torch.device) -> dict[str, Any]:
+    """AdamW's keyword arguments; the fused kernel on GPUs."""
+    return {"lr": cfg.lr, "betas": cfg.betas, "eps": cfg.eps, "fused": device.type == "cuda"}
+
+
+class GuardedAdamW(torch.optim.AdamW):
+    """AdamW for unsharded gradients: clips, and skips the update where the gradient's norm is not finite.
+
+    `overflow` and `_global_grad_norm` are the names under which DeepSpeed looks for the outcome at ZeRO stage 0,
+    where it has no check of its own: a NaN would go straight into the weights.
+    """
+
+    def __init__(self, params: Any, clip: float | None, **kwargs: Any):
+        super().__init__(params, **kwargs)
+        self.clip = clip
+        self.overflow = False
+        self._global_grad_norm = float("nan")
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One update, or none (then `overflow` is True). `closure` is not used."""
+        grads: list[Tensor] = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        self._global_grad_norm = float(norm)
+        self.overflow = not math.isfinite(self._global_grad_norm)
+        if self.overflow:
+            return
+        if self.clip is not None:
+            torch._foreach_mul_(grads, torch.clamp(self.clip / (norm + 1e-6), max=1.0))
+        super().step()

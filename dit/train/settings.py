@@ -1,0 +1,138 @@
+"""Run-level settings of training; each component's own settings stand beside the component."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from dit.config import ConfigError, config
+from dit.dist import World
+from dit.train.ema import EmaConfig
+from dit.train.optim import OptimConfig
+
+
+@config
+class TrainConfig:
+    """How long, how large, how precise."""
+
+    steps: int = 1000  # batches drawn
+    global_batch: int = 256  # samples a step, over all ranks
+    micro_batch: int | None = None  # samples a forward pass and rank, at most; null = the rank's whole share
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16 = fp32 weights and autocast matrix products
+    label_drop: float = 0.1  # share of labels replaced by the null condition (for guidance)
+    log_every: int = 10  # steps
+    max_skipped: int = 20  # updates skipped in a row before the run stops
+    compile: bool = False  # torch.compile each block
+    threads: int | None = None  # torch CPU threads a rank; null = as the environment says
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "global_batch", "log_every", "max_skipped"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"train.{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.label_drop < 1:
+            raise ConfigError(f"train.label_drop must be in [0, 1), got {self.label_drop}")
+
+    def local_batch(self, world: World) -> int:
+        """Samples a rank takes a step. Raises ConfigError where they cannot be shared out evenly."""
+        if self.global_batch % world.size:
+            divisors = [d for d in range(1, self.global_batch + 1) if self.global_batch % d == 0]
+            raise ConfigError(
+                f"train.global_batch = {self.global_batch} cannot be shared by {world.size} ranks; use a multiple of "
+                f"{world.size}, or one of {divisors} ranks"
+            )
+        return self.global_batch // world.size
+
+    def micro(self, world: World) -> int:
+        """Samples in one forward pass on one rank."""
+        local = self.local_batch(world)
+        micro = min(self.micro_batch or local, local)
+        if micro < 1 or local % micro:
+            raise ConfigError(
+                f"train.micro_batch = {micro} does not divide a rank's share of {local} samples "
+                f"(global batch {self.global_batch} over {world.size} ranks)"
+            )
+        return micro
+
+
+@config
+class CheckpointConfig:
+    """When to save and what to keep. The last step is always saved."""
+
+    every: int = 1000  # steps
+    keep: int = 3  # newest ones kept; 0 = all
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.keep < 0:
+            raise ConfigError("checkpoint.every must be at least 1 and checkpoint.keep at least 0")
+
+
+@config
+class InitConfig:
+    """Start a new run from another's weights. To go on with a run, start the same command again instead."""
+
+    from_: str | None = None  # run directory or checkpoint
+    weights: Literal["ema", "model"] = "ema"
+
+
+@config
+class ZeroConfig:
+    """How DeepSpeed shards optimizer state (1), gradients (2), parameters (3) over the ranks; 0 = nothing."""
+
+    stage: Literal[0, 1, 2, 3] = 2
+
+
+@config
+class DataConfig:
+    """Where the shards lie and in what order they are read. The order depends on seed, lanes and window alone."""
+
+    path: str  # folder with a manifest.json, written by tools/encode.py
+    val: str | None = None  # held-out shards of the same codec, for the held-out loss
+    lanes: int = 64  # data sequences; the largest divisor of the global batch up to this is used
+    window: int = 2  # blocks a lane shuffles over
+    prefetch: int = 4  # batches made ahead
+
+    def __post_init__(self) -> None:
+        for name in ("lanes", "window", "prefetch"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"data.{name} must be at least 1, got {getattr(self, name)}")
+
+
+@config
+class ValConfig:
+    """The held-out loss, with EMA weights and draws that are the same in every run."""
+
+    every: int = 0  # steps; 0 = never; needs data.val
+    batches: int = 8  # of train.global_batch samples
+
+    def __post_init__(self) -> None:
+        if self.every < 0 or self.batches < 1:
+            raise ConfigError("val.every must be at least 0 and val.batches at least 1")
+
+
+@config
+class RunConfig:
+    """What every run has, whatever it trains."""
+
+    data: DataConfig
+    run_dir: str = "runs/default"  # everything the run writes
+    seed: int = 0  # of the weights, the order and every draw
+    optim: OptimConfig = OptimConfig()
+    ema: EmaConfig = EmaConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    zero: ZeroConfig = ZeroConfig()
+    val: ValConfig = ValConfig()
+    engine: Literal["deepspeed", "local"] = "deepspeed"  # local: plain torch on one rank, for comparison
+    init: InitConfig = InitConfig()
+
+    def __post_init__(self) -> None:
+        if self.val.every and self.data.val is None:
+            raise ConfigError("val.every is set, but data.val (a folder of held-out shards) is not")
+
+
+# A change of these is taken and recorded; a change of any other key would make it another run and is refused.
+# data.path is here because the data's identity is its manifest's content, which checkpoints hold.
+OPERATIONAL = (
+    "run_dir", "engine", "zero", "checkpoint", "sample", "val", "data.path", "data.val", "data.prefetch",
+    "train.steps", "train.micro_batch", "train.log_every", "train.max_skipped", "train.compile", "train.threads",
+    "model.checkpoint_blocks",
+)  # fmt: skip

@@ -1,0 +1,163 @@
+"""From a checked config to a running loop: the same for every task."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dit import dist
+from dit.config import to_dict
+from dit.data.manifest import Manifest
+from dit.data.stream import Stream
+from dit.dist import World
+from dit.model.cost import peak_flops
+from dit.train import checkpoint, run_dir
+from dit.train.checkpoint import CheckpointError, Reader
+from dit.train.ema import Ema
+from dit.train.fragments import Engine
+from dit.train.hooks import Hook
+from dit.train.local import LocalEngine
+from dit.train.loop import Loop
+from dit.train.settings import RunConfig
+from dit.train.task import Task, synthetic_samples
+
+
+@dataclass
+class Parts:
+    """What a kind of experiment brings to the loop.
+
+    contract: JSON values that travel with every checkpoint (latent statistics, codec, ...).
+    flops_per_image: of a training step. leaf_modules: see DeepSpeedEngine.
+    """
+
+    module: nn.Module
+    task: Task
+    flops_per_image: float
+    contract: dict[str, Any] = field(default_factory=dict)
+    hooks: list[Hook] = field(default_factory=list)
+    leaf_modules: tuple[type[nn.Module], ...] = ()
+    compile: Callable[[], None] | None = None  # compiles the module in place
+
+
+def train(cfg: RunConfig, make_parts: Callable[[Manifest, World], Parts]) -> None:
+    """Train, or go on training, in cfg.run_dir. Collective: every rank of the job calls it."""
+    if cfg.train.threads:
+        torch.set_num_threads(cfg.train.threads)
+    with dist.session() as world:
+        loop = build(cfg, make_parts, world)
+        if loop.resume() and loop.step >= cfg.train.steps:
+            loop._say(f"{cfg.run_dir} has done its {cfg.train.steps} steps; raise train.steps to go on")
+            return
+        loop.run()
+
+
+def build(cfg: RunConfig, make_parts: Callable[[Manifest, World], Parts], world: World) -> Loop:
+    """Every part of the run, checked, and the run directory claimed. Collective."""
+    micro = cfg.train.micro(world)
+    manifest = dist.together(lambda: Manifest.load(cfg.data.path))
+    dist.together(lambda: run_dir.compare(Path(cfg.run_dir) / run_dir.CONFIG, cfg))
+    torch.manual_seed(cfg.seed)
+    parts = dist.together(lambda: make_parts(manifest, world))
+    _initialise(parts.module, cfg)
+    stream = dist.together(lambda: _stream(cfg, manifest, world))
+    folder = run_dir.claim(cfg, world)
+    engine = _engine(cfg, parts, world, cfg.train.local_batch(world) // micro)
+    identity = {
+        "config": to_dict(cfg),
+        "data": {"digest": manifest.digest, "samples": manifest.samples, "classes": list(manifest.classes)},
+        "contract": parts.contract,
+        "code": dist.code_version(),
+        "torch": torch.__version__,
+    }
+    return Loop(
+        seed=cfg.seed,
+        train=cfg.train,
+        optim=cfg.optim,
+        saving=cfg.checkpoint,
+        engine=engine,
+        ema=Ema(engine, cfg.ema.decay),
+        task=parts.task,
+        stream=stream,
+        run_dir=folder,
+        identity=identity,
+        probe=synthetic_samples(stored_shape(manifest), len(manifest.classes), world.device),
+        flops_per_image=parts.flops_per_image,
+        peak_flops=float(dist.all_sum(torch.tensor(device_peak(world.device), device=world.device))),
+        from_scratch=cfg.init.from_ is None,
+        hooks=parts.hooks,
+        prefetch=cfg.data.prefetch,
+    )
+
+
+def stored_shape(manifest: Manifest) -> tuple[int, ...]:
+    """(2, C, H, W) where moments are stored, (1, C, H, W) where latents are: one sample of one view."""
+    one = manifest.shape[1:]
+    return one if manifest.array == "moments" else (1, *one)
+
+
+def _stream(cfg: RunConfig, manifest: Manifest, world: World) -> Stream:
+    return Stream(
+        manifest,
+        cfg.seed,
+        cfg.train.global_batch,
+        world.rank,
+        world.size,
+        cfg.data.lanes,
+        cfg.data.window,
+        pin=world.device.type == "cuda",
+    )
+
+
+def _initialise(module: nn.Module, cfg: RunConfig) -> None:
+    """Weights from init.from, if it is set and the run has no checkpoint of its own."""
+    if cfg.init.from_ is None or list(Path(cfg.run_dir).glob("checkpoints/*/COMPLETE")):
+        return
+    source = checkpoint.resolve(cfg.init.from_)
+    try:
+        module.load_state_dict(Reader(source).state_dict(cfg.init.weights))
+    except RuntimeError as error:
+        raise CheckpointError(f"init.from: {source.path} does not fit this model: {error}") from None
+
+
+def _engine(cfg: RunConfig, parts: Parts, world: World, accumulation: int) -> Engine:
+    if cfg.train.compile and parts.compile is not None:
+        parts.compile()
+    if cfg.engine == "local":
+        return LocalEngine(
+            parts.module, cfg.optim, world, accumulation=accumulation, precision=cfg.train.precision
+        )
+    from dit.train.engine import DeepSpeedEngine  # takes seconds to import
+
+    return DeepSpeedEngine(
+        parts.module,
+        cfg.optim,
+        world,
+        zero=cfg.zero,
+        global_batch=cfg.train.global_batch,
+        accumulation=accumulation,
+        precision=cfg.train.precision,
+        leaf_modules=parts.leaf_modules,
+    )
+
+
+def device_peak(device: torch.device) -> float:
+    """Peak FLOP/s of this rank's device for MFU: by the maker's table, else what a matrix product reaches here."""
+    known = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return known or _measured_peak(device)
+
+
+def _measured_peak(device: torch.device, size: int = 1024, repeats: int = 5) -> float:
+    """FLOP/s of the best of some square fp32 matrix products (0.1 s on a CPU core)."""
+    a = torch.ones(size, size, device=device)
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        float((a @ a)[0, 0])  # waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best

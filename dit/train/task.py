@@ -1,0 +1,110 @@
+"""What is trained: from a batch of stored samples to a loss. The loop knows nothing else of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dit.data.codec import LatentNorm
+from dit.data.stream import Batch
+from dit.flow.objective import Loss, Objective
+from dit.rng import Draws, Purpose
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A rank's share of one step, on its device.
+
+    moments: (B, 2 or 1, C, H, W) as stored. label: (B,) int64, -1 = none. drop: (B,) bool, True = null condition.
+    """
+
+    moments: Tensor
+    label: Tensor
+    drop: Tensor
+    draws: Draws
+
+    def micro_batches(self, size: int) -> Iterator[Samples]:
+        """Consecutive slots, `size` at a time."""
+        for start in range(0, len(self.label), size):
+            cut = slice(start, start + size)
+            yield Samples(self.moments[cut], self.label[cut], self.drop[cut], self.draws.select(cut))
+
+
+class Task(Protocol):
+    """A way to train a model on the stream."""
+
+    def drops(self, draws: Draws) -> Tensor:
+        """(B,) bool: which labels are dropped."""
+
+    def loss(self, model: Any, samples: Samples) -> Loss:
+        """The loss of one micro-batch; every random number is a function of samples.draws alone."""
+
+    def check_first_loss(self, losses: list[Loss], numel: int) -> str | None:
+        """What is wrong with the first losses of a model from scratch, or None. numel: of one latent."""
+
+
+@dataclass(frozen=True)
+class LatentTask:
+    """Diffusion or flow matching on latents."""
+
+    objective: Objective
+    norm: LatentNorm
+    label_drop: float
+    has_unit_variance: bool  # whether `norm` makes it so, which is what the first loss is predicted for
+
+    def drops(self, draws: Draws) -> Tensor:
+        return draws.uniform(Purpose.DROP) < self.label_drop
+
+    def loss(self, model: Any, samples: Samples) -> Loss:
+        latents = self.norm.draw(samples.moments, samples.draws)
+        cond = {"label": samples.label, "drop": samples.drop}
+        return self.objective.loss(model, latents, cond, samples.draws)
+
+    def check_first_loss(self, losses: list[Loss], numel: int) -> str | None:
+        per_sample = torch.cat([loss.per_sample.detach() for loss in losses])
+        if not self.has_unit_variance or len(per_sample) < 8:
+            return None
+        drops = [float(loss.metrics["ot_cost_drop"]) for loss in losses if "ot_cost_drop" in loss.metrics]
+        expected = self.objective.first_loss(numel, correlation=sum(drops) / max(1, len(drops)))
+        off = expected.deviation(per_sample)
+        if abs(off) <= 6:
+            return None
+        return (
+            f"the first loss is {float(per_sample.mean()):.4g}, {off:+.1f} standard errors from the "
+            f"{expected.mean:.4g} that latents of unit variance must give: the latents do not fit the manifest's "
+            "statistics (encode them again), or the wrong normalisation is set (latents.norm)"
+        )
+
+
+def batch_samples(batch: Batch, task: Task, draws: Draws, device: torch.device) -> tuple[Samples, Tensor]:
+    """A stored batch on the device, and the (B,) fingerprints of its slots, on the CPU.
+
+    draws: of the whole share, on the CPU, where the integers that the fingerprints record are made.
+    """
+    drop = task.drops(draws)
+    fingerprints = draws.fingerprint(batch.id, batch.view, drop)
+
+    def put(tensor: Tensor) -> Tensor:
+        return tensor.to(device, non_blocking=True)
+
+    on_device = Draws(draws.seed, draws.step, put(draws.slots), draws.batch)
+    return Samples(put(batch.moments), put(batch.label), put(drop), on_device), fingerprints
+
+
+def synthetic_samples(
+    shape: tuple[int, ...], num_classes: int, device: torch.device, count: int = 8
+) -> Samples:
+    """The probe: a fixed batch made of nothing but our own random numbers.
+
+    shape: of one sample's stored moments, (2 or 1, C, H, W).
+    """
+    slots = torch.arange(count, device=device)
+    draws = Draws(0, 0, slots, count)
+    moments = draws.normal(Purpose.PROBE, shape)
+    if shape[0] == 2:
+        moments = torch.stack([moments[:, 0], 0.1 * moments[:, 1].abs()], dim=1)  # a std is not negative
+    return Samples(moments, slots % max(1, num_classes), slots % 4 == 3, draws)

@@ -1,0 +1,32 @@
+"""Stage 1: train a KL autoencoder on pixel shards, or go on with it: start the same command again to resume."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dit.cli import run
+from dit.configfile import load
+from dit.dist import World
+from dit.stage1.experiment import AutoencoderExperiment, export
+from dit.train.start import train
+
+
+def main(config: Annotated[str, "a YAML file such as configs/digits_vae.yaml"], **overrides: str) -> None:
+    """Train an autoencoder in run_dir, or resume what is there, and write it to RUN_DIR/vae.
+
+    The data are pixel shards (tools/encode.py IMAGES OUT --codec=pixels). RUN_DIR/vae is a diffusers folder for
+    tools/encode.py --codec=vae --codec_path=RUN_DIR/vae.
+    """
+    cfg = load(AutoencoderExperiment, config, overrides)
+    train(cfg, cfg.make_parts)
+    if World.from_env().is_main:
+        done = export(cfg.run_dir, Path(cfg.run_dir) / "vae")
+        print(f"the autoencoder of step {done.step} is in {done.folder}")
+
+
+if __name__ == "__main__":
+    run(main, config=AutoencoderExperiment)
