@@ -1,0 +1,73 @@
+#!/usr/bin/env bash
+# Start an experiment on this machine: one rank per GPU, or NPROC ranks on the CPU.
+set -euo pipefail
+
+usage() {
+    cat <<'USAGE'
+launch/local.sh CONFIG.yaml [--key.sub=value ...]
+
+Starts tools/train.py with the given arguments under torchrun: one rank per GPU, one rank where there is none.
+The same command again resumes. Environment:
+
+  NPROC=n                  ranks. More ranks than GPUs share them; on the CPU alone: CUDA_VISIBLE_DEVICES= NPROC=2
+  PYTHON=path              the interpreter; default .venv/bin/python of this checkout, else python3
+  DIT_ENTRY=file           the program to start instead of tools/train.py (absolute, or from the checkout)
+  OMP_NUM_THREADS=n        threads per rank, at most cores / ranks (which is the default)
+  DRY_RUN=1                print what would run, and stop
+
+Several machines: launch/multinode.sh.
+USAGE
+}
+
+die() {
+    echo "launch/local.sh: $*" >&2
+    exit 2
+}
+
+case ${1:-} in
+-h | --help)
+    usage
+    exit 0
+    ;;
+"")
+    usage >&2
+    exit 2
+    ;;
+esac
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+entry=${DIT_ENTRY:-tools/train.py}
+[[ $entry == /* ]] || entry=$root/$entry
+[[ -f $entry ]] || die "there is no $entry; DIT_ENTRY names the program to start"
+
+if [[ -z ${PYTHON:-} ]]; then
+    PYTHON=$root/.venv/bin/python
+    [[ -x $PYTHON ]] || PYTHON=python3
+fi
+command -v "$PYTHON" >/dev/null || die "$PYTHON does not run; \`make install\` builds .venv, or set PYTHON"
+
+if [[ -z ${NPROC:-} ]]; then
+    NPROC=$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))') ||
+        die "$PYTHON cannot import torch; \`make install\` builds .venv, or set PYTHON"
+fi
+[[ $NPROC =~ ^[1-9][0-9]*$ ]] || die "NPROC=$NPROC is not a number of ranks (1, 2, ...)"
+
+# nproc itself answers with OMP_NUM_THREADS where that is set.
+cores=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+threads=$((cores / NPROC > 0 ? cores / NPROC : 1))
+if [[ ${OMP_NUM_THREADS:-} =~ ^[1-9][0-9]*$ ]] && ((OMP_NUM_THREADS < threads)); then
+    threads=$OMP_NUM_THREADS
+fi
+export OMP_NUM_THREADS=$threads
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} # the code that runs is this checkout's
+
+# --standalone: torchrun finds a free port; --local-addr: also where this machine's name does not resolve.
+command=("$PYTHON" -m torch.distributed.run --standalone --local-addr=127.0.0.1
+    --nnodes=1 "--nproc-per-node=$NPROC" "$entry" "$@")
+if [[ ${DRY_RUN:-0} != 0 ]]; then
+    printf 'OMP_NUM_THREADS=%q PYTHONPATH=%q' "$OMP_NUM_THREADS" "$PYTHONPATH"
+    printf ' %q' "${command[@]}"
+    echo
+    exit 0
+fi
+exec "${command[@]}"

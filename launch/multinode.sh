@@ -1,0 +1,136 @@
+#!/usr/bin/env bash
+# Start an experiment on a SLURM cluster, one task per rank. `launch/multinode.sh --help` says how.
+# Defaults, which options on the sbatch command line override (the shape, 1 task on 1 node, is sbatch's own):
+#SBATCH --job-name=dit
+#SBATCH --output=slurm-%j.out
+#SBATCH --open-mode=append
+set -euo pipefail
+
+usage() {
+    cat <<'USAGE'
+sbatch [SBATCH OPTIONS] launch/multinode.sh CONFIG.yaml [--key.sub=value ...]
+
+Starts tools/train.py with the given arguments, one SLURM task per rank (srun; no torchrun, no ssh). Submit it
+from the checkout; the checkout and the run directory must be on a file system that all nodes share. The same
+command again resumes. Examples:
+
+  sbatch --nodes=4 --gpus-per-node=8 --ntasks-per-node=8 --cpus-per-task=12 --time=24:00:00 \
+      launch/multinode.sh configs/imagenet.yaml --run_dir=/shared/runs/a
+  sbatch --nodes=2 --ntasks-per-node=2 launch/multinode.sh configs/digits.yaml --run_dir=runs/a   # on CPUs
+  DRY_RUN=1 launch/multinode.sh configs/digits.yaml                                               # only look
+
+As many tasks as GPUs per node; --gpus-per-node rather than --gpus-per-task, so that the ranks of a node see
+each other's GPUs. Inside salloc, `launch/multinode.sh CONFIG ...` starts in that allocation. Environment
+(sbatch passes it on):
+
+  DIT_ROOT=dir             the checkout; default the directory that sbatch was called in
+  PYTHON=path              the interpreter; default .venv/bin/python of the checkout, else python3
+  DIT_ENTRY=file           the program to start instead of tools/train.py (absolute, or from the checkout)
+  MASTER_PORT=n            rank 0's port; default 10000 + job id modulo 20000
+  OMP_NUM_THREADS=n        threads per rank, at most the task's cores (which is the default)
+  DRY_RUN=1                print what would run, and stop
+USAGE
+}
+
+die() {
+    echo "launch/multinode.sh: $*" >&2
+    exit 2
+}
+
+# The tasks on the fullest node, from SLURM's "2(x3),1".
+tasks_per_node() {
+    local most=1 part
+    IFS=, read -ra parts <<<"${SLURM_TASKS_PER_NODE:-1}"
+    for part in "${parts[@]}"; do
+        part=${part%%(*}
+        ((part <= most)) || most=$part
+    done
+    echo "$most"
+}
+
+# Threads per rank: the cores of a task, or of the node shared out, and no more than the user asked for.
+threads_per_task() {
+    local cores=${SLURM_CPUS_PER_TASK:-$((${SLURM_CPUS_ON_NODE:-1} / $1))}
+    ((cores >= 1)) || cores=1
+    if [[ ${OMP_NUM_THREADS:-} =~ ^[1-9][0-9]*$ ]] && ((OMP_NUM_THREADS < cores)); then
+        cores=$OMP_NUM_THREADS
+    fi
+    echo "$cores"
+}
+
+# Under sbatch this file runs from a copy in a spool directory: its own path says nothing about the checkout.
+find_root() {
+    if [[ -n ${DIT_ROOT:-} ]]; then
+        echo "$DIT_ROOT"
+    elif [[ -f $(dirname "${BASH_SOURCE[0]}")/../dit/__init__.py ]]; then
+        cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd
+    else
+        echo "${SLURM_SUBMIT_DIR:-$PWD}"
+    fi
+}
+
+first_host() {
+    local hosts
+    hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST") || die "scontrol cannot expand $SLURM_JOB_NODELIST"
+    echo "${hosts%%$'\n'*}"
+}
+
+case ${1:-} in
+-h | --help)
+    usage
+    exit 0
+    ;;
+"")
+    usage >&2
+    exit 2
+    ;;
+esac
+
+dry_run=${DRY_RUN:-0}
+root=$(find_root)
+[[ -f $root/dit/__init__.py ]] ||
+    die "$root is not the checkout: submit from there, or set DIT_ROOT=/path/to/checkout"
+root=$(cd "$root" && pwd)
+entry=${DIT_ENTRY:-tools/train.py}
+[[ $entry == /* ]] || entry=$root/$entry
+[[ -f $entry ]] || die "there is no $entry; DIT_ENTRY names the program to start"
+if [[ -z ${PYTHON:-} ]]; then
+    PYTHON=$root/.venv/bin/python
+    [[ -x $PYTHON ]] || PYTHON=python3
+fi
+
+tasks=$(tasks_per_node)
+if [[ -n ${SLURM_JOB_ID:-} ]]; then
+    MASTER_ADDR=$(first_host)
+    OMP_NUM_THREADS=$(threads_per_task "$tasks")
+    export OMP_NUM_THREADS MASTER_ADDR MASTER_PORT="${MASTER_PORT:-$((10000 + SLURM_JOB_ID % 20000))}"
+elif [[ $dry_run != 0 ]]; then
+    MASTER_ADDR="<first node>" MASTER_PORT="<10000 + job id modulo 20000>" OMP_NUM_THREADS="<cores of a task>"
+else
+    die "no SLURM job here: use \`sbatch [OPTIONS] launch/multinode.sh CONFIG ...\` (--help), or launch/local.sh"
+fi
+if [[ -n ${SLURM_GPUS_ON_NODE:-} ]] && ((SLURM_GPUS_ON_NODE > tasks)); then
+    echo "launch/multinode.sh: $SLURM_GPUS_ON_NODE GPUs but $tasks tasks on a node: the rest stay idle" \
+        "(--ntasks-per-node=$SLURM_GPUS_ON_NODE uses all)" >&2
+fi
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} # the code that runs is this checkout's
+# torchrun's variables, were any inherited, would be taken for this job's ranks.
+unset RANK WORLD_SIZE LOCAL_RANK
+
+# --export=ALL: also where sbatch ran with --export=NONE. --kill-on-bad-exit: one dead rank ends the step, else
+# its peers wait for it. srun does not take --cpus-per-task over from sbatch by itself.
+command=(srun --export=ALL --kill-on-bad-exit=1)
+[[ -z ${SLURM_CPUS_PER_TASK:-} ]] || command+=("--cpus-per-task=$SLURM_CPUS_PER_TASK")
+command+=("$PYTHON" "$entry" "$@")
+
+if [[ $dry_run != 0 ]]; then
+    for name in MASTER_ADDR MASTER_PORT OMP_NUM_THREADS PYTHONPATH; do
+        printf '%s=%s\n' "$name" "${!name}"
+    done
+    printf '%q ' "${command[@]}"
+    echo
+    exit 0
+fi
+echo "job $SLURM_JOB_ID (restart ${SLURM_RESTART_COUNT:-0}): ${SLURM_NTASKS:-$SLURM_JOB_NUM_NODES} ranks on $SLURM_JOB_NODELIST," \
+    "rendezvous $MASTER_ADDR:$MASTER_PORT, $OMP_NUM_THREADS threads each"
+exec "${command[@]}"

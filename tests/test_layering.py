@@ -1,0 +1,364 @@
+"""The house rules that a parser can check: who imports whom, what stays out of reach, how long things are.
+
+`check(root)` reads every file in root/dit and root/tools with `ast` and returns one line a violation. Imports
+count wherever they stand (in functions, under TYPE_CHECKING, as a string given to import_module): a cycle
+hidden in a function is a cycle. The second half plants violations in small trees, so that a checker that has
+gone blind fails here too.
+"""
+
+import ast
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+MAX_FILE_LINES = 320
+MAX_FUNCTION_LINES = 45
+
+# Layer -> the layers it may import besides itself. A layer is a package or a module directly in dit/, and
+# tools/. `dit` is dit/__init__.py: everybody may import it, so it imports nobody.
+BASE = frozenset({"dit", "errors", "config", "configfile", "dist", "rng"})
+EVALS = BASE | {"flow", "model", "sample", "data"}
+TRAIN = EVALS | {"evals"}
+TOP = TRAIN | {"train", "stage1"}
+MAY_IMPORT: dict[str, frozenset[str]] = {
+    "dit": frozenset(),
+    "errors": BASE,
+    "config": BASE,
+    "configfile": BASE,
+    "dist": BASE,
+    "rng": BASE,
+    "flow": BASE,
+    "model": BASE | {"flow"},
+    "sample": BASE | {"flow", "model"},
+    "data": BASE,
+    "evals": EVALS,
+    "train": TRAIN,
+    "stage1": TRAIN | {"train"},  # the autoencoder is trained by the same engine and checkpoints
+    "experiment": TOP,
+    "scaling": TOP | {"experiment"},
+    "interop": TOP | {"experiment"},
+    "cli": TOP | {"experiment", "scaling", "interop"},
+    "tools": TOP | {"experiment", "scaling", "interop", "cli"},
+}
+# A third-party package -> the only modules that may name it.
+ONLY_IN = {"deepspeed": {"dit.train.engine"}}
+# (from, to): no chain of imports may lead from a module under the first to one under the second.
+OUT_OF_REACH = [
+    ("dit.config", "torch"),
+    ("dit.configfile", "torch"),
+    ("dit.sample", "deepspeed"),
+    ("dit.train.checkpoint", "dit.train.engine"),
+    ("dit.train.checkpoint", "deepspeed"),
+]
+# Who this process is among its peers is read in one place.
+RANK_VARIABLE = re.compile(r"RANK|WORLD_SIZE|LOCAL_RANK|SLURM_[A-Z_]+")
+RANK_READER = "dit.dist"
+
+
+@dataclass
+class Module:
+    """One file: its dotted name, its tree and where it imports what (dotted name -> line)."""
+
+    name: str
+    path: Path
+    tree: ast.Module
+    lines: int
+    imports: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def layer(self) -> str:
+        parts = self.name.split(".")
+        return parts[1] if parts[0] == "dit" and len(parts) > 1 else parts[0]
+
+
+def under(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix + ".")
+
+
+def parse(root: Path) -> dict[str, Module]:
+    modules = {}
+    for path in sorted([*root.glob("dit/**/*.py"), *root.glob("tools/**/*.py")]):
+        parts = path.relative_to(root).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        text = path.read_text(encoding="utf-8")
+        tree, lines = ast.parse(text, str(path)), len(text.splitlines())
+        modules[name] = Module(name, path.relative_to(root), tree, lines)
+    for module in modules.values():
+        for target, line in imported(module):
+            module.imports.setdefault(resolve(target, modules), line)
+    return modules
+
+
+def imported(module: Module) -> Iterator[tuple[str, int]]:
+    """(dotted name, line) of everything that the file imports; `from a import b` gives a.b."""
+    package = module.name if module.path.name == "__init__.py" else module.name.rpartition(".")[0]
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                up = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*up, *([node.module] if node.module else [])])
+            yield from ((f"{base}.{alias.name}", node.lineno) for alias in node.names)
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if called in ("import_module", "__import__") and isinstance(node.args[0].value, str):
+                yield node.args[0].value, node.lineno
+
+
+def resolve(target: str, modules: Mapping[str, Module]) -> str:
+    """The module that holds `target`: dit.flow.path.Linear -> dit.flow.path; torch.nn -> torch."""
+    if target.split(".")[0] not in ("dit", "tools"):
+        return target.split(".")[0]
+    name = target
+    while name and name not in modules:
+        name = name.rpartition(".")[0]
+    return name or target
+
+
+def check_layers(modules: Mapping[str, Module]) -> Iterator[str]:
+    for module in modules.values():
+        if module.layer not in MAY_IMPORT:
+            yield f"{module.path}: {module.layer!r} has no place in MAY_IMPORT"
+            continue
+        for target, line in module.imports.items():
+            if not under(target, "dit") and not under(target, "tools"):
+                if target in ONLY_IN and module.name not in ONLY_IN[target]:
+                    yield f"{module.path}:{line}: {target} belongs in {', '.join(ONLY_IN[target])} alone"
+                continue
+            if target not in modules:
+                yield f"{module.path}:{line}: imports {target}, which does not exist"
+            elif (layer := modules[target].layer) not in MAY_IMPORT[module.layer] | {module.layer}:
+                yield f"{module.path}:{line}: {module.layer} must not import {layer} ({target})"
+
+
+def find_chain(start: str, is_end: Callable[[str], bool], modules: Mapping[str, Module]) -> list[str] | None:
+    """A shortest chain of one or more imports from `start` to a name that ends it, or None."""
+    came_from: dict[str, str] = {}
+    queue = [start]
+    for name in queue:
+        for found in modules[name].imports if name in modules else ():
+            if found in came_from:
+                continue
+            came_from[found] = name
+            queue.append(found)
+            if is_end(found):
+                chain = [found, name]
+                while chain[-1] != start:
+                    chain.append(came_from[chain[-1]])
+                return chain[::-1]
+    return None
+
+
+def check_reach(modules: Mapping[str, Module]) -> Iterator[str]:
+    for source, target in OUT_OF_REACH:
+        for start in (name for name in modules if under(name, source)):
+            chain = find_chain(start, lambda name, target=target: under(name, target), modules)
+            if chain:
+                yield f"{modules[start].path}: reaches {target} by {' -> '.join(chain)}"
+
+
+def check_cycles(modules: Mapping[str, Module]) -> Iterator[str]:
+    reported: set[str] = set()
+    for start in modules:
+        chain = None if start in reported else find_chain(start, start.__eq__, modules)
+        if chain:
+            reported.update(chain)
+            yield f"{modules[start].path}: import cycle {' -> '.join(chain)}"
+
+
+def check_sizes(modules: Mapping[str, Module]) -> Iterator[str]:
+    for module in modules.values():
+        if module.lines > MAX_FILE_LINES:
+            yield f"{module.path}: {module.lines} lines, more than {MAX_FILE_LINES}"
+        for node in ast.walk(module.tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                if lines > MAX_FUNCTION_LINES:
+                    where = f"{module.path}:{node.lineno}: {node.name}"
+                    yield f"{where} has {lines} lines, more than {MAX_FUNCTION_LINES}"
+
+
+def check_rank_variables(modules: Mapping[str, Module]) -> Iterator[str]:
+    for module in modules.values():
+        if module.name == RANK_READER or not under(module.name, "dit"):
+            continue
+        for node in ast.walk(module.tree):
+            value = node.value if isinstance(node, ast.Constant) else None
+            if isinstance(value, str) and RANK_VARIABLE.fullmatch(value):
+                yield f"{module.path}:{node.lineno}: {value} is read in {RANK_READER} alone"
+
+
+def check(root: Path) -> list[str]:
+    modules = parse(root)
+    rules = (check_layers, check_reach, check_cycles, check_sizes, check_rank_variables)
+    return [violation for rule in rules for violation in rule(modules)]
+
+
+# --- this house --------------------------------------------------------------------------------------------
+
+
+def test_this_house_keeps_its_rules():
+    assert {"dit", "dit.config", "dit.dist", "dit.rng"} <= parse(ROOT).keys()
+    violations = check(ROOT)
+    assert not violations, "\n" + "\n".join(violations)
+
+
+# --- the checker -------------------------------------------------------------------------------------------
+
+
+def plant(root: Path, files: Mapping[str, str]) -> Path:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    return root
+
+
+GOOD = {
+    "dit/__init__.py": '__version__ = "1"\n',
+    "dit/config.py": "import yaml\nfrom dit import __version__\n",
+    "dit/dist.py": "import os, torch\nRANK = os.environ.get('SLURM_PROCID')\n",
+    "dit/rng.py": "import torch\n",
+    "dit/flow/__init__.py": "",
+    "dit/flow/path.py": "from dit.config import config\n",
+    "dit/flow/predict.py": "from .path import Coeffs\nfrom ..rng import Draws\n",
+    "dit/model/dit.py": "from dit.flow import path\n",
+    "dit/sample/solve.py": "from dit.flow.path import Linear\nfrom dit.model.dit import DiT\n",
+    "dit/data/stream.py": "from dit.rng import permutation\n",
+    "dit/train/engine.py": "import deepspeed\nfrom deepspeed.ops import adam\n",
+    "dit/train/checkpoint.py": "import safetensors.torch\n",
+    "dit/train/loop.py": "from dit.train import checkpoint, engine\nfrom dit.data.stream import Stream\n",
+    "dit/experiment.py": "from dit.train.loop import train\n",
+    "dit/scaling/ladder.py": "from dit.experiment import Experiment\n",
+    "dit/cli.py": "from dit.experiment import Experiment\n",
+    "tools/train.py": "from dit.cli import main\nfrom dit.experiment import Experiment\n",
+}
+
+
+def test_a_good_tree_passes(tmp_path):
+    assert check(plant(tmp_path, GOOD)) == []
+
+
+def long_function(lines: int) -> str:
+    return "def f(x):\n" + "    x += 1\n" * (lines - 1)
+
+
+def long_method(lines: int) -> str:
+    return "class A:\n" + "".join(f"    {line}\n" for line in long_function(lines).splitlines())
+
+
+# What is planted -> (files that replace or join GOOD's, a part of the violation it must give).
+PLANTED: dict[str, tuple[dict[str, str], str]] = {
+    "upward import": (
+        {"dit/flow/path.py": "from dit.model.dit import DiT\n"},
+        "dit/flow/path.py:1: flow must not import model (dit.model.dit)",
+    ),
+    "upward import in a function": (
+        {"dit/model/dit.py": "def f():\n    import dit.sample.solve\n"},
+        "dit/model/dit.py:2: model must not import sample",
+    ),
+    "upward relative import": (
+        {"dit/flow/path.py": "from ..model import dit\n"},
+        "flow must not import model (dit.model.dit)",
+    ),
+    "upward import by name": (
+        {"dit/data/stream.py": "import importlib\nimportlib.import_module('dit.flow.path')\n"},
+        "dit/data/stream.py:2: data must not import flow",
+    ),
+    "sideways import": ({"dit/data/stream.py": "from dit.flow import path\n"}, "data must not import flow"),
+    "training knows the experiment": (
+        {"dit/train/loop.py": "import dit.experiment\n"},
+        "train must not import experiment",
+    ),
+    "library imports a tool": (
+        {"dit/experiment.py": "from tools.train import run\n"},
+        "must not import tools",
+    ),
+    "library imports the command line": (
+        {"dit/scaling/ladder.py": "import dit.cli\n"},
+        "must not import cli",
+    ),
+    "the root imports anything": (
+        {"dit/__init__.py": "from dit.config import x\n"},
+        "dit must not import config",
+    ),
+    "a package nobody placed": ({"dit/utils/misc.py": ""}, "'utils' has no place"),
+    "an import of nothing": (
+        {"tools/train.py": "import tools.nothing\n"},
+        "tools.nothing, which does not exist",
+    ),
+    "deepspeed in the loop": (
+        {"dit/train/loop.py": "from deepspeed import comm\n"},
+        "dit/train/loop.py:1: deepspeed belongs in dit.train.engine alone",
+    ),
+    "deepspeed in a tool": (
+        {"tools/train.py": "import deepspeed.comm\n"},
+        "tools/train.py:1: deepspeed belongs in dit.train.engine alone",
+    ),
+    "deepspeed in sample": ({"dit/sample/solve.py": "import deepspeed\n"}, "solve.py: reaches deepspeed"),
+    "checkpoint imports the engine": (
+        {"dit/train/checkpoint.py": "from dit.train import engine\n"},
+        "reaches dit.train.engine by dit.train.checkpoint -> dit.train.engine",
+    ),
+    "checkpoint reaches the engine": (
+        {
+            "dit/train/checkpoint.py": "from dit.train.ema import Ema\n",
+            "dit/train/ema.py": "from dit.train.engine import Engine\n",
+        },
+        "dit.train.checkpoint -> dit.train.ema -> dit.train.engine",
+    ),
+    "torch in config": ({"dit/config.py": "import torch.nn as nn\n"}, "dit/config.py: reaches torch"),
+    "torch behind config": (
+        {"dit/config.py": "def f():\n    from dit.rng import Draws\n"},
+        "reaches torch by dit.config -> dit.rng -> torch",
+    ),
+    "a cycle": (
+        {"dit/flow/path.py": "from dit.flow.predict import Row\n"},
+        "import cycle dit.flow.path -> dit.flow.predict -> dit.flow.path",
+    ),
+    "a cycle through a package": (
+        {"dit/flow/__init__.py": "from .path import Linear\n", "dit/flow/path.py": "from . import Linear\n"},
+        "import cycle dit.flow -> dit.flow.path -> dit.flow",
+    ),
+    "a cycle in a function": (
+        {"dit/train/engine.py": "import deepspeed\ndef f():\n    from dit.train.loop import train\n"},
+        "import cycle dit.train.engine -> dit.train.loop -> dit.train.engine",
+    ),
+    "a long file": ({"dit/rng.py": "x = 1\n" * (MAX_FILE_LINES + 1)}, "dit/rng.py: 321 lines"),
+    "a long function": (
+        {"tools/train.py": long_function(MAX_FUNCTION_LINES + 1)},
+        "tools/train.py:1: f has 46 lines",
+    ),
+    "a long method": ({"dit/rng.py": long_method(MAX_FUNCTION_LINES + 1)}, "dit/rng.py:2: f has 46 lines"),
+    "the rank read elsewhere": (
+        {"dit/train/loop.py": "import os\nrank = int(os.environ['RANK'])\n"},
+        "dit/train/loop.py:2: RANK is read in dit.dist alone",
+    ),
+}
+
+
+@pytest.mark.parametrize(("files", "expected"), PLANTED.values(), ids=PLANTED.keys())
+def test_a_planted_violation_is_found(tmp_path, files, expected):
+    violations = check(plant(tmp_path, GOOD | files))
+    assert any(expected in violation for violation in violations), violations
+
+
+ALLOWED = {
+    "a package that gathers its modules": {
+        "dit/flow/__init__.py": "from dit.flow.path import Linear\nfrom dit.flow.predict import Row\n"
+    },
+    "a file just short enough": {"dit/rng.py": "x = 1\n" * MAX_FILE_LINES},
+    "a function just short enough": {"tools/train.py": long_function(MAX_FUNCTION_LINES)},
+    "words that only look like rank variables": {"dit/rng.py": "x = 'the RANK of a matrix'\n"},
+}
+
+
+@pytest.mark.parametrize("files", ALLOWED.values(), ids=ALLOWED.keys())
+def test_what_is_allowed_is_not_reported(tmp_path, files):
+    assert check(plant(tmp_path, GOOD | files)) == []
