@@ -76,8 +76,9 @@ def session(timeout: timedelta = timedelta(minutes=10)) -> Iterator[World]:
     if td.is_initialized():
         yield world
         return
+    launched = "RANK" in os.environ or world.size > 1  # else nobody hosts a store, and this process does
     os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.local_rank))
-    if world.size == 1:
+    if not launched:
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(free_port())
     device = world.device
     if device.type == "cuda":
@@ -87,7 +88,7 @@ def session(timeout: timedelta = timedelta(minutes=10)) -> Iterator[World]:
         yield world
     finally:
         td.destroy_process_group()
-        if world.size == 1:
+        if not launched:
             for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
                 os.environ.pop(name, None)
 
