@@ -85,7 +85,7 @@ def _training_flops(module: Autoencoder, *inputs: Tensor) -> float:
     """FLOPs of a training step per image: 3 times a counted forward pass."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         module(*inputs)
-    return 3.0 * counter.get_total_flops()
+    return 3.0 * float(counter.get_total_flops())
 
 
 @dataclass(frozen=True)

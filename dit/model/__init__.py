@@ -1,0 +1,1 @@
+"""The network: its parts, its conditioners, and what it costs."""

@@ -1,0 +1,128 @@
+"""Conditioners: each embeds its keys of the batch's `cond` into one `Injection`.
+
+A conditioner is the one place where `drop` (or a missing label) becomes the null condition. Every new branch
+starts at zero: its last layers are listed in `zero_layers()`, so adding it leaves the output unchanged.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from itertools import zip_longest
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dit.config import Registry, config
+from dit.flow.predict import Cond
+from dit.model.dims import Dims
+
+
+class Injection(NamedTuple):
+    """What the conditioners give the network. An empty slot does nothing.
+
+    A tuple, because ZeRO-3 finds the tensors that a module gives out in tuples, lists and dicts alone.
+    """
+
+    vector: Tensor | None = None  # (B, D), added to the time embedding
+    tokens: Tensor | None = None  # (B, N, D), for blocks that attend to them
+    channels: Tensor | None = None  # (B, C', H, W), put beside the input's channels
+    residuals: tuple[Tensor, ...] = ()  # (B, T, D) each, the i-th added after block i
+
+
+def joined(injections: Iterable[Injection]) -> Injection:
+    """All at once: vectors and residuals add up, tokens and channels are put one after the other."""
+    total = Injection()
+    for given in injections:
+        total = Injection(
+            vector=_both(total.vector, given.vector, torch.add),
+            tokens=_both(total.tokens, given.tokens, _concatenate),
+            channels=_both(total.channels, given.channels, _concatenate),
+            residuals=tuple(_both(a, b, torch.add) for a, b in zip_longest(total.residuals, given.residuals)),
+        )
+    return total
+
+
+def _concatenate(a: Tensor, b: Tensor) -> Tensor:
+    return torch.cat([a, b], dim=1)
+
+
+def _both(a: Any, b: Any, combine: Callable[[Tensor, Tensor], Tensor]) -> Any:
+    """`combine` of two tensors; the one that is there if the other is None."""
+    return b if a is None else a if b is None else combine(a, b)
+
+
+class ConditionerConfig(ABC):
+    """A kind of conditioner: builds it and knows its size."""
+
+    extra_channels = 0  # input channels it adds
+    gives_tokens = False
+
+    @abstractmethod
+    def build(self, dims: Dims) -> nn.Module:
+        """A conditioner: cond -> Injection."""
+
+    @abstractmethod
+    def parameters(self, dims: Dims) -> int:
+        """Its parameters."""
+
+    def multiply_adds(self, dims: Dims) -> int:
+        """Of its matrix products in the forward pass, per image."""
+        return 0
+
+
+CONDITIONERS: Registry[ConditionerConfig] = Registry("conditioner")
+
+
+@CONDITIONERS.register("class")
+@config
+class ClassLabel(ConditionerConfig):
+    """The class label, `cond["label"]`."""
+
+    def build(self, dims: Dims) -> nn.Module:
+        """The conditioner for these shapes."""
+        return ClassConditioner(dims.num_classes, dims.width)
+
+    def parameters(self, dims: Dims) -> int:
+        """A row for each class and one for the null condition."""
+        return (dims.num_classes + 1) * dims.width
+
+
+class ClassConditioner(nn.Module):
+    """A table of class embeddings; the last row is the null condition.
+
+    The null row is read through the table and never through a branch, so that the table gets a gradient on
+    every rank in every step, whatever labels it draws (ZeRO waits for every parameter).
+    """
+
+    def __init__(self, num_classes: int, width: int):
+        super().__init__()
+        self.num_classes = num_classes
+        self.table = nn.Embedding(num_classes + 1, width)
+
+    def forward(self, cond: Cond) -> Injection:
+        """label (B,) int64, negative for none, and drop (B,) bool if present -> vector (B, D).
+
+        Labels are not range-checked here: on an accelerator that would wait for the device. `check_labels`
+        does it where they are still on the host. One out of range never reads the null row: the table fails.
+        """
+        if "label" not in cond:
+            raise ValueError(
+                f"the class conditioner needs cond['label'] ((B,) int64, -1 for none); got {sorted(cond)}"
+            )
+        label = cond["label"]
+        absent = label < 0
+        if "drop" in cond:
+            absent = absent | cond["drop"]
+        beyond = label + (label >= self.num_classes)  # num_classes itself, the null row's index, is no label
+        return Injection(vector=self.table(torch.where(absent, self.num_classes, beyond)))
+
+
+def check_labels(labels: Iterable[int], num_classes: int) -> None:
+    """Raise ValueError for a label that is neither negative (none) nor a class; for labels on the host."""
+    wrong = sorted({int(label) for label in labels if label >= num_classes})
+    if wrong:
+        few = ", ".join(map(str, wrong[:5])) + (", ..." if len(wrong) > 5 else "")
+        valid = f"0 to {num_classes - 1}, or -1 for none" if num_classes else "only -1: there are no classes"
+        raise ValueError(f"labels out of range: {few}; valid labels are {valid}")

@@ -1,0 +1,203 @@
+"""What a model costs, computed from its config: parameters, FLOPs and memory, before anything is built.
+
+One multiply-add is 2 FLOPs. The DiT paper's "Gflops" are multiply-adds (S/2: 6.06 G, XL/2: 118.6 G). Counted
+are matrix products alone, as by `torch.utils.flop_counter`: norms, activations and softmax are left out.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields
+
+from dit.config import ConfigError, did_you_mean
+from dit.model.block import BlockCost
+from dit.model.dims import Dims
+from dit.model.dit import DiTConfig
+from dit.model.embed import FREQUENCIES
+
+# Dense bfloat16 matrix products with float32 accumulation, FLOP/s, as the makers state them. A name fits if
+# all its words are in the device's name; the first that fits counts. A CPU has no entry: measure it.
+PEAK_FLOPS: dict[str, float] = {
+    "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989.5e12,
+    "H200": 989.5e12,
+    "GH200": 989.5e12,
+    "B200": 2250e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 3090": 71e12,
+    "RTX 4090": 165e12,
+    "MI300X": 1307e12,
+}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Bytes a number takes."""
+
+    compute: int  # in the matrix products and what they keep
+    copies: int  # a half-precision copy of each weight that the matrix products use
+
+
+PRECISIONS: dict[str, Precision] = {
+    "fp32": Precision(compute=4, copies=0),
+    "bf16": Precision(compute=2, copies=2),  # float32 parameters under autocast
+}
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Parameters by part. The reference also counts its frozen position table; here that is a buffer."""
+
+    patch_embed: int
+    time_embed: int
+    conditioners: int  # with the null row
+    blocks: int
+    output: int
+    position: int  # numbers in the position table: not trained, not in `trainable`
+
+    @property
+    def trainable(self) -> int:
+        """What the optimizer sees: every part but the position table."""
+        parts: int = sum(getattr(self, f.name) for f in fields(self))
+        return parts - self.position
+
+    @property
+    def with_position(self) -> int:
+        """As the reference counts: 675,129,632 for XL/2 at 32×32×4 with learn_sigma and 1,000 classes."""
+        return self.trainable + self.position
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank, by what holds them."""
+
+    parameters: int
+    gradients: int
+    master: int  # the float32 copy that DeepSpeed keeps of its share, from stage 1
+    optimizer: int  # Adam's two moments
+    ema: int
+    copies: int  # of weights in half precision, while a forward and backward pass are under way
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """The sum."""
+        parts: int = sum(getattr(self, f.name) for f in fields(self))
+        return parts
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of one model; `cost` makes it."""
+
+    dims: Dims
+    block: BlockCost
+    parameters: Parameters
+    multiply_adds: int  # of a forward pass, per image
+    checkpoint_blocks: bool
+
+    @property
+    def forward_flops(self) -> int:
+        """Of a forward pass, per image: 2 per multiply-add."""
+        return 2 * self.multiply_adds
+
+    @property
+    def training_flops(self) -> int:
+        """Of a training step, per image: 3 × forward. What checkpointing computes again is not counted."""
+        return 3 * self.forward_flops
+
+    def mfu(self, images_per_s: float, peak: float) -> float:
+        """The share of `peak` (FLOP/s of all devices together) that training at `images_per_s` uses."""
+        return images_per_s * self.training_flops / peak
+
+    def hours(self, images: int, peak: float, mfu: float) -> float:
+        """Hours to train on so many images (with repeats) at that share of `peak` (FLOP/s of all devices)."""
+        return images * self.training_flops / (peak * mfu) / 3600
+
+    def memory(
+        self,
+        micro_batch: int,
+        *,
+        zero_stage: int = 0,
+        world_size: int = 1,
+        precision: str = "fp32",
+        ema: bool = True,
+    ) -> Memory:
+        """Bytes on one rank at the end of a forward pass of `micro_batch` images, gradients allocated.
+
+        Stage 1 shares the optimizer's and the EMA's state, 2 also gradients, 3 also parameters. For eager
+        execution; compiled blocks keep less. Not counted: communication buckets, the blocks that stage 3 has
+        gathered, kernels' work space, the allocator's fragments.
+        """
+        if precision not in PRECISIONS:
+            raise ConfigError(f"unknown precision '{precision}'{did_you_mean(precision, PRECISIONS)}")
+        if zero_stage not in range(4) or world_size < 1 or micro_batch < 0:
+            raise ConfigError(
+                "expected a ZeRO stage of 0 to 3, a world size of 1 or more and a micro-batch of 0 or more, "
+                f"got {zero_stage}, {world_size} and {micro_batch}"
+            )
+        bytes_ = 4 * self.parameters.trainable  # every state is in float32
+        share = -(-bytes_ // world_size)
+        shared = share if zero_stage >= 1 else bytes_
+        linear = self.dims.depth * self.block.linear_parameters
+        return Memory(
+            parameters=(share if zero_stage >= 3 else bytes_) + 4 * self.parameters.position,
+            gradients=share if zero_stage >= 2 else bytes_,
+            master=share if zero_stage >= 1 else 0,
+            optimizer=2 * shared,
+            ema=shared if ema else 0,
+            copies=PRECISIONS[precision].copies * linear if zero_stage < 3 else 0,
+            activations=micro_batch * self._activations(PRECISIONS[precision]),
+        )
+
+    def _activations(self, precision: Precision) -> int:
+        """Bytes kept for the backward pass, per image."""
+        d, t = self.dims.width, self.dims.tokens
+        block = precision.compute * self.block.saved_narrow + 4 * self.block.saved_wide
+        patches = t * self.dims.channels * self.dims.patch**2
+        # patches; the output layer's input, norm, statistics, modulated norm, modulation; time embedding
+        ends = patches + t * (3 * d + 2) + 4 * d + FREQUENCIES + 3 * d
+        if self.checkpoint_blocks:  # every block's input, and one block in full while it is computed again
+            return 4 * ends + self.dims.depth * 4 * t * d + block
+        return 4 * ends + self.dims.depth * block
+
+
+def cost(cfg: DiTConfig, input_size: int | tuple[int, int], channels: int, num_classes: int) -> Cost:
+    """The cost of the model that `cfg.build` with the same arguments would give."""
+    dims = cfg.dims(input_size, channels, num_classes)
+    block = cfg.block.cost(dims)
+    d, t = dims.width, dims.tokens
+    patch_in = dims.channels * dims.patch**2
+    extra_in = sum(c.extra_channels for c in cfg.cond) * dims.patch**2
+    patch_out = dims.out_channels * dims.patch**2
+    return Cost(
+        dims=dims,
+        block=block,
+        parameters=Parameters(
+            patch_embed=(patch_in + 1 + extra_in) * d,
+            time_embed=(FREQUENCIES + 1) * d + (d + 1) * d,
+            conditioners=sum(c.parameters(dims) for c in cfg.cond),
+            blocks=dims.depth * block.parameters,
+            output=(d + 1) * 2 * d + (d + 1) * patch_out,
+            position=t * d,
+        ),
+        multiply_adds=t * (patch_in + extra_in) * d
+        + (FREQUENCIES + d) * d
+        + sum(c.multiply_adds(dims) for c in cfg.cond)
+        + dims.depth * block.multiply_adds
+        + 2 * d * d
+        + t * d * patch_out,
+        checkpoint_blocks=cfg.checkpoint_blocks,
+    )
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Peak FLOP/s of a device by its name (`torch.cuda.get_device_name()`), or None if not in the table."""
+    words = set(re.findall(r"\w+", device_name.lower()))
+    for name, peak in PEAK_FLOPS.items():
+        if set(name.lower().split()) <= words:
+            return peak
+    return None

@@ -1,0 +1,30 @@
+"""A network as a denoiser: what every guidance takes and gives, and what every solver calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dit.flow.path import Path
+from dit.flow.predict import Cond, Endpoints, Model, Prediction, call_network
+
+DenoiseFn = Callable[[Tensor, Tensor, Cond], Endpoints]  # (x (B, C, ...), t (B,), cond) → Endpoints
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """The `DenoiseFn` of a network trained on a path with a prediction."""
+
+    model: Model
+    path: Path
+    prediction: Prediction
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Endpoints:
+        """data and eps expected at x (B, C, ...), t (B,) float32 or float64; float32 at least.
+
+        Only meaningful for t in `usable(path, prediction)`, where grids and solvers stay.
+        """
+        coeffs = self.path.coeffs(t)
+        return self.prediction.endpoints(coeffs, x, call_network(self.model, self.path, x, t, cond))
