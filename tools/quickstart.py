@@ -34,71 +34,98 @@ def main(
     out: Annotated[str, "folder for everything it makes"] = "runs/quickstart",
     config: Annotated[str, "the diffusion or flow experiment"] = "configs/digits.yaml",
     num_steps: Annotated[int, "solver steps when sampling"] = STEPS,
+    stage1: Annotated[str | None, "another OUT whose autoencoder and shards to use"] = None,
 ) -> None:
     """Run the main job end to end and write OUT/grid.png and OUT/report.json.
 
     Every stage is one of the project's command lines, printed before it runs; a stage that is done is not done
     again, and one that was interrupted goes on where it was.
     """
-    folder, seconds = Path(out), {}
-    for split in ("train", "test"):
-        seconds[f"encode_pixels_{split}"] = encode(
-            f"digits:{split}", folder / "pixels" / split, "--codec=pixels"
-        )
-    vae = folder / "vae"
-    seconds["train_autoencoder"] = call(
-        "tools/train_vae.py", "configs/digits_vae.yaml", f"--run_dir={vae}", f"--data.path={folder / 'pixels/train'}",
-        f"--data.val={folder / 'pixels/test'}",
-    )  # fmt: skip
-    codec = ("--codec=vae", f"--codec.path={vae / 'vae'}")
-    for split in ("train", "test"):
-        seconds[f"encode_latents_{split}"] = encode(f"digits:{split}", folder / "latents" / split, *codec)
-    seconds["train_dit"] = call(
-        "tools/train.py", config, f"--run_dir={folder / 'dit'}", f"--data.path={folder / 'latents/train'}",
-        f"--data.val={folder / 'latents/test'}", f"--codec.path={vae / 'vae'}",
-    )  # fmt: skip
+    folder, first = Path(out), Path(stage1 or out)
+    prepare(first)
+    call(
+        folder,
+        "train_dit",
+        "tools/train.py",
+        config,
+        f"--run_dir={folder / 'dit'}",
+        f"--data.path={first / 'latents/train'}",
+        f"--data.val={first / 'latents/test'}",
+        f"--codec.path={first / 'vae/vae'}",
+    )
     for scale in (2, 1):
-        seconds[f"sample_cfg{scale}"] = call(
-            "tools/sample.py", str(folder / "dit"), f"--out={folder / f'samples_cfg{scale}'}",
-            f"--num_samples={SAMPLES}", f"--cfg_scale={scale}", "--solver=heun", f"--num_steps={num_steps}",
+        call(
+            folder,
+            f"sample_cfg{scale}",
+            "tools/sample.py",
+            str(folder / "dit"),
+            f"--out={folder / f'samples_cfg{scale}'}",
+            f"--num_samples={SAMPLES}",
+            f"--cfg_scale={scale}",
+            f"--num_steps={num_steps}",
             "--batch_size=100",
-        )  # fmt: skip
-    finish(folder, seconds)
+        )
+    finish(folder, first / "vae" / "vae")
 
 
-def encode(images: str, out: Path, *flags: str) -> float:
-    """Encode a split of the digits unless that is done; seconds it took."""
-    if (out / "manifest.json").is_file():
-        return 0.0
-    return call("tools/encode.py", images, str(out), *flags, "--image_size=32", "--flip=false")
+def prepare(folder: Path) -> None:
+    """Pixel shards, the autoencoder and latent shards in `folder`."""
+    for split in ("train", "test"):
+        encode(folder, "pixels", split, "--codec=pixels")
+    call(
+        folder,
+        "train_autoencoder",
+        "tools/train_vae.py",
+        "configs/digits_vae.yaml",
+        f"--run_dir={folder / 'vae'}",
+        f"--data.path={folder / 'pixels/train'}",
+        f"--data.val={folder / 'pixels/test'}",
+    )
+    for split in ("train", "test"):
+        encode(folder, "latents", split, "--codec=vae", f"--codec.path={folder / 'vae/vae'}")
 
 
-def call(*words: str) -> float:
-    """Run one of the project's commands with all cores, showing it; seconds it took."""
+def encode(folder: Path, kind: str, split: str, *flags: str) -> None:
+    """Encode a split of the digits into folder/kind/split, unless that is done."""
+    out = folder / kind / split
+    if not (out / "manifest.json").is_file():
+        words = ("tools/encode.py", f"digits:{split}", str(out), *flags, "--image_size=32", "--flip=false")
+        call(folder, f"encode_{kind}_{split}", *words)
+
+
+def call(folder: Path, stage: str, *words: str) -> None:
+    """Run one of the project's commands with all cores, showing it; its seconds are added to seconds.json."""
     print(f"\n$ python {' '.join(words)}", flush=True)
     threads = str(min(4, os.cpu_count() or 1))
     # PASSIVE: waiting threads that spin make everything crawl where other programs use the cores
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE"}
     start = time.perf_counter()
     ended = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, check=False)
+    seconds = spent(folder)
+    seconds[stage] = round(seconds.get(stage, 0.0) + time.perf_counter() - start, 1)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "seconds.json").write_text(json.dumps(seconds))
     if ended.returncode:
         raise UserError(
             f"this stage failed (exit status {ended.returncode}); mend it and start again to go on"
         )
-    return time.perf_counter() - start
 
 
-def finish(folder: Path, seconds: dict[str, float]) -> None:
+def spent(folder: Path) -> dict[str, float]:
+    """Seconds of each stage so far, over all starts."""
+    file = folder / "seconds.json"
+    return dict(json.loads(file.read_text())) if file.is_file() else {}
+
+
+def finish(folder: Path, vae: Path) -> None:
     """Judge the samples, draw the picture, write the report."""
     start = time.perf_counter()
     train, held_out = real("train"), real("test")
     guided, unguided = (generated(folder / f"samples_cfg{scale}") for scale in (2, 1))
     report = DigitsJudge(train, held_out).report(guided, unguided)
-    report["reconstruction_mse"] = reconstruction_mse(folder / "vae" / "vae", held_out.images)
-    seconds["judge"] = time.perf_counter() - start
-    report["seconds"] = {k: round(v, 1) for k, v in seconds.items()} | {
-        "total": round(sum(seconds.values()), 1)
-    }
+    report["reconstruction_mse"] = reconstruction_mse(vae, held_out.images)
+    seconds = {**spent(folder), "judge": round(time.perf_counter() - start, 1)}
+    report["seconds"] = {**seconds, "total": round(sum(seconds.values()), 1)}
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     by_class = [guided.images[guided.labels == c][:10] for c in range(10)]
     picture = Image.fromarray(image_grid(np.concatenate(by_class), columns=10))

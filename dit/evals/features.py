@@ -30,7 +30,8 @@ class Pca:
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """(N, K) float64."""
-        return (_pixels(images) - self.mean) @ self.components.T
+        features: np.ndarray = (_pixels(images) - self.mean) @ self.components.T
+        return features
 
 
 def _pixels(images: np.ndarray) -> np.ndarray:

@@ -83,7 +83,7 @@ class Sampler:
 def to_uint8(images: Tensor) -> np.ndarray:
     """(B, 3, H, W) in [-1, 1] to (B, H, W, 3) uint8, rounded to the nearest."""
     scaled = ((images.float().clamp(-1, 1) + 1) * 127.5).round()
-    return scaled.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 def labels_for(indices: Tensor, classes: Sequence[int]) -> Tensor:
