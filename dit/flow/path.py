@@ -72,6 +72,9 @@ class Path:
     def coeffs(self, t: Tensor) -> Coeffs:
         """Coefficients and derivatives at t (B,), float32 or float64. Derivatives may be inf at the ends."""
         check_time(t)
+        if torch.is_inference_mode_enabled():  # where forward derivatives are silently 0 (torch 2.11)
+            with torch.inference_mode(False):
+                return Path.coeffs(self, t.clone())
         values, slopes = torch.func.jvp(self.alpha_sigma, (t,), (torch.ones_like(t),))  # type: ignore[misc]
         return Coeffs(*values, *slopes)
 
