@@ -12,6 +12,7 @@ A function with `**overrides: str` takes dotted configuration keys (`--train.ste
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import re
@@ -50,7 +51,7 @@ def run(
             return
         positional, flags = parse(function, words)
         command = [repr(v) for v in positional] + [f"--{k}={v!r}" for k, v in flags.items()]
-        fire.Fire(function, command=command, name=program, serialize=lambda _: "")
+        fire.Fire(function, command=command, name=program, serialize=lambda _: None)
     except UsageError as error:
         _fail(f"{error}\nSee: {program} --help", 2)
     except (UserError, OSError) as error:
@@ -60,7 +61,9 @@ def run(
 
 
 def _fail(text: str, code: int) -> typing.NoReturn:
-    world = World.from_env()
+    world = World()
+    with contextlib.suppress(UserError):  # half a launcher's variables may be what it failed at
+        world = World.from_env()
     where = f" (rank {world.rank})" if world.size > 1 else ""
     print(f"error{where}: {text}", file=sys.stderr, flush=True)
     raise SystemExit(code)
@@ -89,15 +92,14 @@ def parse(function: Command, words: list[str]) -> tuple[list[Any], dict[str, Any
     named = [n for n, k in kinds.items() if k is not inspect.Parameter.VAR_KEYWORD]
     places = [n for n in named if kinds[n] is inspect.Parameter.POSITIONAL_OR_KEYWORD]
     takes_any = len(named) < len(kinds)
-    loose, given = _split(words, {n for n in named if _strip(hints.get(n)) is bool})
+    switches = {n for n in named if _strip(hints.get(n)) is bool}
+    loose, given = _split(words, switches, known=None if takes_any else named)
     if len(loose) > len(places):
         raise UsageError(f"unexpected argument '{loose[len(places)]}' (a flag is written --name=value)")
     values: dict[str, Any] = dict(zip(places, loose, strict=False))
     for key, text in given.items():
         if key in values:
             raise UsageError(f"{key} is given twice")
-        if key not in named and not takes_any:
-            raise UsageError(f"unknown flag --{key}{did_you_mean(key, named)}")
         values[key] = text
     missing = [
         p.name
@@ -110,8 +112,11 @@ def parse(function: Command, words: list[str]) -> tuple[list[Any], dict[str, Any
     return [], typed
 
 
-def _split(words: list[str], switches: set[str]) -> tuple[list[str], dict[str, str]]:
-    """Loose words, and flags as {name: text}; `--name value` and `--name=value` are the same."""
+def _split(words: list[str], switches: set[str], known: list[str] | None) -> tuple[list[str], dict[str, str]]:
+    """Loose words, and flags as {name: text}; `--name value` and `--name=value` are the same.
+
+    known: the flags there are; None where any may be given.
+    """
     loose: list[str] = []
     given: dict[str, str] = {}
     rest = list(words)
@@ -122,6 +127,8 @@ def _split(words: list[str], switches: set[str]) -> tuple[list[str], dict[str, s
             continue
         key, equals, text = word.lstrip("-").partition("=")
         key = key.replace("-", "_")
+        if known is not None and key not in known:
+            raise UsageError(f"unknown flag --{key}{did_you_mean(key, known)}")
         if not equals:
             if key in switches:
                 text = "true"

@@ -23,7 +23,7 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar, Union, cast, dataclass_transform
+from typing import Annotated, Any, Generic, Literal, TypeVar, Union, cast, dataclass_transform
 
 import pydantic
 from pydantic_core import core_schema
@@ -69,9 +69,10 @@ def _number(value: Any) -> Any:
 
 def _numbers_refuse_bools(hint: Any) -> Any:
     """The same type hint, with every int and float in it refusing True and False (pydantic takes them as 1, 0)."""
-    if hint is int or hint is float:
-        return Annotated[hint, pydantic.BeforeValidator(_number)]
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    # Literal[0, 1] would take True, because True == 1
+    if hint is int or hint is float or (origin is Literal and any(type(a) is int for a in args)):
+        return Annotated[hint, pydantic.BeforeValidator(_number)]
     if origin is Annotated:
         return Annotated[(_numbers_refuse_bools(args[0]), *args[1:])]
     if origin in (Union, types.UnionType):

@@ -30,14 +30,18 @@ C = TypeVar("C")
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML in which a key given twice is an error and not silently the last one."""
+    """YAML in which a key given twice is an error and not silently the last one, and keys are text (`on` is not)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node)
+            key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
+            if not isinstance(key, str):
+                raise ConfigError(
+                    f"expected a key, got {key!r} (line {line}); quote it if it is meant as text"
+                )
             if key in seen:
-                raise ConfigError(f"key '{key}' is given twice (line {key_node.start_mark.line + 1})")
+                raise ConfigError(f"key '{key}' is given twice (line {line})")
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -63,6 +67,8 @@ def read_yaml(path: str | Path, _seen: tuple[Path, ...] = ()) -> tuple[dict[str,
     base_name = own.pop("base", None)
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
+    if not isinstance(base_name, str | None):
+        raise ConfigError(f"{path}: base: expected one file name, got {base_name!r}")
     if base_name is not None:
         values, sources = read_yaml(path.parent / base_name, (*_seen, path.resolve()))
     sources = {**sources, **dict.fromkeys(flatten(own), str(path))}
@@ -111,5 +117,7 @@ def _with_source(problem: Problem, sources: Mapping[str, str], default: str) -> 
 
 
 def write_yaml(path: str | Path, cfg: Any) -> None:
-    """Write a config, resolved in full, as YAML."""
-    Path(path).write_text(yaml.safe_dump(to_dict(cfg), sort_keys=False))
+    """Write a config, resolved in full, as YAML: whole or not at all, wherever the process is killed."""
+    beside = Path(path).with_name(Path(path).name + ".partial")
+    beside.write_text(yaml.safe_dump(to_dict(cfg), sort_keys=False))
+    beside.replace(path)

@@ -19,9 +19,15 @@ import torch
 import torch.distributed as td
 from torch import Tensor
 
+from dit.errors import UserError
+
 T = TypeVar("T")
 
 _LAUNCHERS = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
+
+
+class PeerError(UserError, RuntimeError):
+    """Another rank failed at something that ranks do together."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +53,7 @@ class World:
             return cls()
         missing = [n for n in names if n not in os.environ]
         if missing:
-            raise ValueError(
-                f"{', '.join(missing)} not set beside {names[0]}: start with torchrun or launch/"
-            )
+            raise UserError(f"{', '.join(missing)} not set beside {names[0]}: start with torchrun or launch/")
         rank, size, local_rank = (int(os.environ[n]) for n in names)
         return cls(rank, size, local_rank)
 
@@ -154,7 +158,7 @@ def together(action: Callable[[], T]) -> T:
     if error is not None:
         raise error
     if failures:
-        raise RuntimeError(f"rank {failures[0][0]} failed: {failures[0][1]}")
+        raise PeerError(f"rank {failures[0][0]} failed: {failures[0][1]}")
     return result  # type: ignore[return-value]
 
 

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dit.config import ConfigError, config, from_dict, to_dict
-from dit.data.codec import CODECS, Codec, CodecConfig, LatentNorm, Pixels, check_same_codec
+from dit.data.codec import CODECS, Codec, CodecConfig, LatentNorm, Pixels, check_same_codec, latent_norm
 from dit.data.manifest import Manifest
 from dit.dist import World
 from dit.flow.objective import Objective
@@ -94,11 +94,7 @@ class Experiment(RunConfig):
 
     def norm(self, manifest: Manifest) -> LatentNorm:
         """The latents' normalisation."""
-        if self.latents.norm == "dataset":
-            return LatentNorm(mean=manifest.mean, std=manifest.std)
-        settings = manifest.codec.get("config", {})
-        scale, shift = settings.get("scaling_factor", 1.0), settings.get("shift_factor") or 0.0
-        return LatentNorm(mean=(shift,) * manifest.channels, std=(1.0 / scale,) * manifest.channels)
+        return latent_norm(manifest, self.latents.norm)
 
     def _hooks(self, manifest: Manifest, norm: LatentNorm, task: LatentTask, world: World) -> list[Hook]:
         hooks = held_out_hook(self, manifest, task, world)

@@ -86,7 +86,7 @@ def draw(
     if not world.is_main:
         return None
     if world.size > 1:
-        for file in sorted(folder.glob(".part-*.npz")):
+        for file in [folder / f".part-{rank:05d}.npz" for rank in range(world.size)]:
             with np.load(file) as held:
                 drawn |= {int(k): held[k] for k in held.files}
             file.unlink()

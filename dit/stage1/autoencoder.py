@@ -76,6 +76,13 @@ class AutoencoderTask:
     kl_weight: float
     latent: tuple[int, int, int]
 
+    @property
+    def group(self) -> int:
+        return 1
+
+    def uncoupled(self) -> AutoencoderTask:
+        return self
+
     def drops(self, draws: Draws) -> Tensor:
         return torch.zeros(len(draws.slots), dtype=torch.bool)
 

@@ -139,10 +139,13 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def prune(directory: Path, keep: int) -> None:
-    """Remove all but the newest `keep` complete checkpoints; 0 keeps all. Called by rank 0."""
+def prune(directory: Path, keep: int, step: int) -> None:
+    """Remove all but the newest `keep` checkpoints up to `step`, the one just saved; 0 keeps all. Called by rank 0.
+
+    Those beyond it are broken ones that were passed over: they must not count instead of a good one.
+    """
     if keep:
-        for path in _candidates(directory)[keep:]:
+        for path in [p for p in _candidates(directory) if p.name <= f"{_PREFIX}{step:08d}"][keep:]:
             shutil.rmtree(path)
 
 
@@ -150,11 +153,13 @@ def prune(directory: Path, keep: int) -> None:
 
 
 def _candidates(directory: Path) -> list[Path]:
-    """Directories that claim to be complete, newest first."""
-    found = [
-        p for p in directory.glob(f"{_PREFIX}*") if p.suffix != ".partial" and (p / "COMPLETE").is_file()
-    ]
-    return sorted(found, reverse=True)
+    """Directories that have a checkpoint's final name, broken ones too, newest first."""
+    return sorted((p for p in directory.glob(f"{_PREFIX}*") if p.suffix != ".partial"), reverse=True)
+
+
+def exists(directory: Path) -> bool:
+    """Whether there is a checkpoint below `directory`, be it broken."""
+    return bool(_candidates(directory))
 
 
 def read(path: Path, verify: bool = True) -> Checkpoint:
@@ -198,7 +203,7 @@ def latest(directory: Path, report: Any = print) -> Checkpoint | None:
 def resolve(run_or_checkpoint: str | Path) -> Checkpoint:
     """A run directory's newest good checkpoint, or the one checkpoint named."""
     path = Path(run_or_checkpoint)
-    if (path / "COMPLETE").is_file():
+    if (path / "meta.json").is_file():
         return read(path)
     found = latest(path / "checkpoints") if (path / "checkpoints").is_dir() else None
     if found is None:
@@ -229,7 +234,7 @@ class Reader:
         for start, length, i in sorted(set(self._pieces.get(name, []))):
             low, high = max(offset + filled, start), min(offset + numel, start + length)
             if low < high and low == offset + filled:
-                piece = self._files[i].get_slice(f"{kind}/{name}")
+                piece = self._slice(i, f"{kind}/{name}")
                 out[filled : filled + high - low] = piece[low - start : high - start]
                 filled += high - low
         if filled != numel:
@@ -237,6 +242,14 @@ class Reader:
                 f"{self.checkpoint.path}: {kind}/{name} lacks elements {offset + filled}..{offset + numel}"
             )
         return out
+
+    def _slice(self, file: int, key: str) -> Any:
+        try:
+            return self._files[file].get_slice(key)
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{self.checkpoint.path / self.checkpoint.meta['files'][file]['file']}: lacks {key} ({error})"
+            ) from None
 
     def whole(self, kind: str, name: str) -> Tensor:
         """A tensor in its full shape."""

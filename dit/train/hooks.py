@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dit.config import ConfigError
 from dit.data.codec import check_same_codec
 from dit.data.manifest import Manifest
 from dit.data.stream import Stream
@@ -72,7 +73,12 @@ def held_out_hook(cfg: RunConfig, manifest: Manifest, task: Task, world: World) 
         return []
     held_out = Manifest.load(cfg.data.val)
     check_same_codec(manifest.codec, held_out.codec, cfg.data.path, cfg.data.val)
-    batch = min(cfg.train.global_batch, held_out.samples // world.size * world.size)
+    unit = world.size * task.group
+    batch = min(cfg.train.global_batch, held_out.samples // unit * unit)
+    if not batch:
+        raise ConfigError(
+            f"{cfg.data.val} has {held_out.samples} samples; {world.size} ranks x groups of {task.group} need {unit}"
+        )
     stream = Stream(held_out, VAL_SEED, batch, world.rank, world.size)
     steps, micro = min(cfg.val.batches, stream.steps_per_epoch), cfg.train.micro(world)
 

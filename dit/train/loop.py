@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dit import dist
+from dit.config import flatten
 from dit.data.stream import Batch, Stream
 from dit.errors import UserError
 from dit.rng import Draws
@@ -76,6 +77,7 @@ class Loop:
         if found is None:
             return False
         meta = found.meta
+        self._check_data(found)
         dist.together(
             lambda: checkpoint.load_into(found, self.engine.fragments(), self.ema.pieces, self.engine.module)
         )
@@ -102,13 +104,31 @@ class Loop:
         }
         folder = self.run_dir / "checkpoints"
         checkpoint.save(folder, self.step, self.engine.fragments(), self.ema.pieces, self.engine.module, meta)
-        dist.together(lambda: checkpoint.prune(folder, self.saving.keep) if self.world.is_main else None)
+        dist.together(
+            lambda: checkpoint.prune(folder, self.saving.keep, self.step) if self.world.is_main else None
+        )
 
     @torch.no_grad()
     def _probe_losses(self) -> dict[str, float]:
-        live = float(self.task.loss(self.engine, self.probe).mean)
+        task = self.task.uncoupled()
+        live = float(task.loss(self.engine, self.probe).mean)
         with self.ema.swapped_in():
-            return {"model": live, "ema": float(self.task.loss(self.engine, self.probe).mean)}
+            return {"model": live, "ema": float(task.loss(self.engine, self.probe).mean)}
+
+    def _check_data(self, found: checkpoint.Checkpoint) -> None:
+        """Refuse data, statistics or a codec that are not the checkpoint's."""
+        there, here = ({k: d[k] for k in ("data", "contract")} for d in (found.meta, self.identity))
+        before, now = flatten(there), flatten(json.loads(json.dumps(here)))
+        rows = [
+            f"  {k}: {before.get(k)!r} there, {now.get(k)!r} here"
+            for k in sorted({*before, *now})
+            if before.get(k) != now.get(k)
+        ]
+        if rows:
+            raise CheckpointError(
+                f"{found.path} was trained on other data than data.path holds:\n" + "\n".join(rows) + "\n"
+                "Set data.path to the data of this run, or another run_dir to start a new one."
+            )
 
     def _check_probe(self, found: checkpoint.Checkpoint) -> None:
         """Refuse weights that do not compute what they computed when they were saved."""

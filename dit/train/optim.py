@@ -57,8 +57,11 @@ class OptimConfig:
     schedule: Annotated[Schedule, SCHEDULES] = Constant()
 
     def __post_init__(self) -> None:
-        if self.lr <= 0 or self.warmup < 0 or (self.clip is not None and self.clip <= 0):
-            raise ConfigError("optim: lr and clip must be above 0, warmup at least 0")
+        if not 0 < self.lr < math.inf or self.warmup < 0 or not (self.clip is None or self.clip > 0):
+            raise ConfigError(
+                f"lr must be finite and above 0, clip above 0 or null, warmup at least 0; got lr {self.lr}, "
+                f"clip {self.clip}, warmup {self.warmup}"
+            )
 
     def lr_at(self, updates: int, total: int) -> float:
         """The learning rate of the update that follows `updates` applied ones, of `total` planned."""

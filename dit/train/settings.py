@@ -28,6 +28,9 @@ class TrainConfig:
         for name in ("steps", "global_batch", "log_every", "max_skipped"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("micro_batch", "threads"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ConfigError(f"train.{name} must be at least 1 or null, got {getattr(self, name)}")
         if not 0 <= self.label_drop < 1:
             raise ConfigError(f"train.label_drop must be in [0, 1), got {self.label_drop}")
 
@@ -130,9 +133,10 @@ class RunConfig:
 
 
 # A change of these is taken and recorded; a change of any other key would make it another run and is refused.
-# data.path is here because the data's identity is its manifest's content, which checkpoints hold.
+# data.path and codec are here because the identity of the data and of their codec is in the manifest, which
+# checkpoints hold.
 OPERATIONAL = (
-    "run_dir", "engine", "zero", "checkpoint", "sample", "val", "data.path", "data.val", "data.prefetch",
+    "run_dir", "engine", "zero", "checkpoint", "sample", "val", "codec", "data.path", "data.val", "data.prefetch",
     "train.steps", "train.micro_batch", "train.log_every", "train.max_skipped", "train.compile", "train.threads",
     "model.checkpoint_blocks",
 )  # fmt: skip

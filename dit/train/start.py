@@ -116,7 +116,7 @@ def _stream(cfg: RunConfig, manifest: Manifest, world: World) -> Stream:
 
 def _initialise(module: nn.Module, cfg: RunConfig) -> None:
     """Weights from init.from, if it is set and the run has no checkpoint of its own."""
-    if cfg.init.from_ is None or list(Path(cfg.run_dir).glob("checkpoints/*/COMPLETE")):
+    if cfg.init.from_ is None or checkpoint.exists(Path(cfg.run_dir) / "checkpoints"):
         return
     source = checkpoint.resolve(cfg.init.from_)
     try:

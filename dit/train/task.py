@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dit.data.codec import LatentNorm
 from dit.data.stream import Batch
+from dit.flow.couple import Independent
 from dit.flow.objective import Loss, Objective
 from dit.rng import Draws, Purpose
 
@@ -37,6 +38,13 @@ class Samples:
 class Task(Protocol):
     """A way to train a model on the stream."""
 
+    @property
+    def group(self) -> int:
+        """Consecutive slots that must stay together in a micro-batch."""
+
+    def uncoupled(self) -> Task:
+        """The same task with samples that know nothing of each other: its loss takes any batch (the probe's)."""
+
     def drops(self, draws: Draws) -> Tensor:
         """(B,) bool: which labels are dropped."""
 
@@ -56,6 +64,13 @@ class LatentTask:
     label_drop: float
     has_unit_variance: bool  # whether `norm` makes it so, which is what the first loss is predicted for
 
+    @property
+    def group(self) -> int:
+        return self.objective.coupling.group
+
+    def uncoupled(self) -> LatentTask:
+        return replace(self, objective=replace(self.objective, coupling=Independent()))
+
     def drops(self, draws: Draws) -> Tensor:
         return draws.uniform(Purpose.DROP) < self.label_drop
 
@@ -66,6 +81,7 @@ class LatentTask:
 
     def check_first_loss(self, losses: list[Loss], numel: int) -> str | None:
         per_sample = torch.cat([loss.per_sample.detach() for loss in losses])
+        per_sample = per_sample[torch.isfinite(per_sample)]  # the others are skipped and reported as such
         if not self.has_unit_variance or len(per_sample) < 8:
             return None
         drops = [float(loss.metrics["ot_cost_drop"]) for loss in losses if "ot_cost_drop" in loss.metrics]

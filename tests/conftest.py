@@ -1,0 +1,27 @@
+"""What all tests share: one thread a process, small data sets of real digits, a server that real ranks fork from."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports torch: several ranks share the cores
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.datasets import Digits, encode_digits
+from tests.ranks import Server
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Digits:
+    return encode_digits(tmp_path_factory.mktemp("digits"))
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """`ranks.run(2, function, ...)` runs a function on real ranks; see tests/ranks.py."""
+    server = Server(tmp_path_factory.mktemp("ranks"))
+    yield server
+    server.close()

@@ -1,0 +1,221 @@
+"""From noise to images: the right distribution, image i for itself (I7), labels, and pictures of pictures."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dit.config import ConfigError, from_dict
+from dit.flow.objective import Objective
+from dit.flow.path import PATHS, Linear, Path
+from dit.flow.predict import PREDICTIONS, Cond, Model, Prediction, Velocity
+from dit.model.dit import DiTConfig
+from dit.rng import Draws, Purpose
+from dit.sample.generate import (
+    Sampler,
+    SamplerSpec,
+    check_classes,
+    image_grid,
+    labels_for,
+    to_uint8,
+)
+from tests.gaussian import Gaussian
+
+SHAPE = (3, 4, 4)
+
+
+def sampler(
+    model: Model, path: Path | None = None, prediction: Prediction | None = None, **spec: object
+) -> Sampler:
+    made = from_dict(SamplerSpec, spec)
+    return Sampler(
+        model, path or Linear(), prediction or Velocity(), lambda x: x, SHAPE, made, torch.device("cpu")
+    )
+
+
+def trainable() -> list[tuple[Path, Prediction]]:
+    """The pairs that the objective lets train, so that they are sampled."""
+    found = []
+    for path in (cls() for _, cls in PATHS.items()):
+        for prediction in (cls() for _, cls in PREDICTIONS.items()):
+            try:
+                Objective(path=path, prediction=prediction).check()
+            except ConfigError:
+                continue
+            found.append((path, prediction))
+    return found
+
+
+PAIRS = trainable()
+
+
+def test_there_are_pairs_of_every_path() -> None:
+    assert {type(path) for path, _ in PAIRS} == {cls for _, cls in PATHS.items()}
+
+
+@pytest.mark.parametrize(
+    ("path", "prediction"), PAIRS, ids=[f"{PATHS.name_of(a)}-{PREDICTIONS.name_of(b)}" for a, b in PAIRS]
+)
+def test_the_best_networks_samples_have_the_datas_distribution(path: Path, prediction: Prediction) -> None:
+    data, n = Gaussian(), 256
+    drawn = sampler(data.network(path, prediction), path, prediction, num_steps=40)
+    found = drawn.latents(torch.arange(n), torch.zeros(n).long()).double()
+    count = found.numel()
+    assert abs(float(found.mean()) - data.mean) < 5 * data.std / math.sqrt(count) + 0.01
+    assert abs(float(found.std()) / data.std - 1) < 5 / math.sqrt(2 * count) + 0.02
+
+
+# --- image i is its own ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def network() -> torch.nn.Module:
+    """A nano DiT with random weights everywhere, so that labels, time and places matter."""
+    torch.manual_seed(0)
+    model = DiTConfig(size="nano").build(4, 3, 5)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return model.eval()
+
+
+def images(model: Model, index: list[int], batch: int, **spec: object) -> np.ndarray:
+    """Images `index`, of classes i mod 5, so many at a time."""
+    drawn = sampler(model, **{"num_steps": 3, "cfg_scale": 2.0, **spec})
+    where = torch.tensor(index)
+    parts = [drawn.images(part, part % 5) for part in where.split(batch)]
+    return np.concatenate(parts).astype(int)
+
+
+def test_an_image_depends_on_its_index_and_not_on_its_batch(network: torch.nn.Module) -> None:
+    whole = images(network, list(range(12)), batch=12)
+    assert whole.std() > 20
+    assert len({w.tobytes() for w in whole}) == 12
+    assert np.abs(images(network, list(range(12)), batch=5) - whole).max() <= 1
+    chosen = [11, 3, 7]
+    assert np.abs(images(network, chosen, batch=1) - whole[chosen]).max() <= 1
+    assert (images(network, list(range(12)), batch=12) == whole).all()
+
+
+def test_the_noise_is_bitwise_the_same_in_any_batch() -> None:
+    seen: list[Tensor] = []
+
+    def record(x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        seen.append(x.clone())
+        return torch.zeros_like(x)
+
+    drawn = sampler(record, num_steps=1, solver="euler", seed=3)
+    for index in (torch.arange(8), torch.tensor([6, 2])):
+        drawn.latents(index, torch.zeros(len(index)).long())
+    assert torch.equal(seen[1], seen[0][[6, 2]])
+    expected = Draws(3, 0, torch.arange(8), 1).normal(Purpose.PRIOR, SHAPE)
+    assert torch.equal(seen[0], expected)  # the linear path ends at sigma = 1
+
+
+def test_seed_label_weights_and_scale_matter(network: torch.nn.Module) -> None:
+    base = images(network, [0, 1], batch=2)
+    assert (images(network, [0, 1], batch=2, seed=1) != base).any()
+    assert (images(network, [0, 1], batch=2, cfg_scale=1.0) != base).any()
+    drawn = sampler(network, num_steps=3)
+    a, b = (drawn.images(torch.tensor([0]), torch.tensor([label])) for label in (0, 1))
+    assert (a != b).any()
+
+
+# --- what the network is asked -----------------------------------------------------------------------------
+
+
+class Counting:
+    """A network that says 0 and keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.calls: list[Cond] = []
+
+    def __call__(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        self.calls.append(cond)
+        return torch.zeros_like(x)
+
+
+@pytest.mark.parametrize("path", [cls() for _, cls in PATHS.items()], ids=PATHS.names())
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_nfe_is_what_is_evaluated(path: Path, solver: str) -> None:
+    model = Counting()
+    prediction = PREDICTIONS["v"]()
+    drawn = sampler(model, path, prediction, solver=solver, num_steps=7)
+    drawn.latents(torch.arange(2), torch.zeros(2).long())
+    assert len(model.calls) == drawn.nfe
+
+
+def test_without_guidance_there_is_one_branch_and_with_it_two_in_one_call() -> None:
+    plain, guided = Counting(), Counting()
+    label = torch.tensor([3, -1])
+    sampler(plain, num_steps=2, cfg_scale=1.0).latents(torch.arange(2), label)
+    sampler(guided, num_steps=2, cfg_scale=1.5).latents(torch.arange(2), label)
+    assert len(plain.calls) == len(guided.calls)
+    assert all(torch.equal(c["label"], label) and "drop" not in c for c in plain.calls)
+    for cond in guided.calls:
+        assert cond["label"].tolist() == [3, -1, 3, -1]
+        assert cond["drop"].tolist() == [False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        ({"num_steps": 0}, "num_steps"),
+        ({"num_steps": 2.5}, "num_steps"),
+        ({"cfg_scale": -1}, "cfg_scale"),
+        ({"solver": "hune"}, "did you mean heun?"),
+        ({"solver": {"name": "heun", "churn": 1}}, "churn"),
+        ({"grid": "karass"}, "grid"),
+        ({"steps": 3}, "did you mean num_steps?"),
+    ],
+)
+def test_impossible_specs_are_refused(bad: dict, says: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        from_dict(SamplerSpec, bad)
+    assert says in str(error.value)
+
+
+# --- labels and pictures -----------------------------------------------------------------------------------
+
+
+def test_labels_go_round() -> None:
+    assert labels_for(torch.arange(7), [4, 0, 2]).tolist() == [4, 0, 2, 4, 0, 2, 4]
+    assert labels_for(torch.tensor([5]), [4, 0, 2]).tolist() == [2]
+    assert labels_for(torch.arange(2), range(1)).dtype == torch.int64
+
+
+@pytest.mark.parametrize(("classes", "wrong"), [([0, 10], "[10]"), ([-2, 3, 11], "[-2, 11]")])
+def test_classes_out_of_range_are_refused(classes: list[int], wrong: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        check_classes(classes, 10)
+    assert f"classes {wrong} are out of range: this model knows 0..9" in str(error.value)
+
+
+def test_classes_in_range_and_no_class_are_taken() -> None:
+    check_classes([0, 9, -1], 10)
+
+
+def test_to_uint8_rounds_to_the_nearest_and_clips() -> None:
+    levels = torch.arange(256) / 127.5 - 1
+    image = levels.reshape(1, 1, 16, 16).expand(1, 3, 16, 16)
+    assert to_uint8(image)[0, :, :, 0].flatten().tolist() == list(range(256))
+    beyond = torch.tensor([-1.2, -1.0, 1.0, 3.0]).reshape(1, 1, 2, 2).expand(1, 3, 2, 2)
+    assert to_uint8(beyond)[0, :, :, 2].flatten().tolist() == [0, 0, 255, 255]
+    apart = torch.zeros(1, 3, 2, 5)
+    apart[0, 0], apart[0, 1], apart[0, 2] = -1.0, 0.0, 1.0
+    assert to_uint8(apart).shape == (1, 2, 5, 3)
+    assert to_uint8(apart)[0, 0, 0].tolist() == [0, 128, 255]
+
+
+def test_a_grid_holds_each_image_in_its_place() -> None:
+    tiles = np.stack([np.full((2, 3, 3), i, np.uint8) for i in range(5)])
+    grid = image_grid(tiles, columns=3, gap=1)
+    assert grid.shape == (2 * 3 + 1, 3 * 4 + 1, 3)
+    for i in range(5):
+        y, x = 1 + (i // 3) * 3, 1 + (i % 3) * 4
+        assert (grid[y : y + 2, x : x + 3] == i).all()
+    assert (grid[4:6, 9:12] == 255).all()  # the sixth place is empty
+    assert (grid[0] == 255).all()

@@ -1,0 +1,285 @@
+"""The command-line wrapper: nothing runs before everything is checked, and text stays text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+import pytest
+
+from dit.cli import UsageError, parse, run
+from dit.config import ConfigError, config
+from dit.dist import World
+
+Calls = list[dict[str, Any]]
+
+
+@config
+class Optim:
+    lr: float = 1e-4  # peak learning rate
+
+
+@config
+class Settings:
+    run_dir: str = "runs/x"  # everything is written here
+    optim: Optim = Optim()
+
+
+@pytest.fixture
+def calls() -> Calls:
+    return []
+
+
+@pytest.fixture
+def work(calls: Calls) -> Callable[..., None]:
+    def work(
+        place: Annotated[str, "where it is"],
+        other: str = "there",
+        *,
+        size: Annotated[int, "pixels a side"] = 8,
+        scale: float = 1.0,
+        out: str | None = None,
+        verbose: bool = False,
+        kind: Literal["ema", "model"] = "ema",
+        many: tuple[int, ...] = (),
+        limit: int | None = None,
+    ) -> None:
+        """Do the work.
+
+        And a second paragraph.
+        """
+        calls.append(dict(locals(), calls=None))
+
+    return work
+
+
+@pytest.fixture
+def train(calls: Calls) -> Callable[..., None]:
+    def train(config: str, *, dry_run: bool = False, **overrides: str) -> None:
+        """Train it."""
+        calls.append({"config": config, "dry_run": dry_run, **overrides})
+
+    return train
+
+
+def exit_code(commands: Any, *words: str, config: type | None = None) -> int:
+    try:
+        run(commands, config=config, argv=list(words))
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+# --- nothing wrong is swallowed ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["a", "--sise=3"], "unknown flag --sise; did you mean size?"),
+        (["a", "--zzz=3"], "unknown flag --zzz; valid here:"),
+        (["a", "--size.x=3"], "unknown flag --size.x"),
+        (["a", "b", "stray"], "unexpected argument 'stray'"),
+        ([], "missing PLACE"),
+        (["--size=3"], "missing PLACE"),
+        (["a", "--size=3", "--size=4"], "--size is given twice"),
+        (["a", "--place=b"], "place is given twice"),
+        (["a", "--size"], "--size needs a value"),
+        (["a", "--size", "--scale=2"], "--size needs a value"),
+        (["a", "--size=big"], "--size=big: input should be a valid integer"),
+        (["a", "--size=2.5"], "--size=2.5"),
+        (["a", "--size="], "--size="),
+        (["a", "--scale=fast"], "--scale=fast"),
+        (["a", "--verbose=perhaps"], "--verbose=perhaps"),
+        (["a", "--kind=emma"], "--kind=emma"),
+        (["a", "--many=1,x"], "--many=1,x"),
+        (["a", "--limit=x"], "--limit=x"),
+        (["a", "b", "--verbose", "false"], "unexpected argument 'false'"),  # a switch takes no word after it
+        (["a", "--verbos"], "unknown flag --verbos; did you mean verbose?"),
+    ],
+)
+def test_a_wrong_command_line_runs_nothing_and_exits_2(
+    work, calls: Calls, capsys: pytest.CaptureFixture[str], words: list[str], says: str
+) -> None:
+    assert exit_code(work, *words) == 2
+    assert calls == []
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ")
+    assert says in errors
+    assert "--help" in errors
+    assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("words", [["--help"], ["a", "--help"], ["a", "-h"], ["a", "--size=3", "--help"]])
+def test_help_only_ever_prints_help(work, calls: Calls, capsys, words: list[str]) -> None:
+    assert exit_code(work, *words) == 0
+    assert calls == []
+    text = capsys.readouterr().out
+    assert "Do the work.\n\nAnd a second paragraph." in text
+    assert "PLACE" in text
+    assert "str, required; where it is" in text
+    assert "int, default 8; pixels a side" in text
+
+
+def test_help_lists_the_configuration_keys(train, capsys) -> None:
+    assert exit_code(train, "--help", config=Settings) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "[--key.sub=value ...]" in lines[0]
+    row = next(line for line in lines if line.strip().startswith("optim.lr"))
+    assert row.split() == ["optim.lr", "=", "0.0001", "peak", "learning", "rate"]
+    assert any("run_dir" in line and "everything is written here" in line for line in lines)
+
+
+# --- values ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("word", "name", "expected"),
+    [
+        ("--other=2024", "other", "2024"),
+        ("--other=1e-4", "other", "1e-4"),
+        ("--other=True", "other", "True"),
+        ("--other=None", "other", "None"),
+        ("--other=[1, 2]", "other", "[1, 2]"),
+        ("--other=0,3", "other", "0,3"),
+        ("--other=a b 'c' \"d\"", "other", "a b 'c' \"d\""),
+        ("--other=a=b", "other", "a=b"),
+        ("--other=", "other", ""),
+        ("--other=-", "other", "-"),
+        ("--out=2024", "out", "2024"),
+        ("--out=none", "out", None),
+        ("--size=12", "size", 12),
+        ("--size=-3", "size", -3),
+        ("--scale=1e-4", "scale", 1e-4),
+        ("--scale=2", "scale", 2.0),
+        ("--verbose", "verbose", True),
+        ("--verbose=false", "verbose", False),
+        ("--kind=model", "kind", "model"),
+        ("--many=0,3", "many", (0, 3)),
+        ("--many=[5]", "many", (5,)),
+        ("--limit=none", "limit", None),
+        ("--limit=7", "limit", 7),
+    ],
+)
+def test_a_value_has_its_parameters_type(work, calls: Calls, word: str, name: str, expected: object) -> None:
+    assert exit_code(work, "2024", word) == 0
+    assert len(calls) == 1
+    assert calls[0]["place"] == "2024"
+    assert calls[0][name] == expected
+    assert type(calls[0][name]) is type(expected)
+
+
+def test_a_flag_may_be_followed_by_its_value_and_have_dashes(calls: Calls) -> None:
+    def work(*, batch_size: int, seed: int = 0, classes: str = "all") -> None:
+        calls.append(dict(locals(), calls=None))
+
+    assert exit_code(work, "--batch-size", "4", "--seed", "-1", "-classes", "0,3") == 0
+    assert (calls[0]["batch_size"], calls[0]["seed"], calls[0]["classes"]) == (4, -1, "0,3")
+
+
+def test_positionals_may_be_given_by_name_and_in_any_place(work, calls: Calls) -> None:
+    assert exit_code(work, "--size=3", "a", "--other=b") == 0
+    assert (calls[0]["place"], calls[0]["other"], calls[0]["size"]) == ("a", "b", 3)
+
+
+def test_overrides_arrive_as_they_were_typed(train, calls: Calls) -> None:
+    words = ["c.yaml", "--run_dir=2024", "--optim.lr=1e-4", "--a.b=[1, 2]", "--c=x y", "--model.size", "S"]
+    assert exit_code(train, *words) == 0
+    assert calls == [
+        {
+            "config": "c.yaml",
+            "dry_run": False,
+            "run_dir": "2024",
+            "optim.lr": "1e-4",
+            "a.b": "[1, 2]",
+            "c": "x y",
+            "model.size": "S",
+        }
+    ]
+
+
+def test_a_switch_beside_overrides(train, calls: Calls) -> None:
+    assert exit_code(train, "--dry_run", "c.yaml") == 0
+    assert calls[0] == {"config": "c.yaml", "dry_run": True}
+    assert exit_code(train, "c.yaml", "d.yaml") == 2
+    assert len(calls) == 1
+
+
+# --- subcommands -------------------------------------------------------------------------------------------
+
+
+def test_subcommands_are_chosen_and_listed(work, train, calls: Calls, capsys) -> None:
+    commands = {"work": work, "train": train}
+    assert exit_code(commands, "work", "here") == 0
+    assert calls[0]["place"] == "here"
+    assert exit_code(commands, "--help") == 0
+    assert "train" in capsys.readouterr().out
+    assert exit_code(commands, "work", "--help") == 0
+    assert "PLACE" in capsys.readouterr().out
+    assert exit_code(commands) == 2
+    assert exit_code(commands, "wrok", "here") == 2
+    assert "unknown command 'wrok'; did you mean work?" in capsys.readouterr().err
+    assert len(calls) == 1
+
+
+# --- errors of the work itself -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError("low must not be above high"), 1),
+        (FileNotFoundError(2, "No such file or directory", "/nowhere"), 1),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_an_error_for_the_user_is_one_line_and_no_traceback(capsys, error: BaseException, code: int) -> None:
+    def work() -> None:
+        raise error
+
+    assert exit_code(work) == code
+    text = capsys.readouterr().err
+    assert text.startswith("error: ")
+    assert text.count("\n") == 1
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    def work() -> None:
+        raise ZeroDivisionError("a bug")
+
+    with pytest.raises(ZeroDivisionError):
+        run(work, argv=[])
+
+
+def test_the_rank_is_named_where_there_are_several(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+
+    def work() -> None:
+        raise ConfigError("no")
+
+    assert exit_code(work) == 1
+    assert capsys.readouterr().err == "error (rank 1): no\n"
+
+
+def test_half_a_launch_is_an_error_for_the_user(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    for name in ("WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert exit_code(World.from_env) == 1
+    said = "error: WORLD_SIZE, LOCAL_RANK not set beside RANK: start with torchrun or launch/\n"
+    assert capsys.readouterr().err == said
+
+
+def test_a_result_is_not_printed(capsys) -> None:
+    def work() -> dict[str, int]:
+        return {"a": 1}
+
+    assert exit_code(work) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_parse_is_what_run_uses(work) -> None:
+    assert parse(work, ["a", "--size=3"]) == ([], {"place": "a", "size": 3})
+    with pytest.raises(UsageError, match="unknown flag"):
+        parse(work, ["a", "--no"])

@@ -1,0 +1,200 @@
+"""tools/sample.py: the ADM suite's format, the same images on any ranks and batches (I7), and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import tools.sample
+from dit.stage1.autoencoder import AutoencoderConfig
+from tests.commands import call, execute
+from tests.datasets import Digits
+from tests.ranks import Server
+from tests.train.runs import at_step, flip_bit, go, rewrite_tensors, values
+
+BASE = ("--num_samples=7", "--classes=0,3", "--cfg_scale=2", "--num_steps=2", "--batch_size=4", "--seed=5")
+
+
+@pytest.fixture(scope="module")
+def run(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose weights are random everywhere, so that nothing in a picture is 0."""
+    folder = tmp_path_factory.mktemp("run")
+    go(values(digits, folder, engine="local", train={"steps": 2}, checkpoint={"every": 1}))
+
+    def stir(tensors: dict) -> None:
+        generator = torch.Generator().manual_seed(len(tensors))
+        for name in sorted(tensors):
+            if name.startswith(("model/", "ema/")):
+                tensors[name] = 0.1 * torch.randn(tensors[name].shape, generator=generator)
+
+    for step in (1, 2):
+        rewrite_tensors(at_step(folder, step), stir)
+    return folder
+
+
+def draw(out: Path, *words: object) -> np.ndarray:
+    """The images of a call that must succeed."""
+    assert call(tools.sample.main, *words, f"--out={out}") == 0
+    return arrays(out)[0].astype(int)
+
+
+def arrays(out: Path) -> tuple[np.ndarray, np.ndarray]:
+    with np.load(out / "samples.npz") as held:
+        assert held.files == ["arr_0", "arr_1"]
+        return held["arr_0"], held["arr_1"]
+
+
+@pytest.fixture(scope="module")
+def base(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("base")
+    draw(out, run, *BASE)
+    return out
+
+
+def test_the_files_are_what_they_should_be(run: Path, base: Path) -> None:
+    images, labels = arrays(base)
+    assert (images.shape, images.dtype) == ((7, 16, 16, 3), np.uint8)
+    assert (labels.tolist(), labels.dtype) == ([0, 3, 0, 3, 0, 3, 0], np.int64)
+    assert images.std() > 1
+    assert len({i.tobytes() for i in images}) == 7
+    grid = np.asarray(Image.open(base / "grid.png"))
+    assert (grid[2:18, 2:18] == images[0]).all()  # two columns, one a class
+    assert (grid[20:36, 20:36] == images[3]).all()
+    spec = json.loads((base / "spec.json").read_text())
+    assert spec["checkpoint"] == str(at_step(run, 2))
+    assert (spec["step"], spec["weights"], spec["classes"]) == (2, "ema", [0, 3])
+    assert (spec["num_samples"], spec["batch_size"], spec["nfe"]) == (7, 4, 4)
+    assert spec["sampler"]["solver"] == {"name": "heun"}
+    assert (spec["sampler"]["num_steps"], spec["sampler"]["cfg_scale"], spec["sampler"]["seed"]) == (
+        2,
+        2.0,
+        5,
+    )
+    assert sorted(p.name for p in base.iterdir()) == ["grid.png", "samples.npz", "spec.json"]
+
+
+def test_image_i_is_the_same_whatever_is_drawn_with_it(run: Path, base: Path, tmp_path: Path) -> None:
+    images = arrays(base)[0].astype(int)
+    assert (draw(tmp_path / "again", run, *BASE) == images).all()
+    for batch in (1, 3, 64):
+        other = draw(tmp_path / str(batch), run, *BASE[:-2], BASE[-1], f"--batch_size={batch}")
+        assert np.abs(other - images).max() <= 1, batch
+    more = draw(tmp_path / "more", run, "--num_samples=9", *BASE[1:])
+    assert np.abs(more[:7] - images).max() <= 1
+    assert (more[:4] == images[:4]).all()  # a whole batch of four in both: bit for bit
+
+
+def test_ranks_change_nothing_and_old_parts_are_not_taken_in(
+    run: Path, base: Path, ranks: Server, tmp_path: Path
+) -> None:
+    """What a larger job that was killed has left in the folder is no part of this one."""
+    tmp_path.joinpath(".part-00007.npz").touch()
+    np.savez(tmp_path / ".part-00002.npz", **{"0": np.zeros((4, 16, 16, 3), np.uint8)})
+    assert ranks.run(2, call, tools.sample.main, run, *BASE, f"--out={tmp_path}") == [0, 0]
+    for ours, theirs in zip(arrays(tmp_path), arrays(base), strict=True):
+        assert (ours == theirs).all()
+    assert not (tmp_path / ".part-00000.npz").exists()
+
+
+def test_more_ranks_than_batches(run: Path, base: Path, ranks: Server, tmp_path: Path) -> None:
+    words = (*BASE[:-2], BASE[-1], "--batch_size=7", f"--out={tmp_path}")
+    assert ranks.run(2, call, tools.sample.main, run, *words) == [0, 0]
+    assert np.abs(arrays(tmp_path)[0].astype(int) - arrays(base)[0]).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "--seed=6",
+        "--cfg_scale=1",
+        "--num_steps=3",
+        "--solver=euler",
+        "--weights=model",
+        "--shift=3",
+        "--classes=1,2",
+    ],
+)
+def test_every_choice_matters(run: Path, base: Path, tmp_path: Path, change: str) -> None:
+    name = change.split("=")[0]
+    kept = [w for w in BASE if not w.startswith(name + "=")]
+    assert (draw(tmp_path, run, *kept, change) != arrays(base)[0]).any()
+
+
+def test_a_checkpoint_may_be_named_and_a_broken_one_is_passed_over(
+    run: Path, base: Path, tmp_path: Path, capsys
+) -> None:
+    first = draw(tmp_path / "first", at_step(run, 1), *BASE)
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    flip_bit(at_step(copy, 2) / "rank-00000.safetensors")
+    assert (draw(tmp_path / "passed", copy, *BASE) == first).all()
+    assert "passing over a broken checkpoint" in capsys.readouterr().out
+    assert call(tools.sample.main, at_step(copy, 2), *BASE, f"--out={tmp_path / 'x'}") == 1
+    assert "its content does not match its checksum" in capsys.readouterr().err
+
+
+def test_all_classes_and_no_class(run: Path, tmp_path: Path) -> None:
+    words = ("--num_samples=12", "--num_steps=1", "--solver=euler")
+    draw(tmp_path / "all", run, *words)
+    assert arrays(tmp_path / "all")[1].tolist() == [*range(10), 0, 1]
+    draw(tmp_path / "none", run, *words, "--classes=-1")
+    assert arrays(tmp_path / "none")[1].tolist() == [-1] * 12
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (["--classes=0,10"], 1, "classes [10] are out of range: this model knows 0..9"),
+        (["--classes=zero"], 1, "classes must be 'all' or numbers like 0,3; got 'zero'"),
+        (["--num_samples=0"], 1, "at least 1"),
+        (["--batch_size=0"], 1, "at least 1"),
+        (["--num_steps=0"], 1, "num_steps"),
+        (["--cfg_scale=-1"], 1, "cfg_scale"),
+        (["--solver=hune"], 1, "did you mean heun?"),
+        (["--weights=emma"], 2, "--weights=emma"),
+        (["--numsamples=3"], 2, "did you mean num_samples?"),
+        (["--codec_path=./nowhere"], 1, "nowhere/config.json is missing"),
+    ],
+)
+def test_what_is_wrong_is_said_and_nothing_is_written(
+    run: Path, tmp_path: Path, capsys, words: list[str], code: int, says: str
+) -> None:
+    kept = [w for w in BASE if w.split("=")[0] not in {x.split("=")[0] for x in words}]
+    assert call(tools.sample.main, run, *kept, *words, f"--out={tmp_path / 'out'}") == code
+    said = capsys.readouterr().err
+    assert says in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_without_a_checkpoint_and_a_call_without_a_folder(run: Path, tmp_path: Path, capsys) -> None:
+    assert call(tools.sample.main, tmp_path, f"--out={tmp_path / 'out'}") == 1
+    assert "no checkpoint here" in capsys.readouterr().err
+    assert call(tools.sample.main, run) == 2
+    assert "missing --out" in capsys.readouterr().err
+
+
+def test_the_vae_may_have_moved_but_not_changed(
+    digits: Digits, run: Path, base: Path, tmp_path: Path, capsys
+) -> None:
+    moved = shutil.copytree(digits.vae, tmp_path / "moved")
+    assert (draw(tmp_path / "out", run, *BASE, f"--codec_path={moved}") == arrays(base)[0]).all()
+    torch.manual_seed(5)
+    AutoencoderConfig(widths=(8, 8), groups=4).build().vae.save_pretrained(tmp_path / "other")
+    assert (
+        call(tools.sample.main, run, *BASE, f"--codec_path={tmp_path / 'other'}", f"--out={tmp_path / 'x'}")
+        == 1
+    )
+    assert "come from different codecs" in capsys.readouterr().err
+
+
+def test_as_a_command(run: Path, base: Path, tmp_path: Path) -> None:
+    done = execute("sample.py", run, *BASE, "--out=2024", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "7 images in 2024/samples.npz" in done.stdout
+    assert (arrays(tmp_path / "2024")[0] == arrays(base)[0]).all()

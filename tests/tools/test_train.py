@@ -1,0 +1,149 @@
+"""tools/train.py: as a process that is killed and started again, and everything it refuses before it starts."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+import tools.train
+from dit.config import to_dict
+from dit.data.manifest import Manifest
+from dit.experiment import Experiment
+from tests.commands import call, command, environment, execute
+from tests.datasets import Digits
+from tests.train.runs import at_step, column, differing, experiment, go, state, values
+
+
+@pytest.fixture
+def config(digits: Digits, tmp_path: Path) -> Path:
+    """A config as a user would write it."""
+    path = tmp_path / "digits.yaml"
+    given = values(digits, tmp_path / "run", train={"steps": 60}, checkpoint={"every": 4})
+    path.write_text(yaml.safe_dump(given))
+    return path
+
+
+def test_killed_and_started_again_by_the_same_command(digits: Digits, config: Path, tmp_path: Path) -> None:
+    """SIGKILL in the middle; then bit for bit the run that nothing interrupted. `2024` is a folder's name."""
+    words = ("train.py", config, "--run_dir=2024", "--train.steps=30", "--engine=local")
+    log = tmp_path / "2024" / "metrics.jsonl"
+    with (tmp_path / "said").open("w") as said:
+        process = subprocess.Popen(
+            command(*words), cwd=tmp_path, stdout=said, stderr=subprocess.STDOUT, env=environment()
+        )
+        end = time.monotonic() + 100
+        while not log.is_file() or log.read_text().count("\n") < 9:
+            assert process.poll() is None, (tmp_path / "said").read_text()
+            assert time.monotonic() < end
+            time.sleep(0.005)
+        process.kill()
+        process.wait()
+    assert log.read_text().count("\n") < 30
+    done = execute(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "resuming 2024 at step " in done.stdout
+    whole = values(digits, tmp_path / "whole", engine="local", train={"steps": 30}, checkpoint={"every": 4})
+    go(whole)
+    for name in ("step", "batch_hash", "loss", "grad_norm"):
+        assert column(tmp_path / "2024", name) == column(tmp_path / "whole", name)
+    final = [state(at_step(tmp_path / folder, 30)) for folder in ("2024", "whole")]
+    assert differing(*final) == []
+
+
+def test_deepspeed_is_the_default_and_is_quiet(config: Path, tmp_path: Path) -> None:
+    done = execute("train.py", config, "--train.steps=3", "--train.log_every=1")
+    assert done.returncode == 0, done.stderr
+    assert column(tmp_path / "run", "step") == [1, 2, 3]
+    noise = [line for line in done.stdout.splitlines() if line.strip()]
+    assert not any("WARNING" in line or "INFO" in line for line in noise + done.stderr.splitlines()), (
+        done.stderr
+    )
+    again = execute("train.py", config, "--train.steps=3", "--train.log_every=1")
+    assert again.returncode == 0
+    assert "has done its 3 steps; raise train.steps to go on" in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (["--trainsteps=3"], 1, "unknown key"),
+        (["--train.step=3"], 1, "did you mean train.steps?"),
+        (["--train.steps=many"], 1, "train.steps"),
+        (["--zero.stage=7"], 1, "zero.stage"),
+        (["--dryrun"], 2, "needs a value"),
+        (["other.yaml"], 2, "unexpected argument 'other.yaml'"),
+        (["--seed=1", "--seed=2"], 2, "--seed is given twice"),
+        (["--data.path=nowhere"], 1, "nowhere: no manifest.json"),
+        (["--train.global_batch=1000"], 1, "1000 is larger than the data set of 160 samples"),
+        (["--train.micro_batch=5"], 1, "does not divide"),
+        (["--init.from=nowhere"], 1, "nowhere: no checkpoint here"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_starts(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], code: int, says: str
+) -> None:
+    assert call(tools.train.main, config, *words, config=Experiment) == code
+    said = capsys.readouterr()
+    assert says in said.err
+    assert said.err.startswith("error: ")
+    assert "Traceback" not in said.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_config_is_named(tmp_path: Path, capsys) -> None:
+    assert call(tools.train.main, tmp_path / "digts.yaml") == 1
+    assert "digts.yaml: no such config file" in capsys.readouterr().err
+    assert call(tools.train.main) == 2
+    assert "missing CONFIG" in capsys.readouterr().err
+
+
+def test_help_behind_a_positional_starts_nothing(config: Path, tmp_path: Path) -> None:
+    done = execute("train.py", config, "--help")
+    assert done.returncode == 0
+    assert "Train in run_dir, or resume what is there." in done.stdout
+    for key in (
+        "train.global_batch",
+        "train.micro_batch",
+        "checkpoint.every",
+        "zero.stage",
+        "run_dir",
+        "seed",
+    ):
+        assert f"  {key} " in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_changed_identity_is_refused_and_an_operational_change_taken(
+    config: Path, tmp_path: Path, capsys
+) -> None:
+    first = ("--engine=local", "--train.steps=2")
+    assert call(tools.train.main, config, *first) == 0
+    capsys.readouterr()
+    assert call(tools.train.main, config, *first, "--optim.lr=5e-3", "--seed=3") == 1
+    said = capsys.readouterr().err
+    assert "optim.lr: 0.002 there, 0.005 now" in said
+    assert "seed: 0 there, 3 now" in said
+    assert call(tools.train.main, config, "--engine=local", "--train.steps=3", "--train.micro_batch=16") == 0
+    assert column(tmp_path / "run", "step") == [1, 2, 3]
+
+
+def test_dry_run_tells_the_cost_and_trains_nothing(
+    digits: Digits, config: Path, tmp_path: Path, capsys
+) -> None:
+    assert call(tools.train.main, config, "--dry_run", "--train.steps=1e3") == 0
+    said = capsys.readouterr().out
+    cfg = experiment(values(digits, tmp_path))
+    module = cfg.model.build(8, 4, 10)
+    assert f"{sum(p.numel() for p in module.parameters()):,} trained" in said
+    rows = {line.split()[0]: line for line in said.splitlines()}
+    assert {"parameters", "forward", "training", "data", "batch", "memory", "peak", "hours"} <= set(rows)
+    assert "200.0 epochs" in rows["data"]  # 1000 steps of 32 over 160
+    assert "32 = 1 ranks x 8 x accumulation" in rows["batch"]
+    flops = cfg.cost(Manifest.load(digits.moments)).training_flops
+    assert f"{flops * 32_000:.3g} in all" in rows["training"]
+    assert not (tmp_path / "run").exists()
+    assert to_dict(cfg)["train"]["steps"] != 1000

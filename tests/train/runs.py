@@ -1,0 +1,125 @@
+"""Small real training runs, and how to look at what they left."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dit import dist
+from dit.config import from_dict, merge
+from dit.experiment import Experiment
+from dit.train import checkpoint
+from dit.train.checkpoint import KINDS, Reader
+from dit.train.loop import Loop
+from dit.train.start import build, train
+from tests.datasets import Digits
+
+STEPS, BATCH, LR = 20, 32, 2e-3
+Values = dict[str, Any]
+
+
+def values(digits: Digits, run_dir: Path, **sections: Any) -> Values:
+    """A nano DiT on the digits' moments as a plain dictionary; sections (train={...}) are merged in."""
+    base: Values = {
+        "data": {"path": str(digits.moments), "lanes": 8},
+        "run_dir": str(run_dir),
+        "model": {"size": "nano"},
+        "objective": {"times": "logit_normal"},
+        "optim": {"lr": LR, "clip": 0.38, "weight_decay": 0.01, "warmup": 4, "schedule": "cosine"},
+        "ema": {"decay": 0.9},
+        "train": {
+            "steps": STEPS,
+            "global_batch": BATCH,
+            "micro_batch": 8,
+            "log_every": 1,
+            "label_drop": 0.25,
+        },
+        "checkpoint": {"every": STEPS // 2, "keep": 0},
+        "codec": {"name": "vae", "path": str(digits.vae)},
+    }
+    return merge(base, sections)
+
+
+def experiment(given: Values) -> Experiment:
+    return from_dict(Experiment, given)
+
+
+def go(given: Values) -> None:
+    """Train as tools/train.py does."""
+    cfg = experiment(given)
+    train(cfg, cfg.make_parts)
+
+
+def built(given: Values) -> Loop:
+    """The loop of a run, in a session that is open already."""
+    cfg = experiment(given)
+    return build(cfg, cfg.make_parts, dist.World.from_env())
+
+
+# --- what a run left ---------------------------------------------------------------------------------------
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def column(run_dir: Path, name: str) -> list[Any]:
+    """One figure at every logged step."""
+    return [row[name] for row in metrics(run_dir)]
+
+
+def at_step(run_dir: Path, step: int) -> Path:
+    """The folder of a checkpoint."""
+    return run_dir / "checkpoints" / f"step-{step:08d}"
+
+
+def state(folder: Path) -> dict[str, Tensor]:
+    """Everything in a checkpoint, whole: "model/blocks.0...", "ema/...", "exp_avg/..."."""
+    reader = Reader(checkpoint.read(folder))
+    found = {f"{kind}/{name}": reader.whole(kind, name) for kind in KINDS for name in reader.shapes}
+    return found | {f"buffer/{name}": b for name, b in reader.buffers().items()}
+
+
+def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
+    """Names whose tensors are not the same bit for bit."""
+    assert a.keys() == b.keys()
+    return [name for name in a if not torch.equal(a[name], b[name])]
+
+
+# --- breaking checkpoints ----------------------------------------------------------------------------------
+
+
+def sign(folder: Path, change: Callable[[dict[str, Any]], None] = lambda meta: None) -> None:
+    """Change meta.json, and make it and every checksum in it fit what is there now."""
+    meta = json.loads((folder / "meta.json").read_text())
+    for entry in meta["files"]:
+        data = (folder / entry["file"]).read_bytes()
+        entry |= {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    change(meta)
+    text = json.dumps(meta, indent=1)
+    (folder / "meta.json").write_text(text)
+    (folder / "COMPLETE").write_text(hashlib.sha256(text.encode()).hexdigest())
+
+
+def rewrite_tensors(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+    """Change the tensors of each rank's file, validly signed."""
+    for file in folder.glob("rank-*.safetensors"):
+        tensors = load_file(file)
+        change(tensors)
+        save_file(tensors, file)
+    sign(folder)
+
+
+def flip_bit(path: Path, offset: int = -5) -> None:
+    """Alter one bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)

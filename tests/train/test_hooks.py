@@ -1,0 +1,116 @@
+"""Held-out losses and sample grids during training: with the average, at fixed draws, at every stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dit.config import ConfigError
+from dit.data import DataError
+from dit.data.manifest import Manifest
+from dit.data.stream import Stream
+from dit.dist import World
+from dit.evals.valloss import held_out_loss
+from dit.experiment import Trained
+from dit.rng import Draws
+from dit.train.hooks import VAL_SEED, held_out_hook
+from dit.train.task import LatentTask, batch_samples
+from tests.datasets import Digits
+from tests.train.runs import BATCH, STEPS, at_step, experiment, go, values
+from tests.train.test_loop import curve
+
+NAMES = ("loss", "loss_q1", "loss_q2", "loss_q3", "loss_q4")
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_held_out_loss_does_not_depend_on_ranks_or_stage(
+    reference: Path, sharded: Callable[[int], Path], stage: int, name: str
+) -> None:
+    expected = curve(reference, f"held_out/{name}")
+    assert [step for step, _ in expected] == [STEPS // 2, STEPS]
+    for (_, a), (_, b) in zip(curve(sharded(stage), f"held_out/{name}"), expected, strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+
+
+def test_the_held_out_loss_is_that_of_the_averaged_weights(digits: Digits, reference: Path) -> None:
+    """Computed again from the checkpoint: 48 samples in one batch of 32, at draws of a seed of their own."""
+    found = dict(curve(reference, "held_out/loss"))[STEPS]
+    losses = {}
+    for weights in ("ema", "model"):
+        trained = Trained.load(str(at_step(reference, STEPS)), weights, torch.device("cpu"))
+        cfg = trained.experiment
+        task = LatentTask(cfg.objective, trained.norm, cfg.train.label_drop, has_unit_variance=True)
+        stream = Stream(Manifest.load(digits.moments_val), VAL_SEED, BATCH)
+        with torch.no_grad():
+            batch = stream.batch(0)
+            draws = Draws(VAL_SEED, 0, batch.slots, BATCH)
+            samples, _ = batch_samples(batch, task, draws, torch.device("cpu"))
+            losses[weights] = held_out_loss([task.loss(trained.model, samples)])["loss"]
+        stream.close()
+    assert found == pytest.approx(losses["ema"], rel=1e-5)
+    assert abs(losses["model"] / losses["ema"] - 1) > 1e-4
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_grids_are_the_same_at_every_stage(
+    reference: Path, sharded: Callable[[int], Path], stage: int
+) -> None:
+    for step in (10, 20):
+        images = [
+            np.asarray(Image.open(run / "samples" / f"step-{step:08d}.png")).astype(int)
+            for run in (reference, sharded(stage))
+        ]
+        assert images[0].shape == (2 + 18, 2 + 10 * 18, 3)  # ten classes of 16x16 in a row
+        assert np.abs(images[0] - images[1]).max() <= 1
+        assert images[0][2:-2, 2:-2].std() > 1
+    assert len(list((reference / "samples").iterdir())) == 2
+
+
+def test_small_held_out_data_are_one_smaller_batch(digits: Digits, tmp_path: Path) -> None:
+    data = {"path": str(digits.pixels), "val": str(digits.pixels_val)}
+    given = values(
+        digits, tmp_path, data=data, codec={"name": "pixels"}, val={"every": 1, "batches": 5}, engine="local"
+    )
+    given["train"] |= {"steps": 1, "global_batch": 64, "micro_batch": 32}
+    go(given)
+    assert len(curve(tmp_path, "held_out/loss")) == 1
+
+
+def test_held_out_data_of_another_codec_are_refused(digits: Digits, tmp_path: Path) -> None:
+    given = values(
+        digits, tmp_path / "run", data={"val": str(digits.pixels_val)}, val={"every": 1}, engine="local"
+    )
+    with pytest.raises(DataError, match="come from different codecs"):
+        go(given)
+    assert not (tmp_path / "run").exists()
+
+
+def test_held_out_data_too_few_for_the_ranks_are_refused(digits: Digits, tmp_path: Path) -> None:
+    cfg = experiment(
+        values(
+            digits,
+            tmp_path,
+            data={"val": str(digits.moments_val)},
+            val={"every": 1},
+            objective={"coupling": {"name": "ot", "group": 32}},
+            train={"global_batch": 256, "micro_batch": 32},
+        )
+    )
+    manifest = Manifest.load(digits.moments)
+    task = LatentTask(cfg.objective, cfg.norm(manifest), 0.1, has_unit_variance=True)
+    with pytest.raises(ConfigError, match="48 samples; 2 ranks x groups of 32 need 64"):
+        held_out_hook(cfg, manifest, task, World(0, 2))
+
+
+def test_without_a_cadence_there_is_no_hook(digits: Digits, tmp_path: Path) -> None:
+    cfg = experiment(values(digits, tmp_path))
+    manifest = Manifest.load(digits.moments)
+    parts = cfg.make_parts(manifest, World())
+    assert parts.hooks == []
+    assert held_out_hook(cfg, manifest, parts.task, World()) == []

@@ -1,0 +1,141 @@
+"""Learning-rate schedules by exact values, parameter groups, AdamW's arguments."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from dit.config import ConfigError, from_dict
+from dit.train.optim import (
+    SCHEDULES,
+    Constant,
+    Cosine,
+    GuardedAdamW,
+    OptimConfig,
+    adamw_arguments,
+    parameter_groups,
+)
+
+
+def rates(cfg: OptimConfig, total: int) -> list[float]:
+    return [cfg.lr_at(updates, total) for updates in range(total)]
+
+
+@pytest.mark.parametrize(
+    ("cfg", "total", "expected"),
+    [
+        (OptimConfig(lr=8.0), 3, [8, 8, 8]),
+        (OptimConfig(lr=8.0, warmup=4), 6, [2, 4, 6, 8, 8, 8]),
+        (OptimConfig(lr=8.0, schedule=Cosine()), 4, [8, 4 + 2 * math.sqrt(2) * 1, 4, 4 - 2 * math.sqrt(2)]),
+        (OptimConfig(lr=8.0, schedule=Cosine(final=0.5)), 2, [8, 6]),
+        (OptimConfig(lr=8.0, warmup=2, schedule=Cosine(final=0.25)), 6, [4, 8, 8, None, 5, None]),
+        (OptimConfig(lr=8.0, warmup=9), 3, [8 / 9, 16 / 9, 24 / 9]),
+    ],
+)
+def test_exact_values(cfg: OptimConfig, total: int, expected: list[float | None]) -> None:
+    for found, value in zip(rates(cfg, total), expected, strict=True):
+        assert value is None or found == pytest.approx(value, rel=1e-12)
+
+
+def test_beyond_the_planned_end_the_rate_stays_at_its_final_value() -> None:
+    cfg = OptimConfig(lr=2.0, schedule=Cosine(final=0.1))
+    assert cfg.lr_at(100, 100) == pytest.approx(0.2)
+    assert cfg.lr_at(1000, 100) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("name", SCHEDULES.names())
+def test_every_schedule_starts_at_1_and_stays_in_range(name: str) -> None:
+    schedule = SCHEDULES[name]()
+    factors = [schedule.factor(i / 50) for i in range(60)]
+    assert factors[0] == 1.0
+    assert all(0 <= f <= 1 for f in factors)
+    assert factors == sorted(factors, reverse=True)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"lr": 0},
+        {"lr": -1},
+        {"lr": "nan"},
+        {"lr": "inf"},
+        {"clip": 0},
+        {"clip": -1},
+        {"clip": "nan"},
+        {"warmup": -1},
+        {"schedule": "cosin"},
+    ],
+)
+def test_impossible_settings_are_refused(bad: dict) -> None:
+    with pytest.raises(ConfigError):
+        from_dict(OptimConfig, bad)
+
+
+def test_no_clipping_is_null() -> None:
+    assert from_dict(OptimConfig, {"clip": None}).clip is None
+    assert from_dict(OptimConfig, {"schedule": "constant"}).schedule == Constant()
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 4)
+        self.table = nn.Embedding(5, 2)
+        self.norm = nn.LayerNorm(4)
+        self.frozen = nn.Parameter(torch.zeros(3, 3), requires_grad=False)
+
+
+def test_matrices_decay_and_vectors_and_frozen_ones_do_not() -> None:
+    net = Net()
+    decayed, plain = parameter_groups(net, 0.1)
+    assert (decayed["name"], decayed["weight_decay"]) == ("decayed", 0.1)
+    assert (plain["name"], plain["weight_decay"]) == ("plain", 0.0)
+    names = {id(p): n for n, p in net.named_parameters()}
+    assert {names[id(p)] for p in decayed["params"]} == {"linear.weight", "table.weight"}
+    assert {names[id(p)] for p in plain["params"]} == {"linear.bias", "norm.weight", "norm.bias"}
+
+
+def test_without_decay_there_is_one_group() -> None:
+    (only,) = parameter_groups(Net(), 0.0)
+    assert len(only["params"]) == 5
+    assert only["weight_decay"] == 0.0
+
+
+def test_the_shape_that_counts_is_the_whole_parameters() -> None:
+    """ZeRO-3 leaves empty one-dimensional tensors and keeps the shape aside."""
+    net = Net()
+    for p in net.parameters():
+        p.ds_shape = p.shape  # type: ignore[attr-defined]
+        p.data = torch.empty(0)
+    decayed, _ = parameter_groups(net, 0.1)
+    assert len(decayed["params"]) == 2
+
+
+def test_adamw_takes_what_the_config_says() -> None:
+    arguments = adamw_arguments(OptimConfig(lr=3.0, betas=(0.5, 0.6), eps=1e-3), torch.device("cpu"))
+    assert arguments == {"lr": 3.0, "betas": (0.5, 0.6), "eps": 1e-3, "fused": False}
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_a_guarded_step_is_torchs_adamw_after_torchs_clipping(clip: float | None) -> None:
+    torch.manual_seed(0)
+    ours, theirs = nn.Linear(3, 2), nn.Linear(3, 2)
+    theirs.load_state_dict(ours.state_dict())
+    settings = adamw_arguments(OptimConfig(lr=0.1), torch.device("cpu"))
+    guarded = GuardedAdamW(parameter_groups(ours, 0.1), clip, **settings)
+    plain = torch.optim.AdamW(parameter_groups(theirs, 0.1), **settings)
+    for _ in range(3):
+        x = torch.randn(5, 3)
+        for net, optimizer in ((ours, guarded), (theirs, plain)):
+            optimizer.zero_grad()
+            net(x).square().sum().backward()
+        norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), clip or math.inf)
+        guarded.step()
+        plain.step()
+        assert guarded._global_grad_norm == pytest.approx(float(norm))
+        assert not guarded.overflow
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)

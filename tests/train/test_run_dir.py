@@ -1,0 +1,122 @@
+"""Claiming a run directory: identity keys are fixed, operational ones are taken and recorded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dit.config import ConfigError, from_dict, keys_of, merge
+from dit.configfile import load
+from dit.dist import World
+from dit.experiment import Experiment
+from dit.train.run_dir import claim, is_operational
+
+BASE = {"data": {"path": "there"}, "model": {"size": "nano"}, "train": {"steps": 10, "global_batch": 8}}
+
+
+def experiment(run_dir: Path, **changes: object) -> Experiment:
+    return from_dict(Experiment, merge({**BASE, "run_dir": str(run_dir)}, changes))
+
+
+def history(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "history.jsonl").read_text().splitlines()]
+
+
+def test_a_new_one_gets_its_config_in_full(tmp_path: Path) -> None:
+    cfg = experiment(tmp_path / "a" / "run")
+    assert claim(cfg, World()) == tmp_path / "a" / "run"
+    assert load(Experiment, tmp_path / "a" / "run" / "config.yaml") == cfg
+    (start,) = history(tmp_path / "a" / "run")
+    assert start["changes"] == {}
+    assert start["ranks"] == 1
+    assert set(start) == {"time", "code", "ranks", "on", "changes"}
+
+
+OPERATIONAL_CHANGES = {
+    "train": {"steps": 20, "micro_batch": 4, "log_every": 1, "max_skipped": 2, "threads": 1},
+    "zero": {"stage": 3},
+    "checkpoint": {"every": 5, "keep": 1},
+    "engine": "local",
+    "data": {"path": "elsewhere", "prefetch": 1, "val": "beside"},
+    "val": {"every": 3},
+    "sample": {"every": 7, "cfg_scale": 2.0},
+    "codec": {"name": "vae", "path": "moved"},
+    "model": {"checkpoint_blocks": True},
+}
+
+
+def test_operational_changes_are_taken_and_recorded(tmp_path: Path) -> None:
+    claim(experiment(tmp_path), World())
+    changed = experiment(tmp_path, **OPERATIONAL_CHANGES)
+    claim(changed, World(0, 4, 0))
+    assert load(Experiment, tmp_path / "config.yaml") == changed
+    first, second = history(tmp_path)
+    assert (first["ranks"], second["ranks"]) == (1, 4)
+    assert second["changes"]["train.steps"] == [10, 20]
+    assert second["changes"]["zero.stage"] == [2, 3]
+    assert second["changes"]["data.path"] == ["there", "elsewhere"]
+    assert second["changes"]["engine"] == ["deepspeed", "local"]
+    assert "train.global_batch" not in second["changes"]
+
+
+@pytest.mark.parametrize(
+    ("key", "changes", "shown"),
+    [
+        ("seed", {"seed": 1}, "seed: 0 there, 1 now"),
+        ("train.global_batch", {"train": {"global_batch": 16}}, "train.global_batch: 8 there, 16 now"),
+        ("train.precision", {"train": {"precision": "bf16"}}, "train.precision: 'fp32' there, 'bf16' now"),
+        ("train.label_drop", {"train": {"label_drop": 0.2}}, "train.label_drop: 0.1 there, 0.2 now"),
+        ("optim.lr", {"optim": {"lr": 1e-3}}, "optim.lr: 0.0001 there, 0.001 now"),
+        ("ema.decay", {"ema": {"decay": 0.5}}, "ema.decay: 0.9999 there, 0.5 now"),
+        ("data.lanes", {"data": {"lanes": 4}}, "data.lanes: 64 there, 4 now"),
+        ("model.size", {"model": {"size": "S"}}, "model.size: 'nano' there, 'S' now"),
+        (
+            "objective.path.name",
+            {"objective": {"path": "vp"}},
+            "objective.path.name: 'linear' there, 'vp' now",
+        ),
+        ("latents.norm", {"latents": {"norm": "codec"}}, "latents.norm: 'dataset' there, 'codec' now"),
+        ("init.from", {"init": {"from": "x"}}, "init.from: None there, 'x' now"),
+    ],
+)
+def test_an_identity_change_is_refused_and_shown(tmp_path: Path, key: str, changes: dict, shown: str) -> None:
+    claim(experiment(tmp_path), World())
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(ConfigError) as error:
+        claim(experiment(tmp_path, **changes, zero={"stage": 1}), World())
+    text = str(error.value)
+    assert f"{tmp_path} holds a run with another config" in text
+    assert f"  {shown}\n" in text
+    assert "zero.stage" not in text  # what may change is not to blame
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    assert not is_operational(key)
+
+
+def test_every_identity_key_that_differs_is_listed(tmp_path: Path) -> None:
+    claim(experiment(tmp_path), World())
+    with pytest.raises(ConfigError) as error:
+        claim(experiment(tmp_path, seed=1, optim={"lr": 1.0}), World())
+    assert "seed" in str(error.value)
+    assert "optim.lr" in str(error.value)
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    claim(experiment(tmp_path / "run"), World(1, 2, 1))
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_operational_is_a_key_of_the_schema() -> None:
+    """A renamed key must not stay in the list."""
+    from dit.train.settings import OPERATIONAL
+
+    keys = set(keys_of(Experiment))
+    assert {k for k in OPERATIONAL if k not in keys} <= {
+        "model.checkpoint_blocks"
+    }  # inside a registry's member
+    assert is_operational("zero.stage")
+    assert is_operational("codec.path")
+    assert not is_operational("zeros")
+    assert not is_operational("model.size")
+    assert not is_operational("train")
