@@ -7,7 +7,8 @@ against the function's signature first, text fields keep their text, and `--help
     def main(images: str, out: str, *, image_size: Annotated[int, "pixels a side"] = 256) -> None: ...
     run(main)                                  # or run({"verify": verify, "info": info})
 
-A function with `**overrides: str` takes dotted configuration keys (`--train.steps=100`) as they were typed.
+A function with `**overrides: str` takes dotted configuration keys (`--train.steps=100`) as they were typed; one
+with `**codec_keys: str` takes those of that family alone (`--codec.path=...`, or `--codec_path=...`).
 """
 
 from __future__ import annotations
@@ -91,9 +92,8 @@ def parse(function: Command, words: list[str]) -> tuple[list[Any], dict[str, Any
     kinds = {p.name: p.kind for p in signature.parameters.values()}
     named = [n for n, k in kinds.items() if k is not inspect.Parameter.VAR_KEYWORD]
     places = [n for n in named if kinds[n] is inspect.Parameter.POSITIONAL_OR_KEYWORD]
-    takes_any = len(named) < len(kinds)
     switches = {n for n in named if _strip(hints.get(n)) is bool}
-    loose, given = _split(words, switches, known=None if takes_any else named)
+    loose, given = _split(words, switches, named, _family(kinds))
     if len(loose) > len(places):
         raise UsageError(f"unexpected argument '{loose[len(places)]}' (a flag is written --name=value)")
     values: dict[str, Any] = dict(zip(places, loose, strict=False))
@@ -112,10 +112,20 @@ def parse(function: Command, words: list[str]) -> tuple[list[Any], dict[str, Any
     return [], typed
 
 
-def _split(words: list[str], switches: set[str], known: list[str] | None) -> tuple[list[str], dict[str, str]]:
+def _family(kinds: Mapping[str, Any]) -> str:
+    """A pattern of the flags that a `**name` parameter takes: any for `**overrides`, none without one."""
+    rest = [n for n, k in kinds.items() if k is inspect.Parameter.VAR_KEYWORD]
+    if not rest:
+        return r"(?!)"
+    return rf"{rest[0].removesuffix('_keys')}[._].+" if rest[0].endswith("_keys") else r".*"
+
+
+def _split(
+    words: list[str], switches: set[str], known: list[str], family: str
+) -> tuple[list[str], dict[str, str]]:
     """Loose words, and flags as {name: text}; `--name value` and `--name=value` are the same.
 
-    known: the flags there are; None where any may be given.
+    known: the flags there are; family: a pattern of others that may be given.
     """
     loose: list[str] = []
     given: dict[str, str] = {}
@@ -127,7 +137,7 @@ def _split(words: list[str], switches: set[str], known: list[str] | None) -> tup
             continue
         key, equals, text = word.lstrip("-").partition("=")
         key = key.replace("-", "_")
-        if known is not None and key not in known:
+        if key not in known and not re.fullmatch(family, key):
             raise UsageError(f"unknown flag --{key}{did_you_mean(key, known)}")
         if not equals:
             if key in switches:
@@ -175,7 +185,9 @@ def help_text(function: Command, program: str, config: type | None = None) -> st
     usage, rows = [program], []
     for p in inspect.signature(function).parameters.values():
         if p.kind is p.VAR_KEYWORD:
-            usage.append("[--key.sub=value ...]")
+            usage.append(
+                f"[--{p.name.removesuffix('_keys') if p.name.endswith('_keys') else 'key'}.sub=value ...]"
+            )
             continue
         notes = [m for m in getattr(hints.get(p.name), "__metadata__", ()) if isinstance(m, str)]
         is_place = p.kind is p.POSITIONAL_OR_KEYWORD

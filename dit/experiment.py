@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,7 +13,16 @@ from pydantic import Field
 from torch import Tensor
 
 from dit.config import ConfigError, config, from_dict, to_dict
-from dit.data.codec import CODECS, Codec, CodecConfig, LatentNorm, Pixels, check_same_codec, latent_norm
+from dit.data.codec import (
+    CODECS,
+    Codec,
+    CodecConfig,
+    LatentNorm,
+    Pixels,
+    check_same_codec,
+    latent_norm,
+    parse_codec,
+)
 from dit.data.manifest import Manifest
 from dit.dist import World
 from dit.flow.objective import Objective
@@ -131,7 +140,7 @@ def open_codec(
     if choice is None and identity["name"] != "pixels":
         raise ConfigError(
             f"the data's codec is '{identity['name']}' and nothing says where it is: set codec: {{name: "
-            f"{identity['name']}, path: FOLDER}} (or --codec_path=FOLDER when sampling)"
+            f"{identity['name']}, path: FOLDER}} (or --codec.path=FOLDER when sampling)"
         )
     codec = (choice or Pixels()).build(device)
     check_same_codec(identity, codec.identity(), named, "the codec given")
@@ -161,10 +170,12 @@ class Trained:
         norm = from_dict(LatentNorm, contract["norm"])
         return cls(model.to(device).eval(), experiment, norm, contract, found.step, found.path)
 
-    def sampler(self, spec: SamplerSpec, codec: CodecConfig | None, device: torch.device) -> Sampler:
-        """A sampler with this spec; codec: where the codec is now, default where training had it."""
-        objective, contract = self.experiment.objective, self.contract
-        opened = open_codec(codec or self.experiment.codec, contract["codec"], str(self.path), device)
+    def sampler(self, spec: SamplerSpec, codec_keys: Mapping[str, str], device: torch.device) -> Sampler:
+        """A sampler with this spec. codec_keys: {"codec.path": ...}, over where training had the codec."""
+        objective, contract, choice = self.experiment.objective, self.contract, self.experiment.codec
+        if codec_keys:
+            choice = parse_codec(to_dict(choice) or {"name": contract["codec"]["name"]}, codec_keys)
+        opened = open_codec(choice, contract["codec"], str(self.path), device)
         shape = tuple(contract["shape"])
         return Sampler(
             self.model,

@@ -283,3 +283,16 @@ def test_parse_is_what_run_uses(work) -> None:
     assert parse(work, ["a", "--size=3"]) == ([], {"place": "a", "size": 3})
     with pytest.raises(UsageError, match="unknown flag"):
         parse(work, ["a", "--no"])
+
+
+def test_a_family_of_flags_takes_its_own_and_no_others() -> None:
+    def work(place: str, *, size: int = 8, **codec_keys: str) -> None: ...
+
+    assert parse(work, ["a", "--codec.path=2024", "--codec_dtype=x"])[1] == {
+        "place": "a",
+        "codec.path": "2024",
+        "codec_dtype": "x",
+    }
+    for word in ("--codc.path=x", "--codec=x", "--codec.=x", "--sise=3", "--codecs.path=x"):
+        with pytest.raises(UsageError, match="unknown flag"):
+            parse(work, ["a", word])

@@ -234,7 +234,7 @@ def test_a_trained_model_is_the_one_that_was_trained(digits: Digits, run: Path) 
 def test_its_sampler_decodes_with_the_datas_codec(digits: Digits, run: Path) -> None:
     trained = Trained.load(str(run), "ema", CPU)
     spec = from_dict(SamplerSpec, {"num_steps": 1, "solver": "euler"})
-    sampler = trained.sampler(spec, None, CPU)
+    sampler = trained.sampler(spec, {}, CPU)
     assert sampler.shape == (4, 8, 8)
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     codec = Vae(path=str(digits.vae)).build()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import re
+import sys
+from pathlib import Path
 from typing import Annotated, Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from tqdm import tqdm
 
 from dit.cli import run
-from dit.config import ConfigError, from_dict
-from dit.data.codec import CODECS, CodecConfig
+from dit.config import from_dict
+from dit.data.codec import parse_codec
 from dit.data.encode import EncodeOptions, encode
 from dit.data.images import open_source
 
@@ -52,24 +55,13 @@ def main(
         "workers": workers,
     }
     options = from_dict(EncodeOptions, given)
-    chosen = parse_codec(codec, codec_keys)
+    chosen = parse_codec({"name": codec}, codec_keys)
     source = open_source(images)
     print(f"{images}: {len(source)} images in {len(source.classes)} classes, {source.ignored} other files")
     built = chosen.build(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with tqdm(total=len(source), unit="img", desc="encode") as bar:
         report = encode(source, built, out, options, progress=bar.update)
     print(f"{out}: {report}")
-
-
-def parse_codec(name: str, keys: dict[str, str]) -> CodecConfig:
-    """The codec `name` with its flags: {"codec.path": ...}, or {"codec_path": ...} where a dot is awkward."""
-    keys = {re.sub(r"^codec_", "codec.", k): v for k, v in keys.items()}
-    odd = [k for k in keys if not k.startswith("codec.")]
-    if odd:
-        raise ConfigError(
-            f"unknown flag --{odd[0]}; dotted flags are --codec.path, --codec.subfolder, --codec.dtype"
-        )
-    return CODECS.parse({"name": name, **{k.removeprefix("codec."): v for k, v in keys.items()}})
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from tqdm import tqdm
 from dit import dist
 from dit.cli import run
 from dit.config import ConfigError, from_dict, to_dict
-from dit.data.codec import Vae
 from dit.experiment import Trained
 from dit.sample.generate import Sampler, SamplerSpec, image_grid, labels_for
 
@@ -35,37 +34,35 @@ def main(
     seed: Annotated[int, "of the noise; image i has its own"] = 0,
     batch_size: Annotated[int, "images at a time and rank"] = 64,
     weights: Annotated[Literal["ema", "model"], "which weights"] = "ema",
-    codec_path: Annotated[str | None, "folder of the VAE, if it is not where training had it"] = None,
+    **codec_keys: str,
 ) -> None:
     """Draw images by integrating the probability-flow ODE with classifier-free guidance.
 
     Writes samples.npz (arr_0: uint8 (N, H, W, 3), arr_1: int64 labels, the ADM suite's format), grid.png and
     spec.json. Image i depends on the checkpoint, the spec and i alone, not on batch size or number of ranks.
+
+    --codec.path=FOLDER says where the VAE is, if not where training had it; --codec.dtype=bfloat16 decodes faster.
     """
     if num_samples < 1 or batch_size < 1:
         raise ConfigError(
             f"num_samples and batch_size must be at least 1, got {num_samples} and {batch_size}"
         )
-    spec = from_dict(
-        SamplerSpec,
-        {"solver": solver, "num_steps": num_steps, "cfg_scale": cfg_scale, "seed": seed}
-        | {"grid": {"name": "uniform", "shift": shift}},
-    )
+    grid = {"name": "uniform", "shift": shift}
+    values = {"solver": solver, "num_steps": num_steps, "cfg_scale": cfg_scale, "seed": seed, "grid": grid}
+    spec = from_dict(SamplerSpec, values)
     with dist.session() as world:
         trained = Trained.load(run_or_ckpt, weights, world.device)
         chosen = trained.classes(classes)
-        sampler = trained.sampler(spec, Vae(path=codec_path) if codec_path else None, world.device)
+        sampler = trained.sampler(spec, codec_keys, world.device)
         sampler.times()  # an impossible grid is refused before anything is drawn
         folder = Path(out)
         folder.mkdir(parents=True, exist_ok=True)
         labels = labels_for(torch.arange(num_samples), chosen)
         images = draw(sampler, labels, batch_size, folder, world)
         if images is not None:
-            described = {
-                "checkpoint": str(trained.path), "step": trained.step, "weights": weights, "classes": chosen,
-                "num_samples": num_samples, "batch_size": batch_size, "nfe": sampler.nfe,
-                "sampler": to_dict(spec), "code": dist.code_version(),
-            }  # fmt: skip
+            described = {"checkpoint": str(trained.path), "step": trained.step, "weights": weights}
+            described |= {"classes": chosen, "batch_size": batch_size, "nfe": sampler.nfe}
+            described |= {"num_samples": num_samples, "sampler": to_dict(spec), "code": dist.code_version()}
             write(folder, images, labels.numpy(), described, columns=min(10, len(chosen)))
 
 

@@ -19,7 +19,7 @@ def main(config: Annotated[str, "a YAML file such as configs/digits_vae.yaml"], 
     """Train an autoencoder in run_dir, or resume what is there, and write it to RUN_DIR/vae.
 
     The data are pixel shards (tools/encode.py IMAGES OUT --codec=pixels). RUN_DIR/vae is a diffusers folder for
-    tools/encode.py --codec=vae --codec_path=RUN_DIR/vae.
+    tools/encode.py --codec=vae --codec.path=RUN_DIR/vae.
     """
     cfg = load(AutoencoderExperiment, config, overrides)
     train(cfg, cfg.make_parts)

@@ -7,6 +7,7 @@ variance that the model sees, in training (`draw`) and in sampling (`invert`).
 from __future__ import annotations
 
 import hashlib
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import lru_cache
@@ -119,6 +120,11 @@ class CodecConfig(ABC):
 
 
 CODECS: Registry[CodecConfig] = Registry("codec")
+
+
+def parse_codec(base: Mapping[str, Any], keys: Mapping[str, str]) -> CodecConfig:
+    """The codec of `base` ({"name": ...}) with a command line's keys over it: "codec.path" or "codec_path"."""
+    return CODECS.parse({**base, **{re.sub(r"^codec[._]", "", k): v for k, v in keys.items()}})
 
 
 @CODECS.register("pixels")

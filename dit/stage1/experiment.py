@@ -90,7 +90,7 @@ def _training_flops(module: Autoencoder, *inputs: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Exported:
-    """Where the trained autoencoder was written, for --codec=vae --codec_path."""
+    """Where the trained autoencoder was written, for --codec=vae --codec.path."""
 
     folder: Path
     step: int

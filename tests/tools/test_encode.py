@@ -39,7 +39,7 @@ def test_digits_to_vae_latents(tmp_path, capsys, flag):
     [
         ({"codec": "pixel"}, "unknown codec 'pixel'; did you mean pixels"),
         ({"codec.pth": "x"}, "pth: unknown key; did you mean path"),
-        ({"codc.path": "x"}, "unknown flag --codc.path"),
+        ({"codec": "pixels", "codec.path": "x"}, "path: unknown key"),
         ({"codec": "vae"}, "the vae codec needs a path"),
         ({"codec": "pixels", "block": 0}, "block is 0"),
     ],
