@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from dit import dist
 
@@ -42,7 +42,7 @@ class RanksFailed(AssertionError):
 
 @dataclass
 class Job:
-    """A function under way on some ranks."""
+    """A function under way on some ranks; as a context it is killed at the end, if it has not ended before."""
 
     processes: list[Any]
     pipes: list[Connection]
@@ -54,6 +54,12 @@ class Job:
             process.kill()
         for process in self.processes:
             process.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.kill()
 
     def output(self, rank: int = 0) -> str:
         """What a rank wrote to stdout and stderr."""
@@ -92,18 +98,18 @@ class Server:
 
     def __init__(self, folder: Path):
         """folder: for what the ranks print."""
-        self._folder, self._jobs = folder, 0
+        self._folder = folder
+        self._jobs: list[Job] = []
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(PRELOADED)
 
     def start(self, size: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Job:
         """Begin function(*args, **kwargs) on `size` ranks. It must be importable by name, all values picklable."""
-        self._jobs += 1
         port = dist.free_port()
         processes, pipes, logs = [], [], []
         for rank in range(size):
             here, there = self._context.Pipe(duplex=False)
-            log = self._folder / f"job-{self._jobs:04d}-rank-{rank}.log"
+            log = self._folder / f"job-{len(self._jobs):04d}-rank-{rank}.log"
             process = self._context.Process(
                 target=_rank, args=(rank, size, port, there, str(log), function, args, kwargs), daemon=True
             )
@@ -112,14 +118,17 @@ class Server:
             processes.append(process)
             pipes.append(here)
             logs.append(log)
-        return Job(processes, pipes, logs)
+        self._jobs.append(Job(processes, pipes, logs))
+        return self._jobs[-1]
 
     def run(self, size: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
         """start and wait: each rank's result."""
         return self.start(size, function, *args, **kwargs).wait()
 
     def close(self) -> None:
-        """End the fork server."""
+        """End the fork server, which waits for its children: first those that a failed test left."""
+        for job in self._jobs:
+            job.kill()
         from multiprocessing import forkserver
 
         stop = getattr(forkserver._forkserver, "_stop", None)

@@ -263,15 +263,14 @@ def test_killed_anywhere_there_is_always_a_good_one(ranks: Server, tmp_path: Pat
     seen: set[Path] = set()
     for attempt in range(4):
         before = len(seen)
-        job = ranks.start(1, save_forever, tmp_path, before + 1)
-        end, enough = time.monotonic() + 60, before + 15 + attempt
-        while len(seen) < enough:
-            assert time.monotonic() < end, job.output()
-            for path in complete(tmp_path) - seen:
-                assert holds(path, checkpoint.read(path).step)
-                seen.add(path)
-        time.sleep(0.0037 * attempt)
-        job.kill()
+        with ranks.start(1, save_forever, tmp_path, before + 1) as job:
+            end, enough = time.monotonic() + 60, before + 15 + attempt
+            while len(seen) < enough:
+                assert time.monotonic() < end, job.output()
+                for path in complete(tmp_path) - seen:
+                    assert holds(path, checkpoint.read(path).step)
+                    seen.add(path)
+            time.sleep(0.0037 * attempt)
         seen |= complete(tmp_path)
         found = checkpoint.latest(tmp_path, report=pytest.fail)
         assert found is not None

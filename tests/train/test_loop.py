@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dit.config import merge
 from dit.data import DataError
 from dit.train.checkpoint import CheckpointError
 from dit.train.loop import TrainingError
@@ -137,15 +138,15 @@ def test_elastic_1_2_4_2_ranks(digits: Digits, ranks: Server, tmp_path: Path, pr
 # --- killed ------------------------------------------------------------------------------------------------
 
 
-def kill_at(job: Job, run_dir: Path, step: int) -> int:
+def killed_at(job: Job, run_dir: Path, step: int) -> int:
     """SIGKILL all ranks once `step` has been logged; the last step that was."""
-    end = time.monotonic() + 100
     log = run_dir / "metrics.jsonl"
-    while not log.is_file() or log.read_text().count("\n") < step:
-        assert time.monotonic() < end, job.output()
-        assert all(p.is_alive() for p in job.processes), job.output()
-        time.sleep(0.003)
-    job.kill()
+    with job:
+        end = time.monotonic() + 100
+        while not log.is_file() or log.read_text().count("\n") < step:
+            assert time.monotonic() < end, job.output()
+            assert all(p.is_alive() for p in job.processes), job.output()
+            time.sleep(0.003)
     return log.read_text().count("\n")
 
 
@@ -155,8 +156,8 @@ def test_killed_and_started_again_it_is_the_same_run_bit_for_bit(
     """SIGKILL on two ranks at stage 2, before the first checkpoint and after the second; the uninterrupted run is the
     one of the stage tests."""
     given = values(digits, tmp_path, zero={"stage": 2}, checkpoint={"every": 4, "keep": 2}, **hooked)
-    assert kill_at(ranks.start(2, go, given), tmp_path, 2) < STEPS
-    assert kill_at(ranks.start(2, go, given), tmp_path, 10) < STEPS
+    assert killed_at(ranks.start(2, go, given), tmp_path, 2) < STEPS
+    assert killed_at(ranks.start(2, go, given), tmp_path, 10) < STEPS
     (tmp_path / "metrics.jsonl").open("a").write('{"step": 99, "lo')  # and in the middle of a line
     ranks.run(2, go, given)
     assert without_speeds(tmp_path) == without_speeds(sharded(2))
@@ -324,6 +325,19 @@ def test_it_stops_after_max_skipped_with_the_ids_on_disk(digits: Digits, tmp_pat
     assert len(dumped["ids_in_batch"]) == BATCH
 
 
+def test_starting_again_does_not_start_the_count_of_skips_again(digits: Digits, tmp_path: Path) -> None:
+    def spoil(samples: np.ndarray, ids: np.ndarray) -> None:
+        samples[:] = np.nan
+
+    folder = altered(digits.moments, tmp_path / "data", spoil)
+    run = values(
+        digits, tmp_path / "run", engine="local", data={"path": str(folder)}, checkpoint={"every": 1}
+    )
+    go(merge(run, {"train": {"steps": 2, "max_skipped": 3}}))
+    with pytest.raises(TrainingError, match=r"3 updates in a row were skipped .* the last at step 3\."):
+        go(merge(run, {"train": {"steps": 9, "max_skipped": 3}}))
+
+
 def test_one_bad_sample_skips_one_update_on_all_ranks_and_is_named(
     digits: Digits, ranks: Server, poisoned: Poisoned, tmp_path: Path
 ) -> None:
@@ -346,6 +360,10 @@ def test_one_bad_sample_skips_one_update_on_all_ranks_and_is_named(
     assert [r["lr"] for r in rows] == pytest.approx([LR * f for f in (1 / 4, 2 / 4, 2 / 4, 3 / 4, 1)])
     assert [r["loss"] is None for r in rows] == [False, False, True, False, False]
     assert [r["grad_norm"] is None for r in rows] == [False, False, True, False, False]
+    go(merge(given, {"engine": "local", "train": {"steps": steps + 1}}))  # the count goes on after a resume
+    last = metrics(tmp_path)[-1]
+    assert last["skipped"] == 1 + (last["loss"] is None)
+    assert last["updates"] == 6 - last["skipped"]
 
 
 # --- the first loss ----------------------------------------------------------------------------------------

@@ -18,7 +18,19 @@ from dit.train.start import device_peak, stored_shape
 from tests.datasets import Digits
 from tests.ranks import Server
 from tests.train.on_ranks import full_weights
-from tests.train.runs import STEPS, Values, at_step, built, column, experiment, go, metrics, state, values
+from tests.train.runs import (
+    STEPS,
+    Values,
+    at_step,
+    built,
+    column,
+    experiment,
+    go,
+    metrics,
+    rewrite_tensors,
+    state,
+    values,
+)
 
 
 def initial(given: Values) -> dict[str, torch.Tensor]:
@@ -65,6 +77,15 @@ def test_such_a_run_is_a_new_one_and_resumes_itself(digits: Digits, reference: P
     assert metrics(tmp_path / "run")[:2] == before[:2]
     again = state(at_step(tmp_path / "run", 4))
     assert all(torch.equal(final[name], again[name]) for name in final)
+
+
+def test_a_first_loss_far_from_a_new_models_is_no_error_then(
+    digits: Digits, reference: Path, tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(at_step(reference, 10), tmp_path / "source"))
+    rewrite_tensors(source, lambda tensors: tensors["ema/output.proj.bias"].add_(3.0))
+    go(values(digits, tmp_path / "run", engine="local", init={"from": str(source)}, train={"steps": 1}))
+    assert column(tmp_path / "run", "loss")[0] > 5
 
 
 def test_a_killed_first_save_does_not_lose_init_from(digits: Digits, reference: Path, tmp_path: Path) -> None:

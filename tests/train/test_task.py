@@ -93,7 +93,7 @@ def test_the_probe_is_fixed_and_valid(shape: tuple[int, ...]) -> None:
         assert float(a.moments[:, 1].min()) >= 0
     assert a.label.tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
     assert a.drop.tolist() == [False, False, False, True] * 2
-    assert synthetic_samples(shape, 0, CPU).label.tolist() == [0] * 8
+    assert synthetic_samples(shape, 0, CPU).label.tolist() == [-1] * 8
     assert float(a.moments[0, 0, 0, 0, 0]) == pytest.approx(PROBE_PIN[shape[0]], rel=1e-6)
 
 
