@@ -234,14 +234,19 @@ def parts_of(hint: Any) -> Iterator[Any]:
             yield from parts_of(arg)
 
 
-def class_at(cls: type, key: tuple[str, ...]) -> type | None:
-    """The config class that holds the keys below `key`; None where a choice or a plain value stands."""
+def class_at(cls: type, key: tuple[str, ...], values: Any = None) -> type | None:
+    """The config class that holds the keys below `key`; None where a plain value or an open choice stands.
+
+    values: a configuration's plain values, which say what was chosen where there is a choice.
+    """
     for part in key:
         hint = annotation_at(cls, part)
+        values = values.get(part) if isinstance(values, Mapping) else None
+        name = values.get("name") if isinstance(values, Mapping) else values
         inner = [p for p in parts_of(hint) if isinstance(p, type) and _is_config(p)]
         axes = [p for p in parts_of(hint) if isinstance(p, Registry)]
         if axes:
-            inner = [axis[axis.default] for axis in axes if axis.default is not None]
+            inner = [axis[n] for axis in axes for n in axis if n == (name or axis.default)]
         if not inner:
             return None
         cls = inner[0]

@@ -7,6 +7,7 @@ Everything is checked before anything runs; an error names the file (or the comm
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -75,9 +76,12 @@ def read_yaml(path: str | Path, _seen: tuple[Path, ...] = ()) -> tuple[dict[str,
     return merge(values, own), sources
 
 
-def _from_text(cls: type, key: tuple[str, ...], text: str) -> Any:
-    """A command line's text as a value: kept as it is for text fields, else read as YAML ("1e-4", "[1, 2]")."""
-    parent = class_at(cls, key[:-1])
+def _from_text(cls: type, key: tuple[str, ...], text: str, values: Mapping[str, Any]) -> Any:
+    """A command line's text as a value: kept as it is for text fields, else read as YAML ("1e-4", "[1, 2]").
+
+    values: what is configured so far.
+    """
+    parent = class_at(cls, key[:-1], values)
     hint = annotation_at(parent, key[-1]) if parent else None
     plain = {p for p in parts_of(hint) if isinstance(p, type)}
     if str in plain and not plain & {int, float, bool}:
@@ -95,7 +99,7 @@ def load(cls: type[C], path: str | Path, overrides: Mapping[str, str] | None = N
     values, sources = read_yaml(path)
     for dotted, text in (overrides or {}).items():
         key = tuple(dotted.split("."))
-        nested: Any = _from_text(cls, key, text)
+        nested: Any = _from_text(cls, key, text, values)
         for part in reversed(key):
             nested = {part: nested}
         values = merge(values, nested)
@@ -119,5 +123,8 @@ def _with_source(problem: Problem, sources: Mapping[str, str], default: str) -> 
 def write_yaml(path: str | Path, cfg: Any) -> None:
     """Write a config, resolved in full, as YAML: whole or not at all, wherever the process is killed."""
     beside = Path(path).with_name(Path(path).name + ".partial")
-    beside.write_text(yaml.safe_dump(to_dict(cfg), sort_keys=False))
+    with beside.open("w") as file:
+        file.write(yaml.safe_dump(to_dict(cfg), sort_keys=False))
+        file.flush()
+        os.fsync(file.fileno())
     beside.replace(path)

@@ -81,15 +81,23 @@ def session(timeout: timedelta = timedelta(minutes=10)) -> Iterator[World]:
         yield world
         return
     launched = "RANK" in os.environ or world.size > 1  # else nobody hosts a store, and this process does
-    os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.local_rank))
+    device = world.device
+    # DeepSpeed takes LOCAL_RANK for the device: where each task sees one GPU of its own, that is 0
+    local_rank = world.local_rank if device.index is None else device.index
+    os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(local_rank))
     if not launched:
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(free_port())
-    device = world.device
     if device.type == "cuda":
         torch.cuda.set_device(device)
     td.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     try:
         yield world
+    except RuntimeError as error:
+        if "gloo" in str(error) or isinstance(error, td.DistError):  # what a rank sees of another's end
+            raise PeerError(
+                f"the connection to another rank broke: see that rank's message ({error})"
+            ) from error
+        raise
     finally:
         td.destroy_process_group()
         if not launched:
@@ -132,12 +140,22 @@ def gather_objects(value: T) -> list[T]:
     return values
 
 
-def same_on_all(value: T) -> T:
-    """Rank 0's value, on every rank."""
+def on_main(action: Callable[[], T]) -> T:
+    """Run `action` on rank 0 alone; its result, or its failure, is every rank's."""
     if not td.is_initialized() or td.get_world_size() == 1:
-        return value
-    box: list[Any] = [value]
+        return action()
+    box: list[Any] = [None, None]
+    error: Exception | None = None
+    if td.get_rank() == 0:
+        try:
+            box[0] = action()
+        except Exception as caught:  # noqa: BLE001 (raised again below, on every rank)
+            error, box[1] = caught, str(caught)
     td.broadcast_object_list(box, src=0)
+    if error is not None:
+        raise error
+    if box[1] is not None:
+        raise PeerError(f"rank 0 failed: {box[1]}")
     return box[0]  # type: ignore[no-any-return]
 
 
@@ -167,6 +185,10 @@ def code_version() -> str:
     from dit import __version__
 
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    if not os.path.exists(
+        os.path.join(root, ".git")
+    ):  # installed: whatever checkout lies around it is not ours
+        return __version__
     git = ["git", "-C", root, "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
     try:
         found = subprocess.run(git, capture_output=True, text=True, timeout=10, check=False)

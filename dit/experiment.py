@@ -26,6 +26,7 @@ from dit.data.codec import (
 from dit.data.manifest import Manifest
 from dit.dist import World
 from dit.flow.objective import Objective
+from dit.flow.predict import Cond
 from dit.model.cost import Cost, cost
 from dit.model.dit import MODELS, DiTConfig
 from dit.sample.generate import Sampler, SamplerSpec, check_classes, image_grid, labels_for
@@ -33,9 +34,11 @@ from dit.train import checkpoint
 from dit.train.checkpoint import Reader
 from dit.train.fragments import Engine
 from dit.train.hooks import Hook, SampleGrid, held_out_hook
-from dit.train.settings import RunConfig
+from dit.train.settings import RunConfig, TrainConfig
 from dit.train.start import Parts
 from dit.train.task import LatentTask
+
+Precision = Literal["fp32", "bf16"]
 
 
 @config
@@ -57,9 +60,18 @@ class SampleConfig(SamplerSpec):
 
 
 @config
+class DiffusionTrainConfig(TrainConfig):
+    """How long, how large, how precise; and what only a conditional model of blocks has."""
+
+    label_drop: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of labels replaced by the null condition
+    compile: bool = False  # torch.compile each block
+
+
+@config
 class Experiment(RunConfig):
     """A run of tools/train.py."""
 
+    train: DiffusionTrainConfig = DiffusionTrainConfig()
     model: Annotated[DiTConfig, MODELS] = DiTConfig()
     objective: Objective = Objective()
     latents: LatentsConfig = LatentsConfig()
@@ -69,6 +81,8 @@ class Experiment(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.objective.check()
+        if self.model.learn_sigma:
+            raise ConfigError("model.learn_sigma: no objective trains the variance channels; leave it false")
 
     def make_parts(self, manifest: Manifest, world: World) -> Parts:
         """Model, task and hooks for these data on this rank."""
@@ -81,6 +95,8 @@ class Experiment(RunConfig):
         has_unit_variance = self.latents.norm == "dataset"
         task = LatentTask(self.objective, norm, self.train.label_drop, has_unit_variance)
         module = self.model.build(manifest.input_size, manifest.channels, len(manifest.classes))
+        if self.train.compile:
+            module.compile_blocks()
         return Parts(
             module=module,
             task=task,
@@ -94,7 +110,6 @@ class Experiment(RunConfig):
             },
             hooks=self._hooks(manifest, norm, task, world),
             leaf_modules=tuple({type(b) for b in module.blocks}),
-            compile=module.compile_blocks,
         )
 
     def cost(self, manifest: Manifest) -> Cost:
@@ -170,15 +185,22 @@ class Trained:
         norm = from_dict(LatentNorm, contract["norm"])
         return cls(model.to(device).eval(), experiment, norm, contract, found.step, found.path)
 
-    def sampler(self, spec: SamplerSpec, codec_keys: Mapping[str, str], device: torch.device) -> Sampler:
+    def sampler(
+        self, spec: SamplerSpec, codec_keys: Mapping[str, str], device: torch.device, precision: Precision
+    ) -> Sampler:
         """A sampler with this spec. codec_keys: {"codec.path": ...}, over where training had the codec."""
         objective, contract, choice = self.experiment.objective, self.contract, self.experiment.codec
         if codec_keys:
             choice = parse_codec(to_dict(choice) or {"name": contract["codec"]["name"]}, codec_keys)
         opened = open_codec(choice, contract["codec"], str(self.path), device)
         shape = tuple(contract["shape"])
+
+        def network(x: Tensor, model_time: Tensor, cond: Cond) -> Tensor:
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                return self.model(x, model_time, cond)  # type: ignore[no-any-return]
+
         return Sampler(
-            self.model,
+            network,
             objective.path,
             objective.prediction,
             lambda x: opened.decode(self.norm.invert(x)),

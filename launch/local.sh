@@ -9,7 +9,7 @@ launch/local.sh CONFIG.yaml [--key.sub=value ...]
 Starts tools/train.py with the given arguments under torchrun: one rank per GPU, one rank where there is none.
 The same command again resumes. Environment:
 
-  NPROC=n                  ranks. More ranks than GPUs share them; on the CPU alone: CUDA_VISIBLE_DEVICES= NPROC=2
+  NPROC=n                  ranks, at most one a GPU; CPU ranks on a machine with GPUs: CUDA_VISIBLE_DEVICES= NPROC=2
   PYTHON=path              the interpreter; default .venv/bin/python of this checkout, else python3
   DIT_ENTRY=file           the program to start instead of tools/train.py (absolute, or from the checkout)
   OMP_NUM_THREADS=n        threads per rank, at most cores / ranks (which is the default)

@@ -260,3 +260,12 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
     write_yaml(path, Run(run_dir="other"))
     assert load(Run, path).run_dir == "other"
     assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_text_stays_text_inside_a_chosen_member(tmp_path: Path) -> None:
+    from dit.experiment import Experiment
+
+    (tmp_path / "a.yaml").write_text("data: {path: d}\ncodec: {name: vae, path: old}\n")
+    for text in ("2024", "a,b", "1e3", "true"):
+        cfg = load(Experiment, tmp_path / "a.yaml", {"codec.path": text})
+        assert cfg.codec.path == text

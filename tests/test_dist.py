@@ -104,7 +104,7 @@ def test_a_session_is_left_after_an_error_too() -> None:
 
 def test_alone_everything_is_itself() -> None:
     assert dist.gather_objects(3) == [3]
-    assert dist.same_on_all("x") == "x"
+    assert dist.on_main(lambda: "x") == "x"
     assert dist.together(lambda: 7) == 7
     assert dist.all_sum(torch.tensor(2)) == 2
     dist.barrier()
@@ -122,7 +122,7 @@ def _collectives() -> dict[str, object]:
         "world": (world.rank, world.size, world.local_rank),
         "sum": dist.all_sum(big).tolist(),
         "gathered": dist.gather_objects({"rank": world.rank}),
-        "same": dist.same_on_all(f"from {world.rank}"),
+        "same": dist.on_main(lambda: f"from {world.rank}"),
         "together": dist.together(lambda: world.rank * 10),
     }
 

@@ -234,7 +234,7 @@ def test_a_trained_model_is_the_one_that_was_trained(digits: Digits, run: Path) 
 def test_its_sampler_decodes_with_the_datas_codec(digits: Digits, run: Path) -> None:
     trained = Trained.load(str(run), "ema", CPU)
     spec = from_dict(SamplerSpec, {"num_steps": 1, "solver": "euler"})
-    sampler = trained.sampler(spec, {}, CPU)
+    sampler = trained.sampler(spec, {}, CPU, "fp32")
     assert sampler.shape == (4, 8, 8)
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     codec = Vae(path=str(digits.vae)).build()
@@ -262,3 +262,15 @@ def test_classes_from_text(run: Path) -> None:
 def test_what_cannot_be_loaded_is_an_error_for_the_user(run: Path, what: str, weights: str) -> None:
     with pytest.raises(CheckpointError):
         Trained.load(str(run / what), weights, CPU)
+
+
+def test_keys_that_would_do_nothing_are_refused() -> None:
+    base = {"data": {"path": "x"}}
+    with pytest.raises(ConfigError, match=r"model\.learn_sigma"):
+        from_dict(Experiment, {**base, "model": {"learn_sigma": True}})
+    for name in ("label_drop", "compile"):
+        with pytest.raises(ConfigError, match=rf"train\.{name}: unknown key"):
+            from_dict(AutoencoderExperiment, {**base, "train": {name: 0}})
+    for share in (1.0, -0.1):
+        with pytest.raises(ConfigError, match=r"train\.label_drop"):
+            from_dict(Experiment, {**base, "train": {"label_drop": share}})

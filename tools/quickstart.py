@@ -100,11 +100,13 @@ def call(folder: Path, stage: str, *words: str) -> None:
     # PASSIVE: waiting threads that spin make everything crawl where other programs use the cores
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE"}
     start = time.perf_counter()
-    ended = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, check=False)
-    seconds = spent(folder)
-    seconds[stage] = round(seconds.get(stage, 0.0) + time.perf_counter() - start, 1)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "seconds.json").write_text(json.dumps(seconds))
+    try:
+        ended = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, check=False)
+    finally:  # an interrupted stage took its time too
+        seconds = spent(folder)
+        seconds[stage] = round(seconds.get(stage, 0.0) + time.perf_counter() - start, 1)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "seconds.json").write_text(json.dumps(seconds))
     if ended.returncode:
         raise UserError(
             f"this stage failed (exit status {ended.returncode}); mend it and start again to go on"

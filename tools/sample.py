@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -17,6 +17,7 @@ from tqdm import tqdm
 from dit import dist
 from dit.cli import run
 from dit.config import ConfigError, from_dict, to_dict
+from dit.data.manifest import write_atomically
 from dit.experiment import Trained
 from dit.sample.generate import Sampler, SamplerSpec, image_grid, labels_for
 
@@ -34,6 +35,7 @@ def main(
     seed: Annotated[int, "of the noise; image i has its own"] = 0,
     batch_size: Annotated[int, "images at a time and rank"] = 64,
     weights: Annotated[Literal["ema", "model"], "which weights"] = "ema",
+    precision: Annotated[Literal["run", "fp32", "bf16"], "of matrix products; run = as in training"] = "run",
     **codec_keys: str,
 ) -> None:
     """Draw images by integrating the probability-flow ODE with classifier-free guidance.
@@ -43,17 +45,16 @@ def main(
 
     --codec.path=FOLDER says where the VAE is, if not where training had it; --codec.dtype=bfloat16 decodes faster.
     """
-    if num_samples < 1 or batch_size < 1:
-        raise ConfigError(
-            f"num_samples and batch_size must be at least 1, got {num_samples} and {batch_size}"
-        )
+    if min(num_samples, batch_size) < 1:
+        raise ConfigError(f"num_samples {num_samples} and batch_size {batch_size} must be at least 1")
     grid = {"name": "uniform", "shift": shift}
     values = {"solver": solver, "num_steps": num_steps, "cfg_scale": cfg_scale, "seed": seed, "grid": grid}
     spec = from_dict(SamplerSpec, values)
     with dist.session() as world:
         trained = Trained.load(run_or_ckpt, weights, world.device)
         chosen = trained.classes(classes)
-        sampler = trained.sampler(spec, codec_keys, world.device)
+        chosen_precision = trained.experiment.train.precision if precision == "run" else precision
+        sampler = trained.sampler(spec, codec_keys, world.device, chosen_precision)
         sampler.times()  # an impossible grid is refused before anything is drawn
         folder = Path(out)
         folder.mkdir(parents=True, exist_ok=True)
@@ -61,9 +62,10 @@ def main(
         images = draw(sampler, labels, batch_size, folder, world)
         if images is not None:
             described = {"checkpoint": str(trained.path), "step": trained.step, "weights": weights}
-            described |= {"classes": chosen, "batch_size": batch_size, "nfe": sampler.nfe}
-            described |= {"num_samples": num_samples, "sampler": to_dict(spec), "code": dist.code_version()}
-            write(folder, images, labels.numpy(), described, columns=min(10, len(chosen)))
+            described |= {"classes": chosen, "batch_size": batch_size, "num_samples": num_samples}
+            described |= {"sampler": to_dict(spec), "nfe": sampler.nfe, "codec": codec_keys}
+            described |= {"precision": chosen_precision, "device": world.device.type}
+            write(folder, images, labels.numpy(), described)
 
 
 def draw(
@@ -90,13 +92,15 @@ def draw(
     return np.concatenate([drawn[s] for s in starts])
 
 
-def write(
-    folder: Path, images: np.ndarray, labels: np.ndarray, spec: dict[str, object], columns: int
-) -> None:
-    """samples.npz, grid.png (at most 100 images) and spec.json."""
-    np.savez(folder / "samples.npz", images, labels)
-    Image.fromarray(image_grid(images[:100], columns)).save(folder / "grid.png")
-    (folder / "spec.json").write_text(json.dumps(spec, indent=1) + "\n")
+def write(folder: Path, images: np.ndarray, labels: np.ndarray, spec: dict[str, Any]) -> None:
+    """samples.npz, grid.png (at most 100 images, a column for each class up to 10) and spec.json."""
+    (folder / "spec.json").unlink(missing_ok=True)  # never an old one beside new images
+    np.savez(folder / ".samples.npz", images, labels)
+    (folder / ".samples.npz").replace(folder / "samples.npz")
+    grid = image_grid(images[:100], columns=min(10, len(spec["classes"])))
+    Image.fromarray(grid).save(folder / "grid.png")
+    text = json.dumps({**spec, "code": dist.code_version()}, indent=1) + "\n"
+    write_atomically(folder / "spec.json", text.encode())
     print(f"{len(images)} images in {folder / 'samples.npz'}; look at {folder / 'grid.png'}")
 
 

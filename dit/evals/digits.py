@@ -14,10 +14,14 @@ from dit.evals.features import Pca
 from dit.evals.frechet import Gaussian, frechet_distance
 from dit.evals.protocol import protocol_hash
 
+COMPONENTS = 32
+CLASSIFIER = {"kernel": "rbf", "C": 10.0, "gamma": "scale"}
 PROTOCOL = {
     "data": "scikit-learn digits, 1297 train / 500 held out, bicubic to 32x32",
-    "features": {"pca": 32, "fitted_on": "train", "pixels": "[0, 1]"},
-    "classifier": {"svm": "rbf", "C": 10.0, "gamma": "scale", "on": "4x4 block means"},
+    "features": {"pca": COMPONENTS, "fitted_on": "train", "pixels": "[0, 1]"},
+    "classifier": {"svm": CLASSIFIER, "on": "4x4 block means"},
+    "guided": "cfg_scale 2",
+    "unguided": "cfg_scale 1",
 }
 
 
@@ -35,13 +39,12 @@ class DigitsJudge:
     def __init__(self, train: LabelledImages, held_out: LabelledImages):
         from sklearn.svm import SVC
 
-        self._pca = Pca.fit(train.images, PROTOCOL["features"]["pca"])  # type: ignore[index]
+        self._pca = Pca.fit(train.images, COMPONENTS)
         self._train = Gaussian.fit(self._pca(train.images))
-        self._classifier = SVC(kernel="rbf", C=10.0, gamma="scale").fit(_blocks(train.images), train.labels)
+        self._classifier = SVC(**CLASSIFIER).fit(_blocks(train.images), train.labels)
         self._classes = int(train.labels.max()) + 1
         self.held_out_accuracy = self.accuracy(held_out)
         self.frechet_floor = self.frechet(held_out.images)
-        self.protocol = protocol_hash({**PROTOCOL, "held_out": len(held_out.images)})
 
     def accuracy(self, samples: LabelledImages) -> float:
         """Share of images that the classifier takes for the class they were asked for."""
@@ -63,7 +66,7 @@ class DigitsJudge:
             "frechet_cfg2": self.frechet(guided.images),
             "frechet_floor": self.frechet_floor,
             "samples": len(guided.images),
-            "protocol": self.protocol,
+            "protocol": protocol_hash({**PROTOCOL, "samples": [len(guided.images), len(unguided.images)]}),
         }
 
 

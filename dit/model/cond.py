@@ -104,8 +104,8 @@ class ClassConditioner(nn.Module):
     def forward(self, cond: Cond) -> Injection:
         """label (B,) int64, negative for none, and drop (B,) bool if present -> vector (B, D).
 
-        Labels are not range-checked here: on an accelerator that would wait for the device. `check_labels`
-        does it where they are still on the host. One out of range never reads the null row: the table fails.
+        Labels are not range-checked here: on an accelerator that would wait for the device. One out of range
+        never reads the null row: the table's lookup fails.
         """
         if "label" not in cond:
             raise ValueError(
@@ -117,12 +117,3 @@ class ClassConditioner(nn.Module):
             absent = absent | cond["drop"]
         beyond = label + (label >= self.num_classes)  # num_classes itself, the null row's index, is no label
         return Injection(vector=self.table(torch.where(absent, self.num_classes, beyond)))
-
-
-def check_labels(labels: Iterable[int], num_classes: int) -> None:
-    """Raise ValueError for a label that is neither negative (none) nor a class; for labels on the host."""
-    wrong = sorted({int(label) for label in labels if label >= num_classes})
-    if wrong:
-        few = ", ".join(map(str, wrong[:5])) + (", ..." if len(wrong) > 5 else "")
-        valid = f"0 to {num_classes - 1}, or -1 for none" if num_classes else "only -1: there are no classes"
-        raise ValueError(f"labels out of range: {few}; valid labels are {valid}")

@@ -109,10 +109,6 @@ class Cost:
         """Of a training step, per image: 3 × forward. What checkpointing computes again is not counted."""
         return 3 * self.forward_flops
 
-    def mfu(self, images_per_s: float, peak: float) -> float:
-        """The share of `peak` (FLOP/s of all devices together) that training at `images_per_s` uses."""
-        return images_per_s * self.training_flops / peak
-
     def hours(self, images: int, peak: float, mfu: float) -> float:
         """Hours to train on so many images (with repeats) at that share of `peak` (FLOP/s of all devices)."""
         return images * self.training_flops / (peak * mfu) / 3600

@@ -7,9 +7,11 @@ and renamed; a directory without COMPLETE is not a checkpoint. Works on fragment
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,11 +24,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dit import dist
+from dit.dist import PeerError
 from dit.errors import UserError
 from dit.train.fragments import ADAM_STATE, Fragment
 
 KINDS = ("model", "ema", *ADAM_STATE)
 _PREFIX = "step-"
+_NAME = re.compile(rf"{_PREFIX}\d{{8,}}")  # a copy that somebody made beside it is not ours
 
 
 class CheckpointError(UserError):
@@ -68,17 +72,19 @@ def save(
         here = dist.together(lambda: _write_rank(partial, fragments, ema, module))
         entries = dist.gather_objects(here)
         dist.together(lambda: _finish(partial, final, entries, {**meta, "step": step}))
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, SafetensorError, PeerError) as error:
         shutil.rmtree(partial, ignore_errors=True)
+        full = any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
         raise CheckpointError(
-            f"could not save {final}: {error}. Earlier checkpoints are untouched; free space (or mend the "
-            "directory) and start the same command again."
+            f"could not save {final}: {error}. Earlier checkpoints are untouched; "
+            f"{'free space' if full else 'make room for it or mend the directory'} and start the same command again."
         ) from error
     return final
 
 
 def _fresh(partial: Path) -> None:
-    shutil.rmtree(partial, ignore_errors=True)
+    for left_over in [p for p in partial.parent.glob("*.partial") if _NAME.fullmatch(p.stem)]:
+        shutil.rmtree(left_over, ignore_errors=True)
     partial.mkdir(parents=True)
 
 
@@ -144,9 +150,12 @@ def prune(directory: Path, keep: int, step: int) -> None:
 
     Those beyond it are broken ones that were passed over: they must not count instead of a good one.
     """
-    if keep:
-        for path in [p for p in _candidates(directory) if p.name <= f"{_PREFIX}{step:08d}"][keep:]:
-            shutil.rmtree(path)
+    for path in [p for p in _candidates(directory) if _step_of(p) <= step][keep:] if keep else ():
+        try:
+            doomed = path.rename(path.with_suffix(".partial"))  # so that half of one is never taken for one
+            shutil.rmtree(doomed)
+        except OSError as error:  # no reason to stop training: the next save tries again
+            print(f"could not remove the old checkpoint {path}: {error}", flush=True)
 
 
 # --- finding and reading -----------------------------------------------------------------------------------
@@ -154,7 +163,12 @@ def prune(directory: Path, keep: int, step: int) -> None:
 
 def _candidates(directory: Path) -> list[Path]:
     """Directories that have a checkpoint's final name, broken ones too, newest first."""
-    return sorted((p for p in directory.glob(f"{_PREFIX}*") if p.suffix != ".partial"), reverse=True)
+    found = [p for p in directory.glob(f"{_PREFIX}*") if _NAME.fullmatch(p.name)]
+    return sorted(found, key=_step_of, reverse=True)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix(_PREFIX))
 
 
 def exists(directory: Path) -> bool:
@@ -165,18 +179,18 @@ def exists(directory: Path) -> bool:
 def read(path: Path, verify: bool = True) -> Checkpoint:
     """The checkpoint in `path`, its checksums verified. Raises CheckpointError naming what is broken."""
     try:
-        text = (path / "meta.json").read_text()
-        if (path / "COMPLETE").read_text().strip() != hashlib.sha256(text.encode()).hexdigest():
+        text = (path / "meta.json").read_bytes()
+        if (path / "COMPLETE").read_bytes().strip() != hashlib.sha256(text).hexdigest().encode():
             raise CheckpointError(f"{path}/meta.json: does not match its checksum in COMPLETE")
         meta = json.loads(text)
+        for entry in meta["files"]:
+            file = path / entry["file"]
+            if not file.is_file() or file.stat().st_size != entry["bytes"]:
+                raise CheckpointError(f"{file}: missing or cut short (expected {entry['bytes']} bytes)")
+            if verify and _sha256(file) != entry["sha256"]:
+                raise CheckpointError(f"{file}: its content does not match its checksum")
     except OSError as error:
         raise CheckpointError(f"{path}: not a complete checkpoint: {error}") from None
-    for entry in meta["files"]:
-        file = path / entry["file"]
-        if not file.is_file() or file.stat().st_size != entry["bytes"]:
-            raise CheckpointError(f"{file}: missing or cut short (expected {entry['bytes']} bytes)")
-        if verify and _sha256(file) != entry["sha256"]:
-            raise CheckpointError(f"{file}: its content does not match its checksum")
     return Checkpoint(path, meta)
 
 

@@ -49,6 +49,7 @@ def deepspeed_config(
         "torch_autocast": {"enabled": precision == "bf16", "dtype": "bfloat16"},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device twice a micro-batch
     }
 
 

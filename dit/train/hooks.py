@@ -12,10 +12,12 @@ import torch
 from PIL import Image
 
 from dit.config import ConfigError
+from dit.data import DataError
 from dit.data.codec import check_same_codec
 from dit.data.manifest import Manifest
 from dit.data.stream import Stream
 from dit.dist import World
+from dit.evals.protocol import protocol_hash
 from dit.evals.valloss import held_out_loss
 from dit.flow.objective import Loss
 from dit.rng import Draws
@@ -43,11 +45,12 @@ class HeldOutLoss:
 
     every: int
     evaluate: Callable[[Engine], dict[str, float]]
+    protocol: str  # hash of what has to be the same for two of these figures to be compared
 
     def __call__(self, step: int, engine: Engine, ema: Ema, log: RunLog) -> None:
         with ema.swapped_in(), torch.no_grad():
             values = self.evaluate(engine)
-        log.curve(step, {f"held_out/{name}": value for name, value in values.items()})
+        log.held_out(step, {**values, "protocol": self.protocol})
 
 
 @dataclass
@@ -67,17 +70,31 @@ class SampleGrid:
         log.image(step, "samples", grid)
 
 
+def _check_alike(manifest: Manifest, held_out: Manifest, cfg: RunConfig) -> None:
+    """Refuse held-out data whose labels or latents mean something else."""
+    for name in ("classes", "image_size", "array", "channels", "input_size"):
+        ours, theirs = getattr(manifest, name), getattr(held_out, name)
+        if ours != theirs:
+            raise DataError(
+                f"{cfg.data.val} (held out) and {cfg.data.path} differ in {name}: {theirs!r} against {ours!r}; "
+                "encode both from folders with the same classes, at the same size"
+            )
+
+
 def held_out_hook(cfg: RunConfig, manifest: Manifest, task: Task, world: World) -> list[Hook]:
     """The held-out loss on data.val, if val.every asks for it. DataError where its codec is another one."""
     if not cfg.val.every or cfg.data.val is None:
         return []
     held_out = Manifest.load(cfg.data.val)
     check_same_codec(manifest.codec, held_out.codec, cfg.data.path, cfg.data.val)
-    unit = world.size * task.group
-    batch = min(cfg.train.global_batch, held_out.samples // unit * unit)
-    if not batch:
+    _check_alike(manifest, held_out, cfg)
+    # of the global batch and the data alone, so that the figure is the same on any number of ranks
+    fitting = [d for d in range(1, cfg.train.global_batch + 1) if cfg.train.global_batch % d == 0]
+    batch = max((d for d in fitting if d <= held_out.samples and d % task.group == 0), default=0)
+    if not batch or batch % (world.size * task.group):
         raise ConfigError(
-            f"{cfg.data.val} has {held_out.samples} samples; {world.size} ranks x groups of {task.group} need {unit}"
+            f"{cfg.data.val} has {held_out.samples} samples, taken {batch} at a time: {world.size} ranks x groups of "
+            f"{task.group} do not divide that; use more held-out data, fewer ranks, or val.every: 0"
         )
     stream = Stream(held_out, VAL_SEED, batch, world.rank, world.size)
     steps, micro = min(cfg.val.batches, stream.steps_per_epoch), cfg.train.micro(world)
@@ -89,4 +106,11 @@ def held_out_hook(cfg: RunConfig, manifest: Manifest, task: Task, world: World) 
             for part in samples.micro_batches(micro):
                 yield task.loss(engine, part)
 
-    return [HeldOutLoss(cfg.val.every, lambda engine: held_out_loss(losses(engine)))]
+    protocol = {
+        "data": held_out.digest,
+        "batch": batch,
+        "batches": steps,
+        "seed": VAL_SEED,
+        "task": repr(task),
+    }
+    return [HeldOutLoss(cfg.val.every, lambda engine: held_out_loss(losses(engine)), protocol_hash(protocol))]

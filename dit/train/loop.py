@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ class Loop:
     """A run's parts. `resume()` once, then `run()`.
 
     identity: JSON values that go into every checkpoint (config, data contract, code version).
+    check_config: refuses (by an error) to go on with a checkpoint of another config, given that and its name.
     probe: a fixed synthetic batch whose loss a checkpoint records and a load must find again.
     flops_per_image: of a training step. peak_flops: of all ranks' devices together, or None.
     """
@@ -56,6 +57,7 @@ class Loop:
     run_dir: Path
     identity: dict[str, Any]
     probe: Samples
+    check_config: Callable[[Mapping[str, Any], str], object]
     flops_per_image: float
     peak_flops: float | None
     from_scratch: bool = True
@@ -73,10 +75,12 @@ class Loop:
 
     def resume(self) -> bool:
         """Go on from the run directory's newest good checkpoint; False where there is none. Collective."""
-        found = dist.together(lambda: checkpoint.latest(self.run_dir / "checkpoints", self._say))
+        # rank 0 finds and verifies for all: file systems may not show every rank the same
+        found = dist.on_main(lambda: checkpoint.latest(self.run_dir / "checkpoints", self.say))
         if found is None:
             return False
         meta = found.meta
+        self.check_config(meta["config"], str(found.path))
         self._check_data(found)
         dist.together(
             lambda: checkpoint.load_into(found, self.engine.fragments(), self.ema.pieces, self.engine.module)
@@ -87,7 +91,7 @@ class Loop:
         self.step, self.skipped_in_a_row = found.step, meta["skipped_in_a_row"]
         self.meters.load_state(meta["meters"], self.world.is_main)
         self._check_probe(found)
-        self._say(f"resuming {self.run_dir} at step {self.step}")
+        self.say(f"resuming {self.run_dir} at step {self.step}")
         return True
 
     def save(self) -> None:
@@ -226,8 +230,9 @@ class Loop:
             raise TrainingError(
                 f"{self.skipped_in_a_row} updates in a row were skipped because the gradient was not finite, the last "
                 f"at step {self.step}. The samples' ids are in {self.run_dir / 'nonfinite'}. Look at those samples "
-                "(tools/shards.py verify), lower optim.lr, or set train.precision: fp32; then start the same command "
-                f"again to go on from the last checkpoint (train.max_skipped = {self.train.max_skipped})."
+                "(tools/shards.py verify). The same command would meet them again: start a new run_dir with "
+                f"init.from={self.run_dir} and a lower optim.lr, or with train.precision=fp32 "
+                f"(train.max_skipped = {self.train.max_skipped})."
             )
 
     def _dump_non_finite(self, batch: Batch, per_sample: Tensor) -> None:
@@ -261,6 +266,7 @@ class Loop:
         )
         return float(row["loss"] or 0.0)
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
+        """Print on rank 0, beside a progress bar."""
         if self.world.is_main:
             tqdm.write(text)

@@ -46,11 +46,15 @@ class Meters:
         self._paused += seconds
 
     def add(self, loss: Loss) -> None:
-        """Add one micro-batch."""
-        terms = {"loss": loss.mean.detach().float(), "one": torch.ones((), device=self.device)}
+        """Add one micro-batch, by its samples: how the batch was cut does not show."""
+        count = len(loss.per_sample)
+        terms = {
+            "loss": count * loss.mean.detach().float(),
+            "count": loss.mean.new_full((), float(count)).float(),
+        }
         if loss.t is not None:
             terms["quarters"] = sums_by_quarter(loss)
-        terms |= {f"metric/{name}": value.detach().float() for name, value in loss.metrics.items()}
+        terms |= {f"metric/{name}": count * value.detach().float() for name, value in loss.metrics.items()}
         for name, value in terms.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
@@ -96,7 +100,7 @@ class Meters:
         """
         sums, batch_hash = self._reduced(), self._reduced_hash()
         elapsed = max(1e-9, time.perf_counter() - self._since - self._paused)
-        count = float(sums["one"])
+        count = float(sums["count"])
         row: dict[str, float | int | None] = {"loss": float(sums["loss"]) / count}
         for i, (total, n) in enumerate(sums["quarters"].T.tolist() if "quarters" in sums else ()):
             row[f"loss_q{i + 1}"] = total / n if n else None
@@ -115,27 +119,38 @@ class RunLog:
 
     def __init__(self, run_dir: Path, step: int, is_main: bool):
         """step: steps done; whatever was logged beyond it (by a run that was killed later) is cut off."""
-        self.path, self._writer = run_dir / "metrics.jsonl", None
+        self.path, self.held_out_path, self._writer = (
+            run_dir / "metrics.jsonl",
+            run_dir / "held_out.jsonl",
+            None,
+        )
         if is_main:
-            if self.path.is_file():
-                truncate(self.path, step)
+            for path in (self.path, self.held_out_path):
+                if path.is_file():
+                    truncate(path, step)
             self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
 
     def scalars(self, step: int, row: dict[str, Any]) -> None:
         """One line in metrics.jsonl and a point on each curve."""
         if self._writer is None:
             return
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **{k: _finite(v) for k, v in row.items()}}) + "\n")
+        self._append(self.path, step, row)
         for name, value in row.items():
             if isinstance(value, int | float) and name != "batch_hash":
                 self._writer.add_scalar(_group(name), value, step)
 
-    def curve(self, step: int, row: dict[str, float]) -> None:
-        """Points on TensorBoard curves alone."""
+    def held_out(self, step: int, row: dict[str, Any]) -> None:
+        """One line in held_out.jsonl and a point on each curve."""
         if self._writer is not None:
+            self._append(self.held_out_path, step, row)
             for name, value in row.items():
-                self._writer.add_scalar(name, value, step)
+                if isinstance(value, float):
+                    self._writer.add_scalar(f"held_out/{name}", value, step)
+
+    @staticmethod
+    def _append(path: Path, step: int, row: dict[str, Any]) -> None:
+        with path.open("a") as file:
+            file.write(json.dumps({"step": step, **{k: _finite(v) for k, v in row.items()}}) + "\n")
 
     def image(self, step: int, name: str, grid: np.ndarray) -> None:
         """grid: (H, W, 3) uint8."""

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import os
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
 from dit import dist
-from dit.config import ConfigError, flatten, to_dict
+from dit.config import ConfigError, flatten, from_dict, to_dict
 from dit.configfile import write_yaml
 from dit.dist import World
 from dit.train.settings import OPERATIONAL, RunConfig
@@ -27,36 +31,80 @@ def claim(cfg: RunConfig, world: World) -> Path:
     run_dir = Path(cfg.run_dir)
 
     def check_and_write() -> None:
-        if not world.is_main:
-            return
         changes = compare(run_dir / CONFIG, cfg)
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_yaml(run_dir / CONFIG, cfg)
         start = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "code": dist.code_version(),
             "ranks": world.size,
         }
-        with (run_dir / "history.jsonl").open("a") as file:
+        with (run_dir / "history.jsonl").open("a") as file:  # first, so that no change goes unrecorded
             file.write(json.dumps({**start, "on": dist.job_name(), "changes": changes}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        write_yaml(run_dir / CONFIG, cfg)
 
-    dist.together(check_and_write)
+    dist.on_main(check_and_write)
     return run_dir
+
+
+@contextlib.contextmanager
+def locked(run_dir: Path, world: World, patience: float = 30.0) -> Iterator[None]:
+    """Hold the run directory: two jobs in one would cut off each other's logs and checkpoints. Collective.
+
+    patience: seconds to wait for a job that is still dying. The lock goes with the process, however it ends.
+    """
+
+    def hold() -> IO[str]:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = (run_dir / ".lock").open("a+")
+        end = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    file.seek(0)
+                    raise ConfigError(
+                        f"{run_dir} is in use by another process ({file.read().strip()}); end that one, or choose "
+                        "another run_dir"
+                    ) from None
+                time.sleep(0.2)
+            else:
+                file.truncate(0)
+                file.write(f"{dist.job_name()}, process {os.getpid()}")
+                file.flush()
+                return file
+
+    held = dist.together(lambda: hold() if world.is_main else None)
+    try:
+        yield
+    finally:
+        if held is not None:
+            held.close()
 
 
 def compare(path: Path, cfg: RunConfig) -> dict[str, list[Any]]:
     """{operational key: [before, now]} against a config.yaml; ConfigError if an identity key differs."""
     if not path.is_file():
         return {}
-    before, now = flatten(yaml.safe_load(path.read_text())), flatten(to_dict(cfg))
-    differing = {
-        k: [before.get(k), now.get(k)] for k in sorted({*before, *now}) if before.get(k) != now.get(k)
-    }
+    return differences(yaml.safe_load(path.read_text()) or {}, cfg, str(path.parent))
+
+
+def differences(before: Mapping[str, Any], cfg: RunConfig, where: str) -> dict[str, list[Any]]:
+    """{operational key: [before, now]} against a resolved config's values; ConfigError if an identity key differs.
+
+    Keys that did not exist when `before` was written count as having had their defaults.
+    """
+    with contextlib.suppress(ConfigError):  # a key that exists no longer shows among the differing ones
+        before = to_dict(from_dict(type(cfg), before))
+    there, now = flatten(before), flatten(to_dict(cfg))
+    differing = {k: [there.get(k), now.get(k)] for k in sorted({*there, *now}) if there.get(k) != now.get(k)}
     fatal = {k: v for k, v in differing.items() if not is_operational(k)}
     if fatal:
         rows = "\n".join(f"  {k}: {was!r} there, {is_!r} now" for k, (was, is_) in fatal.items())
         raise ConfigError(
-            f"{path.parent} holds a run with another config:\n{rows}\n"
+            f"{where} holds a run with another config:\n{rows}\n"
             "Give these keys their old values to go on with it, or another --run_dir to start a new run "
             "(init.from starts one from its weights)."
         )

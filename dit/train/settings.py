@@ -18,10 +18,8 @@ class TrainConfig:
     global_batch: int = 256  # samples a step, over all ranks
     micro_batch: int | None = None  # samples a forward pass and rank, at most; null = the rank's whole share
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16 = fp32 weights and autocast matrix products
-    label_drop: float = 0.1  # share of labels replaced by the null condition (for guidance)
     log_every: int = 10  # steps
     max_skipped: int = 20  # updates skipped in a row before the run stops
-    compile: bool = False  # torch.compile each block
     threads: int | None = None  # torch CPU threads a rank; null = as the environment says
 
     def __post_init__(self) -> None:
@@ -31,8 +29,6 @@ class TrainConfig:
         for name in ("micro_batch", "threads"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"train.{name} must be at least 1 or null, got {getattr(self, name)}")
-        if not 0 <= self.label_drop < 1:
-            raise ConfigError(f"train.label_drop must be in [0, 1), got {self.label_drop}")
 
     def local_batch(self, world: World) -> int:
         """Samples a rank takes a step. Raises ConfigError where they cannot be shared out evenly."""

@@ -42,7 +42,6 @@ class Parts:
     contract: dict[str, Any] = field(default_factory=dict)
     hooks: list[Hook] = field(default_factory=list)
     leaf_modules: tuple[type[nn.Module], ...] = ()
-    compile: Callable[[], None] | None = None  # compiles the module in place
 
 
 def train(cfg: RunConfig, make_parts: Callable[[Manifest, World], Parts]) -> None:
@@ -51,17 +50,18 @@ def train(cfg: RunConfig, make_parts: Callable[[Manifest, World], Parts]) -> Non
         torch.set_num_threads(cfg.train.threads)
     with dist.session() as world:
         loop = build(cfg, make_parts, world)
-        if loop.resume() and loop.step >= cfg.train.steps:
-            loop._say(f"{cfg.run_dir} has done its {cfg.train.steps} steps; raise train.steps to go on")
-            return
-        loop.run()
+        with run_dir.locked(loop.run_dir, world):
+            if loop.resume() and loop.step >= cfg.train.steps:
+                loop.say(f"{cfg.run_dir} has done its {cfg.train.steps} steps; raise train.steps to go on")
+                return
+            loop.run()
 
 
 def build(cfg: RunConfig, make_parts: Callable[[Manifest, World], Parts], world: World) -> Loop:
     """Every part of the run, checked, and the run directory claimed. Collective."""
     micro = cfg.train.micro(world)
     manifest = dist.together(lambda: Manifest.load(cfg.data.path))
-    dist.together(lambda: run_dir.compare(Path(cfg.run_dir) / run_dir.CONFIG, cfg))
+    dist.on_main(lambda: run_dir.compare(Path(cfg.run_dir) / run_dir.CONFIG, cfg))
     torch.manual_seed(cfg.seed)
     parts = dist.together(lambda: make_parts(manifest, world))
     _initialise(parts.module, cfg)
@@ -86,6 +86,7 @@ def build(cfg: RunConfig, make_parts: Callable[[Manifest, World], Parts], world:
         stream=stream,
         run_dir=folder,
         identity=identity,
+        check_config=lambda config, where: run_dir.differences(config, cfg, where),
         probe=synthetic_samples(stored_shape(manifest), len(manifest.classes), world.device),
         flops_per_image=parts.flops_per_image,
         peak_flops=float(dist.all_sum(torch.tensor(device_peak(world.device), device=world.device))),
@@ -116,7 +117,7 @@ def _stream(cfg: RunConfig, manifest: Manifest, world: World) -> Stream:
 
 def _initialise(module: nn.Module, cfg: RunConfig) -> None:
     """Weights from init.from, if it is set and the run has no checkpoint of its own."""
-    if cfg.init.from_ is None or checkpoint.exists(Path(cfg.run_dir) / "checkpoints"):
+    if cfg.init.from_ is None or dist.on_main(lambda: checkpoint.exists(Path(cfg.run_dir) / "checkpoints")):
         return
     source = checkpoint.resolve(cfg.init.from_)
     try:
@@ -126,8 +127,6 @@ def _initialise(module: nn.Module, cfg: RunConfig) -> None:
 
 
 def _engine(cfg: RunConfig, parts: Parts, world: World, accumulation: int) -> Engine:
-    if cfg.train.compile and parts.compile is not None:
-        parts.compile()
     if cfg.engine == "local":
         return LocalEngine(
             parts.module, cfg.optim, world, accumulation=accumulation, precision=cfg.train.precision

@@ -123,4 +123,5 @@ def synthetic_samples(
     moments = draws.normal(Purpose.PROBE, shape)
     if shape[0] == 2:
         moments = torch.stack([moments[:, 0], 0.1 * moments[:, 1].abs()], dim=1)  # a std is not negative
-    return Samples(moments, slots % max(1, num_classes), slots % 4 == 3, draws)
+    label = slots % num_classes if num_classes else torch.full_like(slots, -1)
+    return Samples(moments, label, slots % 4 == 3, draws)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from dit.config import ConfigError, from_dict
 from dit.model.block import AdaLNZero
-from dit.model.cond import CONDITIONERS, ClassConditioner, ConditionerConfig, Injection, check_labels, joined
+from dit.model.cond import CONDITIONERS, ClassConditioner, ConditionerConfig, Injection, joined
 from dit.model.dit import DiT, DiTConfig
 
 CFG = DiTConfig(size="nano", patch=4)
@@ -50,15 +50,6 @@ def test_a_label_that_is_no_class_never_becomes_the_null_row(label):
 def test_a_missing_key_is_named():
     with pytest.raises(ValueError, match=r"needs cond\['label'\].*got \['text'\]"):
         ClassConditioner(5, 8)({"text": torch.zeros(1)})
-
-
-def test_check_labels():
-    check_labels([-1, 0, 4], 5)
-    check_labels(torch.tensor([-1]), 0)
-    with pytest.raises(ValueError, match="out of range: 5, 7; valid labels are 0 to 4, or -1 for none"):
-        check_labels([7, 0, 5, 7], 5)
-    with pytest.raises(ValueError, match="only -1"):
-        check_labels(torch.tensor([0]), 0)
 
 
 def test_injections_are_joined_and_an_empty_one_changes_nothing():

@@ -177,6 +177,7 @@ BREAKS: dict[str, tuple[Callable[[Path], None], str]] = {
     "missing COMPLETE": (lambda p: (p / "COMPLETE").unlink(), "COMPLETE"),
     "empty COMPLETE": (lambda p: (p / "COMPLETE").write_text(""), "COMPLETE"),
     "altered meta": (lambda p: flip_bit(p / "meta.json", 30), "meta.json"),
+    "meta that is no text": (lambda p: (p / "meta.json").write_bytes(b"\xff\xfe{"), "meta.json"),
     "missing meta": (lambda p: (p / "meta.json").unlink(), "meta.json"),
     "emptied": (lambda p: [f.unlink() for f in p.iterdir()] and None, "step-00000030"),
 }
@@ -235,6 +236,20 @@ def test_resolve_takes_a_run_directory_or_a_checkpoint(three: Path, tmp_path: Pa
 def test_prune_keeps_the_newest(three: Path, keep: int, left: list[int]) -> None:
     checkpoint.prune(three, keep, step=30)
     assert sorted(p.name for p in three.iterdir()) == [f"step-{s:08d}" for s in left]
+
+
+def test_copies_that_somebody_made_are_neither_checkpoints_nor_pruned(three: Path) -> None:
+    for name in ("step-00000030.best", "step-00000099-copy", "best"):
+        shutil.copytree(at_step_in(three, 30), three / name)
+    checkpoint.prune(three, keep=1, step=30)
+    assert sorted(p.name for p in three.iterdir()) == [
+        "best",
+        "step-00000030",
+        "step-00000030.best",
+        "step-00000099-copy",
+    ]
+    shutil.rmtree(at_step_in(three, 30))
+    assert checkpoint.latest(three) is None
 
 
 def test_prune_never_counts_a_broken_one_that_was_passed_over(three: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from dit.rng import Draws
 from dit.train.hooks import VAL_SEED, held_out_hook
 from dit.train.task import LatentTask, batch_samples
 from tests.datasets import Digits
+from tests.ranks import Server
 from tests.train.runs import BATCH, STEPS, at_step, experiment, go, values
 from tests.train.test_loop import curve
 
@@ -82,6 +85,33 @@ def test_small_held_out_data_are_one_smaller_batch(digits: Digits, tmp_path: Pat
     assert len(curve(tmp_path, "held_out/loss")) == 1
 
 
+def held_out_rows(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "held_out.jsonl").read_text().splitlines()]
+
+
+def test_held_out_loss_does_not_depend_on_the_ranks_though_data_are_fewer_than_a_batch(
+    digits: Digits, ranks: Server, tmp_path: Path
+) -> None:
+    given = {"data": {"val": str(digits.moments_val)}, "val": {"every": 1, "batches": 5}}
+    given["train"] = {"steps": 1, "global_batch": 96, "micro_batch": 12}
+    for size in (1, 4):
+        ranks.run(size, go, values(digits, tmp_path / str(size), **given))
+    (one,), (four,) = held_out_rows(tmp_path / "1"), held_out_rows(tmp_path / "4")
+    assert one["loss"] == pytest.approx(four["loss"], rel=1e-5)
+    assert one["protocol"] == four["protocol"]
+    assert len(one["protocol"]) == 12
+
+
+def test_held_out_data_with_other_classes_are_refused(digits: Digits, tmp_path: Path) -> None:
+    other = shutil.copytree(digits.moments_val, tmp_path / "other")
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["classes"] = [f"digit {c}" for c in manifest["classes"]]
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    given = values(digits, tmp_path / "run", data={"val": str(other)}, val={"every": 1}, engine="local")
+    with pytest.raises(DataError, match="differ in classes"):
+        go(given)
+
+
 def test_held_out_data_of_another_codec_are_refused(digits: Digits, tmp_path: Path) -> None:
     given = values(
         digits, tmp_path / "run", data={"val": str(digits.pixels_val)}, val={"every": 1}, engine="local"
@@ -104,7 +134,9 @@ def test_held_out_data_too_few_for_the_ranks_are_refused(digits: Digits, tmp_pat
     )
     manifest = Manifest.load(digits.moments)
     task = LatentTask(cfg.objective, cfg.norm(manifest), 0.1, has_unit_variance=True)
-    with pytest.raises(ConfigError, match="48 samples; 2 ranks x groups of 32 need 64"):
+    with pytest.raises(
+        ConfigError, match="48 samples, taken 32 at a time: 2 ranks x groups of 32 do not divide that"
+    ):
         held_out_hook(cfg, manifest, task, World(0, 2))
 
 

@@ -6,17 +6,21 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from dit.config import merge
+from dit.config import ConfigError, merge
 from dit.data import DataError
+from dit.data.codec import Pixels
+from dit.data.encode import EncodeOptions, encode
+from dit.data.images import open_source
 from dit.train.checkpoint import CheckpointError
 from dit.train.loop import TrainingError
-from tests.datasets import Digits, altered
+from tests.datasets import Digits, altered, first
 from tests.ranks import Job, RanksFailed, Server
 from tests.train.conftest import Poisoned
 from tests.train.runs import (
@@ -199,6 +203,37 @@ def test_a_checkpoint_between_two_logged_steps_keeps_their_sums(digits: Digits, 
         assert a == pytest.approx(b, rel=1e-12)
         assert a["batch_hash"] == b["batch_hash"]
     assert differing(state(at_step(run, 12)), state(at_step(whole, 12))) == []
+
+
+def test_the_sums_of_an_interval_do_not_show_how_its_batches_were_cut(digits: Digits, tmp_path: Path) -> None:
+    """As above, the second half of an interval with another micro-batch: a sample counts the same in both."""
+    sections = {"engine": "local", "checkpoint": {"every": 6, "keep": 0}}
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    go(values(digits, whole, **sections, train={"log_every": 4, "steps": 12}))
+    forked(whole, 6, run)
+    go(values(digits, run, **sections, train={"log_every": 4, "steps": 12, "micro_batch": 32}))
+    assert column(run, "loss") == pytest.approx(column(whole, "loss"), rel=1e-5)
+    assert column(run, "batch_hash") == column(whole, "batch_hash")
+
+
+def test_data_without_labels_train_save_and_go_on(digits: Digits, tmp_path: Path) -> None:
+    source = first(open_source("digits:train"), 40)
+    unlabelled = replace(source, classes=(), labels=np.full(40, -1))
+    encode(unlabelled, Pixels().build(), tmp_path / "data", EncodeOptions(image_size=8, workers=1))
+    given = values(digits, tmp_path / "run", data={"path": str(tmp_path / "data")}, engine="local")
+    given |= {"codec": {"name": "pixels"}, "checkpoint": {"every": 2, "keep": 1}}
+    go(merge(given, {"train": {"steps": 2, "global_batch": 16}}))
+    go(merge(given, {"train": {"steps": 4, "global_batch": 16}}))
+    assert column(tmp_path / "run", "step") == [1, 2, 3, 4]
+
+
+def test_a_checkpoint_of_another_config_is_refused_also_where_config_yaml_is_gone(
+    digits: Digits, reference: Path, tmp_path: Path
+) -> None:
+    run = forked(reference, STEPS, tmp_path / "run")
+    (run / "config.yaml").unlink()
+    with pytest.raises(ConfigError, match=r"seed: 0 there, 5 now"):
+        go(values(digits, run, seed=5, engine="local"))
 
 
 def test_the_hash_of_an_interval_is_the_sum_of_its_steps_hashes(

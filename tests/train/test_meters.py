@@ -98,7 +98,7 @@ def two_ranks_after_a_resume() -> dict:
     rank = World.from_env().rank
     meters = Meters(CPU)
     meters.load_state(
-        {"sums": {"loss": 6.0, "one": 2.0, "metric/drop": 1.0}, "batch_hash": 2**63 - 1}, rank == 0
+        {"sums": {"loss": 6.0, "count": 2.0, "metric/drop": 1.0}, "batch_hash": 2**63 - 1}, rank == 0
     )
     meters.add(loss([1.0 + rank], [0.3 * rank]))
     meters.add_hash(torch.tensor([1 + rank]))
@@ -121,18 +121,23 @@ def test_a_line_is_json_without_nan(tmp_path: Path) -> None:
     log = RunLog(tmp_path, 0, is_main=True)
     log.scalars(3, {"loss": math.nan, "grad_norm": math.inf, "lr": 0.1, "batch_hash": 2**63 - 1, "mfu": None})
     log.image(3, "samples", np.zeros((4, 4, 3), np.uint8))
-    log.curve(3, {"held_out/loss": 1.0})
+    log.held_out(3, {"loss": 1.0, "protocol": "abc"})
     log.close()
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     expected = {"step": 3, "loss": None, "grad_norm": None, "lr": 0.1, "batch_hash": 2**63 - 1, "mfu": None}
     assert json.loads(line, parse_constant=pytest.fail) == expected
     assert list((tmp_path / "tensorboard").iterdir())
+    assert json.loads((tmp_path / "held_out.jsonl").read_text()) == {
+        "step": 3,
+        "loss": 1.0,
+        "protocol": "abc",
+    }
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     log = RunLog(tmp_path, 0, is_main=False)
     log.scalars(1, {"loss": 1.0})
-    log.curve(1, {"x": 1.0})
+    log.held_out(1, {"x": 1.0})
     log.image(1, "samples", np.zeros((4, 4, 3), np.uint8))
     log.close()
     assert list(tmp_path.iterdir()) == []

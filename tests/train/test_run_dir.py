@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from dit.config import ConfigError, from_dict, keys_of, merge
+from dit.config import ConfigError, from_dict, keys_of, merge, to_dict
 from dit.configfile import load
 from dit.dist import World
 from dit.experiment import Experiment
-from dit.train.run_dir import claim, is_operational
+from dit.train.run_dir import claim, differences, is_operational, locked
 
 BASE = {"data": {"path": "there"}, "model": {"size": "nano"}, "train": {"steps": 10, "global_batch": 8}}
 
@@ -103,8 +104,31 @@ def test_every_identity_key_that_differs_is_listed(tmp_path: Path) -> None:
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
-    claim(experiment(tmp_path / "run"), World(1, 2, 1))
-    assert not (tmp_path / "run").exists()
+    cfg = experiment(tmp_path / "run")
+    with locked(tmp_path / "run", World(1, 2, 1)):
+        assert not (tmp_path / "run").exists()
+    assert claim(cfg, World(0, 2, 0)) == tmp_path / "run"
+
+
+def test_a_run_directory_in_use_is_refused_with_who_uses_it_and_free_again_after(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with locked(run, World()):
+        says = rf"run is in use by another process .*process {os.getpid()}"
+        with pytest.raises(ConfigError, match=says), locked(run, World(), patience=0.3):
+            pytest.fail("two at a time")
+    with locked(run, World(), patience=0.0):
+        assert (run / ".lock").is_file()
+
+
+def test_keys_that_came_later_count_as_having_had_their_defaults(tmp_path: Path) -> None:
+    cfg = experiment(tmp_path / "run")
+    before = to_dict(cfg)
+    del before["optim"]["eps"]
+    assert differences(before, cfg, "there") == {}
+    before["optim"]["betas"] = [0.5, 0.5]
+    before["gone"] = 3
+    with pytest.raises(ConfigError, match=r"gone: 3 there, None now(.|\n)*optim.betas"):
+        differences(before, cfg, "there")
 
 
 def test_what_is_operational_is_a_key_of_the_schema() -> None:

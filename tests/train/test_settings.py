@@ -46,8 +46,6 @@ def test_a_micro_batch_that_does_not_divide_the_share_is_refused() -> None:
         {"train": {"log_every": 0}},
         {"train": {"max_skipped": 0}},
         {"train": {"threads": 0}},
-        {"train": {"label_drop": 1.0}},
-        {"train": {"label_drop": -0.1}},
         {"train": {"precision": "fp16"}},
         {"checkpoint": {"every": 0}},
         {"checkpoint": {"keep": -1}},
