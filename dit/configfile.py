@@ -7,7 +7,6 @@ Everything is checked before anything runs; an error names the file (or the comm
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +25,7 @@ from dit.config import (
     parts_of,
     to_dict,
 )
+from dit.files import write_atomically
 
 C = TypeVar("C")
 
@@ -122,9 +122,4 @@ def _with_source(problem: Problem, sources: Mapping[str, str], default: str) -> 
 
 def write_yaml(path: str | Path, cfg: Any) -> None:
     """Write a config, resolved in full, as YAML: whole or not at all, wherever the process is killed."""
-    beside = Path(path).with_name(Path(path).name + ".partial")
-    with beside.open("w") as file:
-        file.write(yaml.safe_dump(to_dict(cfg), sort_keys=False))
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    write_atomically(Path(path), yaml.safe_dump(to_dict(cfg), sort_keys=False).encode())

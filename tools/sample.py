@@ -17,8 +17,8 @@ from tqdm import tqdm
 from dit import dist
 from dit.cli import run
 from dit.config import ConfigError, from_dict, to_dict
-from dit.data.manifest import write_atomically
 from dit.experiment import Trained
+from dit.files import write_atomically
 from dit.sample.generate import Sampler, SamplerSpec, image_grid, labels_for
 
 

@@ -26,8 +26,9 @@ from dit.config import ConfigError, config
 from dit.data import DataError
 from dit.data.codec import Codec
 from dit.data.images import TRANSFORM, BadImage, ImageSource
-from dit.data.manifest import DTYPE, Manifest, Names, write_atomically
+from dit.data.manifest import DTYPE, Manifest, Names
 from dit.data.write import ChannelStats, ShardWriter, folder_beside
+from dit.files import write_atomically
 from dit.rng import Draws, Purpose, permutation
 
 MAX_BLOCK_BYTES = 16 << 20  # readers hold many blocks, so blocks of big samples hold fewer

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from dit.config import ConfigError, config, from_dict, to_dict
 from dit.data import DataError
+from dit.files import write_atomically
 
 FILE = "manifest.json"
 FORMAT: Literal["dit-blocks/1"] = "dit-blocks/1"
@@ -168,23 +169,3 @@ class Manifest:
         if hashlib.sha256(data).hexdigest() != self.names.sha256:
             raise DataError(f"{file}: not the names file that the manifest describes; encode again")
         return data.decode().split("\n")[:-1]
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all, even if the machine stops."""
-    beside = path.with_name(f".{path.name}.partial")
-    with beside.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder (files made, renamed) last through a stop of the machine."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

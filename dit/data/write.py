@@ -17,7 +17,8 @@ import numpy as np
 
 from dit.data import DataError
 from dit.data.blocks import END, pack, record_key
-from dit.data.manifest import Block, Shard, sync_folder
+from dit.data.manifest import Block, Shard
+from dit.files import sync
 
 
 class ShardWriter:
@@ -128,11 +129,11 @@ def folder_beside(out: Path) -> Iterator[Path]:
             left_over.unlink()
         try:
             yield partial
-            sync_folder(partial)
+            sync(partial)
             partial.rename(out)  # onto nothing or an empty folder
         except BaseException:
             shutil.rmtree(partial)
             raise
-        sync_folder(out.parent)
+        sync(out.parent)
     finally:
         os.close(descriptor)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from dit import dist
 from dit.dist import PeerError
 from dit.errors import UserError
+from dit.files import sync
 from dit.train.fragments import ADAM_STATE, Fragment
 
 KINDS = ("model", "ema", *ADAM_STATE)
@@ -102,7 +103,7 @@ def _write_rank(
         tensors.update({f"buffer/{name}": _on_cpu(b) for name, b in persistent_buffers(module).items()})
     path = partial / f"rank-{rank:05d}.safetensors"
     save_file(tensors, path)
-    _flush(path)
+    sync(path)
     pieces_of = {f.name: [list(f.shape), f.offset, f.numel] for f in fragments if f.is_owned}
     return {"file": path.name, "sha256": _sha256(path), "bytes": path.stat().st_size, "fragments": pieces_of}
 
@@ -124,20 +125,12 @@ def _finish(partial: Path, final: Path, entries: list[dict[str, Any]], meta: dic
     text = json.dumps({**meta, "files": entries}, indent=1)
     for name, content in (("meta.json", text), ("COMPLETE", hashlib.sha256(text.encode()).hexdigest())):
         (partial / name).write_text(content)
-        _flush(partial / name)
-    _flush(partial)
+        sync(partial / name)
+    sync(partial)
     if final.exists():
         shutil.rmtree(final)
     partial.rename(final)
-    _flush(final.parent)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(final.parent)
 
 
 def _sha256(path: Path) -> str:
