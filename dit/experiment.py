@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dit.config import ConfigError, config, from_dict, to_dict
+from dit.data import DataError
 from dit.data.codec import (
     CODECS,
     Codec,
@@ -86,14 +87,7 @@ class Experiment(RunConfig):
 
     def make_parts(self, manifest: Manifest, world: World) -> Parts:
         """Model, task and hooks for these data on this rank."""
-        norm, micro = self.norm(manifest), self.train.micro(world)
-        if micro % self.objective.coupling.group:
-            raise ConfigError(
-                f"a micro-batch of {micro} samples is no multiple of objective.coupling.group = "
-                f"{self.objective.coupling.group}; change train.micro_batch or the group"
-            )
-        has_unit_variance = self.latents.norm == "dataset"
-        task = LatentTask(self.objective, norm, self.train.label_drop, has_unit_variance)
+        norm, task = self.norm(manifest), self.task(manifest, world)
         module = self.model.build(manifest.input_size, manifest.channels, len(manifest.classes))
         if self.train.compile:
             module.compile_blocks()
@@ -111,6 +105,17 @@ class Experiment(RunConfig):
             hooks=self._hooks(manifest, norm, task, world),
             leaf_modules=tuple({type(b) for b in module.blocks}),
         )
+
+    def task(self, manifest: Manifest, world: World) -> LatentTask:
+        """What is trained on these data; ConfigError where coupled groups do not fit the micro-batch."""
+        micro = self.train.micro(world)
+        if micro % self.objective.coupling.group:
+            raise ConfigError(
+                f"a micro-batch of {micro} samples is no multiple of objective.coupling.group = "
+                f"{self.objective.coupling.group}; change train.micro_batch or the group"
+            )
+        has_unit_variance = self.latents.norm == "dataset"
+        return LatentTask(self.objective, self.norm(manifest), self.train.label_drop, has_unit_variance)
 
     def cost(self, manifest: Manifest) -> Cost:
         """Parameters, FLOPs and memory of the model on these data."""
@@ -150,14 +155,22 @@ def open_codec(
 ) -> Codec:
     """The codec that made the data, to decode with. identity: of the data's codec, which `named` records.
 
-    ConfigError where it is not said where to find it; DataError where another one was found.
+    Pixels need no codec, whatever is set. ConfigError where it is not said where to find another one; DataError
+    where it cannot be loaded or is not the one.
     """
-    if choice is None and identity["name"] != "pixels":
+    if identity["name"] == "pixels":
+        return Pixels().build(device)
+    if choice is None:
         raise ConfigError(
             f"the data's codec is '{identity['name']}' and nothing says where it is: set codec: {{name: "
             f"{identity['name']}, path: FOLDER}} (or --codec.path=FOLDER when sampling)"
         )
-    codec = (choice or Pixels()).build(device)
+    try:
+        codec = choice.build(device)
+    except DataError as error:
+        raise DataError(
+            f"{error}. {named} needs the codec '{identity['name']}' that its data were made with: --codec.path=FOLDER"
+        ) from None
     check_same_codec(identity, codec.identity(), named, "the codec given")
     return codec
 
@@ -191,7 +204,8 @@ class Trained:
         """A sampler with this spec. codec_keys: {"codec.path": ...}, over where training had the codec."""
         objective, contract, choice = self.experiment.objective, self.contract, self.experiment.codec
         if codec_keys:
-            choice = parse_codec(to_dict(choice) or {"name": contract["codec"]["name"]}, codec_keys)
+            base, name = to_dict(choice) or {}, contract["codec"]["name"]
+            choice = parse_codec(base if base.get("name") == name else {"name": name}, codec_keys)
         opened = open_codec(choice, contract["codec"], str(self.path), device)
         shape = tuple(contract["shape"])
 

@@ -15,7 +15,7 @@ from the checkout; the checkout and the run directory must be on a file system t
 command again resumes. Examples:
 
   sbatch --nodes=4 --gpus-per-node=8 --ntasks-per-node=8 --cpus-per-task=12 --time=24:00:00 \
-      launch/multinode.sh configs/imagenet.yaml --run_dir=/shared/runs/a
+      launch/multinode.sh configs/imagenet256/b2_rectified_flow.yaml --run_dir=/shared/runs/a
   sbatch --nodes=2 --ntasks-per-node=2 launch/multinode.sh configs/digits.yaml --run_dir=runs/a   # on CPUs
   DRY_RUN=1 launch/multinode.sh configs/digits.yaml                                               # only look
 

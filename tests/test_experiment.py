@@ -274,3 +274,12 @@ def test_keys_that_would_do_nothing_are_refused() -> None:
     for share in (1.0, -0.1):
         with pytest.raises(ConfigError, match=r"train\.label_drop"):
             from_dict(Experiment, {**base, "train": {"label_drop": share}})
+
+
+def test_pixels_need_no_codec_whatever_is_set_and_a_missing_one_names_what_it_is_for() -> None:
+    nowhere = Vae(path="./nowhere")
+    assert open_codec(nowhere, {"name": "pixels"}, "it", CPU).identity() == {"name": "pixels"}
+    with pytest.raises(
+        DataError, match=r"nowhere/config.json is missing.*it needs the codec 'vae'.*--codec.path"
+    ):
+        open_codec(nowhere, {"name": "vae"}, "it", CPU)

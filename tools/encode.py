@@ -22,7 +22,7 @@ def main(
     images: str,
     out: str,
     *,
-    codec: Annotated[str, "pixels | vae"] = "vae",
+    codec: Annotated[str, "pixels | vae (which needs --codec.path)"] = "vae",
     image_size: Annotated[int, "pixels a side, a multiple of the codec's factor"] = 256,
     flip: Annotated[bool, "store a flipped view beside each image"] = True,
     block: Annotated[int, "samples a block at most"] = 256,
@@ -57,7 +57,7 @@ def main(
     options = from_dict(EncodeOptions, given)
     chosen = parse_codec({"name": codec}, codec_keys)
     source = open_source(images)
-    print(f"{images}: {len(source)} images in {len(source.classes)} classes, {source.ignored} other files")
+    print(f"{images}: {source}")
     built = chosen.build(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with tqdm(total=len(source), unit="img", desc="encode") as bar:
         report = encode(source, built, out, options, progress=bar.update)

@@ -38,8 +38,8 @@ def main(
 ) -> None:
     """Run the main job end to end and write OUT/grid.png and OUT/report.json.
 
-    Every stage is one of the project's command lines, printed before it runs; a stage that is done is not done
-    again, and one that was interrupted goes on where it was.
+    Every stage is one of the project's command lines, printed before it runs. Encoding and training that are done
+    are not done again, and training that was interrupted goes on where it was.
     """
     folder, first = Path(out), Path(stage1 or out)
     prepare(first)

@@ -11,8 +11,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dit.cli import run
 from dit.configfile import load
 from dit.data.manifest import Manifest
+from dit.dist import World
 from dit.experiment import Experiment
-from dit.train.start import train
+from dit.train import run_dir
+from dit.train.hooks import held_out_hook
+from dit.train.start import device_peak, train
 
 
 def main(
@@ -34,43 +37,33 @@ def main(
 
 
 def report(cfg: Experiment) -> str:
-    """What the run will cost, computed from the config and the data's manifest."""
-    from dit.dist import World
-    from dit.train.start import device_peak
-
+    """What the run will cost, computed from the config and the data's manifest; refuses what training would."""
     world, manifest = World.from_env(), Manifest.load(cfg.data.path)
-    cost, micro = cfg.cost(manifest), cfg.train.micro(World(0, world.size))
-    peak = device_peak(world.device) * world.size
-    memory = cost.memory(
-        micro, zero_stage=cfg.zero.stage, world_size=world.size, precision=cfg.train.precision
+    held_out_hook(cfg, manifest, cfg.task(manifest, world), world)
+    run_dir.compare(Path(cfg.run_dir) / run_dir.CONFIG, cfg)
+    cost, train = cfg.cost(manifest), cfg.train
+    micro, local = train.micro(world), train.local_batch(world)
+    peak, images = device_peak(world.device) * world.size, train.steps * train.global_batch
+    memory = cost.memory(micro, zero_stage=cfg.zero.stage, world_size=world.size, precision=train.precision)
+    total, activations = memory.total / 2**30, memory.activations / 2**30
+    table, half, fifth = (
+        cost.parameters.position,
+        cost.hours(images, peak, 0.5),
+        cost.hours(images, peak, 0.2),
     )
-    images = cfg.train.steps * cfg.train.global_batch
-    rows = [
-        (
-            "parameters",
-            f"{cost.parameters.trainable:,} trained (+ {cost.parameters.position:,} in the position table)",
-        ),
-        (
-            "forward",
-            f"{cost.multiply_adds / 1e9:.3f} G multiply-adds an image = {cost.forward_flops / 1e9:.3f} GFLOP",
-        ),
-        (
-            "training",
-            f"{cost.training_flops / 1e9:.3f} GFLOP an image, {cost.training_flops * images:.3g} in all",
-        ),
-        ("data", f"{manifest.samples:,} samples of {manifest.shape}, {images / manifest.samples:.1f} epochs"),
-        ("batch", f"{cfg.train.global_batch} = {world.size} ranks x {cfg.train.micro(world)} x accumulation"),
-        (
-            "memory",
-            f"{memory.total / 2**30:.2f} GiB a rank, of it activations {memory.activations / 2**30:.2f}",
-        ),
-        ("peak", f"{peak / 1e12:.2f} TFLOP/s over {world.size} device(s)"),
-        (
-            "hours",
-            f"{cost.hours(images, peak, 0.5):.3g} at 50% MFU, {cost.hours(images, peak, 0.2):.3g} at 20%",
-        ),
-    ]
-    return "\n".join(f"{name:11s} {text}" for name, text in rows)
+    gflop, flop = cost.training_flops / 1e9, cost.training_flops * images
+    macs, forward = cost.multiply_adds / 1e9, cost.forward_flops / 1e9
+    rows = {
+        "parameters": f"{cost.parameters.trainable:,} trained (+ {table:,} in the position table)",
+        "forward": f"{macs:.3f} G multiply-adds an image = {forward:.3f} GFLOP",
+        "training": f"{gflop:.3f} GFLOP an image, {flop:.3g} in all",
+        "data": f"{manifest.samples:,} samples of {manifest.shape}, {images / manifest.samples:.1f} epochs",
+        "batch": f"{train.global_batch} = {world.size} ranks x {micro} x {local // micro} accumulated",
+        "memory": f"{total:.2f} GiB a rank, of it activations {activations:.2f}",
+        "peak": f"{peak / 1e12:.2f} TFLOP/s over {world.size} device(s)",
+        "hours": f"{half:.3g} at 50% MFU, {fifth:.3g} at 20%",
+    }
+    return "\n".join(f"{name:11s} {text}" for name, text in rows.items())
 
 
 if __name__ == "__main__":

@@ -47,6 +47,11 @@ class ImageSource:
     def __len__(self) -> int:
         return len(self.names)
 
+    def __str__(self) -> str:
+        loose = int((self.labels < 0).sum())
+        counts = f"{len(self)} images in {len(self.classes)} classes"
+        return f"{counts}, {loose} without a label, {self.ignored} other files"
+
     def load(self, index: int, size: int) -> np.ndarray:
         """Image `index`, cropped: (size, size, 3) uint8. Raises BadImage with its name."""
         try:

@@ -60,7 +60,7 @@ MODELS: Registry[ModelConfig] = Registry("model", default="dit")
 class DiTConfig(ModelConfig):
     """A DiT: of a `size`, or of a `width`, `depth` and `heads`. Input and classes come from the data."""
 
-    size: str | None = None  # a key of SIZES; "S" if no width is given either
+    size: str | None = None  # S, B, L, XL; nano, micro, tiny for CPUs; S if no width is given either
     patch: int = 2  # latent pixels on a side
     width: int | None = None
     depth: int | None = None

@@ -173,6 +173,12 @@ class Loop:
                 if self.step % self.saving.every == 0 or last:
                     self.save()
                 self.meters.pause(time.perf_counter() - paused)
+        except KeyboardInterrupt:
+            self.say(
+                f"interrupted after step {self.step}; the same command goes on from the last checkpoint (one is saved "
+                f"every {self.saving.every} steps)"
+            )
+            raise
         finally:
             bar.close()
             log.close()

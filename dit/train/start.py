@@ -55,6 +55,7 @@ def train(cfg: RunConfig, make_parts: Callable[[Manifest, World], Parts]) -> Non
                 loop.say(f"{cfg.run_dir} has done its {cfg.train.steps} steps; raise train.steps to go on")
                 return
             loop.run()
+            loop.say(f"done: {loop.step} steps; everything is in {loop.run_dir}")
 
 
 def build(cfg: RunConfig, make_parts: Callable[[Manifest, World], Parts], world: World) -> Loop:

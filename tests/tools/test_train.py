@@ -142,8 +142,28 @@ def test_dry_run_tells_the_cost_and_trains_nothing(
     rows = {line.split()[0]: line for line in said.splitlines()}
     assert {"parameters", "forward", "training", "data", "batch", "memory", "peak", "hours"} <= set(rows)
     assert "200.0 epochs" in rows["data"]  # 1000 steps of 32 over 160
-    assert "32 = 1 ranks x 8 x accumulation" in rows["batch"]
+    assert "32 = 1 ranks x 8 x 4 accumulated" in rows["batch"]
     flops = cfg.cost(Manifest.load(digits.moments)).training_flops
     assert f"{flops * 32_000:.3g} in all" in rows["training"]
     assert not (tmp_path / "run").exists()
     assert to_dict(cfg)["train"]["steps"] != 1000
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (
+            ["--objective={path: linear, prediction: velocity, coupling: {name: ot, group: 24}}"],
+            "no multiple of",
+        ),
+        (["--val.every=1", "--data.val=nowhere"], "nowhere"),
+    ],
+)
+def test_a_dry_run_refuses_what_training_would(
+    digits: Digits, tmp_path: Path, capsys, words: list[str], says: str
+) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(yaml.safe_dump(values(digits, tmp_path / "run")))
+    assert call(tools.train.main, path, "--dry_run", *words) == 1
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
