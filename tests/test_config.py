@@ -23,25 +23,7 @@ from dit.config import (
     merge,
     to_dict,
 )
-
-SHAPES: Registry[Shape] = Registry("shape")
-
-
-class Shape:
-    """An axis."""
-
-
-@SHAPES.register("round")
-@config
-class Round(Shape):
-    radius: float = 1.0
-
-
-@SHAPES.register("square")
-@config
-class Square(Shape):
-    side: float = 1.0
-    corners: int = 4
+from tests.shapes import SHAPES, Round, Shape, Square
 
 
 @config

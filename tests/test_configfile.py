@@ -8,27 +8,9 @@ from typing import Annotated, Literal
 
 import pytest
 
-from dit.config import ConfigError, Registry, config, to_dict
+from dit.config import ConfigError, config, to_dict
 from dit.configfile import load, read_yaml, write_yaml
-
-SHAPES: Registry[Shape] = Registry("shape")
-
-
-class Shape:
-    """An axis."""
-
-
-@SHAPES.register("round")
-@config
-class Round(Shape):
-    radius: float = 1.0
-
-
-@SHAPES.register("square")
-@config
-class Square(Shape):
-    side: float = 1.0
-    corners: int = 4
+from tests.shapes import SHAPES, Round, Shape, Square
 
 
 @config
