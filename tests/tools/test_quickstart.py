@@ -29,5 +29,5 @@ def test_the_quickstart_reaches_its_figures_and_says_where_the_picture_is(tmp_pa
     )
     assert str(tmp_path / "q/grid.png") in ended.stdout
     picture = np.asarray(Image.open(tmp_path / "q/grid.png"))
-    assert picture.shape == (680, 680, 3)
+    assert picture.shape == (684, 684, 3)  # 10 x (32 + 2) + 2, twice as large
     assert picture.std() > 30  # something was drawn
