@@ -69,10 +69,10 @@ def save(
     final = directory / f"{_PREFIX}{step:08d}"
     partial = directory / f"{final.name}.partial"
     try:
-        dist.together(lambda: _fresh(partial) if dist.World.from_env().is_main else None)
+        dist.on_main(lambda: _fresh(partial))
         here = dist.together(lambda: _write_rank(partial, fragments, ema, module))
         entries = dist.gather_objects(here)
-        dist.together(lambda: _finish(partial, final, entries, {**meta, "step": step}))
+        dist.on_main(lambda: _finish(partial, final, entries, {**meta, "step": step}))
     except (OSError, SafetensorError, PeerError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         full = any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
@@ -120,8 +120,6 @@ def _on_cpu(tensor: Tensor) -> Tensor:
 
 
 def _finish(partial: Path, final: Path, entries: list[dict[str, Any]], meta: dict[str, Any]) -> None:
-    if not dist.World.from_env().is_main:
-        return
     text = json.dumps({**meta, "files": entries}, indent=1)
     for name, content in (("meta.json", text), ("COMPLETE", hashlib.sha256(text.encode()).hexdigest())):
         (partial / name).write_text(content)

@@ -108,9 +108,7 @@ class Loop:
         }
         folder = self.run_dir / "checkpoints"
         checkpoint.save(folder, self.step, self.engine.fragments(), self.ema.pieces, self.engine.module, meta)
-        dist.together(
-            lambda: checkpoint.prune(folder, self.saving.keep, self.step) if self.world.is_main else None
-        )
+        dist.on_main(lambda: checkpoint.prune(folder, self.saving.keep, self.step))
 
     @torch.no_grad()
     def _probe_losses(self) -> dict[str, float]:

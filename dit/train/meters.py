@@ -15,6 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from dit import dist
 from dit.evals.valloss import QUARTERS, sums_by_quarter
+from dit.files import write_atomically
 from dit.flow.objective import Loss
 
 _MASK63 = (1 << 63) - 1
@@ -119,11 +120,8 @@ class RunLog:
 
     def __init__(self, run_dir: Path, step: int, is_main: bool):
         """step: steps done; whatever was logged beyond it (by a run that was killed later) is cut off."""
-        self.path, self.held_out_path, self._writer = (
-            run_dir / "metrics.jsonl",
-            run_dir / "held_out.jsonl",
-            None,
-        )
+        self.path, self.held_out_path = run_dir / "metrics.jsonl", run_dir / "held_out.jsonl"
+        self._writer: SummaryWriter | None = None
         if is_main:
             for path in (self.path, self.held_out_path):
                 if path.is_file():
@@ -191,6 +189,4 @@ def truncate(path: Path, step: int) -> None:
                 kept.append(line)
         except (json.JSONDecodeError, KeyError, TypeError):
             break  # cut off by a kill: nothing after it can be whole
-    beside = path.with_suffix(".jsonl.partial")
-    beside.write_text("".join(line + "\n" for line in kept))
-    beside.replace(path)
+    write_atomically(path, "".join(line + "\n" for line in kept).encode())

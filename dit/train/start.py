@@ -65,7 +65,7 @@ def build(cfg: RunConfig, make_parts: Callable[[Manifest, World], Parts], world:
     dist.on_main(lambda: run_dir.compare(Path(cfg.run_dir) / run_dir.CONFIG, cfg))
     torch.manual_seed(cfg.seed)
     parts = dist.together(lambda: make_parts(manifest, world))
-    _initialise(parts.module, cfg)
+    dist.together(lambda: _initialise(parts.module, cfg))
     stream = dist.together(lambda: _stream(cfg, manifest, world))
     folder = run_dir.claim(cfg, world)
     engine = _engine(cfg, parts, world, cfg.train.local_batch(world) // micro)
