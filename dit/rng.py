@@ -42,6 +42,7 @@ class Purpose(IntEnum):
     STRATA = 14  # dealing of stratified times
     KEY = 15  # the key of batch_hash
     INIT = 16  # model initialisation
+    LIKELIHOOD = 17  # its probes and noisy latents
 
 
 def philox(

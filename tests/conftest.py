@@ -9,9 +9,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports torch: 
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 from tests.datasets import Digits, encode_digits
 from tests.ranks import Server
+
+settings.register_profile("dit", deadline=None)  # an example's time says how busy the machine is, and no more
+settings.load_profile("dit")
 
 
 @pytest.fixture(scope="session")

@@ -2,3 +2,5 @@
 
 Everything here sees the network only as a callable `model(x, model_time, cond)`.
 """
+
+from dit.flow import discrete as discrete  # so that PATHS holds the discrete paths too

@@ -1,4 +1,4 @@
-"""The training objective: path + prediction + times + weight + coupling."""
+"""The training objective: path + prediction + times + weight + coupling (+ an auxiliary term)."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ from dit.flow.predict import (
     Prediction,
     Velocity,
     call_network,
-    check_times,
+    check_steps,
     split_channels,
     usable,
 )
-from dit.flow.times import TIMES, Times, Uniform
+from dit.flow.spread import SPREADS, IndependentDraws, Spread
+from dit.flow.times import TIMES, Times, Uniform, shift_time
+from dit.flow.variance import AUXILIARIES, Auxiliary
 from dit.flow.weight import WEIGHTS, UniformWeight, Weight
 from dit.rng import Draws, Purpose
 
@@ -32,14 +34,16 @@ from dit.rng import Draws, Purpose
 class Loss:
     """The loss of a micro-batch, in float32 at least.
 
-    mean: scalar to differentiate. per_sample: (B,), weighted, its mean is `mean`.
+    mean: scalar to differentiate. per_sample: (B,), weighted; its mean, and the auxiliary term's, is `mean`.
     t: (B,), None for a loss without times (stage 1). metrics: scalars to log.
+    auxiliary: (B,) the auxiliary term, or None; no part of per_sample, which the first loss predicts.
     """
 
     mean: Tensor
     per_sample: Tensor
     t: Tensor | None
     metrics: Metrics
+    auxiliary: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -68,77 +72,145 @@ class FirstLoss:
 
 @config
 class Objective:
-    """What is minimised: E weight·|pred − target|² over data, eps and t, the square a mean over elements."""
+    """What is minimised: E weight·|pred − target|² over data, eps and t, the square a mean over elements.
+
+    spread: how times are drawn over the global batch. auxiliary: a term added to that, such as what trains a
+    learned variance.
+    """
 
     path: Annotated[Path, PATHS] = Linear()
     prediction: Annotated[Prediction, PREDICTIONS] = Velocity()
     times: Annotated[Times, TIMES] = Uniform()
+    spread: Annotated[Spread, SPREADS] = IndependentDraws()
     weight: Annotated[Weight, WEIGHTS] = UniformWeight()
     coupling: Annotated[Coupling, COUPLINGS] = Independent()
+    auxiliary: Annotated[Auxiliary, AUXILIARIES] | None = None
 
-    def loss(self, model: Model, data: Tensor, cond: Cond, draws: Draws) -> Loss:
+    @property
+    def uses_variance(self) -> bool:
+        """Whether the network must give twice the channels."""
+        return self.auxiliary is not None and self.auxiliary.uses_variance
+
+    def loss(
+        self, model: Model, data: Tensor, cond: Cond, draws: Draws, paired: Tensor | None = None
+    ) -> Loss:
         """The loss of clean latents (B, C, ...); every random number is a function of `draws` alone.
 
-        Nothing here waits for the device, the OT coupling aside.
+        paired: (B, C, ...) the eps stored with each sample, which a `stored` coupling takes; ValueError if it
+        is missing there. Nothing here waits for the device, the OT coupling aside.
         """
         data = data.to(torch.promote_types(data.dtype, torch.float32))
         if len(draws.slots) != len(data):
             raise ValueError(f"draws for {len(draws.slots)} slots were given for {len(data)} samples")
-        t = self.time(draws.uniform(Purpose.TIME).to(data.dtype))
-        eps = draws.normal(Purpose.EPS, data.shape[1:]).to(data.dtype)
-        eps, metrics = self.coupling(data, eps, cond)
-        per_sample = self.per_sample(model, data, eps, t, cond)
-        return Loss(per_sample.mean(), per_sample, t, metrics)
+        t = self.time(self.spread(draws).double()).to(
+            data.dtype
+        )  # float64: bitwise t on any device and batch
+        eps, metrics = self.coupling(data, self._eps(data, draws, paired), cond, draws)
+        per_sample, auxiliary = self._terms(model, data, eps, t, cond)
+        if auxiliary is None:
+            return Loss(per_sample.mean(), per_sample, t, metrics)
+        metrics = {**metrics, "variational_bound": auxiliary.detach().mean()}
+        return Loss((per_sample + auxiliary).mean(), per_sample, t, metrics, auxiliary)
+
+    def _eps(self, data: Tensor, draws: Draws, paired: Tensor | None) -> Tensor:
+        """(B, C, ...) the noise that the coupling chooses from, in the dtype of data."""
+        if not self.coupling.stored:
+            return draws.normal(Purpose.EPS, data.shape[1:]).to(data.dtype)
+        if paired is None or paired.shape != data.shape:
+            given = None if paired is None else tuple(paired.shape)
+            raise ValueError(
+                f"coupling {self.coupling} takes the eps stored with each sample, of shape {tuple(data.shape)}; "
+                f"got {given}. Train on pairs made by tools/sample.py --save_pairs"
+            )
+        return paired.to(data.dtype)
 
     def time(self, u: Tensor) -> Tensor:
         """t (B,) from uniform u (B,): the times' distribution, clamped here to the usable interval."""
-        lo, hi = usable(self.path, self.prediction)
-        return self.times(u, self.path).clamp(lo, hi)
+        return self.times(u, self.path).clamp(*usable(self.path, self.prediction))
 
     def per_sample(self, model: Model, data: Tensor, eps: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """(B,) weighted loss at given data, eps (B, C, ...) and t (B,), in float32 at least."""
+        """(B,) weighted loss at given data, eps (B, C, ...) and t (B,), in float32 at least.
+
+        The main term alone; a network may give variance channels whether an auxiliary term trains them or not.
+        """
+        return self._terms(model, data, eps, t, cond)[0]
+
+    def _terms(
+        self, model: Model, data: Tensor, eps: Tensor, t: Tensor, cond: Cond
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B,) the weighted loss and (B,) the auxiliary term, if there is one, of one call of the network."""
         coeffs = self.path.coeffs(t)
         x = coeffs.mix(data, eps)
         target = self.prediction.target(coeffs, data, eps)
-        pred, _ = split_channels(call_network(model, self.path, x, t, cond), x)
+        output = call_network(model, self.path, x, t, cond)
+        pred, _ = split_channels(output, x)
         error = (pred.to(target.dtype) - target).square().flatten(1).mean(1)
-        return self.weight(coeffs, self.prediction.row(coeffs)) * error
+        per_sample = self.weight(coeffs, self.prediction.row(coeffs)) * error
+        if self.auxiliary is None:
+            return per_sample, None
+        ends = self.prediction.endpoints(coeffs, x, output.to(target.dtype))
+        return per_sample, self.auxiliary(self.path, t, x, data, ends)
+
+    def first_losses(self, t: Tensor, correlation: float = 0.0) -> Tensor:
+        """(B,) float64: expected losses of a network that says 0, for unit-variance latents at times t (B,).
+
+        weight·(a² + b² + 2·a·b·correlation), the correlation being that of data and eps, which a coupling logs as
+        `pairing_cost_drop`. A sample's loss is this times a mean of squares, so it scatters by sqrt(2 / numel) of
+        it for Gaussian latents of `numel` elements, and far less than with the times.
+        """
+        coeffs = self.path.coeffs(t.double())
+        a, b = self.prediction.row(coeffs)
+        return self.weight(coeffs, (a, b)) * (a.square() + b.square() + 2 * correlation * a * b)
 
     def first_loss(self, numel: int, correlation: float = 0.0) -> FirstLoss:
-        """Expected loss of a network that says 0, for unit-variance latents of `numel` elements per sample.
-
-        correlation: of data and eps, what the OT coupling logs as `ot_cost_drop`. The target variance is then
-        a² + b² + 2·a·b·correlation, averaged over the training times.
-        """
+        """`first_losses` over the distribution of training times, for latents of `numel` elements per sample."""
         u, share = _quadrature()
-        t = self.time(u)
-        coeffs = self.path.coeffs(t)
-        a, b = self.prediction.row(coeffs)
-        loss = self.weight(coeffs, (a, b)) * (a.square() + b.square() + 2 * correlation * a * b)
+        loss = self.first_losses(self.time(u), correlation)
         mean = float((share * loss).sum())
         second = float((share * loss.square()).sum()) * (1 + 2 / numel)  # chi-squared with `numel` degrees
         return FirstLoss(mean, math.sqrt(max(second - mean**2, 0.0)))
 
     def check(self) -> None:
-        """ConfigError for a path and a prediction that cannot be trained or sampled together.
+        """ConfigError for parts that cannot be trained or sampled together.
 
-        The usable interval must reach from nearly clean data to nearly pure noise, where sampling starts, and
-        hold every step of a discrete path.
+        The path, and the usable interval of the prediction on it, must reach from nearly clean data to nearly
+        pure noise, where sampling starts, and the interval hold every step of a discrete path. Most training
+        times must fall inside; and the auxiliary term must be defined on the path.
         """
+        _check_reach(self.path, 0.0, 1.0, f"path {self.path}", "change its coefficients")
         lo, hi = usable(self.path, self.prediction)
-        alpha, sigma = self.path.alpha_sigma(torch.tensor([lo, hi], dtype=torch.float64))
-        if sigma[0] > 0.1 * alpha[0] or alpha[1] > 0.1 * sigma[1]:
+        what = f"prediction {self.prediction} is usable on path {self.path} only for t in [{lo:.6g}, {hi:.6g}] and"
+        _check_reach(self.path, lo, hi, what, "choose another prediction such as v")
+        check_steps(self.path, self.prediction)
+        self._check_times()
+        if self.auxiliary is not None:
+            self.auxiliary.check(self.path)
+
+    def _check_times(self) -> None:
+        lo, hi = usable(self.path, self.prediction)
+        u = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+        t = shift_time(self.times.quantile(u, self.path), self.times.shift)  # not snapped: a step is no end
+        outside = float(((t <= lo) | (t >= hi)).double().mean())
+        if outside > 0.1:
             raise ConfigError(
-                f"prediction {self.prediction} is usable on path {self.path} only for t in "
-                f"[{lo:.6g}, {hi:.6g}], which does not reach from data to noise; "
-                "choose another prediction such as v"
+                f"{outside:.0%} of the training times of {self.times} lie at the ends of what path {self.path} and "
+                f"prediction {self.prediction} can be trained on, t in [{lo:.6g}, {hi:.6g}] or beyond; "
+                "move the times' distribution inside"
             )
-        if self.path.num_steps is not None:
-            steps = torch.arange(1, self.path.num_steps + 1, dtype=torch.float64) / self.path.num_steps
-            check_times(self.path, self.prediction, steps)
 
 
-def _quadrature(points: int = 1024, octaves: int = 40) -> tuple[Tensor, Tensor]:
+def _check_reach(path: Path, lo: float, hi: float, what: str, mend: str) -> None:
+    """ConfigError unless sigma/alpha is at most 1/10 at t = lo and at least 10 at t = hi."""
+    alpha, sigma = path.alpha_sigma(torch.tensor([lo, hi], dtype=torch.float64))
+    if sigma[0] > 0.1 * alpha[0] or alpha[1] > 0.1 * sigma[1]:
+        raise ConfigError(
+            f"{what} does not reach from data to noise: there (alpha, sigma) goes from "
+            f"({float(alpha[0]):.4g}, {float(sigma[0]):.4g}) to ({float(alpha[1]):.4g}, {float(sigma[1]):.4g}), and "
+            f"sigma/alpha must go from at most 0.1 to at least 10; {mend}"
+        )
+
+
+def _quadrature(points: int = 512, octaves: int = 28) -> tuple[Tensor, Tensor]:
     """Nodes u in (0, 1) and their shares, float64: midpoints, finer by halves towards both ends.
 
     Targets may grow like 1/t (VP's velocity), which an even rule would miss.

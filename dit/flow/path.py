@@ -1,13 +1,14 @@
 """Paths from data to noise: x = alpha(t)·data + sigma(t)·eps, with t = 0 data and t = 1 noise.
 
 A new path is a subclass that gives `alpha_sigma`; the time derivatives come from forward-mode differentiation
-unless it also gives `coeffs` in closed form (the tests hold the two against each other).
+unless it also gives `coeffs` in closed form (the tests hold the two against each other), the inverse of log_snr
+from bisection unless it gives `time_at`. Discrete paths are in `dit/flow/discrete.py`.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Annotated
 
 import torch
@@ -78,6 +79,25 @@ class Path:
         values, slopes = torch.func.jvp(self.alpha_sigma, (t,), (torch.ones_like(t),))  # type: ignore[misc]
         return Coeffs(*values, *slopes)
 
+    def log_snr(self, t: Tensor) -> Tensor:
+        """ln(alpha² / sigma²) at t in [0, 1], of its shape and dtype; falls, inf in clean data, −inf in noise."""
+        alpha, sigma = self.alpha_sigma(t)
+        return 2.0 * (alpha.log() - sigma.log())
+
+    def time_at(self, log_snr: Tensor) -> Tensor:
+        """The inverse of `log_snr`: t in [0, 1] of the shape, dtype and device of log_snr; waits for no device.
+
+        A log-SNR beyond those of the path, ±inf included, gives the end nearest to it.
+        """
+        wanted = log_snr.double()
+        low, high = torch.zeros_like(wanted), torch.ones_like(wanted)
+        clean = wanted >= self.log_snr(low)
+        for _ in range(64):  # to 2^-64: exact to rounding but for t < 1e-4, where 5e-20 is left
+            middle = 0.5 * (low + high)
+            early = self.log_snr(middle) > wanted
+            low, high = torch.where(early, middle, low), torch.where(early, high, middle)
+        return torch.where(clean, 0.0, high).to(log_snr.dtype)
+
     def model_time(self, t: Tensor) -> Tensor:
         """What the network's embedder gets for t (B,), same dtype: 1000·t, the range of its sinusoids."""
         return 1000.0 * t
@@ -90,18 +110,41 @@ class Path:
         """The time trained at that stands for t: t, or on a discrete path the step whose bin holds t."""
         return t
 
-    def prior(self, eps: Tensor) -> Tensor:
-        """Where sampling starts: sigma(1)·eps, the marginal at t = 1 without its trace of data. Any shape."""
-        _, sigma = self.alpha_sigma(torch.ones(1, dtype=torch.float64))  # on the CPU: no device sync
+    def prior(self, eps: Tensor, t: float = 1.0) -> Tensor:
+        """Where sampling starts, at t: sigma(t)·eps, the marginal without its trace of data. Any shape."""
+        _, sigma = self.alpha_sigma(torch.tensor([t], dtype=torch.float64))  # on the CPU: no device sync
         return float(sigma) * eps
 
 
 PATHS: Registry[Path] = Registry("path")
 
 
+@config
+class ContinuousPath(Path):
+    """A path whose network sees the time as a straight function of t.
+
+    model_time_data, model_time_noise: model_time at t = 0 and t = 1. The default 1000·t spans the embedder's
+    sinusoids; (1, 0) is the time of SiT's weights, which runs from noise to data.
+    """
+
+    model_time_data: float = 0.0
+    model_time_noise: float = 1000.0
+
+    def __post_init__(self) -> None:
+        if self.model_time_data == self.model_time_noise:
+            raise ValueError(
+                f"model_time_data and model_time_noise are both {self.model_time_data}: the network would not "
+                "see the time; choose two numbers such as 0 and 1000"
+            )
+
+    def model_time(self, t: Tensor) -> Tensor:
+        """model_time_data + (model_time_noise − model_time_data)·t; (B,), same dtype."""
+        return self.model_time_data + (self.model_time_noise - self.model_time_data) * t
+
+
 @PATHS.register("linear")
 @config
-class Linear(Path):
+class Linear(ContinuousPath):
     """Rectified flow: alpha = 1 − t, sigma = t (Liu et al., arXiv 2209.03003, eq. 1; time reversed)."""
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,12 +152,38 @@ class Linear(Path):
 
     def coeffs(self, t: Tensor) -> Coeffs:
         alpha, sigma = self.alpha_sigma(check_time(t))
-        return Coeffs(alpha, sigma, -torch.ones_like(t), torch.ones_like(t))
+        return Coeffs(alpha, sigma, torch.full_like(t, -1.0), torch.ones_like(t))
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        return 2.0 * (torch.log1p(-t) - t.log())
+
+    def time_at(self, log_snr: Tensor) -> Tensor:
+        return torch.sigmoid(-0.5 * log_snr)
+
+
+@PATHS.register("cosine")
+@config
+class Cosine(ContinuousPath):
+    """alpha = cos(πt/2), sigma = sin(πt/2): the generalised variance preserving path of SiT (arXiv 2401.08740, §2).
+
+    A continuous path; `iddpm` is the discrete one with cosine betas.
+    """
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        quarter = 0.5 * math.pi
+        return torch.sin(quarter * (1.0 - t)), torch.sin(quarter * t)  # cos would not be 0 at t = 1
+
+    def coeffs(self, t: Tensor) -> Coeffs:
+        alpha, sigma = self.alpha_sigma(check_time(t))
+        return Coeffs(alpha, sigma, -0.5 * math.pi * sigma, 0.5 * math.pi * alpha)
+
+    def time_at(self, log_snr: Tensor) -> Tensor:
+        return torch.atan(torch.exp(-0.5 * log_snr)) / (0.5 * math.pi)
 
 
 @PATHS.register("vp")
 @config
-class VP(Path):
+class VP(ContinuousPath):
     """Variance preserving SDE with beta(t) linear in t (Song et al., arXiv 2011.13456, eq. 33).
 
     log alpha = −½ ∫ beta = −¼ t² (beta_max − beta_min) − ½ t beta_min, per unit of t. d_sigma is infinite at
@@ -124,13 +193,77 @@ class VP(Path):
     beta_min: Annotated[float, Field(gt=0)] = 0.1
     beta_max: Annotated[float, Field(gt=0)] = 20.0
 
+    def _log_alpha(self, t: Tensor) -> Tensor:
+        return -0.25 * t * t * (self.beta_max - self.beta_min) - 0.5 * t * self.beta_min
+
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        return from_log_alpha(-0.25 * t * t * (self.beta_max - self.beta_min) - 0.5 * t * self.beta_min)
+        return from_log_alpha(self._log_alpha(t))
 
     def coeffs(self, t: Tensor) -> Coeffs:
         alpha, sigma = self.alpha_sigma(check_time(t))
         slope = -0.5 * (self.beta_min + t * (self.beta_max - self.beta_min))
         return Coeffs(alpha, sigma, *vp_derivatives(alpha, sigma, slope))
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        return log_snr_of(self._log_alpha(t))
+
+    def time_at(self, log_snr: Tensor) -> Tensor:
+        """The root of ½ t² (beta_max − beta_min) + t beta_min = ∫ beta (arXiv 2206.00927, appendix D.4)."""
+        rise, whole = self.beta_max - self.beta_min, 0.5 * (self.beta_min + self.beta_max)
+        integral = 2.0 * log_alpha_at(log_snr).abs()
+        inside = integral.clamp(max=whole)
+        root = torch.sqrt((self.beta_min**2 + 2.0 * rise * inside).clamp(min=0.0))
+        return torch.where(integral >= whole, 1.0, (2.0 * inside / (self.beta_min + root)).clamp(max=1.0))
+
+
+@PATHS.register("ve")
+@config
+class VE(Path):
+    """Variance exploding: alpha = 1, sigma = sigma_min (sigma_max / sigma_min)^t (arXiv 2011.13456, eq. 30).
+
+    The network gets x / sqrt(sigma² + sigma_data²) and ln(sigma) / 4 (EDM, arXiv 2206.00364, table 1).
+    sigma(0) is sigma_min, not 0: grids end there, and the last step returns data. sigma_data: the standard
+    deviation of the latents.
+    """
+
+    sigma_min: Annotated[float, Field(gt=0)] = 0.002
+    sigma_max: Annotated[float, Field(gt=0)] = 80.0
+    sigma_data: Annotated[float, Field(gt=0)] = 1.0
+
+    def __post_init__(self) -> None:
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(
+                f"sigma_min = {self.sigma_min} must be below sigma_max = {self.sigma_max}: noise grows with t"
+            )
+
+    @property
+    def _log_ratio(self) -> float:
+        return math.log(self.sigma_max / self.sigma_min)
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ones_like(t), self.sigma_min * torch.exp(self._log_ratio * t)
+
+    def coeffs(self, t: Tensor) -> Coeffs:
+        alpha, sigma = self.alpha_sigma(check_time(t))
+        return Coeffs(alpha, sigma, torch.zeros_like(t), self._log_ratio * sigma)
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        return -2.0 * (math.log(self.sigma_min) + self._log_ratio * t)
+
+    def time_at(self, log_snr: Tensor) -> Tensor:
+        return ((-0.5 * log_snr - math.log(self.sigma_min)) / self._log_ratio).clamp(0.0, 1.0)
+
+    def model_time(self, t: Tensor) -> Tensor:
+        """ln(sigma) / 4, as c_noise of EDM."""
+        return -0.125 * self.log_snr(t)
+
+    def input_scale(self, t: Tensor) -> Tensor:
+        """c_in of EDM, 1 / sqrt(sigma² + sigma_data²)."""
+        _, sigma = self.alpha_sigma(t)
+        return torch.rsqrt(sigma.square() + self.sigma_data**2)
+
+
+# --- where alpha² + sigma² = 1 ----------------------------------------------------------------------------
 
 
 def from_log_alpha(log_alpha: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,70 +276,11 @@ def vp_derivatives(alpha: Tensor, sigma: Tensor, slope: Tensor) -> tuple[Tensor,
     return alpha * slope, -alpha.square() * slope / sigma
 
 
-# How far from a step, in steps, a float32 time may lie and still mean that step: (k + 1) / T as float32,
-# times T, is off by up to T·6e-8. 8000 steps are the most for which this is safely below the slack.
-_SLACK = 1e-3
-_MAX_STEPS = 8000
+def log_snr_of(log_alpha: Tensor) -> Tensor:
+    """ln(alpha² / sigma²) where alpha² + sigma² = 1; where alpha itself underflows too."""
+    return 2.0 * log_alpha - torch.log(-torch.expm1(2.0 * log_alpha))
 
 
-@PATHS.register("ddpm")
-@config
-class DiscreteVP(Path):
-    """DDPM: step k = 0 … T − 1 is t = (k + 1)/T, alpha² there the product of 1 − beta.
-
-    arXiv 2006.11239, eq. 4. The betas rise linearly. Between steps log alpha is linear in t; at a step the
-    derivative is that of the piece below it, which ends in t. t = 0 is clean data, one step below k = 0.
-    """
-
-    num_steps: Annotated[int, Field(ge=1, le=_MAX_STEPS)] = 1000
-    beta_start: Annotated[float, Field(gt=0, lt=1)] = 1e-4
-    beta_end: Annotated[float, Field(gt=0, lt=1)] = 0.02
-
-    def betas(self) -> Tensor:
-        """(T,) float64 on the CPU. Another discrete schedule is a subclass with other betas."""
-        return torch.linspace(self.beta_start, self.beta_end, self.num_steps, dtype=torch.float64)
-
-    def _piece(self, t: Tensor) -> Tensor:
-        """Index 0 … T − 1 of the piece (k/T, (k + 1)/T] that holds t, of the dtype of t."""
-        return torch.clamp(torch.ceil(t * self.num_steps - _SLACK) - 1.0, 0, self.num_steps - 1)
-
-    def _log_alpha(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(log alpha, its slope per unit of t)."""
-        piece = self._piece(t)
-        start, drop = _log_alpha_table(self, t.device, t.dtype)
-        index = piece.long()
-        return start[index] + (t * self.num_steps - piece) * drop[index], drop[index] * self.num_steps
-
-    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        return from_log_alpha(self._log_alpha(t)[0])
-
-    def coeffs(self, t: Tensor) -> Coeffs:
-        log_alpha, slope = self._log_alpha(check_time(t))
-        alpha, sigma = from_log_alpha(log_alpha)
-        return Coeffs(alpha, sigma, *vp_derivatives(alpha, sigma, slope))
-
-    def snap(self, t: Tensor) -> Tensor:
-        """The step whose bin (k/T, (k + 1)/T] holds t: uniform t gives uniform k."""
-        return (self._piece(t) + 1.0) / self.num_steps
-
-    def model_time(self, t: Tensor) -> Tensor:
-        """Exactly k at a step; between steps a fraction, as in DPM-Solver (arXiv 2206.00927, §3.4)."""
-        k = t * self.num_steps - 1.0
-        nearest = torch.round(k)
-        return torch.where((k - nearest).abs() < _SLACK, nearest, k).clamp(min=0.0)
-
-    def prior(self, eps: Tensor) -> Tensor:
-        """N(0, I), as DDPM samples, though sigma(1) is a little less than 1."""
-        return eps
-
-
-@lru_cache(maxsize=64)
-def _log_alpha_table(path: DiscreteVP, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(log alpha at the start of each piece, its drop over the piece), each (T,); summed in float64.
-
-    Kept per device, so that a training step copies nothing to it.
-    """
-    with torch.inference_mode(False):
-        drop = 0.5 * torch.log1p(-path.betas())
-        start = torch.cumsum(drop, 0) - drop
-        return start.to(device, dtype), drop.to(device, dtype)
+def log_alpha_at(log_snr: Tensor) -> Tensor:
+    """The inverse of `log_snr_of`: alpha² = sigmoid(log_snr)."""
+    return 0.5 * torch.nn.functional.logsigmoid(log_snr)

@@ -6,11 +6,14 @@ the training target: a new prediction is one `row`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from dit.config import ConfigError, Registry, config
@@ -49,6 +52,16 @@ class Endpoints:
             self.eps + weight * (other.eps - self.eps),
             other.log_variance,
         )
+
+    def with_data(self, coeffs: Coeffs, x: Tensor, data: Tensor) -> Endpoints:
+        """The endpoints of the same x (B, ...) with other data: eps = (x − alpha·data) / sigma.
+
+        Where sigma is 0 x says nothing of eps, and it stays.
+        """
+        sigma = broadcast(coeffs.sigma, x)
+        clean = sigma == 0
+        eps = (x - broadcast(coeffs.alpha, x) * data) / torch.where(clean, 1.0, sigma)
+        return Endpoints(data, torch.where(clean, self.eps, eps), self.log_variance)
 
 
 class Prediction:
@@ -126,6 +139,32 @@ class Score(Prediction):
         return torch.zeros_like(coeffs.alpha), -1.0 / coeffs.sigma
 
 
+@PREDICTIONS.register("edm")
+@config
+class EDM(Prediction):
+    """The output of EDM's preconditioned network (Karras et al., arXiv 2206.00364, eq. 7–8), on any path.
+
+    F = (sigma/sigma_data·data − alpha·sigma_data·eps) / sqrt(sigma² + alpha²·sigma_data²); its variance is 1
+    for data of standard deviation sigma_data. EDM itself is this on the path `ve`, with weight and times `edm`.
+    """
+
+    sigma_data: Annotated[float, Field(gt=0)] = 1.0
+
+    def row(self, coeffs: Coeffs) -> Row:
+        signal = coeffs.alpha * self.sigma_data
+        size = torch.hypot(coeffs.sigma, signal)
+        return coeffs.sigma / (self.sigma_data * size), -signal / size
+
+
+@PREDICTIONS.register("reverse_velocity")
+@config
+class ReverseVelocity(Prediction):
+    """−dx/dt: the velocity from noise to data, as SiT and most flow matching code have it (their t is our 1 − t)."""
+
+    def row(self, coeffs: Coeffs) -> Row:
+        return -coeffs.d_alpha, -coeffs.d_sigma
+
+
 def split_channels(pred: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """(prediction of the shape of x, learned-variance channels or None) of a network's output.
 
@@ -163,6 +202,12 @@ def usable(path: Path, prediction: Prediction, delta: float = DELTA) -> tuple[fl
     There the row (a, b) is finite, at most 1/delta times as long as (alpha, sigma), and the sine of the angle
     between the two is at least delta: else the 2×2 solve magnifies the network's error over 1/delta times.
     Computed in float64, to rounding, from the path and the row alone; kept. ConfigError when there is none.
+
+    On a discrete path the interval ends at a step, so that clamping a time to it gives a step; below the first
+    step it ends where it does. Of the registered paths, as they are by default, the ends cut off are: t = 0 for
+    data and score (all but `ve`, whose sigma(0) > 0) and for the velocities of `vp`, `ddpm`, `iddpm`, whose
+    slope is infinite there; t = 1 for eps and score on `linear`, `cosine` and, one step, `iddpm`. Nothing is
+    cut off for v and edm on any path.
     """
     ends = torch.logspace(-12, -2, 401, dtype=torch.float64)
     t = torch.cat([torch.linspace(0, 1, 2001, dtype=torch.float64), ends, 1 - ends]).unique()  # sorted
@@ -177,6 +222,15 @@ def usable(path: Path, prediction: Prediction, delta: float = DELTA) -> tuple[fl
         lo = _bisect(path, prediction, delta, bad=float(t[start - 1]), good=lo)
     if stop < len(t):
         hi = _bisect(path, prediction, delta, bad=float(t[stop]), good=hi)
+    return (lo, hi) if path.num_steps is None else _to_steps(path.num_steps, lo, hi)
+
+
+def _to_steps(num_steps: int, lo: float, hi: float) -> tuple[float, float]:
+    """The interval less the pieces of it beyond its first and last step; lo stays where no step lies below it."""
+    if hi < 1.0:
+        hi = math.floor(hi * num_steps + 1e-6) / num_steps
+    if lo * num_steps > 1.0:
+        lo = math.ceil(lo * num_steps - 1e-6) / num_steps
     return lo, hi
 
 
@@ -222,3 +276,20 @@ def check_times(path: Path, prediction: Prediction, times: Tensor) -> None:
             f"determines data and eps only for t in [{lo:.6g}, {hi:.6g}]; stay inside, or choose another "
             "prediction such as v"
         )
+
+
+def check_steps(path: Path, prediction: Prediction) -> None:
+    """ConfigError if the prediction cannot be used at the steps of a discrete path; nothing on another path.
+
+    One step in a hundred may be left out, at the ends: `iddpm` caps its last beta such that alpha falls from
+    1.6e-3 to 5e-5 in the last step, where eps no longer gives data to 1/δ; training and sampling then begin one
+    step earlier, at an SNR of 2e-6. With zero terminal SNR no step may: the last one is what it is for.
+    """
+    if path.num_steps is None:
+        return
+    steps = torch.arange(1, path.num_steps + 1, dtype=torch.float64) / path.num_steps
+    lo, hi = usable(path, prediction)
+    left_out = int(((steps < lo) | (steps > hi)).sum())
+    alpha, _ = path.alpha_sigma(steps[-1:])
+    if left_out > path.num_steps // 100 or float(alpha) == 0.0:
+        check_times(path, prediction, steps)

@@ -6,6 +6,7 @@ alike; the path is untouched.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated
 
 import torch
@@ -28,8 +29,11 @@ class Times:
 
     shift: float
 
-    def quantile(self, u: Tensor) -> Tensor:
-        """The inverse distribution function, before the shift: u in (0, 1), (B,) → t in [0, 1], (B,)."""
+    def quantile(self, u: Tensor, path: Path) -> Tensor:
+        """The inverse distribution function, before the shift: u in (0, 1), (B,) → t in [0, 1], (B,).
+
+        path: for distributions of the noise level, whose time is the path's.
+        """
         raise NotImplementedError
 
     def __call__(self, u: Tensor, path: Path) -> Tensor:
@@ -37,7 +41,7 @@ class Times:
 
         The objective clamps t to the usable interval, which depends on the prediction too.
         """
-        return path.snap(shift_time(self.quantile(check_time(u)), self.shift))
+        return path.snap(shift_time(self.quantile(check_time(u), path), self.shift))
 
 
 TIMES: Registry[Times] = Registry("times")
@@ -50,7 +54,7 @@ class Uniform(Times):
 
     shift: Shift = 1.0
 
-    def quantile(self, u: Tensor) -> Tensor:
+    def quantile(self, u: Tensor, path: Path) -> Tensor:
         return u
 
 
@@ -63,5 +67,40 @@ class LogitNormal(Times):
     std: Annotated[float, Field(gt=0)] = 1.0
     shift: Shift = 1.0
 
-    def quantile(self, u: Tensor) -> Tensor:
+    def quantile(self, u: Tensor, path: Path) -> Tensor:
         return torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
+
+
+@TIMES.register("mode")
+@config
+class Mode(Times):
+    """Uniform times pulled to the middle (arXiv 2403.03206, eq. 20), then shifted.
+
+    t(u) = u + scale·(u − sin²(π u / 2)), which is the paper's formula at 1 − u, so that t rises with u. scale > 0
+    has its mode at 1/2, 0 is uniform, < 0 favours the ends; within [−1, 2/(π − 2)] t rises everywhere.
+    """
+
+    scale: Annotated[float, Field(ge=-1, le=2 / (math.pi - 2))] = 1.29
+    shift: Shift = 1.0
+
+    def quantile(self, u: Tensor, path: Path) -> Tensor:
+        low = torch.minimum(u, 1.0 - u)  # t(1 − u) = 1 − t(u): near 1 the formula cancels in float32
+        t = low + self.scale * (low - torch.sin(low * (math.pi / 2)).square())
+        return torch.where(u < 0.5, t, 1.0 - t)
+
+
+@TIMES.register("edm")
+@config
+class EDMTimes(Times):
+    """sigma/alpha is log-normal, on any path (EDM, arXiv 2206.00364, table 1), then shifted.
+
+    mean, std: of ln(sigma/alpha), for data of unit variance; EDM's −1.2 and 1.2 are for a std of 1/2. Levels
+    beyond the path's are taken at its ends.
+    """
+
+    mean: float = -1.2
+    std: Annotated[float, Field(gt=0)] = 1.2
+    shift: Shift = 1.0
+
+    def quantile(self, u: Tensor, path: Path) -> Tensor:
+        return path.time_at(-2.0 * (self.mean + self.std * torch.special.ndtri(u)))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
+from itertools import cycle, product
 from typing import Any
 
 import pytest
@@ -12,11 +14,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dit.config import ConfigError, from_dict, to_dict
-from dit.flow.couple import OptimalTransport
+from dit.flow.couple import COST_DROP, OptimalTransport, Reflow, Sinkhorn
+from dit.flow.discrete import DiscreteVP
 from dit.flow.objective import Objective
-from dit.flow.path import VP, DiscreteVP, Linear, Path
+from dit.flow.path import PATHS, VE, VP, Cosine, Linear, Path
 from dit.flow.predict import Cond, Eps, Prediction, Score, V, Velocity, usable
-from dit.flow.times import TIMES, LogitNormal, Uniform
+from dit.flow.spread import SPREADS, Stratified
+from dit.flow.times import TIMES, EDMTimes, LogitNormal, Uniform
+from dit.flow.variance import LearnedRange
+from dit.flow.weight import WEIGHTS, EpsWeight, LikelihoodWeight, UniformWeight, VelocityWeight
 from dit.rng import Draws
 from tests.gaussian import PAIR_IDS, PAIRS, Gaussian, golden, normal
 
@@ -44,18 +50,34 @@ def deviation(values: Tensor) -> float:
 # --- reference numbers -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "path"), [("linear", Linear()), ("vp", VP())])
-def test_sit_losses(name: str, path: Path) -> None:
-    ref = {k: torch.from_numpy(v).double() for k, v in golden("interpolants").items()}
-    at = (ref["data"], ref["noise"], 1 - ref["t"], {})
-    velocity = Objective(path=path, prediction=Velocity()).per_sample(says(-ref["pred"]), *at)
-    noise = Objective(path=path, prediction=Eps()).per_sample(says(ref["pred"]), *at)
-    score = Objective(path=path, prediction=Score()).per_sample(says(ref["pred"]), *at)
-    _, sigma = path.alpha_sigma(1 - ref["t"])
-    torch.testing.assert_close(velocity, ref[f"{name}/loss/velocity/None"], rtol=1e-5, atol=0)
-    torch.testing.assert_close(noise, ref[f"{name}/loss/noise/None"], rtol=1e-5, atol=0)
-    # theirs is |sigma·score + eps|²: sigma² times the plain one
-    torch.testing.assert_close(score * sigma**2, ref[f"{name}/loss/score/None"], rtol=1e-5, atol=0)
+SIT_PATHS = {"linear": Linear(), "gvp": Cosine(), "vp": VP()}
+# SiT's unweighted score loss is |sigma·score + eps|²: that of eps
+SIT_WEIGHTS = {
+    "velocity/None": (Velocity(), UniformWeight(), -1),
+    "noise/None": (Eps(), UniformWeight(), 1),
+    "noise/velocity": (Eps(), VelocityWeight(), 1),
+    "noise/likelihood": (Eps(), LikelihoodWeight(), 1),
+    "score/None": (Score(), EpsWeight(), 1),
+    "score/velocity": (Score(), VelocityWeight(), 1),
+    "score/likelihood": (Score(), LikelihoodWeight(), 1),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", SIT_PATHS)
+@pytest.mark.parametrize("loss", SIT_WEIGHTS)
+def test_sit_losses(name: str, loss: str, dtype: torch.dtype) -> None:
+    """Its time and with it the velocity's sign run the other way."""
+    prediction, weight, sign = SIT_WEIGHTS[loss]
+    ref = {k: torch.from_numpy(v).to(dtype) for k, v in golden("interpolants").items()}
+    objective = Objective(path=SIT_PATHS[name], prediction=prediction, weight=weight)
+    got = objective.per_sample(says(sign * ref["pred"]), ref["data"], ref["noise"], 1 - ref["t"], {})
+    torch.testing.assert_close(got, ref[f"{name}/loss/{loss}"], rtol=1e-5, atol=0)
+
+
+def test_every_reference_loss_is_compared() -> None:
+    there = {k for k in golden("interpolants") if "/loss/" in k}
+    assert there == {f"{name}/loss/{loss}" for name in SIT_PATHS for loss in SIT_WEIGHTS}
 
 
 def test_ddpm_loss_ignores_the_variance_channels() -> None:
@@ -75,38 +97,60 @@ def test_ddpm_loss_ignores_the_variance_channels() -> None:
 # --- the minimiser (I5) ------------------------------------------------------------------------------------
 
 
+def directions(path: Path, prediction: Prediction, x: Tensor, t: Tensor) -> list[Tensor]:
+    """Changes of the network, constant and linear in x, of the size of the best loss at each t."""
+    size = Gaussian().best_loss(path, prediction, t).sqrt()[:, None]
+    alpha, sigma = path.alpha_sigma(t)
+    spread = torch.hypot(alpha * Gaussian().std, sigma)[:, None]
+    return [size, size * (x - alpha[:, None] * Gaussian().mean) / spread]
+
+
+best_network = lru_cache(Gaussian().network)  # (path, prediction) → a model
+
+
+def stationarity(objective: Objective, best: Callable[..., Tensor], n: int) -> list[float]:
+    """Deviations from 0, in standard errors: of the loss from the Bayes loss, and of its slopes.
+
+    Of each sample relative to what is expected at its time, so that no time's noise hides another's fault.
+    """
+    path, prediction, data = objective.path, objective.prediction, Gaussian().draw(n, 4)
+    t = objective.loss(silent, data, {}, draws(n)).t
+    assert t is not None
+    knobs = [torch.zeros(n, 1, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+
+    def model(x: Tensor, model_time: Tensor, cond: Cond) -> Tensor:
+        ways = directions(path, prediction, x / path.input_scale(t)[:, None], t)
+        return best(x, model_time, cond) + sum(k * d for k, d in zip(knobs, ways, strict=True))
+
+    loss = objective.loss(model, data, {}, draws(n))
+    coeffs = path.coeffs(t)
+    weight = objective.weight(coeffs, prediction.row(coeffs))
+    expected = weight * Gaussian().best_loss(path, prediction, t)
+    counted = expected > 0
+    loss.per_sample.sum().backward()
+    terms = [loss.per_sample.detach() / expected - 1, *(k.grad[:, 0] / expected for k in knobs)]  # type: ignore[index]
+    return [deviation(v[counted]) for v in terms]
+
+
 @every_pair
 @pytest.mark.parametrize("times", TIMES.names())
 def test_the_best_network_has_the_bayes_loss_and_is_stationary(
     path: Path, prediction: Prediction, times: str
 ) -> None:
     """At E[target | x] the loss is the known conditional variance and no change linear in x lowers it."""
-    oracle, n = Gaussian(), 4096
     objective = Objective(path=path, prediction=prediction, times=TIMES[times]())
-    best = oracle.network(path, prediction)
-    data = oracle.draw(n, 4)
+    assert max(stationarity(objective, best_network(path, prediction), 2048)) < 5
 
-    def change(x: Tensor, t: Tensor) -> list[Tensor]:
-        """Directions in the space of networks, of the size of the best loss at each t."""
-        size = oracle.best_loss(path, prediction, t).sqrt()[:, None]
-        alpha, sigma = path.alpha_sigma(t)
-        spread = torch.hypot(alpha * oracle.std, sigma)[:, None]
-        return [size, size * (x - alpha[:, None] * oracle.mean) / spread]
 
-    knobs = [torch.zeros(n, 1, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-
-    def model(x: Tensor, model_time: Tensor, cond: Cond) -> Tensor:
-        return best(x, model_time, cond) + sum(k * d for k, d in zip(knobs, change(x, t), strict=True))
-
-    t = objective.loss(says(torch.zeros_like(data)), data, {}, draws(n)).t
-    loss = objective.loss(model, data, {}, draws(n))
-    assert torch.equal(loss.t, t)
-    expected = oracle.best_loss(path, prediction, t)
-    assert deviation(loss.per_sample.detach() / expected - 1) < 5
-    loss.per_sample.sum().backward()
-    for knob in knobs:
-        assert knob.grad is not None
-        assert deviation(knob.grad[:, 0] / expected) < 5
+@every_pair
+def test_no_weight_and_no_spread_moves_the_minimiser(path: Path, prediction: Prediction) -> None:
+    """They count times, they change no time's target; nor does an independent choice of eps."""
+    best = best_network(path, prediction)
+    spreads = [spread() for _, spread in SPREADS.items()]
+    for i, (_, weight) in enumerate(WEIGHTS.items()):
+        chosen = {"weight": weight(), "spread": spreads[i % len(spreads)], "times": LogitNormal()}
+        objective = Objective(path=path, prediction=prediction, **chosen)
+        assert max(stationarity(objective, best, 1024)) < 5, chosen
 
 
 @every_pair
@@ -129,11 +173,42 @@ def test_another_network_is_worse_and_not_stationary(path: Path, prediction: Pre
 def test_the_first_loss_is_the_analytic_target_variance(
     path: Path, prediction: Prediction, times: str
 ) -> None:
-    n, shape = 4096, (2, 3, 4)
+    n, shape = 1024, (2, 3, 4)
     objective = Objective(path=path, prediction=prediction, times=TIMES[times](shift=1.5))
     loss = objective.loss(silent, normal(n, *shape, dtype=torch.float32), {}, draws(n))
     first = objective.first_loss(math.prod(shape))
     assert abs(first.deviation(loss.per_sample)) < 6
+
+
+@every_pair
+def test_the_first_loss_of_every_weight(path: Path, prediction: Prediction) -> None:
+    """By its distribution over the times, which rise one after the other here, and by each sample's own time."""
+    n, size = 1024, 8
+    data = normal(n, size, dtype=torch.float32)
+    for i, (_, weight) in enumerate(WEIGHTS.items(), start=PAIRS.index((path, prediction))):
+        times = TIMES[TIMES.names()[i % len(TIMES.names())]]()
+        objective = Objective(
+            path=path, prediction=prediction, times=times, weight=weight(), spread=Stratified()
+        )
+        loss = objective.loss(silent, data, {}, draws(n))
+        first, each = objective.first_loss(size), objective.first_losses(loss.t)
+        assert abs(first.deviation(loss.per_sample)) < 6, objective
+        share = (loss.per_sample / each)[each > 0]
+        assert abs(float(share.mean()) - 1) < 5 * math.sqrt(2 / size / len(share)), objective
+        assert float(share.var()) == pytest.approx(2 / size, rel=0.25)  # chi-squared
+
+
+@pytest.mark.slow
+@every_pair
+def test_the_first_loss_of_every_combination(path: Path, prediction: Prediction) -> None:
+    n, size = 2048, 8
+    data = normal(n, size, dtype=torch.float32)
+    for (_, times), (_, weight), (_, spread) in product(TIMES.items(), WEIGHTS.items(), SPREADS.items()):
+        chosen = {"times": times(), "weight": weight(), "spread": spread()}
+        objective = Objective(path=path, prediction=prediction, **chosen)
+        objective.check()
+        loss = objective.loss(silent, data, {}, draws(n))
+        assert abs(objective.first_loss(size).deviation(loss.per_sample)) < 6, chosen
 
 
 @pytest.mark.parametrize("prediction", [Velocity(), V()])
@@ -172,11 +247,12 @@ def test_the_first_loss_of_vp_velocity_counts_the_end_near_data() -> None:
     assert Objective(path=VP()).first_loss(8).mean == pytest.approx(want, rel=1e-4)
 
 
-def test_ot_lowers_the_first_loss_by_what_it_logs() -> None:
+@pytest.mark.parametrize("coupling", [OptimalTransport(group=64), Sinkhorn(group=64)])
+def test_transport_lowers_the_first_loss_by_what_it_logs(coupling) -> None:
     n = 1024
-    objective = Objective(coupling=OptimalTransport(group=64))
+    objective = Objective(coupling=coupling)
     loss = objective.loss(silent, normal(n, 4, dtype=torch.float32), {}, draws(n))
-    drop = float(loss.metrics["ot_cost_drop"])
+    drop = float(loss.metrics[COST_DROP])
     assert drop > 0.3
     assert objective.first_loss(4).deviation(loss.per_sample) < -6
     assert abs(objective.first_loss(4, correlation=drop).deviation(loss.per_sample)) < 6
@@ -201,9 +277,11 @@ def test_times_stay_in_the_usable_interval(path: Path, prediction: Prediction, t
     assert bool(torch.isfinite(loss.per_sample).all())
 
 
-def test_the_loss_depends_on_slots_not_on_the_micro_batch() -> None:
+@pytest.mark.parametrize("coupling", [OptimalTransport(group=12), Sinkhorn(group=12)])
+@pytest.mark.parametrize("spread", [spread() for _, spread in SPREADS.items()], ids=SPREADS.names())
+def test_the_loss_depends_on_slots_not_on_the_micro_batch(coupling, spread) -> None:
     data, whole = normal(48, 3, dtype=torch.float32), draws(48, step=11)
-    objective = Objective(times=LogitNormal(), coupling=OptimalTransport(group=12))
+    objective = Objective(times=LogitNormal(), spread=spread, coupling=coupling)
     full = objective.loss(silent, data, {}, whole)
     for size in (12, 24):
         for first in range(0, 48, size):
@@ -228,6 +306,87 @@ def test_a_faulty_sample_spoils_its_own_loss_only() -> None:
     data[2] = torch.nan
     bad = torch.isnan(Objective().loss(silent, data, {}, draws(8)).per_sample)
     assert bad.nonzero().flatten().tolist() == [2]
+
+
+# --- stored pairs and auxiliary terms ----------------------------------------------------------------------
+
+
+def test_reflow_trains_on_the_stored_eps() -> None:
+    data, stored = normal(16, 5, seed=1), normal(16, 5, seed=2, dtype=torch.float16)
+    seen: list[Tensor] = []
+
+    def model(x: Tensor, model_time: Tensor, cond: Cond) -> Tensor:
+        seen.append(x)
+        return torch.zeros_like(x)
+
+    loss = Objective(coupling=Reflow()).loss(model, data, {}, draws(16), paired=stored)
+    t = loss.t[:, None]
+    torch.testing.assert_close(seen[0], (1 - t) * data + t * stored.double())
+    torch.testing.assert_close(loss.per_sample, (stored.double() - data).square().mean(1))
+    assert COST_DROP in loss.metrics
+
+
+def test_reflow_without_stored_eps_is_refused() -> None:
+    for paired in (None, torch.zeros(16, 4)):
+        with pytest.raises(ValueError, match="--save_pairs"):
+            Objective(coupling=Reflow()).loss(silent, torch.zeros(16, 5), {}, draws(16), paired=paired)
+
+
+def test_other_couplings_draw_their_eps_whatever_is_stored() -> None:
+    data = normal(16, 5, dtype=torch.float32)
+    plain = Objective().loss(silent, data, {}, draws(16))
+    assert torch.equal(
+        plain.per_sample, Objective().loss(silent, data, {}, draws(16), paired=data).per_sample
+    )
+
+
+LEARNED = Objective(path=DiscreteVP(), prediction=Eps(), auxiliary=LearnedRange(weight=0.5))
+
+
+def test_an_auxiliary_term_is_added_and_logged() -> None:
+    """The main term stays what it is without; the term is what the auxiliary gives at the network's endpoints."""
+    data = normal(16, 4, 2, 2, dtype=torch.float32)
+    output = torch.cat([normal(16, 4, 2, 2, seed=1), normal(16, 4, 2, 2, seed=2)], 1).float()
+    output.requires_grad_()
+    seen: list[Tensor] = []
+
+    def model(x: Tensor, model_time: Tensor, cond: Cond) -> Tensor:
+        seen.append(x)
+        return output
+
+    loss = LEARNED.loss(model, data, {}, draws(16))
+    plain = Objective(path=DiscreteVP(), prediction=Eps()).loss(model, data, {}, draws(16))
+    assert torch.equal(loss.per_sample, plain.per_sample)
+    assert plain.auxiliary is None
+    ends = Eps().endpoints(DiscreteVP().coeffs(loss.t), seen[0], output)
+    torch.testing.assert_close(
+        loss.auxiliary, LearnedRange(weight=0.5)(LEARNED.path, loss.t, seen[0], data, ends)
+    )
+    torch.testing.assert_close(loss.mean, (loss.per_sample + loss.auxiliary).mean())
+    assert float(loss.metrics["variational_bound"]) == pytest.approx(float(loss.auxiliary.detach().mean()))
+    assert not loss.metrics["variational_bound"].requires_grad
+    (grad,) = torch.autograd.grad(loss.mean, output)
+    (main,) = torch.autograd.grad(plain.mean, output)
+    torch.testing.assert_close(grad[:, :4], main[:, :4])  # the main term alone trains the prediction
+    assert bool((main[:, 4:] == 0).all())
+    assert float(grad[:, 4:].abs().min()) > 0
+
+
+def test_first_losses_know_no_auxiliary_term() -> None:
+    assert LEARNED.first_loss(8) == Objective(path=DiscreteVP(), prediction=Eps()).first_loss(8)
+
+
+def test_a_variance_term_needs_variance_channels() -> None:
+    assert LEARNED.uses_variance
+    assert not Objective().uses_variance
+    with pytest.raises(ValueError, match="learn_sigma"):
+        LEARNED.loss(silent, torch.zeros(4, 4, 2, 2), {}, draws(4))
+
+
+def test_an_auxiliary_term_checks_its_path() -> None:
+    LEARNED.check()
+    with pytest.raises(ConfigError, match="discrete steps"):
+        Objective(path=VP(), prediction=Eps(), auxiliary=LearnedRange()).check()
 
 
 # --- precision and speed -----------------------------------------------------------------------------------
@@ -276,11 +435,17 @@ class NoSync(TorchDispatchMode):
 
 @every_pair
 def test_a_training_step_waits_for_no_device(path: Path, prediction: Prediction) -> None:
-    objective = Objective(path=path, prediction=prediction, times=LogitNormal(shift=2.0))
-    data, at = normal(8, 3, dtype=torch.float32), draws(8)
-    objective.loss(silent, data, {}, at)  # intervals and tables are computed once, at the first step
+    i, data, label = PAIRS.index((path, prediction)), normal(8, 3, dtype=torch.float32), torch.arange(8) % 3
+    times, spread, weight = (
+        axis[axis.names()[i % len(axis.names())]]() for axis in (TIMES, SPREADS, WEIGHTS)
+    )
+    chosen = {"times": times, "spread": spread, "weight": weight, "coupling": Sinkhorn(group=4, iterations=2)}
+    objective = Objective(path=path, prediction=prediction, **chosen)
+    objective.loss(
+        silent, data, {"label": label}, draws(8)
+    )  # intervals and tables are computed once, at first
     with NoSync():
-        objective.loss(silent, data, {}, at)
+        objective.loss(silent, data, {"label": label}, draws(8))
 
 
 def test_the_guard_against_waiting_works() -> None:
@@ -288,9 +453,10 @@ def test_the_guard_against_waiting_works() -> None:
         float(torch.ones(1) + 1)
 
 
-@pytest.mark.parametrize("path", [Linear(), VP(), DiscreteVP()])
-def test_the_loss_compiles_in_one_graph(path: Path) -> None:
-    objective = Objective(path=path, prediction=V())
+@pytest.mark.parametrize(("path", "weight"), list(zip(PATHS.names(), cycle(WEIGHTS.names()))))
+def test_the_loss_compiles_in_one_graph(path: str, weight: str) -> None:
+    torch._dynamo.reset()  # so many graphs of one function count as a fault otherwise
+    objective = Objective(path=PATHS[path](), prediction=V(), weight=WEIGHTS[weight]())
     layer = torch.nn.Linear(3, 3)
 
     def step(data: Tensor, eps: Tensor, t: Tensor) -> Tensor:
@@ -321,12 +487,51 @@ def test_paths_that_do_not_end_in_noise_are_refused() -> None:
         Objective(path=VP(beta_max=0.2), prediction=V()).check()  # data is still seen at t = 1
 
 
+@pytest.mark.parametrize(
+    ("path", "what"), [(VE(sigma_max=5.0), "to .1, 5."), (VE(sigma_min=0.3), "from .1, 0.3")]
+)
+def test_noise_ranges_that_do_not_reach_are_refused_with_their_ends(path: Path, what: str) -> None:
+    """sigma(0) of VE is never 0: it has to be small beside the data, and sigma(1) large."""
+    with pytest.raises(ConfigError, match=what):
+        Objective(path=path, prediction=V()).check()
+
+
+@pytest.mark.parametrize(
+    ("path", "prediction", "mean"),
+    [
+        (VE(), V(), -9.0),
+        (VE(), V(), 9.0),
+        (VP(), V(), 9.0),
+        (DiscreteVP(), Eps(), 9.0),
+        (Linear(), Eps(), 9.0),
+    ],
+)
+def test_times_beyond_the_usable_are_refused(path: Path, prediction: Prediction, mean: float) -> None:
+    with pytest.raises(ConfigError, match=r"\d% of the training times"):
+        Objective(path=path, prediction=prediction, times=EDMTimes(mean=mean)).check()
+
+
+def test_few_steps_are_not_the_ends_of_the_times() -> None:
+    for steps in (2, 5):
+        Objective(path=DiscreteVP(num_steps=steps, beta_start=5e-3, beta_end=0.999), prediction=V()).check()
+
+
+def test_steps_that_a_prediction_cannot_use_are_not_trained_at() -> None:
+    """iddpm's last step is nearly pure noise, which eps says nothing of: times there stand one step earlier."""
+    path = PATHS["iddpm"]()
+    t = Objective(path=path, prediction=Eps()).time(torch.tensor([0.5, 0.9989, 0.9991, 1 - 2**-24]))
+    assert path.model_time(t).tolist() == [499, 998, 998, 998]
+
+
 def test_an_objective_is_its_own_configuration() -> None:
     values = {
         "path": {"name": "ddpm", "num_steps": 500},
         "prediction": "eps",
         "times": {"name": "logit_normal", "mean": "-5e-1"},
         "coupling": {"name": "ot", "group": 16},
+        "spread": "stratified",
+        "weight": {"name": "min_snr", "gamma": 3},
+        "auxiliary": "learned_range",
     }
     objective = from_dict(Objective, values)
     assert objective.path == DiscreteVP(num_steps=500)

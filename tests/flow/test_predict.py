@@ -10,14 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit.config import ConfigError
-from dit.flow.path import VP, Coeffs, DiscreteVP, Linear, Path
+from dit.flow.discrete import CosineDDPM, DiscreteVP
+from dit.flow.path import PATHS, VE, VP, Coeffs, Cosine, Linear, Path
 from dit.flow.predict import (
     DELTA,
+    EDM,
     PREDICTIONS,
     Data,
     Endpoints,
     Eps,
     Prediction,
+    ReverseVelocity,
     Score,
     V,
     Velocity,
@@ -26,10 +29,11 @@ from dit.flow.predict import (
     split_channels,
     usable,
 )
-from tests.gaussian import ALL_PATHS, PAIR_IDS, PAIRS, Gaussian, golden, normal
+from tests.gaussian import ALL_PATHS, PAIR_IDS, PAIRS, Gaussian, Mixture, golden, normal
 
 every_pair = pytest.mark.parametrize(("path", "prediction"), PAIRS, ids=PAIR_IDS)
-every_path = pytest.mark.parametrize("path", ALL_PATHS)
+every_path = pytest.mark.parametrize("path", ALL_PATHS, ids=PATHS.names())
+every_oracle = pytest.mark.parametrize("oracle", [Gaussian(), Mixture()], ids=["gaussian", "mixture"])
 
 
 def round_trip(path: Path, prediction: Prediction, t: torch.Tensor) -> float:
@@ -77,7 +81,12 @@ def test_the_interval_ends_where_the_definition_does(path: Path, prediction: Pre
     assert 0 <= lo < hi <= 1
     assert all(holds(path, prediction, float(t)) for t in torch.linspace(lo, hi, 101, dtype=torch.float64))
     assert lo == 0 or not holds(path, prediction, lo * (1 - 1e-6))
-    assert hi == 1 or not holds(path, prediction, 1 - (1 - hi) * (1 - 1e-6))
+    if path.num_steps is None:
+        assert hi == 1 or not holds(path, prediction, 1 - (1 - hi) * (1 - 1e-6))
+    else:  # it ends at a step
+        step = torch.tensor([hi], dtype=torch.float64)
+        assert torch.equal(path.snap(step), step)
+        assert hi == 1 or not holds(path, prediction, hi + 1 / path.num_steps)
 
 
 EDGE = DELTA / (DELTA + math.sqrt(1 - DELTA**2))  # of the linear path: t/(1 − t) = tan(asin δ)
@@ -89,8 +98,9 @@ EDGE = DELTA / (DELTA + math.sqrt(1 - DELTA**2))  # of the linear path: t/(1 −
         (Linear(), Velocity(), (0.0, 1.0)),
         (Linear(), Eps(), (0.0, 1 - EDGE)),
         (Linear(), Data(), (EDGE, 1.0)),
+        (Cosine(), Data(), (2 / math.pi * math.asin(DELTA), 1.0)),
+        (Cosine(), Eps(), (0.0, 1 - 2 / math.pi * math.asin(DELTA))),
         (VP(), Eps(), (0.0, 1.0)),
-        (VP(), V(), (0.0, 1.0)),
         (DiscreteVP(), Eps(), (0.0, 1.0)),
     ],
 )
@@ -106,9 +116,49 @@ def test_vp_velocity_ends_where_it_grows_beyond_the_bound() -> None:
 
 
 @every_path
-def test_v_is_usable_everywhere(path: Path) -> None:
-    """Its row is (alpha, sigma) turned by a right angle."""
-    assert usable(path, V()) == (0.0, 1.0)
+@pytest.mark.parametrize("prediction", [V(), EDM(), EDM(sigma_data=0.5)])
+def test_v_and_edm_are_usable_everywhere(path: Path, prediction: Prediction) -> None:
+    """Their rows are (alpha, sigma) turned by a right angle, or (for another sigma_data) nearly."""
+    assert usable(path, prediction) == (0.0, 1.0)
+
+
+CUT_AT_DATA = {  # paths whose interval begins above t = 0, as the documentation of `usable` says
+    "data": {"linear", "cosine", "vp", "ddpm", "iddpm"},
+    "score": {"linear", "cosine", "vp", "ddpm", "iddpm"},
+    "velocity": {"vp", "ddpm", "iddpm"},
+    "reverse_velocity": {"vp", "ddpm", "iddpm"},
+}
+CUT_AT_NOISE = {"eps": {"linear", "cosine", "iddpm"}, "score": {"linear", "cosine", "iddpm"}}
+
+
+@pytest.mark.parametrize("path", ["linear", "cosine", "vp", "ve", "ddpm", "iddpm"])
+@pytest.mark.parametrize("prediction", ["data", "eps", "velocity", "v", "score", "edm", "reverse_velocity"])
+def test_which_ends_are_cut_off(path: str, prediction: str) -> None:
+    lo, hi = usable(PATHS[path](), PREDICTIONS[prediction]())
+    assert (lo > 0) == (path in CUT_AT_DATA.get(prediction, ()))
+    assert (hi < 1) == (path in CUT_AT_NOISE.get(prediction, ()))
+    assert lo < 2e-3
+    assert hi > 0.998
+
+
+@pytest.mark.parametrize(
+    ("path", "prediction", "lo", "hi"),
+    [
+        (VE(sigma_max=2000.0), Eps(), 0.002, 1e3),
+        (VE(sigma_max=2000.0), Velocity(), 0.002, 1e3),
+        (VE(sigma_max=2000.0), Score(), 0.002, 1e3),
+        (VE(sigma_max=2000.0), Data(), 0.002, 2000.0),
+        (VE(sigma_min=1e-4), Data(), 1e-3, 80.0),
+        (VE(sigma_min=1e-4), Score(), 1e-3, 80.0),
+        (VE(sigma_min=1e-4), Eps(), 1e-4, 80.0),
+    ],
+)
+def test_exploding_noise_ends_where_the_other_endpoint_is_lost(
+    path: VE, prediction: Prediction, lo: float, hi: float
+) -> None:
+    """Beyond sigma = 1/δ noise hides the data from eps; below δ it is too small to be told from them."""
+    _, sigma = path.alpha_sigma(torch.tensor(usable(path, prediction), dtype=torch.float64))
+    assert sigma.tolist() == pytest.approx([lo, hi], rel=1e-5)
 
 
 def test_the_interval_is_kept() -> None:
@@ -132,7 +182,10 @@ def test_a_prediction_usable_nowhere_is_an_error() -> None:
     ("path", "prediction", "t"),
     [
         (Linear(), Eps(), 1.0),
-        (DiscreteVP(beta_end=0.9999), Eps(), 1.0),  # zero terminal SNR
+        (DiscreteVP(beta_end=0.9999), Eps(), 1.0),
+        (DiscreteVP(zero_terminal_snr=True), Eps(), 1.0),
+        (CosineDDPM(zero_terminal_snr=True), Score(), 1.0),
+        (Cosine(), Eps(), 1.0),
         (Linear(), Data(), 0.0),
         (VP(), Velocity(), 0.0),
         (VP(), Score(), 0.0),
@@ -155,11 +208,12 @@ def test_times_inside_the_interval_are_taken(path: Path, prediction: Prediction)
 
 
 @every_path
-def test_exact_posterior_means_give_the_exact_velocity(path: Path) -> None:
+@every_oracle
+def test_exact_posterior_means_give_the_exact_velocity(path: Path, oracle: Gaussian | Mixture) -> None:
     """dx/dt along the known solution of the ODE; between the steps of a discrete path, whose slope jumps there."""
-    oracle = Gaussian()
     t = torch.linspace(0.0505, 0.9505, 10, dtype=torch.float64)
-    x = normal(10, 4) + 0.7
+    # where the mass is, in the tails of which quantiles are rounded; in the middle the mixture's bend
+    x = path.coeffs(t).mix(oracle.draw(10, 4), normal(10, 4))
     got = oracle.endpoints(path, x, t).velocity(path.coeffs(t))
     h = 1e-5
     for i, now in enumerate(t.tolist()):
@@ -176,10 +230,29 @@ def test_exact_posterior_means_give_the_exact_score(path: Path) -> None:
     torch.testing.assert_close(oracle.endpoints(path, x, t).score(c), want)
 
 
+@every_path
+def test_the_mixture_s_score_is_the_slope_of_its_log_density(path: Path) -> None:
+    oracle = Mixture()
+    for t in (0.05, 0.4, 0.9):
+        time = torch.full((5,), t, dtype=torch.float64)
+        c = path.coeffs(time)
+        spread = float((c.alpha * oracle.std).hypot(c.sigma)[0])
+        x = torch.linspace(-2, 2, 5, dtype=torch.float64) * (float(c.alpha[0]) + spread)
+
+        def log_density(x: torch.Tensor, t: float = t) -> torch.Tensor:
+            return torch.func.grad(lambda x: oracle.distribution(path, x, t))(x).log()
+
+        want = torch.stack([torch.func.grad(log_density)(value) for value in x])
+        got = oracle.endpoints(path, x.unsqueeze(1), time).score(c)
+        torch.testing.assert_close(got.squeeze(1), want, rtol=1e-6, atol=1e-9)
+
+
 @every_pair
-def test_targets_average_to_what_the_exact_posterior_predicts(path: Path, prediction: Prediction) -> None:
+@every_oracle
+def test_targets_average_to_what_the_exact_posterior_predicts(
+    path: Path, prediction: Prediction, oracle: Gaussian | Mixture
+) -> None:
     """The row of E[data | x], E[eps | x] is E[target | x]: regress many targets on x and compare."""
-    oracle = Gaussian()
     lo, hi = usable(path, prediction)
     n = 20_000
     data, eps = oracle.draw(n, 1), normal(n, 1, seed=5)
@@ -188,7 +261,8 @@ def test_targets_average_to_what_the_exact_posterior_predicts(path: Path, predic
     x, target = c.mix(data, eps), prediction.target(c, data, eps)
     ends = oracle.endpoints(path, x, t)
     residual = target - prediction.target(c, ends.data, ends.eps)
-    for feature in (torch.ones_like(x), x - x.mean()):
+    z = (x - x.mean()) / x.std()
+    for feature in (torch.ones_like(x), z, torch.sin(2 * z)):
         moment = residual * feature
         assert abs(float(moment.mean())) < 5 * float(moment.std()) / math.sqrt(n)
 
@@ -196,27 +270,54 @@ def test_targets_average_to_what_the_exact_posterior_predicts(path: Path, predic
 # --- reference numbers -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "path"), [("linear", Linear()), ("vp", VP())])
-def test_sit_conversions(name: str, path: Path) -> None:
-    ref = {k: torch.from_numpy(v).double() for k, v in golden("interpolants").items()}
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("name", "path"), [("linear", Linear()), ("gvp", Cosine()), ("vp", VP())])
+def test_sit_conversions(name: str, path: Path, dtype: torch.dtype) -> None:
+    """SiT's time runs from noise to data, and so does its velocity: prediction `reverse_velocity`."""
+    ref = {k: torch.from_numpy(v).to(dtype) for k, v in golden("interpolants").items()}
     c = path.coeffs(1 - ref["t"])
     x, pred = ref[f"{name}/x_t"], ref["pred"]
-    ends = Velocity().endpoints(c, x, -pred)  # their velocity points from noise to data
-    for key, got in {"score_from_velocity": ends.score(c), "noise_from_velocity": ends.eps}.items():
-        want = ref[f"{name}/{key}"]
-        error = (got - want).flatten(1).norm(dim=1) / want.flatten(1).norm(dim=1)
-        assert float(error.max()) < 1e-4, key
-    velocity = Velocity().target(c, ref["data"], ref["noise"])
-    torch.testing.assert_close(-velocity, ref[f"{name}/velocity"], rtol=1e-4, atol=1e-4)
+    ends = ReverseVelocity().endpoints(c, x, pred)
+    got = {
+        "velocity": ReverseVelocity().target(c, ref["data"], ref["noise"]),
+        "score_from_velocity": ends.score(c),
+        "noise_from_velocity": ends.eps,
+        "velocity_from_score": -Score().endpoints(c, x, pred).velocity(c),
+    }
+    for key, value in got.items():
+        torch.testing.assert_close(value, ref[f"{name}/{key}"], rtol=1e-5, atol=1e-5)
 
 
-def test_sit_velocity_from_score() -> None:
-    ref = {k: torch.from_numpy(v).double() for k, v in golden("interpolants").items()}
-    c = Linear().coeffs(1 - ref["t"])
-    ends = Score().endpoints(c, ref["linear/x_t"], ref["pred"])
-    want = -ref["linear/velocity_from_score"]
-    error = (ends.velocity(c) - want).flatten(1).norm(dim=1) / want.flatten(1).norm(dim=1)
-    assert float(error.max()) < 1e-4
+# --- rows --------------------------------------------------------------------------------------------------
+
+
+@every_path
+def test_the_reverse_velocity_is_the_velocity_reversed(path: Path) -> None:
+    c = path.coeffs(torch.linspace(0.01, 1, 7, dtype=torch.float64))
+    data, eps = normal(7, 3), normal(7, 3, seed=1)
+    assert torch.equal(ReverseVelocity().target(c, data, eps), -Velocity().target(c, data, eps))
+
+
+def test_edm_is_the_preconditioning_of_the_paper() -> None:
+    """data = c_skip·x + c_out·F with arXiv 2206.00364, table 1, on the path with alpha = 1."""
+    path, sd = VE(sigma_data=0.5), 0.5
+    c = path.coeffs(torch.linspace(0, 1, 9, dtype=torch.float64))
+    x, pred = normal(9, 5), normal(9, 5, seed=1)
+    s = c.sigma.unsqueeze(1)
+    skip, out = sd**2 / (s**2 + sd**2), s * sd / (s**2 + sd**2).sqrt()
+    data = EDM(sigma_data=sd).endpoints(c, x, pred).data
+    torch.testing.assert_close(data, skip * x + out * pred)
+
+
+@every_path
+@pytest.mark.parametrize("sd", [0.5, 1.0, 2.0])
+def test_edm_targets_have_unit_variance_and_are_unknown_to_x(path: Path, sd: float) -> None:
+    """Whatever the path: what c_skip is chosen for, F is uncorrelated with x."""
+    c = path.coeffs(torch.linspace(0, 1, 21, dtype=torch.float64))
+    a, b = EDM(sigma_data=sd).row(c)
+    torch.testing.assert_close(a**2 * sd**2 + b**2, torch.ones_like(a))
+    correlation = a * c.alpha * sd**2 + b * c.sigma
+    torch.testing.assert_close(correlation, torch.zeros_like(a), rtol=0, atol=1e-12)
 
 
 # --- endpoints and channels --------------------------------------------------------------------------------
@@ -236,6 +337,29 @@ def test_lerp() -> None:
         torch.testing.assert_close(each.eps[i], one.lerp(two, w).eps[i])
     with pytest.raises(ValueError, match="one number per sample"):
         one.lerp(two, weight[:3])
+
+
+@every_path
+def test_with_data_keeps_x(path: Path) -> None:
+    t = torch.linspace(0, 1, 9, dtype=torch.float64)
+    c = path.coeffs(t)
+    x, old = normal(9, 3), Endpoints(normal(9, 3, seed=1), normal(9, 3, seed=2), normal(9, 3, seed=3))
+    new = old.with_data(c, x, old.data.clamp(-0.5, 0.5))
+    assert torch.equal(new.data, old.data.clamp(-0.5, 0.5))
+    assert new.log_variance is old.log_variance
+    noisy = c.sigma > 0
+    torch.testing.assert_close(c.mix(new.data, new.eps)[noisy], x[noisy])
+    assert torch.equal(new.eps[~noisy], old.eps[~noisy])  # clean x says nothing of eps
+    assert int(noisy.sum()) >= 8
+
+
+def test_with_data_is_finite_in_gradient_and_value_at_clean_data() -> None:
+    c = Linear().coeffs(torch.zeros(2))
+    data = torch.ones(2, 3, requires_grad=True)
+    ends = Endpoints(data, torch.ones(2, 3)).with_data(c, torch.zeros(2, 3), 2 * data)
+    (ends.data + ends.eps).sum().backward()
+    assert torch.equal(ends.eps, torch.ones(2, 3))
+    assert torch.equal(data.grad, torch.full((2, 3), 2.0))
 
 
 @every_pair

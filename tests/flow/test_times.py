@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit.config import to_dict
-from dit.flow.path import VP, DiscreteVP, Linear
-from dit.flow.times import TIMES, LogitNormal, Uniform, shift_time
+from dit.flow.discrete import DiscreteVP
+from dit.flow.path import PATHS, VP, Linear, Path
+from dit.flow.times import TIMES, EDMTimes, LogitNormal, Mode, Uniform, shift_time
+from tests.gaussian import ALL_PATHS
 
 U = (torch.arange(4096, dtype=torch.float64) + 0.5) / 4096
 shifts = st.floats(0.1, 10)
@@ -125,3 +127,61 @@ def test_low_precision_draws_are_refused(name: str) -> None:
 def test_times_are_their_own_configuration(name: str) -> None:
     times = TIMES[name](shift=2.0)
     assert TIMES.parse(to_dict(times)) == times
+
+
+# --- SD3's mode sampling ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [-1.0, -0.5, 0.0, 0.81, 1.29, 2 / (math.pi - 2)])
+def test_mode_sampling_is_the_papers(scale: float) -> None:
+    """SD3, eq. 20, written out; the paper's u runs the other way."""
+    times = Mode(scale=scale)(U, Linear())
+    paper = 1 - (1 - U) - scale * (torch.cos(math.pi / 2 * (1 - U)) ** 2 - 1 + (1 - U))
+    torch.testing.assert_close(times, paper, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("scale", [-0.9, 0.5, 1.29])
+def test_the_density_of_mode_sampling(scale: float) -> None:
+    """Its share below t is the u with t(u) = t; the density there is 1/t'(u) and highest at 1/2 if scale > 0."""
+    t = Mode(scale=scale)(U, Linear())
+    slope = 1 + scale - scale * math.pi / 2 * torch.sin(math.pi * U)
+    torch.testing.assert_close(t[2:] - t[:-2], slope[1:-1] * 2 / len(U), rtol=1e-6, atol=0)
+    middle, end = float(slope[len(U) // 2]), float(slope[0])
+    assert (middle < end) == (scale > 0)
+
+
+@pytest.mark.parametrize("scale", [-1.01, 1.76, math.nan])
+def test_mode_scales_at_which_time_would_turn_back_are_refused(scale: float) -> None:
+    with pytest.raises(pydantic.ValidationError):
+        Mode(scale=scale)
+
+
+# --- EDM's noise levels -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ALL_PATHS, ids=PATHS.names())
+@pytest.mark.parametrize(("mean", "std"), [(-1.2, 1.2), (0.4, 0.5)])
+def test_the_noise_level_is_log_normal_on_every_path(path: Path, mean: float, std: float) -> None:
+    """Wherever the path has such levels; what lies beyond them is taken at its ends."""
+    times = EDMTimes(mean=mean, std=std)
+    t = times.quantile(U, path)
+    ends = path.log_snr(torch.tensor([0.0, 1.0], dtype=torch.float64))
+    level = -0.5 * path.log_snr(t)
+    cdf = torch.from_numpy(scipy.stats.norm(mean, std).cdf(level.numpy()))
+    reached = (t > 0) & (t < 1)
+    assert float(reached.double().mean()) > 0.98
+    torch.testing.assert_close(cdf[reached], U[reached], rtol=0, atol=1e-7)
+    wanted = mean + std * torch.special.ndtri(U)
+    assert bool((wanted[t == 0] <= -0.5 * ends[0] + 1e-9).all())
+    assert bool((wanted[t == 1] >= -0.5 * ends[1] - 1e-9).all())
+
+
+@every_time
+@pytest.mark.parametrize("path", ALL_PATHS, ids=PATHS.names())
+def test_single_precision_times_are_those_of_double(path: Path, name: str) -> None:
+    """In float32, and in the noise level too, which runs over five decades on some paths."""
+    times = TIMES[name]()
+    u = torch.cat([U, torch.tensor([2.0**-24, 1 - 2.0**-24])]).float()
+    single, double = times.quantile(u, path), times.quantile(u.double(), path)
+    assert single.dtype == torch.float32
+    torch.testing.assert_close(single.double(), double, rtol=2e-5, atol=1e-6)
