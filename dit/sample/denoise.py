@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from dit.flow.path import Path
@@ -28,3 +29,13 @@ class Denoiser:
         """
         coeffs = self.path.coeffs(t)
         return self.prediction.endpoints(coeffs, x, call_network(self.model, self.path, x, t, cond))
+
+
+def with_precision(model: Model, device: torch.device, precision: str) -> Model:
+    """`model` with its matrix products in this precision: "bf16" is autocast, anything else as the weights are."""
+
+    def network(x: Tensor, model_time: Tensor, cond: Cond) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            return model(x, model_time, cond)
+
+    return network

@@ -6,7 +6,8 @@ Image i depends on (checkpoint, spec, i) alone: its noise is keyed by (seed, i),
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Annotated
 
 import numpy as np
@@ -20,8 +21,9 @@ from dit.flow.predict import Model, Prediction
 from dit.rng import Draws, Purpose
 from dit.sample.denoise import DenoiseFn, Denoiser
 from dit.sample.grid import GRIDS, Grid, UniformGrid
-from dit.sample.guide import cfg
+from dit.sample.guide import GUIDANCES, ClassifierFree, Context, Guidance, Opener, cfg
 from dit.sample.solve import SOLVERS, Heun, Solver
+from dit.sample.tally import CountedOpener, Tally
 
 
 @config
@@ -33,11 +35,27 @@ class SamplerSpec:
     grid: Annotated[Grid, GRIDS] = UniformGrid()
     cfg_scale: Annotated[float, Field(ge=0)] = 1.0  # null + scale * (cond - null); 1 = no guidance
     seed: int = 0
+    guidance: tuple[Annotated[Guidance, GUIDANCES], ...] = ()  # more of it, in turn, after cfg_scale
+
+    def __post_init__(self) -> None:
+        if self.cfg_scale != 1.0 and any(isinstance(g, ClassifierFree) for g in self.guidance):
+            raise ConfigError(
+                f"cfg_scale = {self.cfg_scale} and an entry of guidance named cfg guide twice: leave one of the two out"
+            )
+
+    def guided(self, denoise: DenoiseFn, context: Context) -> DenoiseFn:
+        """The denoiser under all the guidance; the very same one where there is none."""
+        for guidance in (cfg(self.cfg_scale), *self.guidance):
+            denoise = guidance(denoise, context)
+        return denoise
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """Draws images. shape: (C, H, W) of a latent. decode: model-side latents (B, C, H, W) to images in [-1, 1]."""
+    """Draws images. shape: (C, H, W) of a latent. decode: model-side latents (B, C, H, W) to images in [-1, 1].
+
+    open: opens the checkpoints that guidance names. tally: counts what was evaluated.
+    """
 
     model: Model
     path: Path
@@ -46,15 +64,19 @@ class Sampler:
     shape: tuple[int, int, int]
     spec: SamplerSpec
     device: torch.device
+    open: Opener | None = None
+    tally: Tally = field(default_factory=Tally, compare=False)
 
-    @property
+    @cached_property
     def denoise(self) -> DenoiseFn:
-        """The guided denoiser."""
-        return cfg(self.spec.cfg_scale)(Denoiser(self.model, self.path, self.prediction))
+        """The guided denoiser. The first time opens the checkpoints that the guidance names."""
+        network = self.tally.of_evaluations(Denoiser(self.model, self.path, self.prediction))
+        opener = None if self.open is None else CountedOpener(self.open, self.tally)
+        return self.tally.of_calls(self.spec.guided(network, Context(self.path, opener)))
 
     @property
-    def nfe(self) -> int:
-        """Evaluations of the network per image and branch (guidance has two branches)."""
+    def nfe(self) -> int | None:
+        """Calls of the guided denoiser an image; None where the solver chooses its own steps."""
         times = self.times()
         ends_clean = float(self.path.alpha_sigma(times[-1:])[1][0]) == 0.0
         return self.spec.solver.nfe(self.spec.num_steps, to_data=not ends_clean)
@@ -63,16 +85,22 @@ class Sampler:
         """The grid, (num_steps + 1,) float64."""
         return self.spec.grid(self.spec.num_steps, self.path, self.prediction)
 
+    def noise(self, index: Tensor) -> Tensor:
+        """(B, C, H, W) the standard normal noise that images `index` (B,) are made from, before the path scales it."""
+        return Draws(self.spec.seed, 0, index.to(self.device), 1).normal(Purpose.PRIOR, self.shape)
+
     @torch.no_grad()
     def latents(self, index: Tensor, label: Tensor) -> Tensor:
         """(B, C, H, W) for images `index` (B,) of classes `label` (B,), both int64; label -1 = no class."""
         index, label = index.to(self.device), label.to(self.device)
 
-        def noise(step: int, purpose: Purpose = Purpose.SOLVER) -> Tensor:
-            return Draws(self.spec.seed, step, index, 1).normal(purpose, self.shape)
+        def noise(draw: int) -> Tensor:
+            return Draws(self.spec.seed, draw, index, 1).normal(Purpose.SOLVER, self.shape)
 
-        x = self.path.prior(noise(0, Purpose.PRIOR))
-        return self.spec.solver(self.denoise, x, self.times(), self.path, noise, {"label": label})
+        self.tally.images += len(index)
+        times = self.times()
+        x = self.path.prior(self.noise(index), float(times[0]))
+        return self.spec.solver(self.denoise, x, times, self.path, noise, {"label": label})
 
     @torch.no_grad()
     def images(self, index: Tensor, label: Tensor) -> np.ndarray:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from itertools import accumulate, repeat
+from typing import Annotated, Literal
+
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from dit.config import ConfigError, Registry, config
@@ -22,29 +27,31 @@ def sampling_interval(path: Path, prediction: Prediction) -> tuple[float, float]
 
 
 class Grid:
-    """A way to space times. Subclasses are frozen `@config` classes that give `spacing`."""
+    """A way to space times. Subclasses are frozen `@config` classes that give `times`."""
 
-    shift: float
-
-    def spacing(self, num_steps: int, path: Path) -> Tensor:
-        """(num_steps + 1,) float64 on the CPU, falling from 1 to 0, before shift and interval."""
+    def times(self, num_steps: int, path: Path, lo: float, hi: float) -> Tensor:
+        """(num_steps + 1,) float64 on the CPU, falling from about hi to about lo; not snapped yet."""
         raise NotImplementedError
 
     def __call__(self, num_steps: int, path: Path, prediction: Prediction) -> Tensor:
         """(num_steps + 1,) float64 on the CPU, strictly falling from t_hi to t_lo of the sampling interval.
 
-        On a discrete path all but the last are steps of that path. ConfigError when num_steps is below 1 or
-        more than the path has.
+        Sampling starts from the prior at t_hi. On a discrete path all but the last are steps of that path.
+        Where the path is not clean at t_lo (VE), the last two may both be t_lo: the network is then asked there.
+        ConfigError when num_steps is below 1 or more than the grid can tell apart.
         """
         if num_steps < 1:
             raise ConfigError(f"num_steps must be at least 1, got {num_steps}")
         lo, hi = sampling_interval(path, prediction)
-        times = lo + (hi - lo) * shift_time(self.spacing(num_steps, path), self.shift)
-        times[0], times[-1] = hi, lo  # exactly: an end at 0 must be 0
+        times = self.times(num_steps, path, lo, hi).clamp(lo, hi)
+        times[-1] = lo  # exactly: an end at 0 must be 0
         times[:-1] = path.snap(times[:-1])
-        if not bool((times.diff() < 0).all()):
+        falls = times.diff() < 0
+        if num_steps > 1 and times[-2] == lo:
+            falls[-1] = float(path.alpha_sigma(times[-1:])[1]) > 0
+        if not bool(falls.all()):
             raise ConfigError(
-                f"{num_steps} steps on path {path} with shift {self.shift} visit a time twice; use fewer"
+                f"{num_steps} steps of grid {self} on path {path} visit a time twice; use fewer, or another grid"
             )
         return times
 
@@ -52,12 +59,147 @@ class Grid:
 GRIDS: Registry[Grid] = Registry("grid")
 
 
+class ShiftedGrid(Grid):
+    """Even steps of some variable, shifted like training times: shift > 1 spends more of them near noise."""
+
+    shift: float
+
+    def spacing(self, u: Tensor) -> Tensor:
+        """Times from u (n,), both falling from 1 to 0, before shift and interval."""
+        raise NotImplementedError
+
+    def times(self, num_steps: int, path: Path, lo: float, hi: float) -> Tensor:
+        u = torch.linspace(1.0, 0.0, num_steps + 1, dtype=torch.float64)
+        times = lo + (hi - lo) * shift_time(self.spacing(u), self.shift)
+        times[0] = hi
+        return times
+
+
 @GRIDS.register("uniform")
 @config
-class UniformGrid(Grid):
-    """Even steps in t, then shifted like training times: shift > 1 spends more steps near noise."""
+class UniformGrid(ShiftedGrid):
+    """Even steps in t."""
 
     shift: Shift = 1.0
 
-    def spacing(self, num_steps: int, path: Path) -> Tensor:
-        return torch.linspace(1.0, 0.0, num_steps + 1, dtype=torch.float64)
+    def spacing(self, u: Tensor) -> Tensor:
+        return u
+
+
+@GRIDS.register("quadratic")
+@config
+class QuadraticGrid(ShiftedGrid):
+    """Even steps in sqrt(t): finer near data (DDIM, arXiv 2010.02502, appendix D.2)."""
+
+    shift: Shift = 1.0
+
+    def spacing(self, u: Tensor) -> Tensor:
+        return u.square()
+
+
+class NoiseGrid(Grid):
+    """Times at chosen noise levels sigma/alpha: num_steps of them from sigma_max to sigma_min, then the end.
+
+    On other paths than EDM's the first is t_hi, whatever its level, and levels that the path or the prediction
+    does not have are left out of the range. A shift maps the times that were found.
+    """
+
+    sigma_min: float
+    sigma_max: float
+    shift: float
+
+    def __post_init__(self) -> None:
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(f"sigma_min = {self.sigma_min} must be below sigma_max = {self.sigma_max}")
+
+    def levels(self, most: float, least: float, num_steps: int) -> Tensor:
+        """(num_steps,) float64, from `most` down to `least`."""
+        raise NotImplementedError
+
+    def times(self, num_steps: int, path: Path, lo: float, hi: float) -> Tensor:
+        ends = torch.tensor([hi, lo], dtype=torch.float64)
+        alpha, sigma = path.alpha_sigma(path.snap(ends))
+        most, least = (sigma / alpha).tolist()
+        levels = self.levels(min(self.sigma_max, most), max(self.sigma_min, least), num_steps)
+        times = shift_time(path.time_at(-2.0 * levels.log()), self.shift)
+        times[0] = hi
+        return torch.cat([torch.where((times - lo).abs() < 1e-12, lo, times), ends[1:]])
+
+
+@GRIDS.register("karras")
+@config
+class KarrasGrid(NoiseGrid):
+    """EDM's: even steps in (sigma/alpha)^(1/rho), finer near data (arXiv 2206.00364, eq. 5)."""
+
+    sigma_min: Annotated[float, Field(gt=0)] = 0.002
+    sigma_max: Annotated[float, Field(gt=0)] = 80.0
+    rho: Annotated[float, Field(gt=0)] = 7.0
+    shift: Shift = 1.0
+
+    def levels(self, most: float, least: float, num_steps: int) -> Tensor:
+        power = 1.0 / self.rho
+        return torch.linspace(most**power, least**power, num_steps, dtype=torch.float64) ** self.rho
+
+
+@GRIDS.register("log_snr")
+@config
+class LogSNRGrid(NoiseGrid):
+    """Even steps in the log-SNR (DPM-Solver, arXiv 2206.00927), between two noise levels sigma/alpha."""
+
+    sigma_min: Annotated[float, Field(gt=0)] = 0.002
+    sigma_max: Annotated[float, Field(gt=0)] = 80.0
+    shift: Shift = 1.0
+
+    def levels(self, most: float, least: float, num_steps: int) -> Tensor:
+        return torch.linspace(math.log(most), math.log(least), num_steps, dtype=torch.float64).exp()
+
+
+@GRIDS.register("respaced")
+@config
+class RespacedGrid(Grid):
+    """The integer steps that guided diffusion and DiT visit; for discrete paths alone.
+
+    sections: how many steps in each of as many equal parts of the path, data first; () is one part with
+        num_steps. In a part the steps are even and rounded, both ends taken.
+    stride: `even`, that; `ddim`, the one integer stride from k = 0 that gives num_steps, which may begin below
+        the path's last step (k = 960 for 25 of 1000).
+    """
+
+    stride: Literal["even", "ddim"] = "even"
+    sections: tuple[Annotated[int, Field(ge=1)], ...] = ()
+
+    def times(self, num_steps: int, path: Path, lo: float, hi: float) -> Tensor:
+        if path.num_steps is None:
+            raise ConfigError(f"grid {self} is for discrete paths; path {path} has no steps: use uniform")
+        steps = self.steps(num_steps, path.num_steps)
+        return torch.tensor([*((k + 1) / path.num_steps for k in reversed(steps)), lo], dtype=torch.float64)
+
+    def steps(self, num_steps: int, total: int) -> list[int]:
+        """The steps k visited, rising, of 0 … total − 1. ConfigError if there is no such map."""
+        if num_steps < 2:
+            raise ConfigError(
+                f"grid {self} needs num_steps of at least 2: its map of 1 is step 0, next to data"
+            )
+        if self.stride == "ddim":
+            return _strided(num_steps, total)
+        sections = self.sections or (num_steps,)
+        if sum(sections) != num_steps:
+            raise ConfigError(f"sections {sections} of grid {self} must add up to num_steps = {num_steps}")
+        sizes = [total // len(sections) + (i < total % len(sections)) for i in range(len(sections))]
+        starts = accumulate(sizes, initial=0)
+        return [k for part in zip(starts, sizes, sections, strict=False) for k in _even(*part)]
+
+
+def _strided(num_steps: int, total: int) -> list[int]:
+    for stride in range(1, total + 1):
+        if len(range(0, total, stride)) == num_steps:
+            return list(range(0, total, stride))
+    raise ConfigError(f"no integer stride makes {num_steps} steps of {total}; take a divisor of {total}")
+
+
+def _even(start: int, size: int, count: int) -> list[int]:
+    """`count` even steps of start … start + size − 1, added up and rounded as the reference does."""
+    if count > size:
+        raise ConfigError(f"a section of {size} steps cannot give {count}; use fewer steps")
+    stride = (size - 1) / (count - 1) if count > 1 else 1.0
+    return [start + round(offset) for offset in accumulate(repeat(stride, count - 1), initial=0.0)]

@@ -1,28 +1,76 @@
-"""Guidance: maps of a `DenoiseFn` to a `DenoiseFn`; at neutral strength the very function that was given."""
+"""Guidance: maps of a `DenoiseFn` to a `DenoiseFn`; at neutral strength the very function that was given.
+
+What comes out are still endpoints of x: each guidance changes data and eps together, so that
+x = alpha·data + sigma·eps holds and every solver may follow.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Protocol
+
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from dit.config import Registry, config
+from dit.config import ConfigError, Registry, config
+from dit.flow.path import Coeffs, Path, broadcast
 from dit.flow.predict import Cond, Endpoints
 from dit.sample.denoise import DenoiseFn
 
+LogitsFn = Callable[[Tensor, Tensor], Tensor]  # (x (B, C, ...), t (B,)) → logits (B, classes), of the noisy x
+
+
+class Opener(Protocol):
+    """Opens other checkpoints for guidance. Raises an error for the user where one does not fit the model."""
+
+    def denoiser(self, checkpoint: str) -> DenoiseFn:
+        """The denoiser of a run directory or checkpoint, of latents, classes and noise like the model's."""
+
+    def classifier(self, checkpoint: str) -> LogitsFn:
+        """The classifier of noisy latents in a run directory or checkpoint, differentiable in x."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a guidance may need besides the denoiser. path: the model's. open: None where nothing can be."""
+
+    path: Path
+    open: Opener | None = None
+
 
 class Guidance:
-    """A change of the denoiser. Subclasses are frozen `@config` classes; neutral ones return their input."""
+    """A change of the denoiser. Subclasses are frozen `@config` classes giving `is_neutral` and `guide`."""
 
-    def __call__(self, denoise: DenoiseFn) -> DenoiseFn:
+    @property
+    def is_neutral(self) -> bool:
+        """Whether this strength changes nothing; as long as it is the default, defaults do nothing."""
         raise NotImplementedError
+
+    def guide(self, denoise: DenoiseFn, context: Context | None) -> DenoiseFn:
+        """The guided denoiser; never asked of a neutral one."""
+        raise NotImplementedError
+
+    def __call__(self, denoise: DenoiseFn, context: Context | None = None) -> DenoiseFn:
+        """The guided denoiser: `denoise` itself at neutral strength. ValueError where a context lacks."""
+        return denoise if self.is_neutral else self.guide(denoise, context)
+
+    def _path(self, context: Context | None) -> Path:
+        if context is None:
+            raise ValueError(f"{self} needs the path: give a Context")
+        return context.path
+
+    def _opener(self, context: Context | None) -> Opener:
+        if context is None or context.open is None:
+            raise ValueError(f"{self} needs another checkpoint: give a Context with an Opener")
+        return context.open
 
 
 GUIDANCES: Registry[Guidance] = Registry("guidance")
 
 
-def null(cond: Cond, like: Tensor) -> Cond:
-    """`cond` with every condition dropped; `like` (B, ...) gives the batch and the device."""
-    return {**cond, "drop": torch.ones(len(like), dtype=torch.bool, device=like.device)}
+# --- two branches ------------------------------------------------------------------------------------------
 
 
 def cfg(scale: float) -> ClassifierFree:
@@ -33,46 +81,134 @@ def cfg(scale: float) -> ClassifierFree:
 @GUIDANCES.register("cfg")
 @config
 class ClassifierFree(Guidance):
-    """null + scale·(conditional − null) on all channels (arXiv 2207.12598, eq. 6, scale = 1 + w).
+    """null + scale·(conditional − null) (arXiv 2207.12598, eq. 6, scale = 1 + w).
 
-    Both branches go through the network in one call of 2B samples, the conditional first. A learned variance
-    is the conditional's. data and eps are guided alike, so x = alpha·data + sigma·eps still holds.
+    interval: guide for t in [lo, hi] alone; elsewhere the conditional branch is the only one evaluated (arXiv
+        2404.07724). Samples of one batch may have different t. Looking at t waits for the device.
+    channels: guide the first so many alone, as DiT's forward_with_cfg does with 3 of 4; the rest are the
+        conditional's.
+    rescale: share in which the guided data get the standard deviation, over a sample, of the conditional's (phi
+        of arXiv 2305.08891, section 3.4). There it is the network's v; data is the same at zero SNR, where it
+        matters, whatever the network predicts.
+
+    Both branches go through the network in one call, the conditional first. A learned variance is the conditional's.
     """
 
-    scale: float = 1.0
+    scale: float = 1.0  # null + scale * (conditional - null); 1 = no guidance
+    interval: tuple[float, float] = (0.0, 1.0)  # of t, 0 = data: guidance only there
+    channels: Annotated[int, Field(ge=1)] | None = None  # guide the first so many alone (DiT: 3); null = all
+    rescale: Annotated[float, Field(ge=0, le=1)] = 0.0  # towards the conditional's contrast
 
-    def __call__(self, denoise: DenoiseFn) -> DenoiseFn:
-        """The guided denoiser: `denoise` itself at scale 1. The guided one refuses an empty `cond`."""
-        if self.scale == 1.0:
-            return denoise
+    def __post_init__(self) -> None:
+        lo, hi = self.interval
+        if not 0 <= lo < hi <= 1:
+            raise ConfigError(f"cfg's interval must be [lo, hi] with 0 <= lo < hi <= 1, got [{lo}, {hi}]")
+
+    @property
+    def is_neutral(self) -> bool:
+        return self.scale == 1.0
+
+    def guide(self, denoise: DenoiseFn, context: Context | None) -> DenoiseFn:
+        """The guided denoiser; it refuses an empty `cond`. Only `rescale` needs the context."""
+        path = self._path(context) if self.rescale else None
 
         def guided(x: Tensor, t: Tensor, cond: Cond) -> Endpoints:
             if not cond:
                 raise ValueError(
                     f"guidance of scale {self.scale} needs a condition, cond is empty; use scale 1"
                 )
-            both = stack(cond, null(cond, x), x)
-            conditional, unconditional = halves(denoise(torch.cat([x, x]), torch.cat([t, t]), both))
-            return unconditional.lerp(conditional, self.scale)
+            rows = self._rows(t)
+            if not len(t[rows]):
+                return denoise(x, t, cond)
+            both = denoise(torch.cat([x, x[rows]]), torch.cat([t, t[rows]]), with_null(cond, x, rows))
+            conditional, dropped = each(lambda v: v[: len(x)], both), each(lambda v: v[len(x) :], both)
+            wanted = each(lambda v: v[rows], conditional)
+            mixed = self._mix(dropped, wanted)
+            if path is not None:
+                mixed = self._rescaled(mixed, wanted, path.coeffs(t[rows]), x[rows])
+            if isinstance(rows, slice):
+                return mixed
+            return each(lambda v, new: v.index_copy(0, rows, new), conditional, mixed)
 
         return guided
 
+    def _rows(self, t: Tensor) -> Tensor | slice:
+        """Which samples are guided."""
+        lo, hi = self.interval
+        if (lo, hi) == (0.0, 1.0):
+            return slice(None)
+        return ((t >= lo) & (t <= hi)).nonzero()[:, 0]
 
-def stack(first: Cond, second: Cond, like: Tensor) -> Cond:
-    """Two conditions of B samples each as one of 2B; `like` (B, ...). A missing "drop" is no drop.
+    def _mix(self, dropped: Endpoints, conditional: Endpoints) -> Endpoints:
+        mixed, n, channels = dropped.lerp(conditional, self.scale), self.channels, conditional.data.shape[1]
+        if n is None:
+            return mixed
+        if n > channels:
+            raise ValueError(
+                f"cfg's channels = {n}, but there are {channels}; leave it out to guide them all"
+            )
+        return each(lambda a, b: torch.cat([a[:, :n], b[:, n:]], 1), mixed, conditional)
 
-    ValueError when an entry's first axis is not B.
+    def _rescaled(self, mixed: Endpoints, conditional: Endpoints, coeffs: Coeffs, x: Tensor) -> Endpoints:
+        have, want = (ends.data.flatten(1).std(1) for ends in (mixed, conditional))
+        factor = torch.where(have > 0, 1 + self.rescale * (want / have - 1), 1.0)
+        return mixed.with_data(coeffs, x, broadcast(factor, x) * mixed.data)
+
+
+def null(cond: Cond, like: Tensor) -> Cond:
+    """`cond` with every condition dropped; `like` (B, ...) gives the batch and the device."""
+    return {**cond, "drop": torch.ones(len(like), dtype=torch.bool, device=like.device)}
+
+
+def with_null(cond: Cond, like: Tensor, rows: Tensor | slice) -> Cond:
+    """The conditions of B samples, then those of `rows` of them, dropped. A missing "drop" is no drop.
+
+    ValueError when an entry's first axis is not that of `like` (B, ...).
     """
-    keep = {"drop": torch.zeros(len(like), dtype=torch.bool, device=like.device)}
-    one, two = {**keep, **first}, {**keep, **second}
-    for key, value in [*one.items(), *two.items()]:
+    for key, value in cond.items():
         if len(value) != len(like):
             raise ValueError(f"cond['{key}'] has {len(value)} entries for a batch of {len(like)}")
-    return {key: torch.cat([one[key], two[key]]) for key in one}
+    first = {"drop": torch.zeros(len(like), dtype=torch.bool, device=like.device), **cond}
+    second = null({key: value[rows] for key, value in cond.items()}, like[rows])
+    return {key: torch.cat([first[key], second[key]]) for key in first}
 
 
-def halves(ends: Endpoints) -> tuple[Endpoints, Endpoints]:
-    """Endpoints of 2B samples as two of B."""
-    (data, data2), (eps, eps2) = ends.data.chunk(2), ends.eps.chunk(2)
-    extra, extra2 = (None, None) if ends.log_variance is None else ends.log_variance.chunk(2)
-    return Endpoints(data, eps, extra), Endpoints(data2, eps2, extra2)
+def each(change: Callable[..., Tensor], *ends: Endpoints) -> Endpoints:
+    """Endpoints whose data, eps and log_variance are each `change` of those of `ends`."""
+    extra = [e.log_variance for e in ends]
+    return Endpoints(
+        change(*(e.data for e in ends)),
+        change(*(e.eps for e in ends)),
+        None if any(e is None for e in extra) else change(*extra),
+    )
+
+
+@GUIDANCES.register("autoguidance")
+@config
+class Autoguidance(Guidance):
+    """weak + scale·(model − weak): away from a weaker version of the model (arXiv 2406.02507, section 4).
+
+    The weaker one is a smaller or less trained run on the same latents and path; both are conditional. Costs an
+    evaluation of each. A learned variance is the model's.
+    """
+
+    checkpoint: str | None = None  # run directory or checkpoint of the weaker model
+    scale: float = 1.0  # weak + scale * (model - weak); 1 = no guidance
+
+    def __post_init__(self) -> None:
+        if not self.is_neutral and self.checkpoint is None:
+            raise ConfigError(
+                "autoguidance needs checkpoint: a run directory or checkpoint of a weaker model"
+            )
+
+    @property
+    def is_neutral(self) -> bool:
+        return self.scale == 1.0
+
+    def guide(self, denoise: DenoiseFn, context: Context | None) -> DenoiseFn:
+        weak = self._opener(context).denoiser(str(self.checkpoint))
+
+        def guided(x: Tensor, t: Tensor, cond: Cond) -> Endpoints:
+            return weak(x, t, cond).lerp(denoise(x, t, cond), self.scale)
+
+        return guided

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dit.flow.path import VP, DiscreteVP, Linear, Path
+from dit.flow.discrete import DiscreteVP
+from dit.flow.path import VP, Linear, Path
 from dit.flow.predict import Cond, Eps, Prediction, V, usable
-from dit.sample.denoise import Denoiser
+from dit.sample.denoise import Denoiser, with_precision
 from tests.gaussian import PAIR_IDS, PAIRS, Gaussian, golden, normal
 
 every_pair = pytest.mark.parametrize(("path", "prediction"), PAIRS, ids=PAIR_IDS)
@@ -67,3 +68,14 @@ def test_ddpm_predicted_clean_data_with_learned_variance() -> None:
 def test_times_of_another_shape_are_refused(t: Tensor) -> None:
     with pytest.raises(ValueError, match=r"shape \(|one number per sample"):
         Denoiser(lambda x, t, cond: x, VP(), V())(torch.ones(4, 3), t, {})
+
+
+def test_matrix_products_run_in_the_precision_asked_for() -> None:
+    weight, x = torch.randn(4, 4), torch.randn(3, 4)
+
+    def model(x: Tensor, model_time: Tensor, cond: Cond) -> Tensor:
+        return x @ weight
+
+    cpu, t = torch.device("cpu"), torch.zeros(3)
+    assert torch.equal(with_precision(model, cpu, "fp32")(x, t, {}), x @ weight)
+    assert with_precision(model, cpu, "bf16")(x, t, {}).dtype == torch.bfloat16

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,9 +13,10 @@ from torch import Tensor
 from dit.config import ConfigError, from_dict
 from dit.flow.objective import Objective
 from dit.flow.path import PATHS, Linear, Path
-from dit.flow.predict import PREDICTIONS, Cond, Model, Prediction, Velocity
+from dit.flow.predict import PREDICTIONS, Cond, Endpoints, Model, Prediction, Velocity
 from dit.model.dit import DiTConfig
 from dit.rng import Draws, Purpose
+from dit.sample.denoise import DenoiseFn
 from dit.sample.generate import (
     Sampler,
     SamplerSpec,
@@ -23,6 +25,7 @@ from dit.sample.generate import (
     labels_for,
     to_uint8,
 )
+from dit.sample.guide import GUIDANCES, LogitsFn
 from tests.gaussian import Gaussian
 
 SHAPE = (3, 4, 4)
@@ -160,6 +163,86 @@ def test_without_guidance_there_is_one_branch_and_with_it_two_in_one_call() -> N
         assert cond["drop"].tolist() == [False, False, True, True]
 
 
+class Others:
+    """Opens a weak model that says 0, and a classifier of ten classes that says nothing."""
+
+    def denoiser(self, checkpoint: str) -> DenoiseFn:
+        return lambda x, t, cond: Endpoints(torch.zeros_like(x), x / t[0])
+
+    def classifier(self, checkpoint: str) -> LogitsFn:
+        return lambda x, t: 0 * x.flatten(1)[:, :10]
+
+
+WEAK = {"name": "autoguidance", "checkpoint": "w", "scale": 2.0}
+CLASSES = {"name": "classifier", "checkpoint": "c", "scale": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("spec", "evaluations"),
+    [
+        ({}, 4),
+        ({"cfg_scale": 2.0}, 8),
+        ({"guidance": [{"name": "cfg", "scale": 2.0}]}, 8),
+        ({"guidance": [{"name": "cfg", "scale": 2.0, "interval": [0.4, 0.6]}]}, 5),  # t = 1, 3/4, 1/2, 1/4
+        ({"guidance": [WEAK]}, 8),
+        ({"guidance": [CLASSES]}, 8),
+        ({"guidance": [{"name": "threshold", "quantile": 0.9}]}, 4),
+        ({"cfg_scale": 2.0, "guidance": [WEAK, CLASSES]}, 16),
+        ({"solver": "heun", "cfg_scale": 2.0}, 16),
+    ],
+    ids=str,
+)
+def test_every_branch_is_counted_and_calls_are_not_branches(spec: dict, evaluations: int) -> None:
+    drawn = replace(sampler(Counting(), **{"solver": "euler", "num_steps": 4, **spec}), open=Others())
+    for index in (torch.arange(3), torch.arange(3, 5)):
+        drawn.latents(index, index)
+    assert drawn.tally.images == 5
+    assert drawn.tally.per_image() == {"nfe": drawn.nfe, "network_evaluations": evaluations}
+
+
+def test_an_adaptive_solvers_evaluations_are_measured() -> None:
+    data = Gaussian()
+    drawn = sampler(data.network(Linear(), Velocity()), solver="dopri5", num_steps=1)
+    assert drawn.nfe is None
+    drawn.latents(torch.arange(4), torch.zeros(4).long())
+    counted = drawn.tally.per_image()
+    assert counted["nfe"] == counted["network_evaluations"] > 7
+
+
+def test_guidance_applies_in_turn_after_cfg_scale() -> None:
+    """Clipping after guidance bounds the data, guidance after clipping does not."""
+    clip = {"name": "threshold", "quantile": 0.5, "floor": 0.1}
+
+    def network(x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        return x - 1.0 - cond["drop"].to(x.dtype).reshape(-1, 1, 1, 1) if "drop" in cond else x - 1.0
+
+    guide = {"name": "cfg", "scale": 5.0}
+    x, t, cond = torch.randn(2, *SHAPE), torch.full((2,), 0.5), {"label": torch.zeros(2).long()}
+    reach = [
+        float(sampler(network, **spec).denoise(x, t, cond).data.abs().max())
+        for spec in (
+            {"cfg_scale": 5.0, "guidance": [clip]},
+            {"guidance": [guide, clip]},
+            {"guidance": [clip, guide]},
+        )
+    ]
+    assert reach[0] == reach[1] == pytest.approx(0.1)
+    assert reach[2] > 0.2
+
+
+def test_neutral_guidance_changes_no_bit(network: torch.nn.Module) -> None:
+    spec = {"cfg_scale": 1.0}
+    base = sampler(network, num_steps=2, **spec).latents(torch.arange(3), torch.arange(3))
+    neutral = [{"name": name} for name in GUIDANCES]
+    found = sampler(network, num_steps=2, guidance=neutral, **spec).latents(torch.arange(3), torch.arange(3))
+    assert torch.equal(found, base)
+
+
+def test_guidance_that_needs_a_checkpoint_needs_an_opener() -> None:
+    with pytest.raises(ValueError, match="give a Context with an Opener"):
+        _ = sampler(Counting(), guidance=[WEAK]).denoise
+
+
 @pytest.mark.parametrize(
     ("bad", "says"),
     [
@@ -170,6 +253,14 @@ def test_without_guidance_there_is_one_branch_and_with_it_two_in_one_call() -> N
         ({"solver": {"name": "heun", "churn": 1}}, "churn"),
         ({"grid": "karass"}, "grid"),
         ({"steps": 3}, "did you mean num_steps?"),
+        (
+            {"cfg_scale": 2, "guidance": [{"name": "cfg", "scale": 3}]},
+            "guide twice: leave one of the two out",
+        ),
+        ({"cfg_scale": 2, "guidance": ["cfg"]}, "guide twice"),
+        ({"guidance": ["treshold"]}, "did you mean threshold?"),
+        ({"guidance": [{"name": "threshold", "quantil": 0.9}]}, "guidance.0.quantil"),
+        ({"guidance": "threshold"}, "guidance"),
     ],
 )
 def test_impossible_specs_are_refused(bad: dict, says: str) -> None:
