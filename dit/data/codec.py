@@ -209,6 +209,12 @@ def codec_norm(identity: Mapping[str, Any]) -> LatentNorm:
     return LatentNorm(mean=(shift,) * channels, std=(1.0 / settings["scaling_factor"],) * channels)
 
 
+def unknown_vae(channels: int, scale: float) -> dict[str, Any]:
+    """The identity of a VAE of which no more is known, as of the one that weights from elsewhere go with."""
+    known = {"latent_channels": channels, "scaling_factor": scale, "shift_factor": None}
+    return {"name": "vae", "config": known}
+
+
 def latent_norm(manifest: Manifest, which: Literal["dataset", "codec"] = "dataset") -> LatentNorm:
     """`dataset`: by the statistics of these latents. `codec`: by the codec's own constant, as official weights want."""
     if which == "codec":

@@ -6,8 +6,14 @@ are matrix products alone, as by `torch.utils.flop_counter`: norms, activations 
 
 from __future__ import annotations
 
+import copy
 import re
 from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from dit.config import ConfigError, did_you_mean
 from dit.model.block import BlockCost
@@ -188,6 +194,17 @@ def cost(cfg: DiTConfig, input_size: int | tuple[int, int], channels: int, num_c
         + t * d * patch_out,
         checkpoint_blocks=cfg.checkpoint_blocks,
     )
+
+
+def counted_training_flops(module: nn.Module, *inputs: Any) -> float:
+    """FLOPs of a training step of any network: 3 times a counted forward pass of `inputs`, of one image each.
+
+    On the meta device, where nothing is computed and every torch counts attention.
+    """
+    shapes = [x.to("meta") if isinstance(x, torch.Tensor) else x for x in inputs]
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        copy.deepcopy(module).to("meta")(*shapes)
+    return 3.0 * float(counter.get_total_flops())
 
 
 def peak_flops(device_name: str) -> float | None:

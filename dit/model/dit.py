@@ -69,6 +69,9 @@ class DiTConfig(ModelConfig):
     num_classes: int | None = None  # None: as many as the data has
     learn_sigma: bool = False  # twice the output channels: a prediction, then its log-variance
     checkpoint_blocks: bool = False  # recompute blocks in the backward pass: a third more work, less memory
+    stored_position: bool = (
+        False  # checkpoints hold the position table: of foreign weights with one of their own
+    )
     block: Annotated[BlockConfig, BLOCKS] = AdaLNZero()
     cond: tuple[Annotated[ConditionerConfig, CONDITIONERS], ...] = (ClassLabel(),)
 
@@ -119,13 +122,16 @@ class DiTConfig(ModelConfig):
     ) -> DiT:
         """The initialised network, on the default device; `generator` None is torch's global one."""
         dims = self.dims(input_size, channels, num_classes)
-        return DiT(dims, self.block, self.cond, self.checkpoint_blocks, generator)
+        return DiT(dims, self.block, self.cond, self.checkpoint_blocks, generator, self.stored_position)
 
 
 class DiT(nn.Module):
     """The network. `blocks` holds units that ZeRO-3 gathers, and torch.compile compiles, one by one."""
 
     position: Tensor
+    output_layer: type[nn.Module] = (
+        OutputLayer  # built from Dims; (tokens (B, T, D), c (B, D)) -> what comes out
+    )
 
     def __init__(
         self,
@@ -134,6 +140,7 @@ class DiT(nn.Module):
         cond: Sequence[ConditionerConfig],
         checkpoint_blocks: bool = False,
         generator: torch.Generator | None = None,
+        stored_position: bool = False,
     ):
         super().__init__()
         self.dims, self.checkpoint_blocks = dims, checkpoint_blocks
@@ -141,9 +148,9 @@ class DiT(nn.Module):
         self.time_embed = TimeEmbed(dims.width)
         self.conditioners = nn.ModuleList(c.build(dims) for c in cond)
         self.blocks = nn.ModuleList(block.build(dims) for _ in range(dims.depth))
-        self.output = OutputLayer(dims)
+        self.output = self.output_layer(dims)
         # a function of the shapes: not learned, so neither in state_dict nor cast with the parameters of ZeRO
-        self.register_buffer("position", torch.empty(dims.tokens, dims.width), persistent=False)
+        self.register_buffer("position", torch.empty(dims.tokens, dims.width), persistent=stored_position)
         self.reset_parameters(generator)
 
     @torch.no_grad()
@@ -182,6 +189,12 @@ class DiT(nn.Module):
 
         (B, C, H, W), or (B, 2C, H, W) with `learn_sigma`: the prediction, then the log-variance channels.
         """
+        h, c = self.hidden(x, model_time, cond)  # (B, T, D), (B, D)
+        out = unpatchify(self.output(h, c), self.dims.patch, self.dims.grid)  # (B, C or 2C, H, W)
+        return out.to(wide(x).dtype)
+
+    def hidden(self, x: Tensor, model_time: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
+        """The tokens after the last block (B, T, D), and c (B, D), what every modulation starts with."""
         given = joined([conditioner(cond) for conditioner in self.conditioners])
         h = self.patch_embed(x, given.channels) + self.position  # (B, T, D)
         if len(given.residuals) > len(self.blocks):
@@ -195,8 +208,7 @@ class DiT(nn.Module):
             h = self._run(block, h, c, *tokens)  # (B, T, D)
             if i < len(given.residuals):
                 h = h + given.residuals[i]  # (B, T, D)
-        out = unpatchify(self.output(h, c), self.dims.patch, self.dims.grid)  # (B, C or 2C, H, W)
-        return out.to(wide(x).dtype)
+        return h, c
 
     def _run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
         """One block; its activations are dropped and recomputed in the backward pass if so configured."""

@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from dit.config import ConfigError
-from dit.model.cost import PRECISIONS, cost, peak_flops
+from dit.model.cost import PRECISIONS, cost, counted_training_flops, peak_flops
 from dit.model.dit import SIZES, DiTConfig
 
 QK = {"name": "adaln_zero", "qk_norm": True}
@@ -42,6 +42,17 @@ def test_forward_flops_are_those_torch_counts(cfg, input_size, channels):
     assert (
         counted_flops(cfg, input_size, channels, 2) == 2 * cost(cfg, input_size, channels, 10).forward_flops
     )
+
+
+def test_any_networks_training_flops_can_be_counted():
+    """The analytic cost of a DiT, found by counting; neither the network nor its weights change."""
+    cfg = DiTConfig(size="nano", patch=2)
+    model = cfg.build(8, 4, 10)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    inputs = torch.zeros(1, 4, 8, 8), torch.zeros(1), {"label": torch.zeros(1).long()}
+    moved = (*inputs[:2], {"label": inputs[2]["label"].to("meta")})
+    assert counted_training_flops(model, *moved) == cost(cfg, 8, 4, 10).training_flops
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
 @pytest.mark.skipif(

@@ -201,6 +201,13 @@ def test_the_network_is_its_parts_in_the_reference_order():
         assert torch.equal(model(x, t, cond), expected)
 
 
+def test_a_stored_position_table_is_state_and_no_parameter():
+    model, computed = (DiTConfig(size="nano", stored_position=s).build(8, 4, 10) for s in (True, False))
+    assert torch.equal(model.position, computed.position)
+    assert set(model.state_dict()) - set(computed.state_dict()) == {"position"}
+    assert [n for n, _ in model.named_parameters()] == [n for n, _ in computed.named_parameters()]
+
+
 def test_float64_goes_all_the_way_through():
     cfg = DiTConfig(size="nano")
     model = trained(cfg)

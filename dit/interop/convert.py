@@ -1,0 +1,201 @@
+"""Foreign weights as a checkpoint that sampling and training take, and a checkpoint as foreign weights."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Protocol
+
+import torch
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dit import dist
+from dit.config import ConfigError, config, from_dict, to_dict
+from dit.configfile import write_yaml
+from dit.data.codec import CODECS, CodecConfig, LatentNorm, codec_norm, unknown_vae
+from dit.experiment import Experiment, Trained
+from dit.files import sync
+from dit.flow.objective import Objective
+from dit.interop.weights import Arguments, Count, StateDict, WeightsError, infer, network
+from dit.model.dit import DiT
+from dit.train import checkpoint
+from dit.train.fragments import Fragment
+from dit.train.run_dir import CONFIG
+
+SCALE = 0.18215  # of Stable Diffusion's first VAEs, which DiT and SiT were trained with
+FACTOR = 8  # pixels a latent pixel, of the same
+
+
+class Format(Protocol):
+    """A project whose weights are known: `FacebookDiT`, `SiT`."""
+
+    def ours(self, state: StateDict, arguments: Arguments) -> tuple[Arguments, dict[str, Tensor]]:
+        """(arguments of our network, its weights)."""
+
+    def objective(self, arguments: Arguments) -> Objective:
+        """What the weights were trained with."""
+
+    def theirs(self, model: DiT, objective: Objective) -> dict[str, Tensor]:
+        """The project's state dict of our network."""
+
+
+# --- foreign files -----------------------------------------------------------------------------------------
+
+
+def read_weights(path: str | Path) -> dict[str, StateDict]:
+    """{"ema": ..., "model": ...} from a .safetensors or a .pt file.
+
+    The file holds a state dict, or the dictionary that the projects' training scripts save, with "ema" and "model"
+    in it; one of them stands for both. Wrappers' prefixes (module., _orig_mod.) are taken off. No pickle is trusted.
+    """
+    try:
+        if Path(path).suffix == ".safetensors":
+            held: Any = load_file(path)
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):  # of training scripts: plain values
+                held = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+        raise WeightsError(f"cannot read weights from {path}: {error}") from error
+    trained = isinstance(held, dict) and ("ema" in held or "model" in held)
+    states = [_bare(held[kind]) for kind in ("ema", "model") if kind in held] if trained else [_bare(held)]
+    if not all(state and all(isinstance(t, Tensor) for t in state.values()) for state in states):
+        raise WeightsError(f"{path} holds no state dict, nor one under 'ema' or 'model'")
+    return {"ema": states[0], "model": states[-1]}
+
+
+def _bare(state: Any) -> dict[str, Tensor]:
+    """Without what DistributedDataParallel and torch.compile put before names; empty if it is no state dict."""
+    names = dict(state) if isinstance(state, dict) else {}
+    for prefix in ("module.", "_orig_mod."):
+        names = {str(name).removeprefix(prefix): tensor for name, tensor in names.items()}
+    return names
+
+
+def write_weights(path: Path, state: StateDict) -> None:
+    """A state dict as .safetensors, or as a .pt that torch.load reads; whole or not at all."""
+    tensors = {name: t.detach().cpu().clone().contiguous() for name, t in state.items()}
+    partial = path.with_name(f".{path.name}.partial")
+    write: Callable[[Any, Path], None] = save_file if path.suffix == ".safetensors" else torch.save
+    write(tensors, partial)
+    sync(partial)
+    partial.replace(path)
+    sync(path.parent)
+
+
+# --- in ----------------------------------------------------------------------------------------------------
+
+
+@config
+class Choices:
+    """What the weights do not say. None: as is known of the project's own models."""
+
+    num_heads: Count | None = None
+    num_classes: Annotated[int, Field(ge=0)] | None = None
+    codec: Annotated[CodecConfig, CODECS] | None = None  # the VAE that they go with
+    scaling_factor: Annotated[float, Field(gt=0)] | None = None  # what its latents were multiplied with
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What became of a file: the folder, the model's arguments, and the config."""
+
+    folder: Path
+    arguments: Arguments
+    experiment: Experiment
+
+
+def to_run(source: str | Path, out: str | Path, format: Format, choices: Choices) -> Converted:
+    """A run directory with one checkpoint, of step 0, made of a foreign file; there whole or not at all.
+
+    Raises WeightsError for weights that do not fit, ConfigError where `out` is not a new folder.
+    """
+    folder, partial = Path(out), Path(f"{out}.partial")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} is there already; give a new folder")
+    states = read_weights(source)
+    arguments = infer(states["ema"], choices.num_heads, choices.num_classes)
+    kept, ema = format.ours(states["ema"], arguments)
+    live = ema if states["model"] is states["ema"] else format.ours(states["model"], arguments)[1]
+    del states  # gigabytes
+    experiment = _experiment(out, format.objective(kept), kept, "position" in ema, choices)
+    meta = {
+        "config": to_dict(experiment),
+        "contract": _contract(kept, choices),
+        "data": {"digest": f"of converted weights, from {Path(source).name}"},
+        "code": dist.code_version(),
+        "torch": torch.__version__,
+        "updates": 0,
+        "world_size": 1,
+    }
+    pieces = [Fragment(n, tuple(w.shape), 0, live[n].view(-1)) for n, w in ema.items() if n != "position"]
+    averages = [ema[piece.name].view(-1) for piece in pieces]
+    shutil.rmtree(partial, ignore_errors=True)
+    checkpoint.save(partial / "checkpoints", 0, pieces, averages, network(ema, kept), meta)
+    write_yaml(partial / CONFIG, experiment)
+    partial.rename(folder)
+    sync(folder.absolute().parent)
+    return Converted(folder, arguments, experiment)
+
+
+def _experiment(
+    out: str | Path, objective: Objective, arguments: Arguments, stored_position: bool, choices: Choices
+) -> Experiment:
+    """A config that the weights could have been trained with; the data are not known."""
+    values = {
+        "data": {"path": "unknown"},
+        "run_dir": str(out),
+        "model": to_dict(arguments.model(stored_position)),
+        "objective": to_dict(objective),
+        "latents": {"norm": "codec"},
+        "codec": to_dict(choices.codec) if choices.codec else None,
+    }
+    return from_dict(Experiment, values)
+
+
+def _contract(arguments: Arguments, choices: Choices) -> dict[str, Any]:
+    """What sampling must know of the latents: see `Parts.contract`."""
+    identity, factor = unknown_vae(arguments.in_channels, choices.scaling_factor or SCALE), FACTOR
+    if choices.codec:
+        codec = choices.codec.build()
+        identity, factor = codec.identity(), codec.factor
+        if codec.channels != arguments.in_channels:
+            raise ConfigError(
+                f"the codec has {codec.channels} channels, the model {arguments.in_channels}; give the codec that "
+                "the weights were trained with"
+            )
+    norm = codec_norm(identity)
+    if choices.scaling_factor:
+        scale = (1.0 / choices.scaling_factor,) * arguments.in_channels
+        norm = LatentNorm(mean=(0.0,) * arguments.in_channels, std=scale)
+    return {
+        "norm": to_dict(norm),
+        "codec": identity,
+        "shape": [arguments.in_channels, arguments.input_size, arguments.input_size],
+        "image_size": arguments.input_size * factor,
+        "classes": [f"class_{i}" for i in range(arguments.num_classes)],
+    }
+
+
+# --- out ---------------------------------------------------------------------------------------------------
+
+
+def from_run(run_or_checkpoint: str, out: str | Path, format: Format, weights: str) -> Path:
+    """Weights ("ema" or "model") of a checkpoint as a file for the project: .pt or .safetensors.
+
+    Raises WeightsError for a model that the project does not have, ConfigError where `out` exists.
+    """
+    path = Path(out)
+    if path.exists():
+        raise ConfigError(f"{path} is there already; give a new file name")
+    trained = Trained.load(run_or_checkpoint, weights, torch.device("cpu"))
+    if not isinstance(trained.model, DiT):
+        raise WeightsError(f"{trained.path} holds no DiT, but a {type(trained.model).__name__}")
+    write_weights(path, format.theirs(trained.model, trained.experiment.objective))
+    return path

@@ -1,0 +1,119 @@
+"""SiT's own weights (Ma et al., arXiv 2401.08740; the repository willisma/SiT).
+
+    sit = from_state_dict(torch.load("SiT-XL-2-256x256.pt", weights_only=True))
+    denoise = Denoiser(sit.model, sit.path, sit.prediction)
+
+SiT's time runs from noise (0) to data (1), so its velocity points from noise to data: the path hands the network
+1 - t, and the prediction is the velocity's reverse.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+from typing import Any, Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from dit.config import config, from_dict
+from dit.flow.objective import Objective
+from dit.flow.path import VP, Cosine, Linear, Path
+from dit.flow.predict import Eps, Prediction, ReverseVelocity, Score
+from dit.interop.weights import (
+    OUTPUT,
+    Arguments,
+    Pretrained,
+    ReferenceNetwork,
+    StateDict,
+    WeightsError,
+    check,
+    network,
+    parse_arguments,
+    to_ours,
+    to_theirs,
+)
+from dit.model.dit import DiT
+
+PathName = Literal["Linear", "GVP", "VP"]
+PredictionName = Literal["velocity", "noise", "score"]
+PATHS: dict[PathName, Path] = {
+    "Linear": Linear(model_time_data=1.0, model_time_noise=0.0),
+    "GVP": Cosine(model_time_data=1.0, model_time_noise=0.0),
+    "VP": VP(beta_min=0.1, beta_max=20.0, model_time_data=1.0, model_time_noise=0.0),
+}
+PREDICTIONS: dict[PredictionName, Prediction] = {
+    "velocity": ReverseVelocity(),
+    "noise": Eps(),
+    "score": Score(),
+}
+
+
+@config
+class SiT:
+    """A SiT of this path and prediction, by the names of its command line."""
+
+    path: PathName = "Linear"
+    prediction: PredictionName = "velocity"
+    learn_sigma: bool = True  # of weights written for SiT's code: with the rows that it computes and discards
+
+    def ours(self, state: StateDict, arguments: Arguments) -> tuple[Arguments, dict[str, Tensor]]:
+        """(arguments of our network, its weights): without the output rows that SiT computes and discards.
+
+        WeightsError where the state dict does not fit.
+        """
+        check(state, arguments)
+        kept = replace(arguments, learn_sigma=False)
+        if not arguments.learn_sigma:
+            return kept, to_ours(state, kept)
+        rows = {name: _first_half(state[name], arguments.patch_size) for name in OUTPUT}
+        return kept, to_ours({**state, **rows}, kept)
+
+    def objective(self, arguments: Arguments) -> Objective:
+        """What the weights were trained with."""
+        return Objective(path=PATHS[self.path], prediction=PREDICTIONS[self.prediction])
+
+    def theirs(self, model: DiT, objective: Objective) -> dict[str, Tensor]:
+        """The reference's state dict. WeightsError for a network or an objective that it does not have."""
+        if (objective.path, objective.prediction) not in product(PATHS.values(), PREDICTIONS.values()):
+            raise WeightsError(
+                f"SiT has no prediction {objective.prediction} on {objective.path}; it samples velocity, noise or "
+                "score on its Linear, GVP and VP, with a model time of 1 - t"
+            )
+        state = to_theirs(model)
+        padded = {name: _with_second_half(state[name], model.dims.patch) for name in OUTPUT}
+        return {**state, **padded} if self.learn_sigma else state
+
+
+def _first_half(weight: Tensor, patch: int) -> Tensor:
+    """Of the output layer's rows (p q 2C) those of the first C channels: (p q C, ...)."""
+    rows = rearrange(weight, "(p q c) ... -> p q c ...", p=patch, q=patch)
+    return rearrange(rows[:, :, : rows.shape[2] // 2], "p q c ... -> (p q c) ...")
+
+
+def _with_second_half(weight: Tensor, patch: int) -> Tensor:
+    """The inverse of `_first_half`, with zeros for what is not known."""
+    rows = rearrange(weight, "(p q c) ... -> p q c ...", p=patch, q=patch)
+    return rearrange(torch.cat([rows, torch.zeros_like(rows)], dim=2), "p q c ... -> (p q c) ...")
+
+
+def from_state_dict(
+    state_dict: StateDict,
+    path: PathName = "Linear",
+    prediction: PredictionName = "velocity",
+    **model_arguments: Any,
+) -> Pretrained:
+    """The reference's model of these weights, our path and prediction for it.
+
+    path, prediction: as SiT was trained (its --path-type and --prediction). model_arguments: the reference's names
+    and defaults (`Arguments`), so none for SiT-XL/2 at 256 x 256. `.model` takes SiT's own time (0 noise, 1 data)
+    as model time and gives C channels: those that SiT returns, also with learn_sigma.
+
+    Raises WeightsError naming every entry that does not fit, ConfigError for an unknown argument, path or
+    prediction.
+    """
+    kind = from_dict(SiT, {"path": path, "prediction": prediction})
+    arguments, ours = kind.ours(state_dict, parse_arguments(model_arguments))
+    objective = kind.objective(arguments)
+    return Pretrained(ReferenceNetwork(network(ours, arguments)), objective.path, objective.prediction)

@@ -1,0 +1,168 @@
+"""tools/convert.py: foreign weights in, images from them, the weights out again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import tools.convert
+import tools.sample
+from dit.cli import run
+from dit.experiment import Trained
+from dit.interop import facebook_dit, sit
+from dit.sample.generate import Sampler, SamplerSpec
+from tests.commands import call, execute
+from tests.datasets import Digits
+from tests.interop.reference import TINY, weights
+
+DRAW = ("--num_samples=3", "--classes=0,3", "--num_steps=2", "--cfg_scale=2")
+READERS = {"facebook-dit": facebook_dit.from_state_dict, "sit": sit.from_state_dict}
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    torch.save(weights(), tmp_path / "weights.pt")
+    return tmp_path / "weights.pt"
+
+
+def convert(*words: object) -> int:
+    """The tool with these words on its command line: the exit code."""
+    try:
+        run(tools.convert.COMMANDS, argv=[str(w) for w in words])
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def images(out: Path) -> np.ndarray:
+    with np.load(out / "samples.npz") as held:
+        return held["arr_0"]
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_images_of_converted_weights_are_those_of_the_reference(
+    kind: str, digits: Digits, file: Path, capsys
+) -> None:
+    """By the tools, and by dit.sample with what from_state_dict gives."""
+    out, drawn = file.parent / "out", file.parent / "drawn"
+    assert convert(kind, file, out, "--num_heads=4", f"--codec.path={digits.vae}") == 0
+    assert f"python tools/sample.py {out} --out=SAMPLES\n" in capsys.readouterr().out
+    assert call(tools.sample.main, out, *DRAW, f"--out={drawn}") == 0
+    assert "does not say which" not in capsys.readouterr().out
+    spec = json.loads((drawn / "spec.json").read_text())
+    assert (spec["step"], spec["precision"], spec["classes"]) == (0, "fp32", [0, 3])
+
+    made = READERS[kind](weights(), **TINY)
+    decode = (
+        Trained.load(str(out), "ema", torch.device("cpu"))
+        .sampler(SamplerSpec(), {}, torch.device("cpu"), "fp32")
+        .decode
+    )
+    sampler = Sampler(
+        made.model,
+        made.path,
+        made.prediction,
+        decode,
+        (4, 8, 8),
+        SamplerSpec(num_steps=2, cfg_scale=2.0),
+        torch.device("cpu"),
+    )
+    expected = sampler.images(torch.arange(3), torch.tensor([0, 3, 0]))
+    assert expected.std() > 1
+    assert (images(drawn) == expected).all()
+
+
+def test_a_codec_that_was_not_said_is_asked_for_and_taken(digits: Digits, file: Path, capsys) -> None:
+    out, drawn = file.parent / "out", file.parent / "drawn"
+    assert convert("sit", file, out, "--num_heads=4") == 0
+    assert f"python tools/sample.py {out} --out=SAMPLES --codec.path=VAE" in capsys.readouterr().out
+    assert call(tools.sample.main, out, *DRAW, f"--out={drawn}") == 1
+    assert "--codec.path=FOLDER when sampling" in capsys.readouterr().err
+    assert call(tools.sample.main, out, *DRAW, f"--out={drawn}", f"--codec.path={digits.vae}") == 0
+    said = capsys.readouterr().out
+    assert f"note: {out}/checkpoints/step-00000000 does not say which vae it goes with" in said
+    assert images(drawn).shape == (3, 16, 16, 3)
+
+
+def test_its_path_and_prediction_matter(digits: Digits, file: Path) -> None:
+    flags = ("--num_heads=4", f"--codec.path={digits.vae}")
+    drawn = []
+    for i, words in enumerate([(), ("--path=GVP",), ("--prediction=score",)]):
+        out = file.parent / str(i)
+        assert convert("sit", file, out, *flags, *words) == 0
+        assert call(tools.sample.main, out, *DRAW, f"--out={out}-drawn") == 0
+        drawn.append(images(Path(f"{out}-drawn")).tobytes())
+    assert len(set(drawn)) == 3
+
+
+@pytest.mark.parametrize("learn_sigma", [True, False])
+def test_out_again(file: Path, learn_sigma: bool, capsys) -> None:
+    assert convert("facebook-dit", file, file.parent / "dit", "--num_heads=4") == 0
+    assert convert("to-facebook-dit", file.parent / "dit", file.parent / "dit.pt") == 0
+    back = torch.load(file.parent / "dit.pt", weights_only=True)
+    assert back.keys() == weights().keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in weights().items())
+    assert convert("sit", file, file.parent / "sit", "--num_heads=4") == 0
+    words = ("to-sit", file.parent / "sit", file.parent / "sit.pt", "--weights=model")
+    assert convert(*words, f"--learn_sigma={learn_sigma}") == 0
+    back = torch.load(file.parent / "sit.pt", weights_only=True)
+    x, s, y = torch.ones(2, 4, 8, 8), torch.tensor([0.25, 1.0]), torch.tensor([3, 10])
+    there, here = (
+        sit.from_state_dict(state, **{**TINY, "learn_sigma": learns}).model(x, s, y)
+        for state, learns in ((weights(), True), (back, learn_sigma))
+    )
+    assert torch.equal(there, here)
+    assert convert("to-facebook-dit", file.parent / "sit", file.parent / "no.pt") == 1
+    assert "samples eps on" in capsys.readouterr().err
+
+
+def test_what_is_worth_knowing_is_said(file: Path, capsys) -> None:
+    given = weights()
+    given["pos_embed"] = given["pos_embed"] + 1e-3
+    given["y_embedder.embedding_table.weight"] = given["y_embedder.embedding_table.weight"][:10]
+    torch.save(given, file)
+    assert convert("sit", file, file.parent / "out", "--num_heads=4", "--num_classes=10") == 0
+    said = capsys.readouterr().out
+    assert "model.stored_position=true" in said
+    assert "--cfg_scale=1" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        ((), 1, "width 32 is not known: give --num_heads"),
+        (("--num_heads=5",), 1, "not a multiple of heads 5"),
+        (("--num_heads=0",), 1, "num_heads"),
+        (("--num_heads=4", "--num_classes=20"), 1, "is (11, 32), expected (21, 32)"),
+        (("--num_heads=4", "--scaling_factor=0"), 1, "scaling_factor"),
+        (("--num_heads=4", "--codec.path=./nowhere"), 1, "nowhere/config.json is missing"),
+        (("--num_heads=4", "--path=linear"), 2, "--path=linear"),
+        (("--num_head=4",), 2, "did you mean num_heads?"),
+    ],
+)
+def test_what_is_wrong_is_said_and_nothing_is_written(
+    file: Path, words: tuple[str, ...], code: int, says: str, capsys
+) -> None:
+    assert convert("sit", file, file.parent / "out", *words) == code
+    said = capsys.readouterr().err
+    assert says in said
+    assert "Traceback" not in said
+    assert [p.name for p in file.parent.iterdir()] == ["weights.pt"]
+
+
+def test_as_a_command(file: Path) -> None:
+    done = execute("convert.py", "sit", file, "2024", "--num_heads=4", cwd=file.parent)
+    assert done.returncode == 0, done.stderr
+    assert (file.parent / "2024" / "checkpoints" / "step-00000000" / "COMPLETE").is_file()
+
+
+def test_help_lists_what_there_is(capsys) -> None:
+    assert convert("--help") == 0
+    said = capsys.readouterr().out
+    assert all(name in said for name in ("facebook-dit", "sit", "to-facebook-dit", "to-sit"))
+    assert convert("sit", "--help") == 0
+    assert "--scaling_factor" in capsys.readouterr().out

@@ -1,0 +1,112 @@
+"""Weights of other projects in, and out again: `python tools/convert.py facebook-dit|sit WEIGHTS OUT`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dit.cli import run
+from dit.config import from_dict, to_dict
+from dit.data.codec import parse_codec
+from dit.interop.convert import Choices, Converted, from_run, to_run
+from dit.interop.facebook_dit import FacebookDiT
+from dit.interop.sit import PathName, PredictionName, SiT
+
+Heads = Annotated[int | None, "attention heads; none = those of S, B, L or XL, by the width"]
+Classes = Annotated[int | None, "classes; none = the label table's rows but the null one"]
+Scale = Annotated[float | None, "latents were multiplied with it; none = the codec's own, or 0.18215"]
+Weights = Annotated[Literal["ema", "model"], "which weights"]
+
+
+def facebook_dit(
+    weights: Annotated[str, "a .pt or .safetensors such as DiT-XL-2-256x256.pt"],
+    out: Annotated[str, "a new folder"],
+    *,
+    num_heads: Heads = None,
+    num_classes: Classes = None,
+    scaling_factor: Scale = None,
+    **codec_keys: str,
+) -> None:
+    """facebookresearch/DiT's weights as a run directory OUT that tools/sample.py takes, and init.from of training.
+
+    --codec.path=FOLDER says which VAE the weights go with (sd-vae-ft-ema or -mse for the official ones), if it is
+    at hand; otherwise tools/sample.py takes the one it is given.
+    """
+    choices = _choices(
+        codec_keys, num_heads=num_heads, num_classes=num_classes, scaling_factor=scaling_factor
+    )
+    _report(to_run(weights, out, FacebookDiT(), choices))
+
+
+def sit(
+    weights: Annotated[str, "a .pt or .safetensors such as SiT-XL-2-256x256.pt"],
+    out: Annotated[str, "a new folder"],
+    *,
+    path: Annotated[PathName, "its path, as SiT names it"] = "Linear",
+    prediction: Annotated[PredictionName, "what it predicts, as SiT names it"] = "velocity",
+    num_heads: Heads = None,
+    num_classes: Classes = None,
+    scaling_factor: Scale = None,
+    **codec_keys: str,
+) -> None:
+    """willisma/SiT's weights as a run directory OUT that tools/sample.py takes, and init.from of training.
+
+    The output rows that SiT computes and discards are left out. --codec.path=FOLDER: as for facebook-dit.
+    """
+    choices = _choices(
+        codec_keys, num_heads=num_heads, num_classes=num_classes, scaling_factor=scaling_factor
+    )
+    _report(to_run(weights, out, from_dict(SiT, {"path": path, "prediction": prediction}), choices))
+
+
+def to_facebook_dit(
+    run_or_ckpt: Annotated[str, "a run directory or one checkpoint in it"],
+    out: Annotated[str, "a new .pt or .safetensors file"],
+    *,
+    weights: Weights = "ema",
+) -> None:
+    """A checkpoint's weights as a state dict for facebookresearch/DiT: eps on DDPM's linear betas."""
+    print(f"{from_run(run_or_ckpt, out, FacebookDiT(), weights)}: a state dict for facebookresearch/DiT")
+
+
+def to_sit(
+    run_or_ckpt: Annotated[str, "a run directory or one checkpoint in it"],
+    out: Annotated[str, "a new .pt or .safetensors file"],
+    *,
+    weights: Weights = "ema",
+    learn_sigma: Annotated[
+        bool, "with rows of zeros where SiT's learn_sigma=True has ones to discard"
+    ] = True,
+) -> None:
+    """A checkpoint's weights as a state dict for willisma/SiT: a path with model times of 1 - t."""
+    print(
+        f"{from_run(run_or_ckpt, out, SiT(learn_sigma=learn_sigma), weights)}: a state dict for willisma/SiT"
+    )
+
+
+def _choices(codec_keys: dict[str, str], **given: float | None) -> Choices:
+    codec = to_dict(parse_codec({"name": "vae"}, codec_keys)) if codec_keys else None
+    return from_dict(Choices, {**given, "codec": codec})
+
+
+def _report(done: Converted) -> None:
+    print(f"{done.folder}: {done.arguments}")
+    model: Any = done.experiment.model
+    if model.stored_position:
+        print(
+            "note: the position table is not the computed one and is kept as it is; training from these weights "
+            "needs model.stored_position=true"
+        )
+    if done.arguments.class_dropout_prob == 0:
+        print("note: these weights know no null class: sample them with --cfg_scale=1")
+    codec = "" if done.experiment.codec else " --codec.path=VAE"
+    print(f"Sample from it: python tools/sample.py {done.folder} --out=SAMPLES{codec}")
+
+
+COMMANDS = {"facebook-dit": facebook_dit, "sit": sit, "to-facebook-dit": to_facebook_dit, "to-sit": to_sit}
+
+if __name__ == "__main__":
+    run(COMMANDS)
