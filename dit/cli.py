@@ -8,7 +8,8 @@ against the function's signature first, text fields keep their text, and `--help
     run(main)                                  # or run({"verify": verify, "info": info})
 
 A function with `**overrides: str` takes dotted configuration keys (`--train.steps=100`) as they were typed; one
-with `**codec_keys: str` takes those of that family alone (`--codec.path=...`, or `--codec_path=...`).
+with `**codec_keys: str` takes those of that family alone (`--codec.path=...`, or `--codec_path=...`), one with
+`**solver_grid_keys: str` those of both families.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 import fire
 import pydantic
 
-from dit.config import annotation_at, class_at, did_you_mean, keys_of, to_dict
+from dit.config import Registry, annotation_at, class_at, did_you_mean, keys_of, to_dict
 from dit.dist import World
 from dit.errors import UserError
 
@@ -37,18 +38,22 @@ class UsageError(UserError):
 
 
 def run(
-    commands: Command | Mapping[str, Command], config: type | None = None, argv: list[str] | None = None
+    commands: Command | Mapping[str, Command],
+    config: type | None = None,
+    argv: list[str] | None = None,
+    choices: Mapping[str, Registry[Any]] | None = None,
 ) -> None:
     """Check argv, then let Fire call the function. Ends the process with 0, 1 (failed) or 2 (wrong usage).
 
-    config: the config class whose keys `--help` lists, for functions that take overrides.
+    config: the config class whose keys `--help` lists, for functions that take overrides. choices: flags whose
+    values are members of a registry, which `--help` lists with their fields.
     """
     words = sys.argv[1:] if argv is None else argv
     program = f"python {sys.argv[0]}"
     try:
         function, words, program = _choose(commands, words, program)
         if any(w in ("--help", "-h") for w in words):
-            print(help_text(function, program, config))
+            print(help_text(function, program, config, choices))
             return
         positional, flags = parse(function, words)
         command = [repr(v) for v in positional] + [f"--{k}={v!r}" for k, v in flags.items()]
@@ -76,7 +81,7 @@ def _choose(
     """The function to run, the words left for it, and the program's name with the subcommand."""
     if callable(commands):
         return commands, words, program
-    listing = "\n".join(f"  {name:10s} {_summary(f)}" for name, f in commands.items())
+    listing = "\n".join(f"  {name:16s} {_summary(f)}" for name, f in commands.items())
     if not words or words[0] in ("--help", "-h"):
         print(f"Usage: {program} COMMAND ...\n\n{listing}")
         raise SystemExit(0 if words else 2)
@@ -117,7 +122,12 @@ def _family(kinds: Mapping[str, Any]) -> str:
     rest = [n for n, k in kinds.items() if k is inspect.Parameter.VAR_KEYWORD]
     if not rest:
         return r"(?!)"
-    return rf"{rest[0].removesuffix('_keys')}[._].+" if rest[0].endswith("_keys") else r".*"
+    return rf"({'|'.join(_families(rest[0]))})[._].+" if rest[0].endswith("_keys") else r".*"
+
+
+def _families(name: str) -> list[str]:
+    """The families of flags that a `**a_b_keys` parameter takes."""
+    return name.removesuffix("_keys").split("_")
 
 
 def _split(
@@ -179,15 +189,19 @@ def _summary(function: Command) -> str:
     return (inspect.getdoc(function) or "").split("\n", 1)[0]
 
 
-def help_text(function: Command, program: str, config: type | None = None) -> str:
+def help_text(
+    function: Command,
+    program: str,
+    config: type | None = None,
+    choices: Mapping[str, Registry[Any]] | None = None,
+) -> str:
     """Usage, the docstring, and every argument with type, default and meaning."""
     hints = typing.get_type_hints(function, include_extras=True)
     usage, rows = [program], []
     for p in inspect.signature(function).parameters.values():
         if p.kind is p.VAR_KEYWORD:
-            usage.append(
-                f"[--{p.name.removesuffix('_keys') if p.name.endswith('_keys') else 'key'}.sub=value ...]"
-            )
+            families = _families(p.name) if p.name.endswith("_keys") else ["key"]
+            usage += [f"[--{family}.sub=value ...]" for family in families]
             continue
         notes = [m for m in getattr(hints.get(p.name), "__metadata__", ()) if isinstance(m, str)]
         is_place = p.kind is p.POSITIONAL_OR_KEYWORD
@@ -200,6 +214,8 @@ def help_text(function: Command, program: str, config: type | None = None) -> st
     lines = [f"Usage: {' '.join(usage)}", "", inspect.getdoc(function) or "", "", "Arguments:", *rows]
     if config is not None:
         lines += ["", "Configuration keys (in CONFIG.yaml, or --key.sub=value):", *_key_rows(config)]
+    for flag, registry in (choices or {}).items():
+        lines += ["", f"Choices of --{flag}:", *_choice_rows(registry)]
     return "\n".join(lines)
 
 
@@ -229,6 +245,15 @@ def _key_rows(config: type) -> list[str]:
         ]
         note = _comment(parent, field.name) or (" | ".join(names[0]) if names else "")
         rows.append(f"  {key:28s} {default:24s} {note}".rstrip())
+    return rows
+
+
+def _choice_rows(registry: Registry[Any]) -> list[str]:
+    """Each member with the first line of its docstring, and its fields with default and comment below it."""
+    rows = []
+    for name, member in registry.items():
+        rows.append(f"  {name:20s} {_summary(member)}".rstrip())
+        rows += ["  " + row for row in _key_rows(member)]
     return rows
 
 

@@ -94,16 +94,29 @@ def _from_text(cls: type, key: tuple[str, ...], text: str, values: Mapping[str, 
         raise ConfigError(problems=[Problem(key, f"cannot be read from the command line: {error}")]) from None
 
 
+def overridden(
+    cls: type, values: Mapping[str, Any], overrides: Mapping[str, str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`values` with dotted overrides (text as typed) laid over them in turn, and what the overrides alone say.
+
+    A choice's name goes before its fields, in whatever order they are given.
+    """
+    merged: dict[str, Any] = dict(values)
+    alone: dict[str, Any] = {}
+    for dotted, text in sorted(overrides.items(), key=lambda item: item[0].count(".")):
+        key = tuple(dotted.split("."))
+        nested: Any = _from_text(cls, key, text, merged)
+        for part in reversed(key):
+            nested = {part: nested}
+        merged, alone = merge(merged, nested), merge(alone, nested)
+    return merged, alone
+
+
 def load(cls: type[C], path: str | Path, overrides: Mapping[str, str] | None = None) -> C:
     """A checked config from a YAML file and dotted overrides ({"train.steps": "100"}, text as typed)."""
     values, sources = read_yaml(path)
-    for dotted, text in (overrides or {}).items():
-        key = tuple(dotted.split("."))
-        nested: Any = _from_text(cls, key, text, values)
-        for part in reversed(key):
-            nested = {part: nested}
-        values = merge(values, nested)
-        sources.update(dict.fromkeys(flatten(nested), "the command line"))
+    values, from_text = overridden(cls, values, overrides or {})
+    sources.update(dict.fromkeys(flatten(from_text), "the command line"))
     try:
         return from_dict(cls, values)
     except ConfigError as error:

@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from dit.classify import TrainedClassifier
 from dit.config import ConfigError, config, from_dict, to_dict
 from dit.data import DataError
 from dit.data.codec import (
@@ -27,28 +28,29 @@ from dit.data.codec import (
 from dit.data.manifest import Manifest
 from dit.dist import World
 from dit.flow.objective import Objective
-from dit.flow.predict import Cond
+from dit.flow.path import Path as NoisePath
+from dit.flow.predict import Endpoints
 from dit.model.cost import Cost, cost
 from dit.model.dit import MODELS, DiTConfig
+from dit.sample.denoise import DenoiseFn, Denoiser, with_precision
 from dit.sample.generate import Sampler, SamplerSpec, check_classes, image_grid, labels_for
+from dit.sample.guide import Context, LogitsFn
 from dit.train import checkpoint
-from dit.train.checkpoint import Reader
+from dit.train.checkpoint import CheckpointError, Reader
 from dit.train.fragments import Engine
 from dit.train.hooks import Hook, SampleGrid, held_out_hook
+from dit.train.latents import (
+    LatentsConfig,
+    check_noise,
+    check_same_latents,
+    check_same_path,
+    latent_contract,
+)
 from dit.train.settings import RunConfig, TrainConfig
 from dit.train.start import Parts
 from dit.train.task import LatentTask
 
 Precision = Literal["fp32", "bf16"]
-
-
-@config
-class LatentsConfig:
-    """How stored latents become what the model sees."""
-
-    norm: Literal["dataset", "codec"] = (
-        "dataset"  # the data's mean and std, or the codec's own scale (official DiT)
-    )
 
 
 @config
@@ -82,8 +84,16 @@ class Experiment(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.objective.check()
-        if self.model.learn_sigma:
-            raise ConfigError("model.learn_sigma: no objective trains the variance channels; leave it false")
+        if self.model.learn_sigma and not self.objective.uses_variance:
+            raise ConfigError(
+                "model.learn_sigma gives the network variance channels that objective.auxiliary does not train; "
+                "set objective.auxiliary: learned_range, or model.learn_sigma: false"
+            )
+        if self.objective.uses_variance and not self.model.learn_sigma:
+            raise ConfigError(
+                "objective.auxiliary trains variance channels that the network lacks; "
+                "set model.learn_sigma: true, or leave objective.auxiliary out"
+            )
 
     def make_parts(self, manifest: Manifest, world: World) -> Parts:
         """Model, task and hooks for these data on this rank."""
@@ -95,26 +105,22 @@ class Experiment(RunConfig):
             module=module,
             task=task,
             flops_per_image=self.cost(manifest).training_flops,
-            contract={
-                "norm": to_dict(norm),
-                "codec": manifest.codec,
-                "shape": [manifest.channels, *manifest.input_size],
-                "image_size": manifest.image_size,
-                "classes": list(manifest.classes),
-            },
+            contract=latent_contract(manifest, norm),
             hooks=self._hooks(manifest, norm, task, world),
             leaf_modules=tuple({type(b) for b in module.blocks}),
         )
 
     def task(self, manifest: Manifest, world: World) -> LatentTask:
-        """What is trained on these data; ConfigError where coupled groups do not fit the micro-batch."""
+        """What is trained on these data; ConfigError where the coupling does not fit them or the micro-batch."""
+        check_noise(self.objective.coupling, manifest, self.data.val if self.val.every else None)
         micro = self.train.micro(world)
         if micro % self.objective.coupling.group:
             raise ConfigError(
                 f"a micro-batch of {micro} samples is no multiple of objective.coupling.group = "
                 f"{self.objective.coupling.group}; change train.micro_batch or the group"
             )
-        has_unit_variance = self.latents.norm == "dataset"
+        # the statistics of generated latents are not their own
+        has_unit_variance = self.latents.norm == "dataset" and not manifest.eps
         return LatentTask(self.objective, self.norm(manifest), self.train.label_drop, has_unit_variance)
 
     def cost(self, manifest: Manifest) -> Cost:
@@ -129,20 +135,26 @@ class Experiment(RunConfig):
         hooks = held_out_hook(self, manifest, task, world)
         if self.sample.every:
             codec = open_codec(self.codec, manifest.codec, f"{self.data.path}/manifest.json", world.device)
-            draw = self._grid(manifest, lambda x: codec.decode(norm.invert(x)), world.device)
+            agreed, device = latent_contract(manifest, norm), world.device
+            opener = Checkpoints(
+                self.objective.path, agreed, self.run_dir, "ema", device, self.train.precision
+            )
+            draw = self._grid(manifest, lambda x: codec.decode(norm.invert(x)), opener)
             hooks.append(SampleGrid(self.sample.every, draw, Path(self.run_dir) / "samples"))
         return hooks
 
     def _grid(
-        self, manifest: Manifest, decode: Callable[[Tensor], Tensor], device: torch.device
+        self, manifest: Manifest, decode: Callable[[Tensor], Tensor], opener: Checkpoints
     ) -> Callable[[Engine], np.ndarray]:
         classes = range(len(manifest.classes)) if manifest.classes else [-1]
         index = torch.arange(self.sample.count)
         shape = (manifest.channels, *manifest.input_size)
+        path, prediction = self.objective.path, self.objective.prediction
+        for guidance in self.sample.guidance:  # what it names is opened now, and not after hours
+            guidance(lambda x, t, cond: Endpoints(x, x), Context(path, opener))
 
         def draw(engine: Engine) -> np.ndarray:
-            path, prediction = self.objective.path, self.objective.prediction
-            sampler = Sampler(engine, path, prediction, decode, shape, self.sample, device)
+            sampler = Sampler(engine, path, prediction, decode, shape, self.sample, opener.device, opener)
             return image_grid(
                 sampler.images(index, labels_for(index, classes)), columns=min(10, len(classes))
             )
@@ -171,8 +183,23 @@ def open_codec(
         raise DataError(
             f"{error}. {named} needs the codec '{identity['name']}' that its data were made with: --codec.path=FOLDER"
         ) from None
-    check_same_codec(identity, codec.identity(), named, "the codec given")
+    if "sha256" in identity:
+        check_same_codec(identity, codec.identity(), named, "the codec given")
+    else:
+        _check_unknown_codec(identity, codec, named)
     return codec
+
+
+def _check_unknown_codec(identity: dict[str, Any], codec: Codec, named: str) -> None:
+    """Take any VAE of the right channels where weights from elsewhere do not say which one it was."""
+    channels = identity["config"]["latent_channels"]
+    if codec.identity()["name"] != identity["name"] or codec.channels != channels:
+        raise DataError(
+            f"{named} needs a codec '{identity['name']}' of {channels} channels; the codec given is "
+            f"'{codec.identity()['name']}' and has {codec.channels}"
+        )
+    if World.from_env().is_main:
+        print(f"note: {named} does not say which {identity['name']} it goes with; taking the codec given")
 
 
 @dataclass(frozen=True)
@@ -185,43 +212,60 @@ class Trained:
     contract: dict[str, Any]
     step: int
     path: Path
+    weights: str = "ema"  # or "model"
 
     @classmethod
     def load(cls, run_or_checkpoint: str, weights: str, device: torch.device) -> Trained:
         """From a run directory (its newest good checkpoint) or one checkpoint. weights: "ema" or "model"."""
         found = checkpoint.resolve(run_or_checkpoint)
-        experiment = from_dict(Experiment, found.meta["config"])
+        try:
+            experiment = from_dict(Experiment, found.meta["config"])
+        except ConfigError as error:
+            raise CheckpointError(f"{found.path} was not made by tools/train.py: {error}") from None
         contract = found.meta["contract"]
         channels, height, width = contract["shape"]
         model = experiment.model.build((height, width), channels, len(contract["classes"]))
         model.load_state_dict(Reader(found).state_dict(weights))
         norm = from_dict(LatentNorm, contract["norm"])
-        return cls(model.to(device).eval(), experiment, norm, contract, found.step, found.path)
+        return cls(model.to(device).eval(), experiment, norm, contract, found.step, found.path, weights)
 
     def sampler(
-        self, spec: SamplerSpec, codec_keys: Mapping[str, str], device: torch.device, precision: Precision
+        self,
+        spec: SamplerSpec,
+        codec_keys: Mapping[str, str] | None,
+        device: torch.device,
+        precision: Precision,
     ) -> Sampler:
-        """A sampler with this spec. codec_keys: {"codec.path": ...}, over where training had the codec."""
-        objective, contract, choice = self.experiment.objective, self.contract, self.experiment.codec
-        if codec_keys:
-            base, name = to_dict(choice) or {}, contract["codec"]["name"]
-            choice = parse_codec(base if base.get("name") == name else {"name": name}, codec_keys)
-        opened = open_codec(choice, contract["codec"], str(self.path), device)
+        """A sampler with this spec. codec_keys: {"codec.path": ...}, over where training had the codec.
+
+        None: of latents alone; it opens no codec and decodes nothing.
+        """
+        objective, contract = self.experiment.objective, self.contract
+        opened = None if codec_keys is None else self._codec(codec_keys, device)
         shape = tuple(contract["shape"])
 
-        def network(x: Tensor, model_time: Tensor, cond: Cond) -> Tensor:
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                return self.model(x, model_time, cond)  # type: ignore[no-any-return]
+        def decode(x: Tensor) -> Tensor:
+            if opened is None:
+                raise ValueError("this sampler was made without a codec: it has latents, and no images")
+            return opened.decode(self.norm.invert(x))
 
         return Sampler(
-            network,
+            with_precision(self.model, device, precision),
             objective.path,
             objective.prediction,
-            lambda x: opened.decode(self.norm.invert(x)),
+            decode,
             (shape[0], shape[1], shape[2]),
             spec,
             device,
+            Checkpoints(objective.path, contract, str(self.path), self.weights, device, precision),
         )
+
+    def _codec(self, keys: Mapping[str, str], device: torch.device) -> Codec:
+        choice = self.experiment.codec
+        if keys:
+            base, name = to_dict(choice) or {}, self.contract["codec"]["name"]
+            choice = parse_codec(base if base.get("name") == name else {"name": name}, keys)
+        return open_codec(choice, self.contract["codec"], str(self.path), device)
 
     def classes(self, text: str) -> list[int]:
         """Class numbers from "all" or "0,3"; ConfigError where they are out of range."""
@@ -232,3 +276,36 @@ class Trained:
             raise ConfigError(f"classes must be 'all' or numbers like 0,3; got '{text}'") from None
         check_classes(chosen, count)
         return chosen
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Opens other runs for guidance (`dit.sample.guide.Opener`); on other latents or another path they are refused.
+
+    path, contract, named: of the model that is guided. weights: "ema" or "model", of what is opened.
+    """
+
+    path: NoisePath
+    contract: Mapping[str, Any]
+    named: str
+    weights: str
+    device: torch.device
+    precision: Precision
+
+    def denoiser(self, run_or_checkpoint: str) -> DenoiseFn:
+        """Of another run of tools/train.py, whatever it predicts."""
+        other = Trained.load(run_or_checkpoint, self.weights, self.device)
+        objective = other.experiment.objective
+        self._check(other.contract, objective.path, str(other.path))
+        network = with_precision(other.model, self.device, self.precision)
+        return Denoiser(network, objective.path, objective.prediction)
+
+    def classifier(self, run_or_checkpoint: str) -> LogitsFn:
+        """Of a run of tools/train_classifier.py."""
+        other = TrainedClassifier.load(run_or_checkpoint, self.weights, self.device)
+        self._check(other.contract, other.experiment.objective.path, str(other.path))
+        return other.logits(self.precision)
+
+    def _check(self, theirs: Mapping[str, Any], path: NoisePath, other: str) -> None:
+        check_same_latents(self.contract, theirs, self.named, other)
+        check_same_path(self.path, path, self.named, other)

@@ -7,9 +7,10 @@ from typing import Annotated, Any, Literal
 
 import pytest
 
-from dit.cli import UsageError, parse, run
+from dit.cli import UsageError, help_text, parse, run
 from dit.config import ConfigError, config
 from dit.dist import World
+from tests.shapes import SHAPES
 
 Calls = list[dict[str, Any]]
 
@@ -296,3 +297,26 @@ def test_a_family_of_flags_takes_its_own_and_no_others() -> None:
     for word in ("--codc.path=x", "--codec=x", "--codec.=x", "--sise=3", "--codecs.path=x"):
         with pytest.raises(UsageError, match="unknown flag"):
             parse(work, ["a", word])
+
+
+def test_several_families_of_flags() -> None:
+    def work(place: str, *, solver: str = "heun", **solver_grid_keys: str) -> None:
+        """Do it."""
+
+    given = ["a", "--solver=x", "--solver.eta=1e-2", "--grid_rho=7"]
+    wanted = {"place": "a", "solver": "x", "solver.eta": "1e-2", "grid_rho": "7"}
+    assert parse(work, given)[1] == wanted
+    for word in ("--codec.path=x", "--solver.=x", "--grid=x", "--sollver.eta=1", "--keys.x=1"):
+        with pytest.raises(UsageError, match="unknown flag"):
+            parse(work, ["a", word])
+    assert "[--solver.sub=value ...] [--grid.sub=value ...]" in help_text(work, "it")
+
+
+def test_help_lists_the_choices_of_a_flag_with_their_fields(work, calls: Calls, capsys) -> None:
+    run(work, argv=["--help"], choices={"shape": SHAPES})
+    lines = capsys.readouterr().out.splitlines()
+    start = lines.index("Choices of --shape:")
+    rows = [line.split() for line in lines[start + 1 :]]
+    assert [row[0] for row in rows] == ["round", "radius", "square", "side", "corners"]
+    assert rows[-1] == ["corners", "=", "4"]
+    assert calls == []

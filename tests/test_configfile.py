@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 import pytest
 
-from dit.config import ConfigError, config, to_dict
-from dit.configfile import load, read_yaml, write_yaml
+from dit.config import ConfigError, config, from_dict, to_dict
+from dit.configfile import load, overridden, read_yaml, write_yaml
 from tests.shapes import SHAPES, Round, Shape, Square
 
 
@@ -190,6 +190,19 @@ def test_an_override_has_the_type_of_its_key(write, key: str, text: str, expecte
 def test_overrides_apply_in_turn(write) -> None:
     cfg = load(Run, write("x.yaml", ""), {"shape": "square", "shape.side": "2"})
     assert cfg.shape == Square(side=2.0)
+
+
+def test_a_choices_name_goes_before_its_fields_in_any_order(write) -> None:
+    for overrides in ({"shape": "square", "shape.side": "2"}, {"shape.side": "2", "shape": "square"}):
+        assert load(Run, write("x.yaml", "shape: round\n"), overrides).shape == Square(side=2.0)
+
+
+def test_overrides_without_a_file() -> None:
+    base = {"shape": "square", "train": {"steps": 7}}
+    merged, alone = overridden(Run, base, {"shape.side": "1e1", "note": "3"})
+    assert from_dict(Run, merged) == Run(shape=Square(side=10.0), train=Train(steps=7), note="3")
+    assert alone == {"shape": {"side": "1e1"}, "note": "3"}
+    assert base == {"shape": "square", "train": {"steps": 7}}
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from dit.classify import ClassifierExperiment
 from dit.config import ConfigError, from_dict, merge, to_dict
 from dit.configfile import load
 from dit.data import DataError
-from dit.data.codec import LatentNorm, Vae
+from dit.data.codec import LatentNorm, Pixels, Vae, unknown_vae
 from dit.data.manifest import Manifest
 from dit.dist import World
-from dit.experiment import Experiment, Trained, open_codec
+from dit.experiment import Checkpoints, Experiment, Trained, open_codec
 from dit.flow.couple import COUPLINGS
 from dit.flow.path import PATHS
 from dit.flow.predict import PREDICTIONS
@@ -28,7 +29,9 @@ from dit.stage1.autoencoder import AutoencoderConfig
 from dit.stage1.experiment import AutoencoderExperiment
 from dit.train.checkpoint import CheckpointError
 from dit.train.optim import SCHEDULES
+from dit.train.start import train
 from tests.datasets import Digits
+from tests.test_classify import values as classifier_values
 from tests.train.runs import go, values
 
 ROOT = Path(__file__).parents[1]
@@ -86,6 +89,8 @@ def test_every_choice_on_every_axis_is_a_config_that_round_trips(axis: str, sect
         ({"latents": {"norm": "none"}}, "latents.norm"),
         ({"sample": {"every": -1}}, "sample.every"),
         ({"sample": {"solver": "rk9"}}, "sample.solver"),
+        ({"sample": {"guidance": ["treshold"]}}, "did you mean threshold?"),
+        ({"sample": {"cfg_scale": 2, "guidance": ["cfg"]}}, "guide twice"),
         ({"sample": {"count": 0}}, "sample.count"),
         ({"codec": {"name": "vae", "pth": "x"}}, "codec.pth"),
         ({"traim": {}}, "did you mean train?"),
@@ -102,10 +107,12 @@ def test_impossible_experiments_are_refused(sections: dict, says: str) -> None:
 
 
 def schema_of(path: Path) -> type:
-    """The schema a config is for: one with a section `autoencoder` in it, or in its base, is for stage 1."""
+    """The schema a config is for: by a section in it, or in its base, that the others lack."""
     from dit.configfile import read_yaml
 
-    return AutoencoderExperiment if "autoencoder" in read_yaml(path)[0] else Experiment
+    special = {"autoencoder": AutoencoderExperiment, "classifier": ClassifierExperiment}
+    found = [schema for section, schema in special.items() if section in read_yaml(path)[0]]
+    return found[0] if found else Experiment
 
 
 def test_there_are_configs() -> None:
@@ -126,6 +133,9 @@ def test_every_config_loads_and_its_model_builds(path: Path) -> None:
             output, mean, _ = module(images, torch.zeros(2, cfg.autoencoder.latent_channels, side, side))
             assert output.shape == images.shape
             assert mean.shape[1] == cfg.autoencoder.latent_channels
+        elif isinstance(cfg, ClassifierExperiment):
+            module = cfg.classifier.build(16, 4, 1000)
+            assert module(torch.zeros(2, 4, 16, 16), torch.zeros(2), {}).shape == (2, 1000)
         else:
             side = 32 if cfg.codec is None or cfg.codec.registered_name == "pixels" else 16
             module = cfg.model.build(
@@ -242,6 +252,83 @@ def test_its_sampler_decodes_with_the_datas_codec(digits: Digits, run: Path) -> 
     assert sampler.images(torch.arange(2), torch.tensor([0, 1])).shape == (2, 16, 16, 3)
 
 
+# --- other checkpoints, for guidance -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def classifier(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("classifier")
+    cfg = from_dict(ClassifierExperiment, classifier_values(digits, folder, train={"steps": 1}))
+    train(cfg, cfg.make_parts)
+    return folder
+
+
+def opener(run: Path, **changes: object) -> Checkpoints:
+    found = Trained.load(str(run), "ema", CPU).sampler(from_dict(SamplerSpec, {}), {}, CPU, "fp32").open
+    assert isinstance(found, Checkpoints)
+    return replace(found, **changes)
+
+
+def test_a_weaker_checkpoint_is_opened_as_the_denoiser_that_it_is(run: Path) -> None:
+    early = str(run / "checkpoints" / "step-00000001")
+    weak = opener(run).denoiser(early)
+    x, t, cond = torch.randn(3, 4, 8, 8), torch.tensor([0.2, 0.5, 0.9]), {"label": torch.tensor([1, 2, 3])}
+    same = Trained.load(early, "ema", CPU).sampler(from_dict(SamplerSpec, {}), {}, CPU, "fp32")
+    assert torch.equal(weak(x, t, cond).data, same.denoise(x, t, cond).data)
+    live = opener(run, weights="model").denoiser(early)
+    assert not torch.equal(live(x, t, cond).data, weak(x, t, cond).data)
+    full, half = (opener(run, weights="model", precision=p).denoiser(str(run)) for p in ("fp32", "bf16"))
+    assert not torch.equal(half(x, t, cond).data, full(x, t, cond).data)
+    torch.testing.assert_close(half(x, t, cond).data, full(x, t, cond).data, rtol=0.05, atol=0.05)
+
+
+def test_a_sampler_guides_with_both(run: Path, classifier: Path) -> None:
+    weak = {"name": "autoguidance", "checkpoint": str(run / "checkpoints" / "step-00000001"), "scale": 3.0}
+    classes = {"name": "classifier", "checkpoint": str(classifier), "scale": 9.0}
+    latents = []
+    for guidance in ([], [weak], [classes], [weak, classes]):
+        spec = from_dict(SamplerSpec, {"num_steps": 2, "solver": "euler", "guidance": guidance})
+        sampler = Trained.load(str(run), "ema", CPU).sampler(spec, {}, CPU, "fp32")
+        latents.append(sampler.latents(torch.arange(2), torch.tensor([3, 4])))
+        assert sampler.tally.per_image() == {"nfe": 2, "network_evaluations": 2 * (1 + len(guidance))}
+    assert len({v.numpy().tobytes() for v in latents}) == 4
+
+
+def test_what_does_not_fit_is_refused_with_both_sides_named(run: Path, classifier: Path) -> None:
+    for open_it, other in ((opener(run).denoiser, run), (opener(run).classifier, classifier)):
+        open_it(str(other))
+    for change, says in (
+        ({"path": PATHS["cosine"]()}, r"was trained on path Cosine.* and .* on Linear"),
+        ({"contract": {**opener(run).contract, "classes": ["a", "b"]}}, "differ in the classes"),
+        ({"contract": {**opener(run).contract, "codec": {"name": "pixels"}}}, "different codecs"),
+    ):
+        wrong = opener(run, named="OURS", **change)
+        for open_it, other in ((wrong.denoiser, run), (wrong.classifier, classifier)):
+            with pytest.raises((ConfigError, DataError), match=rf"(?s)OURS.*{says}|{says}.*OURS") as error:
+                open_it(str(other))
+            assert str(other) in str(error.value)
+
+
+def test_a_checkpoint_of_another_kind_is_refused(run: Path, classifier: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"was not made by tools/train.py: .*classifier: unknown key"):
+        opener(run).denoiser(str(classifier))
+    with pytest.raises(CheckpointError, match="holds no classifier"):
+        opener(run).classifier(str(run))
+
+
+def test_guidance_of_the_grids_is_opened_before_training_starts(
+    digits: Digits, run: Path, tmp_path: Path
+) -> None:
+    weak = {"name": "autoguidance", "scale": 2.0, "checkpoint": str(tmp_path / "nowhere")}
+    sections = {"engine": "local", "train": {"steps": 1}, "sample": {"every": 1, "count": 2, "num_steps": 1}}
+    given = values(digits, tmp_path / "run", **sections)
+    with pytest.raises(CheckpointError, match="nowhere: no checkpoint here"):
+        go(merge(given, {"sample": {"guidance": [weak]}}))
+    assert not (tmp_path / "run").exists()
+    go(merge(given, {"sample": {"guidance": [{**weak, "checkpoint": str(run)}]}}))
+    assert (tmp_path / "run" / "samples" / "step-00000001.png").is_file()
+
+
 def test_classes_from_text(run: Path) -> None:
     trained = Trained.load(str(run), "ema", CPU)
     assert trained.classes("all") == list(range(10))
@@ -266,14 +353,25 @@ def test_what_cannot_be_loaded_is_an_error_for_the_user(run: Path, what: str, we
 
 def test_keys_that_would_do_nothing_are_refused() -> None:
     base = {"data": {"path": "x"}}
-    with pytest.raises(ConfigError, match=r"model\.learn_sigma"):
-        from_dict(Experiment, {**base, "model": {"learn_sigma": True}})
     for name in ("label_drop", "compile"):
         with pytest.raises(ConfigError, match=rf"train\.{name}: unknown key"):
             from_dict(AutoencoderExperiment, {**base, "train": {name: 0}})
     for share in (1.0, -0.1):
         with pytest.raises(ConfigError, match=r"train\.label_drop"):
             from_dict(Experiment, {**base, "train": {"label_drop": share}})
+
+
+def test_variance_channels_and_what_trains_them_come_together() -> None:
+    """Either without the other names both keys."""
+    learned = {"path": "ddpm", "prediction": "eps", "auxiliary": "learned_range"}
+    both = {"data": {"path": "x"}, "model": {"learn_sigma": True}, "objective": learned}
+    assert from_dict(Experiment, both).objective.uses_variance
+    for without in ("model", "objective"):
+        with pytest.raises(ConfigError, match=r"model\.learn_sigma") as refused:
+            from_dict(Experiment, {k: v for k, v in both.items() if k != without})
+        assert "objective.auxiliary" in str(refused.value)
+    with pytest.raises(ConfigError, match="learned_range needs a path"):
+        from_dict(Experiment, {**both, "objective": {**learned, "path": "vp"}})
 
 
 def test_pixels_need_no_codec_whatever_is_set_and_a_missing_one_names_what_it_is_for() -> None:
@@ -283,3 +381,13 @@ def test_pixels_need_no_codec_whatever_is_set_and_a_missing_one_names_what_it_is
         DataError, match=r"nowhere/config.json is missing.*it needs the codec 'vae'.*--codec.path"
     ):
         open_codec(nowhere, {"name": "vae"}, "it", CPU)
+
+
+def test_any_vae_of_the_channels_is_taken_where_it_is_not_known_which(digits: Digits, capsys) -> None:
+    given = Vae(path=str(digits.vae))
+    assert open_codec(given, unknown_vae(4, 0.18215), "weights", CPU).factor == 2
+    assert "note: weights does not say which vae it goes with" in capsys.readouterr().out
+    with pytest.raises(DataError, match=r"weights needs a codec 'vae' of 16 channels; .* 'vae' and has 4"):
+        open_codec(given, unknown_vae(16, 0.18215), "weights", CPU)
+    with pytest.raises(DataError, match=r"weights needs a codec 'vae' of 3 channels; .* 'pixels' and has 3"):
+        open_codec(Pixels(), unknown_vae(3, 0.18215), "weights", CPU)

@@ -23,7 +23,7 @@ MAX_FUNCTION_LINES = 45
 BASE = frozenset({"dit", "errors", "files", "config", "configfile", "dist", "rng"})
 EVALS = BASE | {"flow", "model", "sample", "data"}
 TRAIN = EVALS | {"evals"}
-TOP = TRAIN | {"train", "stage1"}
+TOP = TRAIN | {"train", "stage1", "classify"}
 MAY_IMPORT: dict[str, frozenset[str]] = {
     "dit": frozenset(),
     "errors": BASE,
@@ -39,6 +39,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "evals": EVALS,
     "train": TRAIN,
     "stage1": TRAIN | {"train"},  # the autoencoder is trained by the same engine and checkpoints
+    "classify": TRAIN | {"train"},  # and so is the classifier of noisy latents
     "experiment": TOP,
     "scaling": TOP | {"experiment"},
     "interop": TOP | {"experiment"},

@@ -28,18 +28,27 @@ def sums_by_quarter(loss: Loss) -> Tensor:
 
 
 def held_out_loss(losses: Iterable[Loss]) -> dict[str, float]:
-    """Means over all ranks: "loss", and "loss_q1".."loss_q4" over quarters of t (left out where none fell there).
+    """Means over all ranks: "loss", "loss_q1".."loss_q4" over quarters of t (left out where none fell there), and
+    the losses' metrics by their names.
 
     losses: of this rank's share; every rank calls this, with as many forward passes as the others.
     """
     total, has_times = torch.zeros(2, QUARTERS, dtype=torch.float64), False
+    metrics: dict[str, float] = {}
     for loss in losses:
         total += sums_by_quarter(loss).double().cpu()
         has_times = has_times or loss.t is not None
-    sums = torch.stack(dist.gather_objects(total)).sum(0)
-    if not sums[1].sum():
+        for name, value in loss.metrics.items():
+            metrics[name] = metrics.get(name, 0.0) + len(loss.per_sample) * float(value)
+    shares = dist.gather_objects((total, metrics))
+    sums = torch.stack([share for share, _ in shares]).sum(0)
+    count = float(sums[1].sum())
+    if not count:
         raise ValueError("held-out loss of no data")
-    values = {"loss": float(sums[0].sum() / sums[1].sum())}
+    values = {"loss": float(sums[0].sum()) / count}
     if has_times:
         values |= {f"loss_q{i + 1}": float(sums[0, i] / n) for i, n in enumerate(sums[1]) if n > 0}
-    return values
+    names = {
+        name: None for _, found in shares for name in found
+    }  # in the order of the first rank that has them
+    return values | {name: sum(found.get(name, 0.0) for _, found in shares) / count for name in names}

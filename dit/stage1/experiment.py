@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from dit.config import ConfigError, config, from_dict
 from dit.data.manifest import Manifest
 from dit.dist import World
+from dit.model.cost import counted_training_flops
 from dit.sample.generate import image_grid, to_uint8
-from dit.stage1.autoencoder import Autoencoder, AutoencoderConfig, AutoencoderTask
+from dit.stage1.autoencoder import AutoencoderConfig, AutoencoderTask
 from dit.train import checkpoint
 from dit.train.checkpoint import Reader
 from dit.train.fragments import Engine
@@ -63,7 +63,7 @@ class AutoencoderExperiment(RunConfig):
         if self.sample.every:
             draw = self._reconstructions(manifest, task)
             hooks.append(SampleGrid(self.sample.every, draw, Path(self.run_dir) / "samples"))
-        flops = _training_flops(module, torch.zeros(1, 3, height, width), torch.zeros(1, *task.latent))
+        flops = counted_training_flops(module, torch.zeros(1, 3, height, width), torch.zeros(1, *task.latent))
         return Parts(module=module, task=task, flops_per_image=flops, hooks=hooks)
 
     def _reconstructions(self, manifest: Manifest, task: AutoencoderTask) -> Callable[[Engine], np.ndarray]:
@@ -79,13 +79,6 @@ class AutoencoderExperiment(RunConfig):
             return image_grid(both, columns=len(images))
 
         return draw
-
-
-def _training_flops(module: Autoencoder, *inputs: Tensor) -> float:
-    """FLOPs of a training step per image: 3 times a counted forward pass."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        module(*inputs)
-    return 3.0 * float(counter.get_total_flops())
 
 
 @dataclass(frozen=True)

@@ -134,5 +134,5 @@ class RunConfig:
 OPERATIONAL = (
     "run_dir", "engine", "zero", "checkpoint", "sample", "val", "codec", "data.path", "data.val", "data.prefetch",
     "train.steps", "train.micro_batch", "train.log_every", "train.max_skipped", "train.compile", "train.threads",
-    "model.checkpoint_blocks",
+    "model.checkpoint_blocks", "classifier.checkpoint_blocks",
 )  # fmt: skip

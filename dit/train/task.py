@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -11,8 +12,8 @@ from torch import Tensor
 
 from dit.data.codec import LatentNorm
 from dit.data.stream import Batch
-from dit.flow.couple import Independent
-from dit.flow.objective import Loss, Objective
+from dit.flow.couple import COST_DROP, Independent
+from dit.flow.objective import FirstLoss, Loss, Objective
 from dit.rng import Draws, Purpose
 
 
@@ -21,18 +22,21 @@ class Samples:
     """A rank's share of one step, on its device.
 
     moments: (B, 2 or 1, C, H, W) as stored. label: (B,) int64, -1 = none. drop: (B,) bool, True = null condition.
+    eps: (B, C, H, W) the noise stored with each sample, or None.
     """
 
     moments: Tensor
     label: Tensor
     drop: Tensor
     draws: Draws
+    eps: Tensor | None = None
 
     def micro_batches(self, size: int) -> Iterator[Samples]:
         """Consecutive slots, `size` at a time."""
         for start in range(0, len(self.label), size):
             cut = slice(start, start + size)
-            yield Samples(self.moments[cut], self.label[cut], self.drop[cut], self.draws.select(cut))
+            eps = None if self.eps is None else self.eps[cut]
+            yield Samples(self.moments[cut], self.label[cut], self.drop[cut], self.draws.select(cut), eps)
 
 
 class Task(Protocol):
@@ -77,22 +81,25 @@ class LatentTask:
     def loss(self, model: Any, samples: Samples) -> Loss:
         latents = self.norm.draw(samples.moments, samples.draws)
         cond = {"label": samples.label, "drop": samples.drop}
-        return self.objective.loss(model, latents, cond, samples.draws)
+        return self.objective.loss(model, latents, cond, samples.draws, paired=samples.eps)
 
     def check_first_loss(self, losses: list[Loss], numel: int) -> str | None:
-        per_sample = torch.cat([loss.per_sample.detach() for loss in losses])
-        per_sample = per_sample[torch.isfinite(per_sample)]  # the others are skipped and reported as such
-        if not self.has_unit_variance or len(per_sample) < 8:
+        """Each loss against what is expected at its own time: weights and times scatter by far more than latents."""
+        per_sample = torch.cat([loss.per_sample.detach().double().cpu() for loss in losses])
+        times = torch.cat([loss.t.detach().double().cpu() for loss in losses if loss.t is not None])
+        drops = [float(loss.metrics[COST_DROP]) for loss in losses if COST_DROP in loss.metrics]
+        expected = self.objective.first_losses(times, correlation=sum(drops) / max(1, len(drops)))
+        share = per_sample / expected
+        share = share[torch.isfinite(share)]  # the others are skipped and reported as such, or have no weight
+        if not self.has_unit_variance or len(share) < 8:
             return None
-        drops = [float(loss.metrics["ot_cost_drop"]) for loss in losses if "ot_cost_drop" in loss.metrics]
-        expected = self.objective.first_loss(numel, correlation=sum(drops) / max(1, len(drops)))
-        off = expected.deviation(per_sample)
+        off = FirstLoss(1.0, math.sqrt(2 / numel)).deviation(share)
         if abs(off) <= 6:
             return None
         return (
-            f"the first loss is {float(per_sample.mean()):.4g}, {off:+.1f} standard errors from the "
-            f"{expected.mean:.4g} that latents of unit variance must give: the latents do not fit the manifest's "
-            "statistics (encode them again), or the wrong normalisation is set (latents.norm)"
+            f"the first losses are {float(share.mean()):.4g} times those that latents of unit variance must give, "
+            f"{off:+.1f} standard errors from it: the latents do not fit the manifest's statistics (encode them "
+            "again), or the wrong normalisation is set (latents.norm)"
         )
 
 
@@ -108,7 +115,8 @@ def batch_samples(batch: Batch, task: Task, draws: Draws, device: torch.device) 
         return tensor.to(device, non_blocking=True)
 
     on_device = Draws(draws.seed, draws.step, put(draws.slots), draws.batch)
-    return Samples(put(batch.moments), put(batch.label), put(drop), on_device), fingerprints
+    eps = None if batch.eps is None else put(batch.eps)
+    return Samples(put(batch.moments), put(batch.label), put(drop), on_device, eps), fingerprints
 
 
 def synthetic_samples(

@@ -1,5 +1,7 @@
 """Losses by quarter of t."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -24,6 +26,18 @@ def test_means_over_batches_weigh_every_sample_alike_and_leave_out_empty_quarter
 
 def test_a_loss_without_times_has_no_quarters():
     assert held_out_loss([loss([1.0, 3.0], None)]) == {"loss": 2.0}
+
+
+def test_metrics_are_means_over_samples_too():
+    """One of three samples, then all of one: 2 of 4."""
+    first, second = loss([1.0, 2.0, 3.0], None), loss([4.0], None)
+    given = [
+        replace(first, metrics={"accuracy": torch.tensor(1 / 3)}),
+        replace(second, metrics={"accuracy": torch.tensor(1.0)}),
+    ]
+    values = held_out_loss(given)
+    assert values == {"loss": 2.5, "accuracy": pytest.approx(0.5)}
+    assert all(type(value) is float for value in values.values())
 
 
 def test_no_data_is_an_error():

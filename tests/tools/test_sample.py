@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +13,12 @@ import torch
 from PIL import Image
 
 import tools.sample
+from dit.cli import run as run_command
+from dit.config import from_dict, to_dict
+from dit.sample.generate import SamplerSpec
+from dit.sample.grid import GRIDS
+from dit.sample.guide import GUIDANCES
+from dit.sample.solve import SOLVERS
 from dit.stage1.autoencoder import AutoencoderConfig
 from tests.commands import call, execute
 from tests.datasets import Digits
@@ -69,7 +76,11 @@ def test_the_files_are_what_they_should_be(run: Path, base: Path) -> None:
     spec = json.loads((base / "spec.json").read_text())
     assert spec["checkpoint"] == str(at_step(run, 2))
     assert (spec["step"], spec["weights"], spec["classes"]) == (2, "ema", [0, 3])
-    assert (spec["num_samples"], spec["batch_size"], spec["nfe"]) == (7, 4, 4)
+    assert (spec["num_samples"], spec["batch_size"]) == (7, 4)
+    assert (spec["nfe"], spec["network_evaluations"]) == (
+        4,
+        8,
+    )  # Heun calls four times, guidance has two branches
     assert spec["sampler"]["solver"] == {"name": "heun"}
     assert (spec["sampler"]["num_steps"], spec["sampler"]["cfg_scale"], spec["sampler"]["seed"]) == (
         2,
@@ -118,12 +129,78 @@ def test_more_ranks_than_batches(run: Path, base: Path, ranks: Server, tmp_path:
         "--weights=model",
         "--shift=3",
         "--classes=1,2",
+        "--grid=quadratic",
+        "--guidance={name: threshold, quantile: 0.5}",
     ],
 )
 def test_every_choice_matters(run: Path, base: Path, tmp_path: Path, change: str) -> None:
     name = change.split("=")[0]
     kept = [w for w in BASE if not w.startswith(name + "=")]
     assert (draw(tmp_path, run, *kept, change) != arrays(base)[0]).any()
+
+
+def test_any_key_of_the_spec_can_be_given(run: Path, tmp_path: Path) -> None:
+    """In any order: a field before the name of what it belongs to as well."""
+    words = (
+        "--solver.eta=0.5",
+        "--solver=ddim",
+        "--grid=karras",
+        "--grid_rho=5",
+        "--shift=2",
+        "--cfg_scale=2",
+    )
+    guidance = "{name: threshold, quantile: 0.9, floor: 3}, threshold"
+    draw(tmp_path / "a", run, *words, f"--guidance={guidance}", "--num_samples=2", "--num_steps=3")
+    spec = json.loads((tmp_path / "a" / "spec.json").read_text())["sampler"]
+    assert spec["solver"] == {"name": "ddim", "eta": 0.5}
+    assert (spec["grid"]["name"], spec["grid"]["rho"], spec["grid"]["shift"]) == ("karras", 5, 2)
+    assert [(g["name"], g["quantile"], g["floor"]) for g in spec["guidance"]] == [
+        ("threshold", 0.9, 3),
+        ("threshold", None, 1),
+    ]
+    again = from_dict(SamplerSpec, spec)  # what it says is what can be asked for
+    assert to_dict(again) == spec
+
+
+def test_a_shift_may_be_given_in_either_way(run: Path, tmp_path: Path) -> None:
+    small = ("--num_samples=2", "--num_steps=2", "--cfg_scale=1")
+    one = draw(tmp_path / "a", run, *small, "--shift=3")
+    assert (draw(tmp_path / "b", run, *small, "--grid.shift=3") == one).all()
+
+
+def test_a_weaker_checkpoint_guides_and_is_counted(
+    run: Path, base: Path, tmp_path: Path, ranks: Server
+) -> None:
+    guidance = f"--guidance={{name: autoguidance, checkpoint: {at_step(run, 1)}, scale: 2}}"
+    found = draw(tmp_path / "a", run, *BASE, guidance)
+    assert (found != arrays(base)[0]).any()
+    assert ranks.run(2, call, tools.sample.main, run, *BASE, guidance, f"--out={tmp_path / 'b'}") == [0, 0]
+    assert (arrays(tmp_path / "b")[0] == found).all()
+    for folder in ("a", "b"):
+        spec = json.loads((tmp_path / folder / "spec.json").read_text())
+        assert (spec["nfe"], spec["network_evaluations"]) == (4, 12)
+
+
+def test_what_an_adaptive_solver_took_is_the_mean_over_all_ranks(
+    run: Path, tmp_path: Path, ranks: Server
+) -> None:
+    words = (*BASE[:-2], "--batch_size=1", "--seed=5", "--solver=dopri5", "--solver.rtol=1e-3")
+    draw(tmp_path / "one", run, *words)
+    assert ranks.run(2, call, tools.sample.main, run, *words, f"--out={tmp_path / 'two'}") == [0, 0]
+    one, two = (json.loads((tmp_path / n / "spec.json").read_text()) for n in ("one", "two"))
+    assert one["nfe"] == two["nfe"] > 7
+    assert one["network_evaluations"] == pytest.approx(2 * one["nfe"])
+
+
+def test_help_lists_solvers_grids_and_guidances_with_their_fields(capsys) -> None:
+    run_command(tools.sample.main, argv=["--help"], choices=tools.sample.CHOICES)
+    said = [line.split() for line in capsys.readouterr().out.splitlines()]
+    first = [words[0] for words in said if words]
+    for registry in (SOLVERS, GRIDS, GUIDANCES):
+        for name, member in registry.items():
+            at = first.index(name)
+            fields = [f.name for f in dataclasses.fields(member)]
+            assert first[at + 1 : at + 1 + len(fields)] == fields
 
 
 def test_a_checkpoint_may_be_named_and_a_broken_one_is_passed_over(
@@ -159,6 +236,27 @@ def test_all_classes_and_no_class(run: Path, tmp_path: Path) -> None:
         (["--weights=emma"], 2, "--weights=emma"),
         (["--numsamples=3"], 2, "did you mean num_samples?"),
         (["--codec_path=./nowhere"], 1, "nowhere/config.json is missing"),
+        (["--solver.etta=1", "--solver=ddim"], 1, "solver.etta: unknown key; did you mean eta?"),
+        (["--solver.eta=1"], 1, "solver.eta: unknown key"),
+        (["--grid.rho=x", "--grid=karras"], 1, "grid.rho"),
+        (["--grid=karas"], 1, "did you mean karras?"),
+        (["--sollver.eta=1"], 2, "unknown flag --sollver.eta"),
+        (["--shift=2", "--grid.shift=2"], 1, "--grid.shift is given twice"),
+        (["--grid.shift=2", "--grid_shift=2"], 1, "--grid.shift is given twice"),
+        (["--guidance=treshold"], 1, "did you mean threshold?"),
+        (["--guidance={name: threshold, quantil: 0.5}"], 1, "guidance.0.quantil: unknown key"),
+        (["--guidance={name: cfg, scale: 2}"], 1, "guide twice"),
+        (["--guidance={name: cfg"], 1, "guidance: cannot be read from the command line"),
+        (
+            ["--guidance={name: autoguidance, scale: 2, checkpoint: ./nowhere}"],
+            1,
+            "nowhere: no checkpoint here",
+        ),
+        (
+            ["--guidance={name: classifier, scale: 2, checkpoint: ./nowhere}"],
+            1,
+            "nowhere: no checkpoint here",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_and_nothing_is_written(

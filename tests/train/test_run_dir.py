@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from dit.classify import ClassifierExperiment
 from dit.config import ConfigError, from_dict, keys_of, merge, to_dict
 from dit.configfile import load
 from dit.dist import World
@@ -135,7 +136,7 @@ def test_what_is_operational_is_a_key_of_the_schema() -> None:
     """A renamed key must not stay in the list."""
     from dit.train.settings import OPERATIONAL
 
-    keys = set(keys_of(Experiment))
+    keys = {*keys_of(Experiment), *keys_of(ClassifierExperiment)}
     assert {k for k in OPERATIONAL if k not in keys} <= {
         "model.checkpoint_blocks"
     }  # inside a registry's member

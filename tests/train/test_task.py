@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -43,6 +44,23 @@ def test_micro_batches_see_what_the_whole_sees() -> None:
     torch.testing.assert_close(torch.cat([p.per_sample for p in parts]), whole.per_sample, rtol=1e-6, atol=0)
     assert torch.equal(torch.cat([p.t for p in parts]), whole.t)
     assert [len(p.label) for p in samples.micro_batches(5)] == [5, 5, 5, 1]
+
+
+def test_stored_noise_stays_with_its_sample() -> None:
+    """To the device, through micro-batches, to the loss: of a network that says 0 it is the mean of (eps - data)²."""
+    stored = replace(batch(), moments=batch().moments[:, :1])
+    eps = Draws(8, 0, stored.slots, 16).normal(Purpose.VAL, (2, 4, 4))
+    reflow, draws = task(objective={"coupling": "reflow"}), Draws(1, 5, stored.slots, 16)
+    samples, _ = batch_samples(replace(stored, eps=eps), reflow, draws, CPU)
+    expected = (eps - stored.moments[:, 0].float()).square().mean((1, 2, 3))
+    for size in (16, 5):
+        parts = [reflow.loss(zero, part).per_sample for part in samples.micro_batches(size)]
+        torch.testing.assert_close(torch.cat(parts), expected)
+    without, _ = batch_samples(stored, reflow, draws, CPU)
+    assert without.eps is None
+    with pytest.raises(ValueError, match="takes the eps stored with each sample"):
+        reflow.loss(zero, without)
+    assert reflow.uncoupled().loss(zero, without).per_sample.shape == (16,)
 
 
 def test_labels_are_dropped_at_their_rate_by_draws_of_their_own() -> None:
@@ -116,16 +134,23 @@ def batch_draws(n: int) -> Draws:
     return Draws(0, 0, torch.arange(n), n)
 
 
-def losses_of(scale: float, n: int = 64, objective: dict | None = None) -> list[Loss]:
+def losses_of(scale: float, n: int = 64, objective: dict | None = None, seed: int = 3) -> list[Loss]:
     """The first losses on Gaussian latents of this scale."""
-    draws = Draws(3, 0, torch.arange(n), n)
+    draws = Draws(seed, 0, torch.arange(n), n)
     moments = scale * draws.normal(Purpose.VAL, (1, 2, 8, 8))
     samples = Samples(moments, torch.zeros(n).long(), torch.zeros(n).bool(), draws)
     return [task(objective=objective).loss(zero, part) for part in samples.micro_batches(16)]
 
 
 @pytest.mark.parametrize(
-    "objective", [{}, {"path": "vp", "prediction": "v"}, {"coupling": {"name": "ot", "group": 16}}]
+    "objective",
+    [
+        {},
+        {"path": "vp", "prediction": "v"},
+        {"coupling": {"name": "ot", "group": 16}},
+        {"coupling": {"name": "sinkhorn", "group": 16}},
+        {"path": "ve", "prediction": "data", "times": "edm", "weight": "edm", "spread": "stratified"},
+    ],
 )
 def test_the_first_loss_is_predicted(objective: dict) -> None:
     checked = task(objective=objective)
@@ -133,6 +158,17 @@ def test_the_first_loss_is_predicted(objective: dict) -> None:
     complaint = checked.check_first_loss(losses_of(0.7, objective=objective), 128)
     assert complaint is not None
     assert "do not fit the manifest's statistics" in complaint
+
+
+def test_a_wrong_scale_shows_under_weights_that_grow_without_bound() -> None:
+    """The velocity loss of data goes like 1/t²: against its own time each loss tells, against their mean none."""
+    objective = {"path": "linear", "prediction": "data", "weight": "velocity"}
+    checked, first = task(objective=objective), task(objective=objective).objective.first_loss(128)
+    for seed in range(20):
+        good, wrong = (losses_of(scale, objective=objective, seed=seed) for scale in (1.0, 1.2))
+        assert checked.check_first_loss(good, 128) is None
+        assert checked.check_first_loss(wrong, 128) is not None
+        assert abs(first.deviation(torch.cat([loss.per_sample for loss in wrong]))) < 6
 
 
 def test_it_is_not_predicted_where_it_cannot_be() -> None:

@@ -1,0 +1,71 @@
+"""What the latents of a run are, which travels with every checkpoint, and whether two runs' are the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+
+from dit.config import ConfigError, config, to_dict
+from dit.data import DataError
+from dit.data.codec import LatentNorm, check_same_codec
+from dit.data.manifest import Manifest
+from dit.flow.couple import COUPLINGS, Coupling
+from dit.flow.path import Path
+
+
+@config
+class LatentsConfig:
+    """How stored latents become what the model sees."""
+
+    norm: Literal["dataset", "codec"] = (
+        "dataset"  # the data's mean and std, or the codec's own scale (official DiT)
+    )
+
+
+def latent_contract(manifest: Manifest, norm: LatentNorm) -> dict[str, Any]:
+    """JSON values: what sampling from a model of these latents must know of them."""
+    return {
+        "norm": to_dict(norm),
+        "codec": manifest.codec,
+        "shape": [manifest.channels, *manifest.input_size],
+        "image_size": manifest.image_size,
+        "classes": list(manifest.classes),
+    }
+
+
+def check_same_latents(ours: Mapping[str, Any], theirs: Mapping[str, Any], named: str, other: str) -> None:
+    """DataError unless two contracts are of the same latents and classes. named, other: whose they are."""
+    check_same_codec(ours["codec"], theirs["codec"], named, other)
+    for key in ("shape", "classes", "norm"):
+        if ours[key] != theirs[key]:
+            raise DataError(
+                f"{named} and {other} differ in the {key} of their latents ({ours[key]!r} against {theirs[key]!r}); "
+                "take a run trained on the same data"
+            )
+
+
+def check_same_path(ours: Path, theirs: Path, named: str, other: str) -> None:
+    """ConfigError unless x at every time is the same mixture of data and eps on both."""
+    t = torch.linspace(0, 1, 101, dtype=torch.float64)
+    for a, b in zip(ours.alpha_sigma(t), theirs.alpha_sigma(t), strict=True):
+        if not torch.allclose(a, b, rtol=1e-6, atol=1e-9):
+            raise ConfigError(
+                f"{named} was trained on path {ours} and {other} on {theirs}: the same x is not as noisy on both; "
+                "take a run trained on the same path"
+            )
+
+
+def check_noise(coupling: Coupling, manifest: Manifest, held_out: str | None) -> None:
+    """ConfigError where a coupling takes stored noise and the data, or the held-out data at a path, store none."""
+    if not coupling.stored:
+        return
+    data = {"data.path": manifest} | ({} if held_out is None else {"data.val": Manifest.load(held_out)})
+    for key, stored in data.items():
+        if not stored.eps:
+            raise ConfigError(
+                f"objective.coupling {COUPLINGS.name_of(coupling)} takes the noise that is stored with each sample, "
+                f"and {stored.root} stores none; make pairs with tools/sample.py RUN --save_pairs=DIR and set "
+                f"{key}=DIR{' (or null)' if key == 'data.val' else ''}"
+            )

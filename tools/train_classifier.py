@@ -1,0 +1,31 @@
+"""Train a classifier of noisy latents for classifier guidance, or go on: start the same command again to resume."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dit.classify import ClassifierExperiment
+from dit.cli import run
+from dit.configfile import load
+from dit.train.start import train
+
+
+def main(
+    config: Annotated[str, "a YAML file such as configs/digits_classifier.yaml"], **overrides: str
+) -> None:
+    """Train a classifier in run_dir, or resume what is there.
+
+    The data and objective.path are those of the model that it will guide. The held-out accuracy is in
+    RUN_DIR/held_out.jsonl. To guide with it:
+    tools/sample.py RUN --out=DIR --guidance='[{name: classifier, checkpoint: RUN_DIR, scale: 2}]'
+    """
+    cfg = load(ClassifierExperiment, config, overrides)
+    train(cfg, cfg.make_parts)
+
+
+if __name__ == "__main__":
+    run(main, config=ClassifierExperiment)
