@@ -52,7 +52,8 @@ def info(path: str) -> None:
         "bytes": f"{size} ({size / m.samples:.0f} a sample)",
         "images": f"{m.image_size} x {m.image_size}, views: {', '.join(m.views)}; {m.transform}",
         "left out": f"{len(m.bad)} unreadable image(s) {' '.join(m.bad[:5])}".strip(),
-        "array": f"{m.array} {m.dtype} {' x '.join(map(str, m.shape))}, posterior: {m.posterior}",
+        "array": f"{m.array} {m.dtype} {' x '.join(map(str, m.shape))}, posterior: {m.posterior}"
+        + (", with the noise that they were generated from" if m.eps else ""),
         "codec": json.dumps(m.codec),
         "latent mean": "  ".join(f"{v:+.5f}" for v in m.mean),
         "latent std": "  ".join(f"{v:.5f}" for v in m.std),

@@ -1,12 +1,14 @@
 """Blocks: records of a WebDataset tar that hold up to a few hundred samples as arrays.
 
-A record is three tar members, KEY.moments.npy (or KEY.latents.npy) first, then KEY.label.npy and KEY.id.npy.
+A record is three tar members, KEY.moments.npy (or KEY.latents.npy) first, then KEY.label.npy and KEY.id.npy; where
+the manifest's `eps` is set, KEY.eps.npy stands between the first and the others.
 `tar tf` lists them and the webdataset library reads them as one sample of arrays. The big array starts at byte
 HEAD of its record, so a block is read with one system call straight to where its samples will be picked from.
 """
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import os
@@ -15,12 +17,12 @@ import tarfile
 import threading
 import zlib
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from dit.data import DataError
-from dit.data.manifest import DTYPE, Manifest
+from dit.data.manifest import Manifest
 
 TAR_BLOCK = 512
 NPY_HEADER = 128  # numpy pads its headers to multiples of 64 bytes; arrays of six axes or fewer fit in 128
@@ -129,51 +131,61 @@ class BlockReader:
         self.manifest = manifest
         self.verify = verify
         self.reads = 0
-        self.dtype = np.dtype(DTYPE)
-        self._sample_bytes = math.prod(manifest.shape) * self.dtype.itemsize
+        # what is read in place, in a record's order
+        self.big: dict[str, np.dtype[Any]] = {manifest.array: np.dtype(manifest.dtype)}
+        if manifest.eps:
+            self.big["eps"] = np.dtype(np.float32)
+        self._sample_bytes = [math.prod(manifest.shape) * dtype.itemsize for dtype in self.big.values()]
         self._verified: dict[int, tuple[int, int, int]] = {}  # block -> state of its shard
         self._lock = threading.Lock()
 
     @property
     def block_bytes(self) -> int:
         """Bytes that the samples of a full block take in memory."""
-        return self.manifest.block * self._sample_bytes
+        return self.manifest.block * sum(self._sample_bytes)
 
     def read(self, index: int) -> dict[str, np.ndarray]:
-        """Block `index`: {"moments" or "latents": (n, *shape) float16, "label": (n,) int64, "id": (n,) uint64}."""
-        rows = np.empty((self.manifest.blocks[index].samples, *self.manifest.shape), self.dtype)
-        label, identity = self.read_into(index, rows)
-        return {self.manifest.array: rows, "label": label, "id": identity}
+        """Block `index`: {"moments" or "latents": (n, *shape), "label": (n,) int64, "id": (n,) uint64}.
 
-    def read_into(self, index: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Read block `index`, its big array into `rows` (n, ...) C-contiguous float16; returns (label, id).
-
-        Raises DataError with the shard, the record and the place in the file.
+        With "eps": (n, *shape) float32 where the data set stores noise.
         """
-        block = self.manifest.blocks[index]
-        body = rows.reshape(-1).view(np.uint8).data
-        whole = member_bytes(len(body)) + 2 * member_bytes(8 * block.samples)
-        if len(body) != block.samples * self._sample_bytes or block.bytes != whole:
+        shape = (self.manifest.blocks[index].samples, *self.manifest.shape)
+        rows = {name: np.empty(shape, dtype) for name, dtype in self.big.items()}
+        label, identity = self.read_into(index, *rows.values())
+        return {**rows, "label": label, "id": identity}
+
+    def read_into(self, index: int, *rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Read block `index`, its big arrays into `rows`, one for each of `big`, (n, ...) C-contiguous.
+
+        Returns (label, id). Raises DataError with the shard, the record and the place in the file.
+        """
+        block, small = self.manifest.blocks[index], member_bytes(8 * self.manifest.blocks[index].samples)
+        bodies = [r.reshape(-1).view(np.uint8).data for r in rows]
+        sizes = [block.samples * size for size in self._sample_bytes]
+        whole = sum(member_bytes(size) for size in sizes) + 2 * small
+        if [len(b) for b in bodies] != sizes or block.bytes != whole:
             raise self.fault(
                 index, f"{block.samples} samples take {whole} bytes: the manifest contradicts itself"
             )
-        head, tail = bytearray(HEAD), bytearray(whole - HEAD - len(body))
-        state = self._fill(index, [memoryview(head), body, memoryview(tail)])
+        padding = [member_bytes(size) - HEAD - size for size in sizes]
+        heads = [bytearray(pad + HEAD) for pad in (0, *padding[:-1])]  # what stands before each body
+        tail = bytearray(padding[-1] + 2 * small)
+        parts = [memoryview(p) for pair in zip(heads, bodies, strict=True) for p in pair] + [memoryview(tail)]
+        state = self._fill(index, list(parts))
         with self._lock:
             self.reads += 1
             known = self.verify == "first" and self._verified.get(index) == state
         if not known:
-            crc = zlib.crc32(tail, zlib.crc32(body, zlib.crc32(head)))
+            crc = functools.reduce(lambda crc, part: zlib.crc32(part, crc), parts, 0)
             if crc != block.crc32:
                 raise self.fault(
                     index, f"altered: its crc32 is {crc:08x}, the manifest has {block.crc32:08x}"
                 )
-            self._check(index, head, tail, len(body))
+            self._check(index, [h[-HEAD:] for h in heads], sizes, tail[padding[-1] :])
             with self._lock:
                 self._verified[index] = state
-        n, after = block.samples, HEAD + len(body)  # where `tail` begins in the record
-        label = np.frombuffer(tail, np.int64, n, member_bytes(len(body)) + HEAD - after)
-        identity = np.frombuffer(tail, np.uint64, n, len(tail) - member_bytes(8 * n) + HEAD)
+        label = np.frombuffer(tail, np.int64, block.samples, padding[-1] + HEAD)
+        identity = np.frombuffer(tail, np.uint64, block.samples, padding[-1] + small + HEAD)
         return label, identity
 
     def _fill(self, index: int, buffers: list[memoryview]) -> tuple[int, int, int]:
@@ -195,28 +207,28 @@ class BlockReader:
             os.close(descriptor)
         return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
-    def _check(self, index: int, head: bytearray, tail: bytearray, body: int) -> None:
-        """That a record is built as the manifest says."""
-        n = self.manifest.blocks[index].samples
+    def _check(self, index: int, heads: list[bytearray], sizes: list[int], tail: bytearray) -> None:
+        """That a record is built as the manifest says. tail: the members after the big ones."""
+        n, names = self.manifest.blocks[index].samples, []
+        shape = (n, *self.manifest.shape)
         try:
-            info = tarfile.TarInfo.frombuf(bytes(head[:TAR_BLOCK]), "utf-8", "strict")
-            found = parse_npy_header(bytes(head[TAR_BLOCK:]))
-            if found != (self.dtype, (n, *self.manifest.shape), NPY_HEADER) or info.size != NPY_HEADER + body:
-                raise ValueError(
-                    f"'{info.name}' is {found[0]} of {found[1]}, not {DTYPE} of {(n, *self.manifest.shape)}"
-                )
-            padding = -info.size % TAR_BLOCK
-            arrays = {name: parse_npy(data) for name, data in parse_members(memoryview(tail)[padding:])}
+            for head, size, dtype in zip(heads, sizes, self.big.values(), strict=True):
+                info = tarfile.TarInfo.frombuf(bytes(head[:TAR_BLOCK]), "utf-8", "strict")
+                found = parse_npy_header(bytes(head[TAR_BLOCK:]))
+                if found != (dtype, shape, NPY_HEADER) or info.size != NPY_HEADER + size:
+                    raise ValueError(f"'{info.name}' is {found[0]} of {found[1]}, not {dtype} of {shape}")
+                names.append(info.name)
+            arrays = {name: parse_npy(data) for name, data in parse_members(memoryview(tail))}
         except (ValueError, tarfile.TarError) as error:
             raise self.fault(index, f"not what the manifest describes: {error}") from None
-        key = info.name.split(".")[0]
-        names = [info.name, *arrays]
-        if names != [f"{key}.{part}.npy" for part in (self.manifest.array, "label", "id")]:
-            raise self.fault(index, f"holds {', '.join(names)}, expected {self.manifest.array}, label and id")
-        for array, dtype in zip(arrays.values(), (np.int64, np.uint64), strict=True):
-            if array.shape != (n,) or array.dtype != dtype:
+        key, names = names[0].split(".")[0], [*names, *arrays]
+        if names != [f"{key}.{part}.npy" for part in (*self.big, "label", "id")]:
+            expected = ", ".join([*self.big, "label"])
+            raise self.fault(index, f"holds {', '.join(names)}, expected {expected} and id")
+        for array, expect in zip(arrays.values(), (np.int64, np.uint64), strict=True):
+            if array.shape != (n,) or array.dtype != expect:
                 raise self.fault(
-                    index, f"a {array.dtype} array of shape {array.shape}, expected {dtype} of ({n},)"
+                    index, f"a {array.dtype} array of shape {array.shape}, expected {expect} of ({n},)"
                 )
 
     def fault(self, index: int, what: str) -> BlockError:

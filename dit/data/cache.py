@@ -30,7 +30,7 @@ class BlockCache:
         self._free: list[int] = []  # places, a heap
         self._capacity = 0
         self.place_of = np.full(len(manifest.blocks), -1, np.int64)
-        self.samples = np.empty((0, *manifest.shape), reader.dtype)
+        self.big = {name: np.empty((0, *manifest.shape), dtype) for name, dtype in reader.big.items()}
         self.label, self.id = np.empty(0, np.int64), np.empty(0, np.int64)
         self._reserve(max(1, min(2 * limit, len(manifest.blocks))))
 
@@ -98,7 +98,7 @@ class BlockCache:
         """Places for `capacity` blocks. np.empty takes no memory before it is written to."""
         wait(list(self._loading.values()))  # they write into the arrays that are to move
         rows = capacity * self._block
-        self.samples = _grown(self.samples, rows)
+        self.big = {name: _grown(array, rows) for name, array in self.big.items()}
         self.label, self.id = _grown(self.label, rows), _grown(self.id, rows)
         for place in range(self._capacity, capacity):
             heapq.heappush(self._free, place)
@@ -107,7 +107,8 @@ class BlockCache:
     def _load(self, block: int, place: int) -> None:
         start = place * self._block
         rows = slice(start, start + self._reader.manifest.blocks[block].samples)
-        self.label[rows], self.id[rows] = self._reader.read_into(block, self.samples[rows])
+        big = [array[rows] for array in self.big.values()]
+        self.label[rows], self.id[rows] = self._reader.read_into(block, *big)
 
 
 def _grown(array: np.ndarray, rows: int) -> np.ndarray:

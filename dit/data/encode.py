@@ -7,8 +7,6 @@ classes. The same images, codec, seed and options give the same bytes.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import math
 import os
 import time
 from collections import deque
@@ -27,11 +25,8 @@ from dit.data import DataError
 from dit.data.codec import Codec
 from dit.data.images import TRANSFORM, BadImage, ImageSource
 from dit.data.manifest import DTYPE, Manifest, Names
-from dit.data.write import ChannelStats, ShardWriter, folder_beside
-from dit.files import write_atomically
+from dit.data.write import BlockCutter, ChannelStats, ShardWriter, folder_beside, write_names
 from dit.rng import Draws, Purpose, permutation
-
-MAX_BLOCK_BYTES = 16 << 20  # readers hold many blocks, so blocks of big samples hold fewer
 
 
 @config
@@ -123,13 +118,14 @@ class _Encoder:
         self.array: Literal["moments", "latents"] = "moments" if keep_moments else "latents"
         self.bad: list[BadImage] = []
         self.stats = ChannelStats()
-        self.waiting: dict[str, np.ndarray] = {}  # encoded, not yet a whole block
+        self.cutter = BlockCutter(options.block)
+        self.shape: tuple[int, ...] = ()  # of a stored sample
         self.labels: list[np.ndarray] = []
 
     def run(self, progress: Callable[[int], object]) -> Report:
         clock = _Clock()
         with clock.of("whole"), ShardWriter(self.folder, int(self.options.shard_mb * 1e6)) as writer:
-            names = self._write_names()
+            names = write_names(self.folder, self.source.names)
             batches = self._batches()
             while True:
                 with clock.of("decoding"):
@@ -146,15 +142,6 @@ class _Encoder:
                 manifest = self._manifest(writer, names)
                 manifest.save(self.folder)
         return Report(manifest, **clock)
-
-    def _write_names(self) -> Names:
-        odd = next((n for n in self.source.names if "\n" in n), None)
-        if odd is not None:
-            raise DataError(f"the name {odd!r} has a line break in it: rename the file")
-        data = "".join(f"{n}\n" for n in self.source.names).encode()
-        names = Names(count=len(self.source), sha256=hashlib.sha256(data).hexdigest())
-        write_atomically(self.folder / names.file, data)
-        return names
 
     def _batches(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(ids (n,) int64, images (n, S, S, 3) uint8) of readable images, in the order of writing."""
@@ -233,24 +220,15 @@ class _Encoder:
 
     def _store(self, writer: ShardWriter, arrays: dict[str, np.ndarray]) -> None:
         """Take in a batch and write the blocks that are full."""
-        if self.waiting:
-            arrays = {name: np.concatenate([self.waiting[name], a]) for name, a in arrays.items()}
-        block = self._block(arrays[self.array])
-        while len(arrays["id"]) >= block:
-            self._add(writer, {name: a[:block] for name, a in arrays.items()})
-            arrays = {name: a[block:] for name, a in arrays.items()}
-        self.waiting = arrays
-
-    def _block(self, array: np.ndarray) -> int:
-        """Samples in a full block."""
-        sample_bytes = math.prod(array.shape[1:]) * array.itemsize
-        return max(1, min(self.options.block, MAX_BLOCK_BYTES // sample_bytes))
+        self.shape = arrays[self.array].shape[1:]
+        for block in self.cutter.full(arrays):
+            self._add(writer, block)
 
     def _finish(self, writer: ShardWriter) -> None:
-        if not self.waiting:
+        if not self.shape:
             raise DataError(f"none of the {len(self.source)} images can be read, first {self.bad[0]}")
-        if len(self.waiting["id"]):
-            self._add(writer, self.waiting)
+        for block in self.cutter.rest():
+            self._add(writer, block)
         writer.finish()
 
     def _add(self, writer: ShardWriter, arrays: dict[str, np.ndarray]) -> None:
@@ -262,11 +240,10 @@ class _Encoder:
     def _manifest(self, writer: ShardWriter, names: Names) -> Manifest:
         labels = np.concatenate(self.labels)
         counts = np.bincount(labels[labels >= 0], minlength=len(self.source.classes))
-        big = self.waiting[self.array]
         return Manifest(
             samples=len(labels),
             array=self.array,
-            shape=big.shape[1:],
+            shape=self.shape,
             views=self.views,
             posterior=self.options.posterior if self.codec.has_posterior else "none",
             image_size=self.options.image_size,
@@ -278,7 +255,7 @@ class _Encoder:
             std=tuple(self.stats.std.tolist()),
             codec=self.codec.identity(),
             seed=self.options.seed,
-            block=self._block(big),
+            block=self.cutter.block,
             names=names,
             bad=tuple(b.name for b in self.bad),
             shards=tuple(writer.shards),

@@ -17,7 +17,7 @@ from dit.files import write_atomically
 
 FILE = "manifest.json"
 FORMAT: Literal["dit-blocks/1"] = "dit-blocks/1"
-DTYPE: Literal["float16"] = "float16"
+DTYPE: Literal["float16"] = "float16"  # of encoded images
 
 
 @config
@@ -55,7 +55,11 @@ class Manifest:
 
     shape: of one sample's array: (views, 2, C, H, W) for moments, mean then std; (views, C, H, W) for latents.
     mean, std: (C,) of the latents over samples, views and places, std^2 = Var[mean] + E[std^2].
-    posterior: what is kept of the codec's posterior: its moments, one sample, or it has none (pixels).
+    eps: whether the noise that each sample was generated from is stored beside it, float32 of the same shape
+        (pairs.py). Then mean and std are not of these samples: they are the normalisation of the model that made
+        them, which a model trained on them must see again.
+    posterior: what is kept of the codec's posterior: its moments, one sample, or nothing (pixels have none, and
+        generated latents do not come from it).
     names.count: images the source had; `bad` are those of them that could not be read, so are not here.
     """
 
@@ -63,7 +67,8 @@ class Manifest:
     samples: int
     array: Literal["moments", "latents"]
     shape: tuple[int, ...]
-    dtype: Literal["float16"] = DTYPE
+    dtype: Literal["float16", "float32"] = DTYPE
+    eps: bool = False
     views: tuple[Literal["original", "flipped"], ...]
     posterior: Literal["moments", "sample", "none"]
     image_size: int
@@ -118,6 +123,8 @@ class Manifest:
     def _plain(self) -> dict[str, Any]:
         plain: dict[str, Any] = to_dict(self)
         del plain["root"]
+        if not self.eps:
+            del plain["eps"]  # data sets that knew no such key keep their digest
         return plain
 
     def problems(self) -> list[str]:
@@ -131,6 +138,10 @@ class Manifest:
             found.append(f"{len(self.classes)} classes but {len(self.class_counts)} class counts")
         if len(self.shape) != (5 if self.array == "moments" else 4) or self.shape[0] != len(self.views):
             found.append(f"shape {self.shape} does not fit {self.array} of {len(self.views)} views")
+        elif self.eps and (self.array != "latents" or len(self.views) != 1):
+            found.append(
+                f"noise is stored with one view of latents, not with {len(self.views)} of {self.array}"
+            )
         elif len(self.mean) != self.channels or len(self.std) != self.channels:
             found.append(f"{len(self.mean)} means and {len(self.std)} stds for {self.channels} channels")
         for i, b in enumerate(self.blocks):

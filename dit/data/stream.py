@@ -33,9 +33,11 @@ from dit.rng import Draws, Purpose
 class Batch:
     """One rank's slots of one step's global batch.
 
-    moments: (B, 2, C, H, W) float16, mean and std of the chosen view; (B, 1, C, H, W) where latents are stored.
+    moments: (B, 2, C, H, W), mean and std of the chosen view, in the manifest's dtype; (B, 1, C, H, W) where latents
+    are stored.
     label: (B,) int64, -1 = none. id: (B,) int64, line in the names file. view: (B,) int64, index into the
-    manifest's views. slots: (B,) int64, positions in the global batch.
+    manifest's views. slots: (B,) int64, positions in the global batch. eps: (B, C, H, W) float32, the noise that the
+    samples were generated from, where the data set stores it.
     """
 
     moments: Tensor
@@ -44,12 +46,14 @@ class Batch:
     view: Tensor
     slots: Tensor
     step: int
+    eps: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on a device (not waiting for the copy where the memory is pinned)."""
         moved = {
             name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("moments", "label", "id", "view", "slots")
+            for name in ("moments", "label", "id", "view", "slots", "eps")
+            if getattr(self, name) is not None
         }
         return replace(self, **moved)
 
@@ -196,14 +200,21 @@ class Stream:
         if views > 1:
             draws = Draws(self.seed, step, self.slots, self.global_batch)
             view = draws.integers(Purpose.VIEW, views)
-        flat = cache.samples.reshape(-1, *self.manifest.shape[1:])  # (rows * views, ...)
+        chosen = rows * views + view.numpy()
+        moments = self._take(cache.big[self.manifest.array].reshape(-1, *self.manifest.shape[1:]), chosen)
         if self.manifest.array == "latents":
-            flat = flat[:, None]  # (rows * views, 1, C, H, W)
-        moments = torch.empty((len(rows), *flat.shape[1:]), dtype=torch.float16, pin_memory=self.pin)
-        # "clip" lets numpy write straight into the tensor; the rows are in range by construction
-        np.take(flat, rows * views + view.numpy(), axis=0, out=moments.numpy(), mode="clip")
+            moments = moments[:, None]  # (B, 1, C, H, W)
+        eps = self._take(cache.big["eps"][:, 0], rows) if self.manifest.eps else None  # (B, C, H, W)
         label, identity = torch.from_numpy(cache.label[rows]), torch.from_numpy(cache.id[rows])
-        return Batch(moments, label, identity, view, self.slots, step)
+        return Batch(moments, label, identity, view, self.slots, step, eps)
+
+    def _take(self, array: np.ndarray, rows: np.ndarray) -> Tensor:
+        """array[rows]"""
+        dtype = torch.from_numpy(array[:0]).dtype
+        taken = torch.empty((len(rows), *array.shape[1:]), dtype=dtype, pin_memory=self.pin)
+        # "clip" lets numpy write straight into the tensor; the rows are in range by construction
+        np.take(array, rows, axis=0, out=taken.numpy(), mode="clip")
+        return taken
 
     # --- many batches --------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from dit.data.manifest import Manifest
 from dit.data.write import ChannelStats
 
 STATISTICS_TOLERANCE = 1e-6  # relative to the std; they come from the same float16 values
+NOISE_TOLERANCE = 6.0  # standard errors of the mean and the std of standard normal numbers
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def _shard(manifest: Manifest, number: int) -> Iterator[Fault]:
 
 def _blocks(manifest: Manifest) -> Iterator[Fault | None]:
     """Every block by its own checksum, then what only all of them together can show."""
-    reader, stats = BlockReader(manifest, verify="always"), ChannelStats()
+    reader, stats, noise = BlockReader(manifest, verify="always"), ChannelStats(), ChannelStats()
     ids, labels = [], []
     whole = True
     for index, block in enumerate(manifest.blocks):
@@ -70,24 +71,42 @@ def _blocks(manifest: Manifest) -> Iterator[Fault | None]:
             continue
         big = arrays[manifest.array]
         stats.add(big if manifest.array == "moments" else big[:, :, None])
+        if manifest.eps:
+            noise.add(arrays["eps"][:, :, None])
         ids.append(arrays["id"])
         labels.append(arrays["label"])
     if whole:
-        yield from _together(manifest, np.concatenate(ids), np.concatenate(labels), stats)
+        yield from _together(manifest, np.concatenate(ids), np.concatenate(labels))
+        yield from _generated(stats, noise) if manifest.eps else _statistics(manifest, stats)
 
 
-def _together(
-    manifest: Manifest, ids: np.ndarray, labels: np.ndarray, stats: ChannelStats
-) -> Iterator[Fault]:
-    """Labels, ids and statistics over the data set."""
+def _together(manifest: Manifest, ids: np.ndarray, labels: np.ndarray) -> Iterator[Fault]:
+    """Labels and ids over the data set."""
     counts = np.bincount(labels[labels >= 0], minlength=len(manifest.classes))
     if tuple(counts.tolist()) != manifest.class_counts:
         yield Fault("manifest.json", "class_counts", f"labels count {counts.tolist()[:8]}...")
     if len(np.unique(ids)) != len(ids) or int(ids.max()) >= manifest.names.count:
         yield Fault("manifest.json", "ids", "an id occurs twice or has no name")
+
+
+def _statistics(manifest: Manifest, stats: ChannelStats) -> Iterator[Fault]:
+    """That the manifest's mean and std are those of the latents."""
     std = np.array(manifest.std)
     for what, ours, theirs in (("mean", stats.mean, manifest.mean), ("std", stats.std, manifest.std)):
         if not np.all(np.abs(np.asarray(ours) - np.array(theirs)) <= STATISTICS_TOLERANCE * std):
             yield Fault(
                 "manifest.json", what, f"the latents have {np.asarray(ours).tolist()}, it says {list(theirs)}"
             )
+
+
+def _generated(latents: ChannelStats, noise: ChannelStats) -> Iterator[Fault]:
+    """That generated latents are finite, and the noise they came from standard normal.
+
+    The manifest's mean and std are not theirs, but the normalisation of the model that made them.
+    """
+    if not np.isfinite(latents.std).all():
+        yield Fault("manifest.json", "latents", "some of them are not finite")
+    mean, std, error = np.asarray(noise.mean), noise.std, NOISE_TOLERANCE / np.sqrt(noise.count)
+    if not np.all(np.abs(mean) <= error) or not np.all(np.abs(std - 1) <= error / np.sqrt(2)):
+        found = f"mean {mean.tolist()} and std {std.tolist()}"
+        yield Fault("manifest.json", "eps", f"stored noise of {found} is not standard normal")

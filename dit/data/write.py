@@ -8,7 +8,7 @@ import hashlib
 import os
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -17,8 +17,10 @@ import numpy as np
 
 from dit.data import DataError
 from dit.data.blocks import END, pack, record_key
-from dit.data.manifest import Block, Shard
-from dit.files import sync
+from dit.data.manifest import Block, Names, Shard
+from dit.files import sync, write_atomically
+
+MAX_BLOCK_BYTES = 16 << 20  # readers hold many blocks, so blocks of big samples hold fewer
 
 
 class ShardWriter:
@@ -76,6 +78,46 @@ class ShardWriter:
             size = self._offset + len(END)
             self.shards.append(Shard(name=self._name, bytes=size, sha256=self._sha256.hexdigest()))
             self._offset = 0
+
+
+class BlockCutter:
+    """Takes samples a batch at a time, as {name: (n, ...)}, and gives them back as blocks of `most` samples.
+
+    Of fewer where those would take more than MAX_BLOCK_BYTES. The blocks do not depend on the batches.
+    """
+
+    def __init__(self, most: int):
+        self._most = most
+        self.block = 0  # samples of a full block, known after the first batch
+        self._waiting: dict[str, np.ndarray] = {}
+
+    def full(self, arrays: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+        """Take in a batch; the blocks that are full now."""
+        if self._waiting:
+            arrays = {name: np.concatenate([self._waiting[name], a]) for name, a in arrays.items()}
+        count = len(next(iter(arrays.values())))
+        sample_bytes = sum(a[:1].nbytes for a in arrays.values() if a.ndim > 1)
+        self.block = self.block or max(1, min(self._most, MAX_BLOCK_BYTES // sample_bytes))
+        whole = count // self.block * self.block
+        for start in range(0, whole, self.block):
+            yield {name: a[start : start + self.block] for name, a in arrays.items()}
+        self._waiting = {name: a[whole:] for name, a in arrays.items()}
+
+    def rest(self) -> Iterator[dict[str, np.ndarray]]:
+        """The last block, if there is something left for it."""
+        if any(len(a) for a in self._waiting.values()):
+            yield self._waiting
+
+
+def write_names(folder: Path, names: Sequence[str]) -> Names:
+    """The names file; DataError for a name with a line break in it."""
+    odd = next((n for n in names if "\n" in n), None)
+    if odd is not None:
+        raise DataError(f"the name {odd!r} has a line break in it: rename the file")
+    data = "".join(f"{n}\n" for n in names).encode()
+    written = Names(count=len(names), sha256=hashlib.sha256(data).hexdigest())
+    write_atomically(folder / written.file, data)
+    return written
 
 
 @dataclass

@@ -32,7 +32,7 @@ class DDIM(Solver):
     x = alpha·data + sqrt(sigma² − noise²)·eps + noise·z. A step to clean data takes no noise.
     """
 
-    eta: Annotated[float, Field(ge=0, le=1)] = 0.0
+    eta: Annotated[float, Field(ge=0, le=1)] = 0.0  # 0 = deterministic, 1 = as noisy as ddpm
 
     order = 1
     evaluations = 1
@@ -58,7 +58,7 @@ class DDPM(Solver):
     a ValueError tells if it says nothing. A step to clean data takes no noise.
     """
 
-    variance: Literal["small", "large", "learned"] = "small"
+    variance: Literal["small", "large", "learned"] = "small"  # small | large | learned (learn_sigma)
 
     order = 1
     evaluations = 1

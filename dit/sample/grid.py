@@ -80,7 +80,7 @@ class ShiftedGrid(Grid):
 class UniformGrid(ShiftedGrid):
     """Even steps in t."""
 
-    shift: Shift = 1.0
+    shift: Shift = 1.0  # of times; more than 1 = finer steps near noise
 
     def spacing(self, u: Tensor) -> Tensor:
         return u
@@ -91,7 +91,7 @@ class UniformGrid(ShiftedGrid):
 class QuadraticGrid(ShiftedGrid):
     """Even steps in sqrt(t): finer near data (DDIM, arXiv 2010.02502, appendix D.2)."""
 
-    shift: Shift = 1.0
+    shift: Shift = 1.0  # of times; more than 1 = finer steps near noise
 
     def spacing(self, u: Tensor) -> Tensor:
         return u.square()
@@ -131,10 +131,10 @@ class NoiseGrid(Grid):
 class KarrasGrid(NoiseGrid):
     """EDM's: even steps in (sigma/alpha)^(1/rho), finer near data (arXiv 2206.00364, eq. 5)."""
 
-    sigma_min: Annotated[float, Field(gt=0)] = 0.002
-    sigma_max: Annotated[float, Field(gt=0)] = 80.0
-    rho: Annotated[float, Field(gt=0)] = 7.0
-    shift: Shift = 1.0
+    sigma_min: Annotated[float, Field(gt=0)] = 0.002  # least sigma/alpha
+    sigma_max: Annotated[float, Field(gt=0)] = 80.0  # largest sigma/alpha
+    rho: Annotated[float, Field(gt=0)] = 7.0  # more = finer steps near data
+    shift: Shift = 1.0  # of times; more than 1 = finer steps near noise
 
     def levels(self, most: float, least: float, num_steps: int) -> Tensor:
         power = 1.0 / self.rho
@@ -146,9 +146,9 @@ class KarrasGrid(NoiseGrid):
 class LogSNRGrid(NoiseGrid):
     """Even steps in the log-SNR (DPM-Solver, arXiv 2206.00927), between two noise levels sigma/alpha."""
 
-    sigma_min: Annotated[float, Field(gt=0)] = 0.002
-    sigma_max: Annotated[float, Field(gt=0)] = 80.0
-    shift: Shift = 1.0
+    sigma_min: Annotated[float, Field(gt=0)] = 0.002  # least sigma/alpha
+    sigma_max: Annotated[float, Field(gt=0)] = 80.0  # largest sigma/alpha
+    shift: Shift = 1.0  # of times; more than 1 = finer steps near noise
 
     def levels(self, most: float, least: float, num_steps: int) -> Tensor:
         return torch.linspace(math.log(most), math.log(least), num_steps, dtype=torch.float64).exp()
@@ -165,8 +165,8 @@ class RespacedGrid(Grid):
         the path's last step (k = 960 for 25 of 1000).
     """
 
-    stride: Literal["even", "ddim"] = "even"
-    sections: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    stride: Literal["even", "ddim"] = "even"  # even | ddim
+    sections: tuple[Annotated[int, Field(ge=1)], ...] = ()  # steps in each equal part, data first
 
     def times(self, num_steps: int, path: Path, lo: float, hi: float) -> Tensor:
         if path.num_steps is None:

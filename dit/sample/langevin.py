@@ -33,8 +33,8 @@ class PredictorCorrector(Solver):
     corrector_steps: Langevin steps at each level, one evaluation each.
     """
 
-    snr: Annotated[float, Field(ge=0)] = 0.16
-    corrector_steps: Annotated[int, Field(ge=0)] = 1
+    snr: Annotated[float, Field(ge=0)] = 0.16  # strength of a correction
+    corrector_steps: Annotated[int, Field(ge=0)] = 1  # Langevin steps after each step
 
     order = 1
     stochastic = True
@@ -75,8 +75,8 @@ class AnnealedLangevin(Solver):
     steps: Langevin steps at each level, one evaluation each (the paper has 100 at each of 10 levels).
     """
 
-    step_size: Annotated[float, Field(gt=0, lt=4)] = 0.2
-    steps: Annotated[int, Field(ge=1)] = 5
+    step_size: Annotated[float, Field(gt=0, lt=4)] = 0.2  # in units of the level's variance
+    steps: Annotated[int, Field(ge=1)] = 5  # at each level of noise
 
     order = 1
     stochastic = True

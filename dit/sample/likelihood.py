@@ -97,7 +97,7 @@ class Hutchinson(Divergence):
     Every evaluation draws new probes, so that their errors average out over the solve.
     """
 
-    probes: Annotated[int, Field(ge=1)] = 1
+    probes: Annotated[int, Field(ge=1)] = 1  # of random signs per evaluation
 
     def __call__(self, problem: Problem, evaluation: int, x: Tensor, slope: Tensor) -> Tensor:
         total = _none(x)
@@ -151,8 +151,8 @@ class Ode(Likelihood):
     than 1, where the density of data near a surface changes fastest.
     """
 
-    num_steps: Annotated[int, Field(ge=1)] = 32
-    power: Annotated[float, Field(gt=0)] = 2.0
+    num_steps: Annotated[int, Field(ge=1)] = 32  # of four evaluations each
+    power: Annotated[float, Field(gt=0)] = 2.0  # more = finer steps near data
     divergence: Annotated[Divergence, DIVERGENCES] = Hutchinson()
 
     def __call__(self, problem: Problem, data: Tensor) -> Tensor:
@@ -211,10 +211,10 @@ class Bound(Likelihood):
     at its end is punished. decoder: density for latents, discretised for pixels of 256 levels in [−1, 1].
     """
 
-    num_steps: Annotated[int, Field(ge=2)] | None = None
+    num_steps: Annotated[int, Field(ge=2)] | None = None  # null = every step of a discrete path
     grid: Annotated[Grid, GRIDS] = UniformGrid()
-    variance: Literal["small", "large", "learned"] = "large"
-    decoder: Literal["density", "discretised"] = "density"
+    variance: Literal["small", "large", "learned"] = "large"  # of the model's steps
+    decoder: Literal["density", "discretised"] = "density"  # discretised: 256 levels of pixels
 
     def __call__(self, problem: Problem, data: Tensor) -> Tensor:
         return -self.terms(problem, data).total

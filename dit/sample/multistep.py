@@ -80,7 +80,7 @@ class UniPC(Solver):
     error of third order, which fades as the noise does. The last step has no corrector.
     """
 
-    order: Annotated[int, Field(ge=1, le=3)] = 2
+    order: Annotated[int, Field(ge=1, le=3)] = 2  # of the predictor, 1 to 3
     evaluations = 1
 
     @property

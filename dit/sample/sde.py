@@ -32,7 +32,7 @@ from dit.sample.solve import SOLVERS, At, Heun, Node, Noise, NoiseFn, Solver, ad
 class Diffusion:
     """D(t) = w(t)/2 of SiT's table 2, as its code has it. norm: a factor, 0 makes the ODE (but for `decreasing`)."""
 
-    norm: Annotated[float, Field(ge=0)] = 1.0
+    norm: Annotated[float, Field(ge=0)] = 1.0  # a factor
 
     def __call__(self, t: Tensor, coeffs: Coeffs) -> Tensor:
         """D (B,) per unit of t at t (B,) in (0, 1]; it may be inf at t = 1."""
@@ -143,7 +143,7 @@ class EulerMaruyama(Solver):
     """
 
     diffusion: Annotated[Diffusion, DIFFUSIONS] = SBDM()
-    last: Literal["tweedie", "mean", "euler"] = "tweedie"
+    last: Literal["tweedie", "mean", "euler"] = "tweedie"  # the step without noise: tweedie | mean | euler
 
     order = 1
     evaluations = 1
@@ -185,10 +185,10 @@ class StochasticHeun(Heun):
     ImageNet-64 but for s_noise = 1.003.
     """
 
-    s_churn: Annotated[float, Field(ge=0)] = 40.0
-    s_min: Annotated[float, Field(ge=0)] = 0.05
-    s_max: Annotated[float, Field(ge=0)] = 50.0
-    s_noise: Annotated[float, Field(gt=0)] = 1.0
+    s_churn: Annotated[float, Field(ge=0)] = 40.0  # noise added over all steps; 0 = Heun
+    s_min: Annotated[float, Field(ge=0)] = 0.05  # sigma/alpha below which none is added
+    s_max: Annotated[float, Field(ge=0)] = 50.0  # sigma/alpha above which none is added
+    s_noise: Annotated[float, Field(gt=0)] = 1.0  # factor on what is added
 
     @property
     def stochastic(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,24 @@ def sample_of(identity: np.ndarray, views: int, posterior: bool) -> np.ndarray:
     return array
 
 
+def noise_of(identity: np.ndarray) -> np.ndarray:
+    """The noise of samples: standard normal numbers that no two share, (n, 1, C, H, W) float32."""
+    shape = (1, CHANNELS, SIZE, SIZE)
+    noise = [np.random.default_rng(int(i)).standard_normal(shape) for i in identity]
+    return np.array(noise, np.float32).reshape(-1, *shape)
+
+
 def write_dataset(
-    folder: Path, sizes: Sequence[int], *, views: int = 1, posterior: bool = True, blocks_per_shard: int = 3
+    folder: Path,
+    sizes: Sequence[int],
+    *,
+    views: int = 1,
+    posterior: bool = True,
+    blocks_per_shard: int = 3,
+    eps: bool = False,
+    **fields: Any,
 ) -> Manifest:
-    """A data set with blocks of these sizes; ids are not in the order of the blocks."""
+    """A data set with blocks of these sizes; ids are not in the order of the blocks. fields: of its manifest."""
     folder.mkdir(parents=True, exist_ok=True)
     total, array = sum(sizes), "moments" if posterior else "latents"
     ids = np.random.default_rng(0).permutation(total)
@@ -43,7 +58,8 @@ def write_dataset(
         for size in sizes:
             chosen = ids[start : start + size]
             big = sample_of(chosen, views, posterior)
-            writer.add({array: big, "label": chosen % CLASSES, "id": chosen.astype(np.uint64)})
+            noise = {"eps": noise_of(chosen)} if eps else {}
+            writer.add({array: big, **noise, "label": chosen % CLASSES, "id": chosen.astype(np.uint64)})
             start += size
         writer.finish()
     names = "".join(f"image-{i}\n" for i in range(total)).encode()
@@ -51,10 +67,11 @@ def write_dataset(
     everything = sample_of(np.arange(total), views, posterior).astype(np.float64)
     mean = everything[:, :, 0] if posterior else everything
     noise = (everything[:, :, 1] ** 2).mean() if posterior else 0.0
-    manifest = Manifest(
+    made = Manifest(
         samples=total,
         array=array,
         shape=big.shape[1:],
+        eps=eps,
         views=("original", "flipped")[:views],
         posterior="moments" if posterior else "sample",
         image_size=8 * SIZE,
@@ -71,7 +88,7 @@ def write_dataset(
         shards=tuple(writer.shards),
         blocks=tuple(writer.blocks),
     )
-    manifest.save(folder)
+    replace(made, **fields).save(folder)
     return Manifest.load(folder)
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from dit.config import ConfigError, from_dict
 from dit.data import DataError
-from dit.data import encode as encode_module
+from dit.data import write as write_module
 from dit.data.blocks import BlockReader
 from dit.data.codec import PixelCodec, VaeCodec
 from dit.data.encode import EncodeOptions, encode
@@ -136,7 +136,7 @@ def test_classes_are_mixed(folder, tmp_path):
 
 
 def test_blocks_of_big_samples_hold_fewer(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(encode_module, "MAX_BLOCK_BYTES", 4 * 2 * 3 * 8 * 8 * 2 + 1)
+    monkeypatch.setattr(write_module, "MAX_BLOCK_BYTES", 4 * 2 * 3 * 8 * 8 * 2 + 1)
     manifest = run(folder, tmp_path / "out").manifest
     assert manifest.block == 4
     assert {b.samples for b in manifest.blocks} == {4, 2}

@@ -53,7 +53,7 @@ def test_the_digest_is_of_the_data_not_of_the_place(manifest, tmp_path):
         ({"format": "dit-blocks/9"}, "format 'dit-blocks/9', expected 'dit-blocks/1'"),
         ({"sampels": 1}, "sampels: unknown key; did you mean samples"),
         ({"samples": "many"}, "samples: "),
-        ({"dtype": "float32"}, "dtype: "),
+        ({"dtype": "float64"}, "dtype: "),
     ],
 )
 def test_a_manifest_that_cannot_be_right(manifest, changes, words):

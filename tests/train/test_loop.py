@@ -413,7 +413,9 @@ def test_statistics_that_do_not_fit_the_latents_are_caught_in_step_0(
 
     folder = altered(digits.moments, tmp_path / "data", scale)
     given = values(digits, tmp_path / "run", engine="local", data={"path": str(folder)}, train={"steps": 1})
-    with pytest.raises(TrainingError, match=r"the first losses are [\d.]+ times .* [+-][\d.]+ standard errors"):
+    with pytest.raises(
+        TrainingError, match=r"the first losses are [\d.]+ times .* [+-][\d.]+ standard errors"
+    ):
         go(given)
     assert not (tmp_path / "run" / "checkpoints").exists()
     go(given | {"run_dir": str(tmp_path / "codec"), "latents": {"norm": "codec"}})  # makes no such promise
