@@ -91,7 +91,8 @@ class ClassifierTask:
     def loss(self, model: Any, samples: Samples) -> Loss:
         data = self.norm.draw(samples.moments, samples.draws)  # (B, C, H, W)
         path = self.noise.path
-        t = self.noise.times(self.noise.spread(samples.draws), path)  # (B,)
+        u = self.noise.spread(samples.draws).double()  # in float32 a time depends on its place in the batch
+        t = self.noise.times(u, path).to(data.dtype)  # (B,)
         x = path.coeffs(t).mix(data, samples.draws.normal(Purpose.EPS, data.shape[1:]))
         logits = call_network(model, path, x, t, {})  # (B, classes)
         each = F.cross_entropy(logits, samples.label.clamp(min=0), reduction="none")
@@ -120,6 +121,7 @@ class TrainedClassifier:
     experiment: ClassifierExperiment
     contract: dict[str, Any]
     path: File
+    step: int
     device: torch.device
 
     @classmethod
@@ -139,7 +141,7 @@ class TrainedClassifier:
         model = experiment.classifier.build((height, width), channels, len(agreed["classes"]))
         model.load_state_dict(Reader(found).state_dict(weights))
         model.to(device).eval().requires_grad_(False)
-        return cls(model, experiment, agreed, found.path, device)
+        return cls(model, experiment, agreed, found.path, found.step, device)
 
     def logits(self, precision: str) -> LogitsFn:
         """(x (B, C, H, W), t (B,)) → logits (B, classes), differentiable in x. precision: fp32 or bf16."""

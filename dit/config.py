@@ -216,7 +216,11 @@ def _nearest_key(cls: type, key: tuple[str, ...]) -> str:
         near = difflib.get_close_matches(key[-1], names, n=1, cutoff=0.6)
         if near:
             return f"; did you mean {names[near[0]]}?"
-    return f"; valid here: {', '.join(siblings)}"
+    return (
+        f"; valid here: {', '.join(siblings)}"
+        if siblings
+        else f"; {getattr(parent, 'registered_name', prefix)} has no keys"
+    )
 
 
 def annotation_at(cls: type, key: str) -> Any:

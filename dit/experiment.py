@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,14 +14,11 @@ from torch import Tensor
 
 from dit.classify import TrainedClassifier
 from dit.config import ConfigError, config, from_dict, to_dict
-from dit.data import DataError
 from dit.data.codec import (
     CODECS,
     Codec,
     CodecConfig,
     LatentNorm,
-    Pixels,
-    check_same_codec,
     latent_norm,
     parse_codec,
 )
@@ -45,6 +42,7 @@ from dit.train.latents import (
     check_same_latents,
     check_same_path,
     latent_contract,
+    open_codec,
 )
 from dit.train.settings import RunConfig, TrainConfig
 from dit.train.start import Parts
@@ -94,6 +92,11 @@ class Experiment(RunConfig):
                 "objective.auxiliary trains variance channels that the network lacks; "
                 "set model.learn_sigma: true, or leave objective.auxiliary out"
             )
+        if self.sample.every:
+            try:
+                self.sample.check(self.objective.path, self.objective.prediction, self.model.learn_sigma)
+            except ConfigError as error:
+                raise ConfigError(f"sample, the pictures drawn during training: {error}") from None
 
     def make_parts(self, manifest: Manifest, world: World) -> Parts:
         """Model, task and hooks for these data on this rank."""
@@ -162,46 +165,6 @@ class Experiment(RunConfig):
         return draw
 
 
-def open_codec(
-    choice: CodecConfig | None, identity: dict[str, Any], named: str, device: torch.device
-) -> Codec:
-    """The codec that made the data, to decode with. identity: of the data's codec, which `named` records.
-
-    Pixels need no codec, whatever is set. ConfigError where it is not said where to find another one; DataError
-    where it cannot be loaded or is not the one.
-    """
-    if identity["name"] == "pixels":
-        return Pixels().build(device)
-    if choice is None:
-        raise ConfigError(
-            f"the data's codec is '{identity['name']}' and nothing says where it is: set codec: {{name: "
-            f"{identity['name']}, path: FOLDER}} (or --codec.path=FOLDER when sampling)"
-        )
-    try:
-        codec = choice.build(device)
-    except DataError as error:
-        raise DataError(
-            f"{error}. {named} needs the codec '{identity['name']}' that its data were made with: --codec.path=FOLDER"
-        ) from None
-    if "sha256" in identity:
-        check_same_codec(identity, codec.identity(), named, "the codec given")
-    else:
-        _check_unknown_codec(identity, codec, named)
-    return codec
-
-
-def _check_unknown_codec(identity: dict[str, Any], codec: Codec, named: str) -> None:
-    """Take any VAE of the right channels where weights from elsewhere do not say which one it was."""
-    channels = identity["config"]["latent_channels"]
-    if codec.identity()["name"] != identity["name"] or codec.channels != channels:
-        raise DataError(
-            f"{named} needs a codec '{identity['name']}' of {channels} channels; the codec given is "
-            f"'{codec.identity()['name']}' and has {codec.channels}"
-        )
-    if World.from_env().is_main:
-        print(f"note: {named} does not say which {identity['name']} it goes with; taking the codec given")
-
-
 @dataclass(frozen=True)
 class Trained:
     """A model from a checkpoint, ready to sample."""
@@ -221,7 +184,12 @@ class Trained:
         try:
             experiment = from_dict(Experiment, found.meta["config"])
         except ConfigError as error:
-            raise CheckpointError(f"{found.path} was not made by tools/train.py: {error}") from None
+            kind = (
+                "a classifier, for --guidance"
+                if "classifier" in found.meta["config"]
+                else "not of tools/train.py"
+            )
+            raise CheckpointError(f"{found.path} holds no model to draw from ({kind}): {error}") from None
         contract = found.meta["contract"]
         channels, height, width = contract["shape"]
         model = experiment.model.build((height, width), channels, len(contract["classes"]))
@@ -241,6 +209,13 @@ class Trained:
         None: of latents alone; it opens no codec and decodes nothing.
         """
         objective, contract = self.experiment.objective, self.contract
+        spec.check(objective.path, objective.prediction, self.experiment.model.learn_sigma)
+        for guidance in spec.guidance:
+            guidance.check(contract["shape"][0])
+        if spec.needs_label and not contract["classes"]:
+            raise ConfigError(
+                f"{self.path} was trained without classes: guidance by class has no effect; scale 1 is none"
+            )
         opened = None if codec_keys is None else self._codec(codec_keys, device)
         shape = tuple(contract["shape"])
 
@@ -291,21 +266,32 @@ class Checkpoints:
     weights: str
     device: torch.device
     precision: Precision
+    opened: dict[str, dict[str, Any]] = field(default_factory=dict)  # name as given -> what was found there
+    held: dict[str, Any] = field(
+        default_factory=dict
+    )  # what was loaded, by name: once for all grids of a training
 
     def denoiser(self, run_or_checkpoint: str) -> DenoiseFn:
         """Of another run of tools/train.py, whatever it predicts."""
-        other = Trained.load(run_or_checkpoint, self.weights, self.device)
-        objective = other.experiment.objective
-        self._check(other.contract, objective.path, str(other.path))
-        network = with_precision(other.model, self.device, self.precision)
-        return Denoiser(network, objective.path, objective.prediction)
+        if run_or_checkpoint not in self.held:
+            other = Trained.load(run_or_checkpoint, self.weights, self.device)
+            objective = other.experiment.objective
+            self._take(run_or_checkpoint, other.contract, objective.path, other.path, other.step)
+            network = with_precision(other.model, self.device, self.precision)
+            self.held[run_or_checkpoint] = Denoiser(network, objective.path, objective.prediction)
+        return self.held[run_or_checkpoint]  # type: ignore[no-any-return]
 
     def classifier(self, run_or_checkpoint: str) -> LogitsFn:
         """Of a run of tools/train_classifier.py."""
-        other = TrainedClassifier.load(run_or_checkpoint, self.weights, self.device)
-        self._check(other.contract, other.experiment.objective.path, str(other.path))
-        return other.logits(self.precision)
+        if run_or_checkpoint not in self.held:
+            other = TrainedClassifier.load(run_or_checkpoint, self.weights, self.device)
+            path = other.experiment.objective.path
+            self._take(run_or_checkpoint, other.contract, path, other.path, other.step)
+            self.held[run_or_checkpoint] = other.logits(self.precision)
+        return self.held[run_or_checkpoint]  # type: ignore[no-any-return]
 
-    def _check(self, theirs: Mapping[str, Any], path: NoisePath, other: str) -> None:
-        check_same_latents(self.contract, theirs, self.named, other)
-        check_same_path(self.path, path, self.named, other)
+    def _take(self, name: str, theirs: Mapping[str, Any], path: NoisePath, found: Path, step: int) -> None:
+        """Check what was found, and note it: a run directory is another checkpoint after more training."""
+        check_same_latents(self.contract, theirs, self.named, str(found))
+        check_same_path(self.path, path, self.named, str(found))
+        self.opened[name] = {"checkpoint": str(found), "step": step}

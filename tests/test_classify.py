@@ -86,7 +86,7 @@ def test_the_loss_is_the_cross_entropy_at_the_paths_noise(path: Any) -> None:
     label = torch.tensor([0, 4, 2, 3])
     task, given = ClassifierTask(Noise(path=path), NORM, CLASSES), samples(label)
     loss = task.loss(network, given)
-    t = Noise().times(given.draws.uniform(Purpose.TIME), path)
+    t = Noise().times(given.draws.uniform(Purpose.TIME).double(), path).float()
     data = (given.moments[:, 0] - torch.tensor([0.5, -0.5]).view(2, 1, 1)) / torch.tensor([2.0, 1.0]).view(
         2, 1, 1
     )
@@ -116,9 +116,18 @@ def test_every_way_to_draw_times_is_taken(axis: str, name: str) -> None:
     noise = from_dict(Noise, {axis: name})
     found = ClassifierTask(noise, NORM, CLASSES).loss(network, samples(label)).t
     draws = samples(label).draws
-    assert torch.equal(found, noise.times(noise.spread(draws), noise.path))
+    assert torch.equal(found, noise.times(noise.spread(draws).double(), noise.path).float())
     if name not in ("uniform", "independent"):
         assert not torch.equal(found, Noise().times(draws.uniform(Purpose.TIME), noise.path))
+
+
+@pytest.mark.parametrize("name", TIMES.names())
+def test_times_do_not_depend_on_the_micro_batch(name: str) -> None:
+    """Bitwise: on a discrete path one rounding more would be another step."""
+    label, noise = torch.zeros(128, dtype=torch.int64), from_dict(Noise, {"times": name})
+    task, whole = ClassifierTask(noise, NORM, CLASSES), samples(torch.zeros(128, dtype=torch.int64))
+    parts = [task.loss(network, part).t for part in whole.micro_batches(3)]
+    assert torch.equal(torch.cat(parts), task.loss(network, samples(label)).t)
 
 
 def test_no_label_is_dropped_and_samples_stand_alone() -> None:

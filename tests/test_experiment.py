@@ -90,7 +90,12 @@ def test_every_choice_on_every_axis_is_a_config_that_round_trips(axis: str, sect
         ({"sample": {"every": -1}}, "sample.every"),
         ({"sample": {"solver": "rk9"}}, "sample.solver"),
         ({"sample": {"guidance": ["treshold"]}}, "did you mean threshold?"),
-        ({"sample": {"cfg_scale": 2, "guidance": ["cfg"]}}, "guide twice"),
+        ({"sample": {"cfg_scale": 2, "guidance": [{"name": "cfg", "scale": 2}]}}, "guide twice"),
+        (
+            {"sample": {"every": 5, "solver": {"name": "ddpm", "variance": "learned"}}},
+            "sample, the pictures drawn during training: solver",
+        ),
+        ({"sample": {"every": 5, "grid": "respaced"}}, "is for discrete paths"),
         ({"sample": {"count": 0}}, "sample.count"),
         ({"codec": {"name": "vae", "pth": "x"}}, "codec.pth"),
         ({"traim": {}}, "did you mean train?"),
@@ -310,7 +315,10 @@ def test_what_does_not_fit_is_refused_with_both_sides_named(run: Path, classifie
 
 
 def test_a_checkpoint_of_another_kind_is_refused(run: Path, classifier: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"was not made by tools/train.py: .*classifier: unknown key"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"holds no model to draw from \(a classifier, for --guidance\): .*classifier: unknown key",
+    ):
         opener(run).denoiser(str(classifier))
     with pytest.raises(CheckpointError, match="holds no classifier"):
         opener(run).classifier(str(run))
@@ -327,6 +335,15 @@ def test_guidance_of_the_grids_is_opened_before_training_starts(
     assert not (tmp_path / "run").exists()
     go(merge(given, {"sample": {"guidance": [{**weak, "checkpoint": str(run)}]}}))
     assert (tmp_path / "run" / "samples" / "step-00000001.png").is_file()
+
+
+def test_guidance_by_label_needs_classes(run: Path) -> None:
+    trained = Trained.load(str(run), "ema", CPU)
+    unlabelled = replace(trained, contract={**trained.contract, "classes": []})
+    for guided in ({"cfg_scale": 2}, {"guidance": [{"name": "cfg", "scale": 3}]}):
+        with pytest.raises(ConfigError, match="was trained without classes"):
+            unlabelled.sampler(from_dict(SamplerSpec, guided), {}, CPU, "fp32")
+    unlabelled.sampler(from_dict(SamplerSpec, {"guidance": [{"name": "cfg", "scale": 1}]}), {}, CPU, "fp32")
 
 
 def test_classes_from_text(run: Path) -> None:

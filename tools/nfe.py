@@ -35,7 +35,7 @@ def main(
     reference: Annotated[str, "images to compare with: a folder, a tar, or digits:train"],
     floor: Annotated[str | None, "more real images, whose distance is the best to hope for"] = None,
     solvers: Annotated[str, "names, comma-separated"] = "euler,heun,dpmpp_2m,unipc,rk4",
-    nfe: Annotated[str, "evaluations of the network per image, comma-separated"] = "2,4,8,16,32,64",
+    nfe: Annotated[str, "evaluations of the denoiser per image, comma-separated"] = "2,4,8,16,32,64",
     grid: Annotated[str, "times visited"] = "uniform",
     num_samples: Annotated[int, "images for each figure"] = 500,
     cfg_scale: Annotated[float, "guidance; its second branch is not counted in the evaluations"] = 1.0,
@@ -50,6 +50,8 @@ def main(
     """
     if not all(word.isdecimal() and int(word) for word in nfe.split(",")):
         raise ConfigError(f"nfe must be whole numbers above 0 like 2,4,8; got {nfe}")
+    if num_samples <= components:
+        raise ConfigError(f"num_samples {num_samples} must be more than the {components} components compared")
     budgets = [int(word) for word in nfe.split(",")]
     chosen = {name: SOLVERS[name]() for name in solvers.split(",")}
     protocol = {"reference": reference, "components": components, "num_samples": num_samples}
@@ -220,9 +222,11 @@ class Table:
                 axis.plot(*zip(*points, strict=True), marker="o", markersize=4, label=solver)
             if self.floor() is not None:
                 axis.axhline(self.floor(), color="grey", linestyle="--", linewidth=1, label="real images")
-            axis.set(xscale="log", yscale="log", title=name, xlabel="network evaluations per image")
+            axis.set(xscale="log", yscale="log", title=name, xlabel="evaluations of the denoiser per image")
             axis.set_xticks(sorted({row["budget"] for row in mine}))
-            axis.get_xaxis().set_major_formatter(mpl.ticker.ScalarFormatter())
+            axis.yaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 3, 5, 7)))
+            for each in (axis.xaxis, axis.yaxis):
+                each.set_major_formatter(mpl.ticker.ScalarFormatter())
             axis.minorticks_off()
             axis.grid(alpha=0.3)
         axes[0][0].set_ylabel("Fréchet distance to the training images")

@@ -42,7 +42,9 @@ def main(
     num_samples: Annotated[int, "images in all"] = 64,
     classes: Annotated[str, "all, or numbers like 0,3; image i is of classes[i mod n]"] = "all",
     cfg_scale: Annotated[float, "null + scale * (cond - null); 1 = no guidance"] = 1.0,
-    guidance: Annotated[str | None, "in turn: '{name: threshold, quantile: 0.995}, {name: ...}'"] = None,
+    guidance: Annotated[
+        str | None, "in turn: '{name: cfg, scale: 2, interval: [0.2, 0.7]}, {name: ...}'"
+    ] = None,
     solver: Annotated[str, "how steps are taken; its fields are --solver.field=value"] = "heun",
     num_steps: Annotated[int, "steps of the solver"] = 50,
     grid: Annotated[str, "which times it visits; its fields are --grid.field=value"] = "uniform",
@@ -69,13 +71,12 @@ def main(
     with dist.session() as world:
         trained = Trained.load(run_or_ckpt, weights, world.device)
         chosen = trained.classes(classes)
+        check_effect(spec, chosen, trained, world)
         chosen_precision = trained.experiment.train.precision if precision == "run" else precision
         sampler = trained.sampler(spec, codec_keys if out else None, world.device, chosen_precision)
         _ = sampler.times(), sampler.denoise  # what cannot be is refused before anything is drawn
-        about = {"checkpoint": str(trained.path), "step": trained.step, "weights": weights}
+        about = described(trained, sampler) | {"codec": codec_keys, "precision": chosen_precision}
         about |= {"classes": chosen, "batch_size": batch_size, "num_samples": num_samples}
-        about |= {"sampler": to_dict(spec), "codec": codec_keys, "precision": chosen_precision}
-        about |= {"device": world.device.type, "code": dist.code_version()}
         labels, origin = labels_for(torch.arange(num_samples), chosen), Origin.of(trained.contract, spec.seed)
         produce(sampler, labels, batch_size, world, Path(out) if out else None, save_pairs, origin, about)
 
@@ -98,6 +99,35 @@ def produce(
         write(out, images, labels.numpy(), {**about, **tally.per_image()})
     if save_pairs is not None and world.is_main:
         print(f"{len(labels)} pairs in {save_pairs}: train on them with objective.coupling=reflow")
+
+
+def check_effect(spec: SamplerSpec, chosen: list[int], trained: Trained, world: dist.World) -> None:
+    """Refuse guidance that would cost as always and change nothing; note where the run's own pictures differ."""
+    if spec.needs_label and set(chosen) == {-1} and trained.contract["classes"]:
+        raise ConfigError(
+            "guidance by class has no effect on --classes=-1, no class; leave one of the two out"
+        )
+    own = trained.experiment.sample
+    differing = [
+        f"--{key}={registry.name_of(getattr(own, key))}"
+        for key, registry in (("solver", SOLVERS), ("grid", GRIDS))
+        if registry.name_of(getattr(own, key)) != registry.name_of(getattr(spec, key))
+    ]
+    if differing and world.is_main:
+        print(f"note: this run's own config draws with {' '.join(differing)}")
+
+
+def described(trained: Trained, sampler: Sampler) -> dict[str, Any]:
+    """What made the samples: the models, the spec, the machine and the code."""
+    return {
+        "checkpoint": str(trained.path),
+        "step": trained.step,
+        "weights": trained.weights,
+        "guidance_checkpoints": sampler.open.opened if sampler.open else {},
+        "sampler": to_dict(sampler.spec),
+        "device": sampler.device.type,
+        "code": dist.code_version(),
+    }
 
 
 def check_wanted(out: str | None, save_pairs: str | None, spec: SamplerSpec) -> None:

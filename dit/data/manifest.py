@@ -98,7 +98,10 @@ class Manifest:
                 if file.parent.is_dir()
                 else "no such folder"
             )
-            raise DataError(f"{file.parent}: no {FILE} ({there}); write one with tools/encode.py")
+            raise DataError(
+                f"{file.parent}: no {FILE} ({there}); write one with tools/encode.py, or pairs for reflow with "
+                "tools/sample.py RUN --save_pairs=DIR"
+            )
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:

@@ -181,10 +181,19 @@ class Objective:
         lo, hi = usable(self.path, self.prediction)
         what = f"prediction {self.prediction} is usable on path {self.path} only for t in [{lo:.6g}, {hi:.6g}] and"
         _check_reach(self.path, lo, hi, what, "choose another prediction such as v")
+        self._check_sigma_data()
         check_steps(self.path, self.prediction)
         self._check_times()
         if self.auxiliary is not None:
             self.auxiliary.check(self.path)
+
+    def _check_sigma_data(self) -> None:
+        """Whatever scales by the std of the data must have one std in mind."""
+        parts = {"path": self.path, "prediction": self.prediction, "weight": self.weight}
+        found = {name: part.sigma_data for name, part in parts.items() if hasattr(part, "sigma_data")}
+        if len(set(found.values())) > 1:
+            said = ", ".join(f"{name}.sigma_data = {value:g}" for name, value in found.items())
+            raise ConfigError(f"{said}: they are one number, the std of the data; set them alike")
 
     def _check_times(self) -> None:
         lo, hi = usable(self.path, self.prediction)

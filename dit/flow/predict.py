@@ -193,22 +193,25 @@ def call_network(model: Model, path: Path, x: Tensor, t: Tensor, cond: Cond) -> 
 # --- where a prediction can be used ------------------------------------------------------------------------
 
 DELTA = 1e-3
+DELTA_STEPS = 1e-6  # on a discrete path, every step of which is trained at and sampled, as by its authors
 
 
 @lru_cache(maxsize=1024)
-def usable(path: Path, prediction: Prediction, delta: float = DELTA) -> tuple[float, float]:
+def usable(path: Path, prediction: Prediction) -> tuple[float, float]:
     """The longest interval [t_lo, t_hi] of times at which the prediction determines data and eps.
 
-    There the row (a, b) is finite, at most 1/delta times as long as (alpha, sigma), and the sine of the angle
-    between the two is at least delta: else the 2×2 solve magnifies the network's error over 1/delta times.
+    There the row (a, b) is finite, at most 1/δ times as long as (alpha, sigma), and the sine of the angle between
+    the two is at least δ: else the 2×2 solve magnifies the network's error over 1/δ times. δ is 1e-3; on a
+    discrete path 1e-6, where `iddpm` ends at alpha = 5e-5 and eps is its authors' choice all the same.
     Computed in float64, to rounding, from the path and the row alone; kept. ConfigError when there is none.
 
     On a discrete path the interval ends at a step, so that clamping a time to it gives a step; below the first
     step it ends where it does. Of the registered paths, as they are by default, the ends cut off are: t = 0 for
     data and score (all but `ve`, whose sigma(0) > 0) and for the velocities of `vp`, `ddpm`, `iddpm`, whose
-    slope is infinite there; t = 1 for eps and score on `linear`, `cosine` and, one step, `iddpm`. Nothing is
-    cut off for v and edm on any path.
+    slope is infinite there; t = 1 for eps and score on `linear` and `cosine`. Nothing is cut off for v and edm on
+    any path.
     """
+    delta = DELTA if path.num_steps is None else DELTA_STEPS
     ends = torch.logspace(-12, -2, 401, dtype=torch.float64)
     t = torch.cat([torch.linspace(0, 1, 2001, dtype=torch.float64), ends, 1 - ends]).unique()  # sorted
     start, stop = _longest_run(_is_usable(path, prediction, t, delta).tolist())
@@ -279,17 +282,7 @@ def check_times(path: Path, prediction: Prediction, times: Tensor) -> None:
 
 
 def check_steps(path: Path, prediction: Prediction) -> None:
-    """ConfigError if the prediction cannot be used at the steps of a discrete path; nothing on another path.
-
-    One step in a hundred may be left out, at the ends: `iddpm` caps its last beta such that alpha falls from
-    1.6e-3 to 5e-5 in the last step, where eps no longer gives data to 1/δ; training and sampling then begin one
-    step earlier, at an SNR of 2e-6. With zero terminal SNR no step may: the last one is what it is for.
-    """
-    if path.num_steps is None:
-        return
-    steps = torch.arange(1, path.num_steps + 1, dtype=torch.float64) / path.num_steps
-    lo, hi = usable(path, prediction)
-    left_out = int(((steps < lo) | (steps > hi)).sum())
-    alpha, _ = path.alpha_sigma(steps[-1:])
-    if left_out > path.num_steps // 100 or float(alpha) == 0.0:
+    """ConfigError if the prediction cannot be used at a step of a discrete path; nothing on another path."""
+    if path.num_steps is not None:
+        steps = torch.arange(1, path.num_steps + 1, dtype=torch.float64) / path.num_steps
         check_times(path, prediction, steps)

@@ -62,7 +62,11 @@ def read_weights(path: str | Path) -> dict[str, StateDict]:
             with torch.serialization.safe_globals([argparse.Namespace]):  # of training scripts: plain values
                 held = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
-        raise WeightsError(f"cannot read weights from {path}: {error}") from error
+        reason = str(error).split(".", 1)[0]  # torch's goes on to advise that the file be trusted
+        raise WeightsError(
+            f"cannot read weights from {path}: expected a .safetensors file, or a .pt of tensors as torch.save writes "
+            f"it ({type(error).__name__}: {reason})"
+        ) from error
     trained = isinstance(held, dict) and ("ema" in held or "model" in held)
     states = [_bare(held[kind]) for kind in ("ema", "model") if kind in held] if trained else [_bare(held)]
     if not all(state and all(isinstance(t, Tensor) for t in state.values()) for state in states):

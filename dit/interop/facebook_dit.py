@@ -45,7 +45,7 @@ class FacebookDiT:
         if (objective.path, objective.prediction) != (DiscreteVP(), Eps()):
             raise WeightsError(
                 f"facebookresearch/DiT samples eps on {DiscreteVP()}; these weights predict {objective.prediction} "
-                f"on {objective.path}"
+                f"on {objective.path}; configs/objectives/ddpm_learned_variance.yaml trains such weights"
             )
         return to_theirs(model)
 

@@ -79,7 +79,8 @@ class SiT:
         if (objective.path, objective.prediction) not in product(PATHS.values(), PREDICTIONS.values()):
             raise WeightsError(
                 f"SiT has no prediction {objective.prediction} on {objective.path}; it samples velocity, noise or "
-                "score on its Linear, GVP and VP, with a model time of 1 - t"
+                "score on its Linear, GVP and VP, with a model time of 1 - t and the velocity from noise to data: "
+                "configs/objectives/sit.yaml trains such weights"
             )
         state = to_theirs(model)
         padded = {name: _with_second_half(state[name], model.dims.patch) for name in OUTPUT}

@@ -43,7 +43,7 @@ class DDIM(Solver):
 
     def step(self, at: At, x: Tensor, now: Node, after: Node, noise: Noise | None) -> Tensor:
         fresh = self.eta**2 * float(step_posterior(now, after).variance)
-        kept = math.sqrt(after.sigma**2 - fresh)
+        kept = math.sqrt(max(after.sigma * after.sigma - fresh, 0.0))
         moved = advance(x, at(x, now), now, replace(after, sigma=kept))
         return moved if noise is None or fresh == 0.0 else moved + math.sqrt(fresh) * noise(0)
 
@@ -63,6 +63,10 @@ class DDPM(Solver):
     order = 1
     evaluations = 1
     stochastic = True
+
+    @property
+    def uses_variance(self) -> bool:
+        return self.variance == "learned"
 
     def step(self, at: At, x: Tensor, now: Node, after: Node, noise: Noise | None) -> Tensor:
         ends, chosen = at(x, now), step_posterior(now, after)

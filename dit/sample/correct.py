@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from dit.config import ConfigError, config
+from dit.config import config
 from dit.flow.path import broadcast
 from dit.flow.predict import DELTA, Cond, Endpoints
 from dit.sample.denoise import DenoiseFn
@@ -27,20 +27,20 @@ class ClassifierGuidance(Guidance):
     the data, and nothing is guided. Samples without a label, or with a dropped one, are not guided.
     """
 
-    checkpoint: str | None = None  # run directory or checkpoint of tools/train_classifier.py
-    scale: float = 0.0  # of the classifier's gradient; 0 = no guidance
-
-    def __post_init__(self) -> None:
-        if not self.is_neutral and self.checkpoint is None:
-            raise ConfigError("classifier guidance needs checkpoint: a run of tools/train_classifier.py")
+    checkpoint: str  # run directory or checkpoint of tools/train_classifier.py
+    scale: float  # of the classifier's gradient; 0 = no guidance
 
     @property
     def is_neutral(self) -> bool:
         return self.scale == 0.0
 
+    @property
+    def needs_label(self) -> bool:
+        return not self.is_neutral
+
     def guide(self, denoise: DenoiseFn, context: Context | None) -> DenoiseFn:
         """The guided denoiser; it refuses a `cond` without labels."""
-        classify, path = self._opener(context).classifier(str(self.checkpoint)), self._path(context)
+        classify, path = self._opener(context).classifier(self.checkpoint), self._path(context)
 
         def guided(x: Tensor, t: Tensor, cond: Cond) -> Endpoints:
             if "label" not in cond:
@@ -82,8 +82,10 @@ class DynamicThreshold(Guidance):
     size that real ones reach, 3 or more.
     """
 
-    quantile: Annotated[float, Field(gt=0, le=1)] | None = None  # of |data|; Imagen: 0.995; null = none
-    floor: Annotated[float, Field(gt=0)] = 1.0  # size up to which data are left alone: 1 for pixels
+    quantile: Annotated[float, Field(gt=0, le=1)] | None  # of |data|; Imagen: 0.995; null = none
+    floor: Annotated[
+        float, Field(gt=0)
+    ]  # size up to which data are left alone: 1 for pixels, 3 or more for latents
 
     @property
     def is_neutral(self) -> bool:

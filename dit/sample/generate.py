@@ -5,14 +5,14 @@ Image i depends on (checkpoint, spec, i) alone: its noise is keyed by (seed, i),
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from dit.config import ConfigError, config
@@ -26,6 +26,10 @@ from dit.sample.solve import SOLVERS, Heun, Solver
 from dit.sample.tally import CountedOpener, Tally
 
 
+def _in_turn(value: Any) -> Any:
+    return (value,) if isinstance(value, str | Mapping | Guidance) else value
+
+
 @config
 class SamplerSpec:
     """Everything that decides about the images besides the weights."""
@@ -35,13 +39,35 @@ class SamplerSpec:
     grid: Annotated[Grid, GRIDS] = UniformGrid()
     cfg_scale: Annotated[float, Field(ge=0)] = 1.0  # null + scale * (cond - null); 1 = no guidance
     seed: int = 0
-    guidance: tuple[Annotated[Guidance, GUIDANCES], ...] = ()  # more of it, in turn, after cfg_scale
+    guidance: Annotated[  # more of it, in turn, after cfg_scale; one alone needs no brackets
+        tuple[Annotated[Guidance, GUIDANCES], ...], BeforeValidator(_in_turn)
+    ] = ()
 
     def __post_init__(self) -> None:
-        if self.cfg_scale != 1.0 and any(isinstance(g, ClassifierFree) for g in self.guidance):
+        if (self.cfg_scale != 1.0) + sum(isinstance(g, ClassifierFree) for g in self.guidance) > 1:
             raise ConfigError(
-                f"cfg_scale = {self.cfg_scale} and an entry of guidance named cfg guide twice: leave one of the two out"
+                f"cfg_scale = {self.cfg_scale:g} and guidance named cfg guide twice or more: leave all but one out"
             )
+        jumping = [g for g in self.guidance if g.jumps]
+        if jumping and self.solver.nfe(1) is None:
+            raise ConfigError(
+                f"solver {SOLVERS.name_of(self.solver)} chooses its steps by an error that it cannot see where "
+                f"guidance begins or ends within {jumping[0]}: take a solver of fixed steps, such as unipc"
+            )
+
+    @property
+    def needs_label(self) -> bool:
+        """Whether there is guidance that has an effect on samples of a known class alone."""
+        return self.cfg_scale != 1.0 or any(g.needs_label for g in self.guidance)
+
+    def check(self, path: Path, prediction: Prediction, learns_variance: bool) -> None:
+        """ConfigError for what cannot draw from a model of this path and prediction."""
+        if self.solver.uses_variance and not learns_variance:
+            raise ConfigError(
+                f"solver {self.solver} takes the learned variance of the network, and it has none "
+                "(model.learn_sigma: false); take the variance small or large"
+            )
+        self.grid(self.num_steps, path, prediction)
 
     def guided(self, denoise: DenoiseFn, context: Context) -> DenoiseFn:
         """The denoiser under all the guidance; the very same one where there is none."""

@@ -36,7 +36,8 @@ class Grid:
     def __call__(self, num_steps: int, path: Path, prediction: Prediction) -> Tensor:
         """(num_steps + 1,) float64 on the CPU, strictly falling from t_hi to t_lo of the sampling interval.
 
-        Sampling starts from the prior at t_hi. On a discrete path all but the last are steps of that path.
+        Sampling starts from the prior at t_hi. On a discrete path all but the last are steps of that path, each
+        another: those that would share one make room for each other.
         Where the path is not clean at t_lo (VE), the last two may both be t_lo: the network is then asked there.
         ConfigError when num_steps is below 1 or more than the grid can tell apart.
         """
@@ -45,7 +46,7 @@ class Grid:
         lo, hi = sampling_interval(path, prediction)
         times = self.times(num_steps, path, lo, hi).clamp(lo, hi)
         times[-1] = lo  # exactly: an end at 0 must be 0
-        times[:-1] = path.snap(times[:-1])
+        times[:-1] = _own_steps(path.snap(times[:-1]), path)
         falls = times.diff() < 0
         if num_steps > 1 and times[-2] == lo:
             falls[-1] = float(path.alpha_sigma(times[-1:])[1]) > 0
@@ -54,6 +55,17 @@ class Grid:
                 f"{num_steps} steps of grid {self} on path {path} visit a time twice; use fewer, or another grid"
             )
         return times
+
+
+def _own_steps(times: Tensor, path: Path) -> Tensor:
+    """Steps of a discrete path from noise to data, (n,), moved until each is another one; n at most its steps."""
+    if path.num_steps is None:
+        return times
+    before = torch.arange(len(times))
+    after = before.flip(0)
+    step = torch.round(times * path.num_steps) - after
+    step = step.flip(0).cummax(0).values.flip(0) + after  # up from the data
+    return torch.minimum(step, path.num_steps - before) / path.num_steps  # and down from the noise
 
 
 GRIDS: Registry[Grid] = Registry("grid")
@@ -147,7 +159,9 @@ class LogSNRGrid(NoiseGrid):
     """Even steps in the log-SNR (DPM-Solver, arXiv 2206.00927), between two noise levels sigma/alpha."""
 
     sigma_min: Annotated[float, Field(gt=0)] = 0.002  # least sigma/alpha
-    sigma_max: Annotated[float, Field(gt=0)] = 80.0  # largest sigma/alpha
+    sigma_max: Annotated[float, Field(gt=0)] = (
+        160.0  # largest sigma/alpha: that of vp and ddpm is a little less
+    )
     shift: Shift = 1.0  # of times; more than 1 = finer steps near noise
 
     def levels(self, most: float, least: float, num_steps: int) -> Tensor:
@@ -167,6 +181,12 @@ class RespacedGrid(Grid):
 
     stride: Literal["even", "ddim"] = "even"  # even | ddim
     sections: tuple[Annotated[int, Field(ge=1)], ...] = ()  # steps in each equal part, data first
+
+    def __post_init__(self) -> None:
+        if self.stride == "ddim" and self.sections:
+            raise ConfigError(
+                f"sections {list(self.sections)} have no meaning with stride ddim: leave one out"
+            )
 
     def times(self, num_steps: int, path: Path, lo: float, hi: float) -> Tensor:
         if path.num_steps is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
 from pydantic import Field
@@ -23,7 +23,14 @@ LogitsFn = Callable[[Tensor, Tensor], Tensor]  # (x (B, C, ...), t (B,)) → log
 
 
 class Opener(Protocol):
-    """Opens other checkpoints for guidance. Raises an error for the user where one does not fit the model."""
+    """Opens other checkpoints for guidance. Raises an error for the user where one does not fit the model.
+
+    opened: name as given -> {"checkpoint": what was found there, "step": its step}, JSON values.
+    """
+
+    @property
+    def opened(self) -> dict[str, dict[str, Any]]:
+        """What was opened so far."""
 
     def denoiser(self, checkpoint: str) -> DenoiseFn:
         """The denoiser of a run directory or checkpoint, of latents, classes and noise like the model's."""
@@ -45,8 +52,21 @@ class Guidance:
 
     @property
     def is_neutral(self) -> bool:
-        """Whether this strength changes nothing; as long as it is the default, defaults do nothing."""
+        """Whether this strength, which has no default, changes nothing."""
         raise NotImplementedError
+
+    @property
+    def needs_label(self) -> bool:
+        """Whether it has an effect on samples of a known class alone."""
+        return False
+
+    @property
+    def jumps(self) -> bool:
+        """Whether the guided denoiser jumps at some time, which solvers that choose their steps cannot follow."""
+        return False
+
+    def check(self, channels: int) -> None:
+        """ConfigError for what cannot guide latents of so many channels."""
 
     def guide(self, denoise: DenoiseFn, context: Context | None) -> DenoiseFn:
         """The guided denoiser; never asked of a neutral one."""
@@ -94,7 +114,7 @@ class ClassifierFree(Guidance):
     Both branches go through the network in one call, the conditional first. A learned variance is the conditional's.
     """
 
-    scale: float = 1.0  # null + scale * (conditional - null); 1 = no guidance
+    scale: float  # null + scale * (conditional - null); 1 = no guidance
     interval: tuple[float, float] = (0.0, 1.0)  # of t, 0 = data: guidance only there
     channels: Annotated[int, Field(ge=1)] | None = None  # guide the first so many alone (DiT: 3); null = all
     rescale: Annotated[float, Field(ge=0, le=1)] = 0.0  # towards the conditional's contrast
@@ -107,6 +127,20 @@ class ClassifierFree(Guidance):
     @property
     def is_neutral(self) -> bool:
         return self.scale == 1.0
+
+    @property
+    def needs_label(self) -> bool:
+        return not self.is_neutral
+
+    @property
+    def jumps(self) -> bool:
+        return not self.is_neutral and self.interval != (0.0, 1.0)
+
+    def check(self, channels: int) -> None:
+        if self.channels is not None and self.channels > channels:
+            raise ConfigError(
+                f"cfg's channels = {self.channels}, but there are {channels}; leave it out to guide them all"
+            )
 
     def guide(self, denoise: DenoiseFn, context: Context | None) -> DenoiseFn:
         """The guided denoiser; it refuses an empty `cond`. Only `rescale` needs the context."""
@@ -140,13 +174,10 @@ class ClassifierFree(Guidance):
         return ((t >= lo) & (t <= hi)).nonzero()[:, 0]
 
     def _mix(self, dropped: Endpoints, conditional: Endpoints) -> Endpoints:
-        mixed, n, channels = dropped.lerp(conditional, self.scale), self.channels, conditional.data.shape[1]
+        mixed, n = dropped.lerp(conditional, self.scale), self.channels
         if n is None:
             return mixed
-        if n > channels:
-            raise ValueError(
-                f"cfg's channels = {n}, but there are {channels}; leave it out to guide them all"
-            )
+        self.check(conditional.data.shape[1])
         return each(lambda a, b: torch.cat([a[:, :n], b[:, n:]], 1), mixed, conditional)
 
     def _rescaled(self, mixed: Endpoints, conditional: Endpoints, coeffs: Coeffs, x: Tensor) -> Endpoints:
@@ -192,21 +223,15 @@ class Autoguidance(Guidance):
     evaluation of each. A learned variance is the model's.
     """
 
-    checkpoint: str | None = None  # run directory or checkpoint of the weaker model
-    scale: float = 1.0  # weak + scale * (model - weak); 1 = no guidance
-
-    def __post_init__(self) -> None:
-        if not self.is_neutral and self.checkpoint is None:
-            raise ConfigError(
-                "autoguidance needs checkpoint: a run directory or checkpoint of a weaker model"
-            )
+    checkpoint: str  # run directory or checkpoint of the weaker model
+    scale: float  # weak + scale * (model - weak); 1 = no guidance
 
     @property
     def is_neutral(self) -> bool:
         return self.scale == 1.0
 
     def guide(self, denoise: DenoiseFn, context: Context | None) -> DenoiseFn:
-        weak = self._opener(context).denoiser(str(self.checkpoint))
+        weak = self._opener(context).denoiser(self.checkpoint)
 
         def guided(x: Tensor, t: Tensor, cond: Cond) -> Endpoints:
             return weak(x, t, cond).lerp(denoise(x, t, cond), self.scale)

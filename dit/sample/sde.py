@@ -139,11 +139,13 @@ class EulerMaruyama(Solver):
 
     diffusion: how much noise. last: the step to the end of the grid takes no noise. `tweedie` returns the data
     seen; `mean` follows the SDE's drift (the default of SiT's code, several times as far off at few steps);
-    `euler` follows the ODE, which is `tweedie` again where the grid ends in clean data.
+    `euler` follows the ODE, which is `tweedie` again where the grid ends in clean data. limit: false takes all of
+    D wherever it is finite, as SiT does.
     """
 
     diffusion: Annotated[Diffusion, DIFFUSIONS] = SBDM()
     last: Literal["tweedie", "mean", "euler"] = "tweedie"  # the step without noise: tweedie | mean | euler
+    limit: bool = True  # no more of D than keeps the step stable; false = SiT's own steps
 
     order = 1
     evaluations = 1
@@ -153,14 +155,18 @@ class EulerMaruyama(Solver):
         if after.sigma == 0.0:
             return self.final(at, x, now, after, noise)
         assert noise is not None
-        strength = min(self.strength(at.path, now, after), after.sigma**2)
+        strength = self.limited(self.strength(at.path, now, after), after.sigma**2)
         mean = Drift(x, at(x, now), now, after, strength).mean()
         return mean + math.sqrt(2.0 * strength) * noise(0)
 
     def final(self, at: At, x: Tensor, now: Node, end: Node, noise: Noise | None) -> Tensor:
         """The last step, see the field `last`; takes no noise, and at most removes all of it."""
-        strength = min(self.strength(at.path, now, end), now.sigma**2)
+        strength = self.limited(self.strength(at.path, now, end), now.sigma**2)
         return LASTS[self.last](Drift(x, at(x, now), now, end, strength))
+
+    def limited(self, strength: float, most: float) -> float:
+        """The strength that is used; an infinite one is always limited."""
+        return min(strength, most) if self.limit or math.isinf(strength) else strength
 
     def strength(self, path: Path, now: Node, after: Node) -> float:
         """D at `now` times the step, in float64."""

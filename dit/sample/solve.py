@@ -118,6 +118,11 @@ class Solver:
         return False
 
     @property
+    def uses_variance(self) -> bool:
+        """Whether the network must give a learned variance."""
+        return False
+
+    @property
     def draws(self) -> int:
         """How many draws of noise one step may take."""
         return 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -64,6 +65,10 @@ class CountedOpener:
 
     inner: Opener
     tally: Tally
+
+    @property
+    def opened(self) -> dict[str, dict[str, Any]]:
+        return self.inner.opened
 
     def denoiser(self, checkpoint: str) -> DenoiseFn:
         return self.tally.of_evaluations(self.inner.denoiser(checkpoint))

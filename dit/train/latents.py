@@ -1,4 +1,4 @@
-"""What the latents of a run are, which travels with every checkpoint, and whether two runs' are the same."""
+"""What the latents of a run are, which travels with every checkpoint, whether two runs' are the same, their codec."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 
 from dit.config import ConfigError, config, to_dict
 from dit.data import DataError
-from dit.data.codec import LatentNorm, check_same_codec
+from dit.data.codec import Codec, CodecConfig, LatentNorm, Pixels, check_same_codec
 from dit.data.manifest import Manifest
+from dit.dist import World
 from dit.flow.couple import COUPLINGS, Coupling
 from dit.flow.path import Path
 
@@ -69,3 +70,43 @@ def check_noise(coupling: Coupling, manifest: Manifest, held_out: str | None) ->
                 f"and {stored.root} stores none; make pairs with tools/sample.py RUN --save_pairs=DIR and set "
                 f"{key}=DIR{' (or null)' if key == 'data.val' else ''}"
             )
+
+
+def open_codec(
+    choice: CodecConfig | None, identity: dict[str, Any], named: str, device: torch.device
+) -> Codec:
+    """The codec that made the data, to decode with. identity: of the data's codec, which `named` records.
+
+    Pixels need no codec, whatever is set. ConfigError where it is not said where to find another one; DataError
+    where it cannot be loaded or is not the one.
+    """
+    if identity["name"] == "pixels":
+        return Pixels().build(device)
+    if choice is None:
+        raise ConfigError(
+            f"the data's codec is '{identity['name']}' and nothing says where it is: set codec: {{name: "
+            f"{identity['name']}, path: FOLDER}} (or --codec.path=FOLDER when sampling)"
+        )
+    try:
+        codec = choice.build(device)
+    except DataError as error:
+        raise DataError(
+            f"{error}. {named} needs the codec '{identity['name']}' that its data were made with: --codec.path=FOLDER"
+        ) from None
+    if "sha256" in identity:
+        check_same_codec(identity, codec.identity(), named, "the codec given")
+    else:
+        _check_unknown_codec(identity, codec, named)
+    return codec
+
+
+def _check_unknown_codec(identity: dict[str, Any], codec: Codec, named: str) -> None:
+    """Take any VAE of the right channels where weights from elsewhere do not say which one it was."""
+    channels = identity["config"]["latent_channels"]
+    if codec.identity()["name"] != identity["name"] or codec.channels != channels:
+        raise DataError(
+            f"{named} needs a codec '{identity['name']}' of {channels} channels; the codec given is "
+            f"'{codec.identity()['name']}' and has {codec.channels}"
+        )
+    if World.from_env().is_main:
+        print(f"note: {named} does not say which {identity['name']} it goes with; taking the codec given")

@@ -517,10 +517,31 @@ def test_few_steps_are_not_the_ends_of_the_times() -> None:
 
 
 def test_steps_that_a_prediction_cannot_use_are_not_trained_at() -> None:
-    """iddpm's last step is nearly pure noise, which eps says nothing of: times there stand one step earlier."""
-    path = PATHS["iddpm"]()
-    t = Objective(path=path, prediction=Eps()).time(torch.tensor([0.5, 0.9989, 0.9991, 1 - 2**-24]))
-    assert path.model_time(t).tolist() == [499, 998, 998, 998]
+    """The steps of betas that end in pure noise, of which eps says nothing, stand for none of the times."""
+    path = DiscreteVP(beta_end=0.9999)
+    hi = usable(path, Eps())[1]
+    t = Objective(path=path, prediction=Eps()).time(torch.tensor([0.5 * hi, hi + 0.01, 1 - 2**-24]))
+    assert t.tolist() == pytest.approx([math.ceil(500 * hi) / 1000, hi, hi])
+
+
+def test_shifted_times_on_a_discrete_path_are_its_steps() -> None:
+    path = PATHS["ddpm"]()
+    objective = Objective(
+        path=path, prediction=Eps(), times=TIMES.parse({"name": "logit_normal", "shift": 3})
+    )
+    t = objective.time((torch.arange(500) + 0.5) / 500)
+    assert torch.equal(path.snap(t), t)
+
+
+def test_parts_that_scale_by_the_data_must_agree() -> None:
+    one = {"path": {"name": "ve", "sigma_data": 0.5}, "prediction": "edm", "times": "edm", "weight": "edm"}
+    with pytest.raises(
+        ConfigError, match=r"path.sigma_data = 0.5, prediction.sigma_data = 1, weight.sigma_data"
+    ):
+        from_dict(Objective, one).check()
+    half = {"sigma_data": 0.5}
+    alike = one | {"prediction": {"name": "edm", **half}, "weight": {"name": "edm", **half}}
+    from_dict(Objective, alike).check()
 
 
 def test_an_objective_is_its_own_configuration() -> None:

@@ -14,6 +14,7 @@ from dit.flow.discrete import CosineDDPM, DiscreteVP
 from dit.flow.path import PATHS, VE, VP, Coeffs, Cosine, Linear, Path
 from dit.flow.predict import (
     DELTA,
+    DELTA_STEPS,
     EDM,
     PREDICTIONS,
     Data,
@@ -71,8 +72,9 @@ def holds(path: Path, prediction: Prediction, t: float) -> bool:
     if not (math.isfinite(a) and math.isfinite(b)):
         return False
     angle = math.atan2(b, a) - math.atan2(sigma, alpha)
-    bounded = math.hypot(a, b) * DELTA <= math.hypot(alpha, sigma) * (1 + 1e-9)
-    return bounded and abs(math.sin(angle)) >= DELTA * (1 - 1e-9)
+    delta = DELTA if path.num_steps is None else DELTA_STEPS
+    bounded = math.hypot(a, b) * delta <= math.hypot(alpha, sigma) * (1 + 1e-9)
+    return bounded and abs(math.sin(angle)) >= delta * (1 - 1e-9)
 
 
 @every_pair
@@ -128,7 +130,7 @@ CUT_AT_DATA = {  # paths whose interval begins above t = 0, as the documentation
     "velocity": {"vp", "ddpm", "iddpm"},
     "reverse_velocity": {"vp", "ddpm", "iddpm"},
 }
-CUT_AT_NOISE = {"eps": {"linear", "cosine", "iddpm"}, "score": {"linear", "cosine", "iddpm"}}
+CUT_AT_NOISE = {"eps": {"linear", "cosine"}, "score": {"linear", "cosine"}}
 
 
 @pytest.mark.parametrize("path", ["linear", "cosine", "vp", "ve", "ddpm", "iddpm"])

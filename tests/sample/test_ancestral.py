@@ -80,6 +80,13 @@ def test_a_ddpm_step_is_algorithm_2(variance: str) -> None:
     torch.testing.assert_close(got, mean + spread.sqrt() * z, rtol=1e-9, atol=1e-10)
 
 
+def test_rounding_leaves_no_negative_variance() -> None:
+    """Out of pure noise all of sigma² is fresh noise, and the difference may fall below 0 by rounding."""
+    times, x = torch.tensor([1.0, 0.7738303575546754, 0.0], dtype=torch.float64), normal(2, 3)
+    got = DDIM(eta=1.0)(Gaussian().denoise(Linear()), x, times, Linear(), lambda i: normal(2, 3, seed=i), {})
+    assert bool(got.isfinite().all())
+
+
 # --- reference numbers -------------------------------------------------------------------------------------
 
 

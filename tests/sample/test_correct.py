@@ -170,6 +170,6 @@ def test_it_is_imagens_thresholding(share: float, floor: float, size: float, see
 
 def test_data_within_the_floor_are_left_alone() -> None:
     data = normal(2, 3, 4, 4).clamp(-1, 1) * 0.999
-    found = thresholded(data, torch.tensor([0.0, 0.5], dtype=torch.float64), quantile=0.9)
+    found = thresholded(data, torch.tensor([0.0, 0.5], dtype=torch.float64), quantile=0.9, floor=1)
     assert torch.equal(found.data, data)
     torch.testing.assert_close(found.eps, normal(2, 3, 4, 4, seed=5))

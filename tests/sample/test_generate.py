@@ -12,8 +12,8 @@ from torch import Tensor
 
 from dit.config import ConfigError, from_dict
 from dit.flow.objective import Objective
-from dit.flow.path import PATHS, Linear, Path
-from dit.flow.predict import PREDICTIONS, Cond, Endpoints, Model, Prediction, Velocity
+from dit.flow.path import PATHS, VE, Cosine, Linear, Path
+from dit.flow.predict import PREDICTIONS, Cond, Endpoints, Eps, Model, Prediction, Score, V, Velocity
 from dit.model.dit import DiTConfig
 from dit.rng import Draws, Purpose
 from dit.sample.denoise import DenoiseFn
@@ -70,6 +70,24 @@ def test_the_best_networks_samples_have_the_datas_distribution(path: Path, predi
     count = found.numel()
     assert abs(float(found.mean()) - data.mean) < 5 * data.std / math.sqrt(count) + 0.01
     assert abs(float(found.std()) / data.std - 1) < 5 / math.sqrt(2 * count) + 0.02
+
+
+@pytest.mark.parametrize(
+    ("path", "prediction"), [(Linear(), Eps()), (Cosine(), Score()), (VE(sigma_max=5e3), V())]
+)
+def test_sampling_starts_from_the_prior_of_its_first_time(path: Path, prediction: Prediction) -> None:
+    """Which is not 1 where the prediction says nothing at pure noise."""
+    seen: list[Tensor] = []
+
+    def watching(x: Tensor, model_time: Tensor, cond: Cond) -> Tensor:
+        seen.append(x)
+        return torch.zeros_like(x)
+
+    drawn = sampler(watching, path, prediction, num_steps=2, solver="euler")
+    index, first = torch.arange(2), drawn.times()[:1]
+    drawn.latents(index, torch.zeros(2).long())
+    sigma = path.alpha_sigma(first)[1].float()
+    torch.testing.assert_close(seen[0], path.input_scale(first).float() * sigma * drawn.noise(index))
 
 
 # --- image i is its own ------------------------------------------------------------------------------------
@@ -186,7 +204,7 @@ CLASSES = {"name": "classifier", "checkpoint": "c", "scale": 2.0}
         ({"guidance": [{"name": "cfg", "scale": 2.0, "interval": [0.4, 0.6]}]}, 5),  # t = 1, 3/4, 1/2, 1/4
         ({"guidance": [WEAK]}, 8),
         ({"guidance": [CLASSES]}, 8),
-        ({"guidance": [{"name": "threshold", "quantile": 0.9}]}, 4),
+        ({"guidance": [{"name": "threshold", "quantile": 0.9, "floor": 1}]}, 4),
         ({"cfg_scale": 2.0, "guidance": [WEAK, CLASSES]}, 16),
         ({"solver": "heun", "cfg_scale": 2.0}, 16),
     ],
@@ -233,7 +251,13 @@ def test_guidance_applies_in_turn_after_cfg_scale() -> None:
 def test_neutral_guidance_changes_no_bit(network: torch.nn.Module) -> None:
     spec = {"cfg_scale": 1.0}
     base = sampler(network, num_steps=2, **spec).latents(torch.arange(3), torch.arange(3))
-    neutral = [{"name": name} for name in GUIDANCES]
+    neutral = [
+        {"name": "cfg", "scale": 1},
+        {"name": "autoguidance", "checkpoint": "nowhere", "scale": 1},
+        {"name": "classifier", "checkpoint": "nowhere", "scale": 0},
+        {"name": "threshold", "quantile": None, "floor": 1},
+    ]
+    assert len(neutral) == len(GUIDANCES.names())
     found = sampler(network, num_steps=2, guidance=neutral, **spec).latents(torch.arange(3), torch.arange(3))
     assert torch.equal(found, base)
 
@@ -255,9 +279,13 @@ def test_guidance_that_needs_a_checkpoint_needs_an_opener() -> None:
         ({"steps": 3}, "did you mean num_steps?"),
         (
             {"cfg_scale": 2, "guidance": [{"name": "cfg", "scale": 3}]},
-            "guide twice: leave one of the two out",
+            "guide twice or more: leave all but one out",
         ),
-        ({"cfg_scale": 2, "guidance": ["cfg"]}, "guide twice"),
+        ({"guidance": [{"name": "cfg", "scale": 2}, {"name": "cfg", "scale": 3}]}, "guide twice"),
+        (
+            {"solver": "dopri5", "guidance": [{"name": "cfg", "scale": 2, "interval": [0.2, 0.7]}]},
+            "solver of fixed steps",
+        ),
         ({"guidance": ["treshold"]}, "did you mean threshold?"),
         ({"guidance": [{"name": "threshold", "quantil": 0.9}]}, "guidance.0.quantil"),
         ({"guidance": "threshold"}, "guidance"),
@@ -270,6 +298,11 @@ def test_impossible_specs_are_refused(bad: dict, says: str) -> None:
 
 
 # --- labels and pictures -----------------------------------------------------------------------------------
+
+
+def test_one_guidance_needs_no_brackets() -> None:
+    one = {"name": "cfg", "scale": 2}
+    assert from_dict(SamplerSpec, {"guidance": one}) == from_dict(SamplerSpec, {"guidance": [one]})
 
 
 def test_labels_go_round() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dit.config import ConfigError, from_dict, to_dict
 from dit.flow.discrete import DiscreteVP
-from dit.flow.path import VE, VP, Cosine, Linear, Path
+from dit.flow.path import PATHS, VE, VP, Cosine, Linear, Path
 from dit.flow.predict import EDM, Cond, Data, Endpoints, Eps, Prediction, V, Velocity, check_times, usable
 from dit.flow.times import shift_time
 from dit.sample.grid import (
@@ -224,12 +224,42 @@ def test_only_discrete_paths_are_respaced(path: Path) -> None:
 def test_more_steps_than_the_path_has_are_refused() -> None:
     with pytest.raises(ConfigError, match="visit a time twice"):
         UniformGrid()(1001, DiscreteVP(), Eps())
-    with pytest.raises(ConfigError, match="visit a time twice"):
-        UniformGrid(shift=5.0)(900, DiscreteVP(), Eps())
-    with pytest.raises(ConfigError, match="visit a time twice"):
-        KarrasGrid()(500, DiscreteVP(), Eps())
     with pytest.raises(ConfigError, match="visit a time twice"):  # clean data twice: nothing to ask there
         KarrasGrid(sigma_min=1e-14)(10, Linear(), Velocity())
+
+
+EVERY_GRID = [UniformGrid(shift=5.0), KarrasGrid(), LogSNRGrid(), QuadraticGrid()]
+
+
+@pytest.mark.parametrize("num_steps", [50, 900, 1000])
+@pytest.mark.parametrize("grid", EVERY_GRID, ids=str)
+def test_every_step_of_a_discrete_path_can_be_had_and_none_twice(grid: Grid, num_steps: int) -> None:
+    """Where a grid would visit a step twice the visits make room for each other, and elsewhere none moves."""
+    times = grid(num_steps, DiscreteVP(), Eps())
+    steps = (times[:-1] * 1000).round().long()
+    torch.testing.assert_close(times[:-1], steps.double() / 1000)
+    assert bool((steps.diff() < 0).all())
+    assert steps[0] == 1000
+    if num_steps == 1000:
+        assert torch.equal(steps, torch.arange(1000, 0, -1))
+    wanted = DiscreteVP().snap(grid.times(num_steps, DiscreteVP(), 0.0, 1.0).clamp(0, 1)[:-1])
+    room = 1 - torch.arange(num_steps).double() / 1000
+    assert bool((times[:-1] >= torch.minimum(wanted, room) - 1e-12).all())
+    alone = wanted.diff(prepend=torch.tensor([2.0])) < -1e-9
+    if bool(alone.all()):
+        torch.testing.assert_close(times[:-1], wanted)
+
+
+def test_log_snr_steps_are_even_from_the_first_on_vp() -> None:
+    """Its own first level, 151 on vp, is below the grid's sigma_max."""
+    times = LogSNRGrid()(20, PATHS["vp"](), Eps())
+    steps = PATHS["vp"]().log_snr(times[:-1]).diff()
+    torch.testing.assert_close(steps, steps[:1].expand(19), rtol=1e-6, atol=0)
+
+
+def test_a_stride_and_sections_exclude_each_other() -> None:
+    with pytest.raises(ConfigError, match="no meaning with stride ddim"):
+        from_dict(RespacedGrid, {"stride": "ddim", "sections": (5, 5)})
 
 
 @pytest.mark.parametrize("num_steps", [0, -3])
@@ -241,6 +271,6 @@ def test_no_steps_are_refused(name: str, num_steps: int) -> None:
 
 @pytest.mark.parametrize("name", GRIDS.names())
 def test_a_grid_is_its_own_configuration(name: str) -> None:
-    grid = made(name, shift=2.0, rho=5.0, sigma_max=70.0, sections=(4, 5), stride="ddim")
+    grid = made(name, shift=2.0, rho=5.0, sigma_max=70.0, sections=(4, 5))
     assert grid != GRIDS[name]()
     assert GRIDS.parse(to_dict(grid)) == grid

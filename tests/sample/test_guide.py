@@ -46,11 +46,26 @@ def inputs() -> tuple[Tensor, Tensor]:
     return normal(3, 4, 2, 2), torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64)
 
 
-@pytest.mark.parametrize("name", GUIDANCES.names())
-def test_the_default_is_neutral_and_returns_the_very_function(name: str) -> None:
+NEUTRAL: list[dict[str, object]] = [
+    {"name": "cfg", "scale": 1, "interval": [0.2, 0.7], "rescale": 0.5},
+    {"name": "autoguidance", "checkpoint": "nowhere", "scale": 1},
+    {"name": "classifier", "checkpoint": "nowhere", "scale": 0},
+    {"name": "threshold", "quantile": None, "floor": 1},
+]
+
+
+@pytest.mark.parametrize("value", NEUTRAL, ids=lambda v: v["name"])
+def test_neutral_strength_returns_the_very_function(value: dict) -> None:
     toy = Toy()
-    assert GUIDANCES[name]()(toy) is toy
-    assert GUIDANCES[name]()(toy, Context(Linear())) is toy
+    assert GUIDANCES.parse(value)(toy) is toy
+    assert GUIDANCES.parse(value)(toy, Context(Linear())) is toy
+    assert {v["name"] for v in NEUTRAL} == set(GUIDANCES)
+
+
+@pytest.mark.parametrize("name", GUIDANCES.names())
+def test_no_guidance_does_nothing_for_want_of_a_strength(name: str) -> None:
+    with pytest.raises(ConfigError, match="is required and was not given"):
+        GUIDANCES.parse(name)
 
 
 STRONG: list[Guidance] = [
@@ -157,15 +172,15 @@ def test_a_context_that_is_missing_is_named(guidance: Guidance, says: str) -> No
 @pytest.mark.parametrize(
     ("value", "says"),
     [
-        ({"name": "cfg", "interval": [0.5, 0.5]}, "0 <= lo < hi <= 1, got [0.5, 0.5]"),
-        ({"name": "cfg", "interval": [-0.1, 0.5]}, "0 <= lo < hi <= 1"),
-        ({"name": "cfg", "interval": [0.5, 1.5]}, "0 <= lo < hi <= 1"),
+        ({"name": "cfg", "scale": 2, "interval": [0.5, 0.5]}, "0 <= lo < hi <= 1, got [0.5, 0.5]"),
+        ({"name": "cfg", "scale": 2, "interval": [-0.1, 0.5]}, "0 <= lo < hi <= 1"),
+        ({"name": "cfg", "scale": 2, "interval": [0.5, 1.5]}, "0 <= lo < hi <= 1"),
         ({"name": "cfg", "interval": [0.5]}, "interval"),
         ({"name": "cfg", "channels": 0}, "channels"),
         ({"name": "cfg", "rescale": 1.1}, "rescale"),
         ({"name": "cfg", "scael": 2}, "did you mean scale?"),
-        ({"name": "autoguidance", "scale": 2}, "needs checkpoint"),
-        ({"name": "classifier", "scale": 2}, "needs checkpoint"),
+        ({"name": "autoguidance", "scale": 2}, "checkpoint: is required"),
+        ({"name": "classifier", "scale": 2}, "checkpoint: is required"),
         ({"name": "threshold", "quantile": 0.0}, "quantile"),
         ({"name": "threshold", "quantile": 1.1}, "quantile"),
         ({"name": "threshold", "floor": 0}, "floor"),

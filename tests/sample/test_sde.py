@@ -131,6 +131,25 @@ def test_without_diffusion_it_is_euler() -> None:
         torch.testing.assert_close(got, Euler()(denoise, x, times, path, None, {}), rtol=1e-12, atol=1e-12)
 
 
+@every_diffusion
+@pytest.mark.parametrize("last", ["mean", "euler"])
+def test_without_a_limit_it_takes_the_reference_s_steps(name: str, last: str) -> None:
+    """SiT's: all of D at every step, and a longer last one, at any size of the step."""
+    oracle, path, x = Gaussian(), Linear(), normal(3, 4)
+    solver = EulerMaruyama(diffusion=DIFFUSIONS[name](norm=3.0), last=last, limit=False)  # type: ignore[arg-type]
+    times = torch.tensor([0.97, 0.6, 0.3, 0.04, 0.0], dtype=torch.float64)
+    got = solver(oracle.denoise(path), x, times, path, lambda i: standard(x, i), {})
+    for i, (now, after) in enumerate(pairwise(times.tolist())):
+        t = torch.tensor([now], dtype=torch.float64)
+        d, ends = float(solver.diffusion(t, path.coeffs(t))), oracle.endpoints(path, x, t.expand(3))
+        drift = ends.eps - ends.data + (0.0 if i == 3 and last == "euler" else d) * ends.eps / now
+        x = x - (now - after) * drift
+        x = x + (math.sqrt(2 * d * (now - after)) * standard(x, i) if i < 3 else 0.0)
+    torch.testing.assert_close(got, x, rtol=1e-10, atol=1e-10)
+    limited = EulerMaruyama(diffusion=DIFFUSIONS[name](norm=3.0))
+    assert limited != solver
+
+
 @every_path
 def test_last_steps(path: Path) -> None:
     """None takes noise; `mean` is a step's mean, `tweedie` the data, `euler` the ODE's step to the grid's end."""

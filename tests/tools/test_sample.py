@@ -130,7 +130,7 @@ def test_more_ranks_than_batches(run: Path, base: Path, ranks: Server, tmp_path:
         "--shift=3",
         "--classes=1,2",
         "--grid=quadratic",
-        "--guidance={name: threshold, quantile: 0.5}",
+        "--guidance={name: threshold, quantile: 0.5, floor: 1}",
     ],
 )
 def test_every_choice_matters(run: Path, base: Path, tmp_path: Path, change: str) -> None:
@@ -149,7 +149,7 @@ def test_any_key_of_the_spec_can_be_given(run: Path, tmp_path: Path) -> None:
         "--shift=2",
         "--cfg_scale=2",
     )
-    guidance = "{name: threshold, quantile: 0.9, floor: 3}, threshold"
+    guidance = "{name: threshold, quantile: 0.9, floor: 3}, {name: threshold, quantile: null, floor: 1}"
     draw(tmp_path / "a", run, *words, f"--guidance={guidance}", "--num_samples=2", "--num_steps=3")
     spec = json.loads((tmp_path / "a" / "spec.json").read_text())["sampler"]
     assert spec["solver"] == {"name": "ddim", "eta": 0.5}
@@ -179,6 +179,8 @@ def test_a_weaker_checkpoint_guides_and_is_counted(
     for folder in ("a", "b"):
         spec = json.loads((tmp_path / folder / "spec.json").read_text())
         assert (spec["nfe"], spec["network_evaluations"]) == (4, 12)
+        found = {"checkpoint": str(at_step(run, 1)), "step": 1}
+        assert spec["guidance_checkpoints"] == {str(at_step(run, 1)): found}
 
 
 def test_what_an_adaptive_solver_took_is_the_mean_over_all_ranks(
@@ -246,6 +248,19 @@ def test_all_classes_and_no_class(run: Path, tmp_path: Path) -> None:
         (["--guidance=treshold"], 1, "did you mean threshold?"),
         (["--guidance={name: threshold, quantil: 0.5}"], 1, "guidance.0.quantil: unknown key"),
         (["--guidance={name: cfg, scale: 2}"], 1, "guide twice"),
+        (
+            ["--guidance={name: autoguidance, checkpoint: ./nowhere}"],
+            1,
+            "scale: is required and was not given",
+        ),
+        (["--solver=ddpm", "--solver.variance=learned"], 1, "takes the learned variance of the network"),
+        (
+            ["--guidance={name: cfg, scale: 2, channels: 9}", "--cfg_scale=1"],
+            1,
+            "channels = 9, but there are 4",
+        ),
+        (["--classes=-1"], 1, "no effect on --classes=-1"),
+        (["--solver.eta=1", "--solver=heun"], 1, "solver.eta: unknown key; heun has no keys"),
         (["--guidance={name: cfg"], 1, "guidance: cannot be read from the command line"),
         (
             ["--guidance={name: autoguidance, scale: 2, checkpoint: ./nowhere}"],
