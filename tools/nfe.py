@@ -40,6 +40,7 @@ def main(
     num_samples: Annotated[int, "images for each figure"] = 500,
     cfg_scale: Annotated[float, "guidance; its second branch is not counted in the evaluations"] = 1.0,
     components: Annotated[int, "principal components of the reference's pixels that are compared"] = 32,
+    seed: Annotated[int, "of the noise; for a reflow another than its pairs were made with"] = 0,
     batch_size: Annotated[int, "images at a time"] = 100,
 ) -> None:
     """Draw images with every solver at every budget and write a table of Fréchet distances, with a plot.
@@ -48,31 +49,36 @@ def main(
     nothing but figures of the same protocol. A solver takes as many steps as the budget allows; a budget below
     its first step is left empty. All figures of a run share their noise. Start it again to go on where it was.
     """
-    if not all(word.isdecimal() and int(word) for word in nfe.split(",")):
-        raise ConfigError(f"nfe must be whole numbers above 0 like 2,4,8; got {nfe}")
     if num_samples <= components:
         raise ConfigError(f"num_samples {num_samples} must be more than the {components} components compared")
-    budgets = [int(word) for word in nfe.split(",")]
+    budgets = numbers(nfe)
     chosen = {name: SOLVERS[name]() for name in solvers.split(",")}
     protocol = {"reference": reference, "components": components, "num_samples": num_samples}
-    protocol |= {"cfg_scale": cfg_scale, "grid": grid, "seed": 0, "weights": "ema"}
+    protocol |= {"cfg_scale": cfg_scale, "grid": grid, "seed": seed, "weights": "ema"}
+    spec = from_dict(SamplerSpec, {"grid": grid, "seed": seed})
     with dist.session() as world:
         table = Table(Path(out), protocol)
         for name, path in named(runs).items():
             trained = Trained.load(path, "ema", world.device)
-            first = trained.sampler(from_dict(SamplerSpec, {"grid": grid}), {}, world.device, "fp32")
+            first = trained.sampler(spec, {}, world.device, "fp32")
             compare = Comparison(reference, components, trained.contract["image_size"])
             real = {"run": name, "solver": "real images"}
             if floor is not None and not table.has(real):
                 table.add({**real, "frechet": compare(compare.load(floor))})
-            classes = trained.classes("all")
-            labels = labels_for(torch.arange(num_samples), classes)
+            labels = labels_for(torch.arange(num_samples), trained.classes("all"))
             for cell, sampler in tqdm(list(cells(first, chosen, budgets, cfg_scale)), desc=name):
                 row = {"run": name, "checkpoint": str(trained.path), **cell}
                 if not table.has(row):
                     table.add({**row, "frechet": compare(draw(sampler, labels, batch_size))})
         table.write()
     print(f"{out}.md, {out}.png, {out}.json")
+
+
+def numbers(nfe: str) -> list[int]:
+    """The budgets in "2,4,8"; ConfigError for anything but whole numbers above 0."""
+    if not all(word.isdecimal() and int(word) for word in nfe.split(",")):
+        raise ConfigError(f"nfe must be whole numbers above 0 like 2,4,8; got {nfe}")
+    return [int(word) for word in nfe.split(",")]
 
 
 def named(runs: str) -> dict[str, str]:
