@@ -74,7 +74,7 @@ def main(
         check_effect(spec, chosen, trained, world)
         chosen_precision = trained.experiment.train.precision if precision == "run" else precision
         sampler = trained.sampler(spec, codec_keys if out else None, world.device, chosen_precision)
-        _ = sampler.times(), sampler.denoise  # what cannot be is refused before anything is drawn
+        _ = sampler.denoise  # opens what guidance names, before anything is drawn
         about = described(trained, sampler) | {"codec": codec_keys, "precision": chosen_precision}
         about |= {"classes": chosen, "batch_size": batch_size, "num_samples": num_samples}
         labels, origin = labels_for(torch.arange(num_samples), chosen), Origin.of(trained.contract, spec.seed)

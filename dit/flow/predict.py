@@ -193,7 +193,9 @@ def call_network(model: Model, path: Path, x: Tensor, t: Tensor, cond: Cond) -> 
 # --- where a prediction can be used ------------------------------------------------------------------------
 
 DELTA = 1e-3
-DELTA_STEPS = 1e-6  # on a discrete path, every step of which is trained at and sampled, as by its authors
+DELTA_STEPS = (
+    1e-6  # at the steps of a discrete path, all of which are trained at and sampled, as by its authors
+)
 
 
 @lru_cache(maxsize=1024)
@@ -201,8 +203,8 @@ def usable(path: Path, prediction: Prediction) -> tuple[float, float]:
     """The longest interval [t_lo, t_hi] of times at which the prediction determines data and eps.
 
     There the row (a, b) is finite, at most 1/δ times as long as (alpha, sigma), and the sine of the angle between
-    the two is at least δ: else the 2×2 solve magnifies the network's error over 1/δ times. δ is 1e-3; on a
-    discrete path 1e-6, where `iddpm` ends at alpha = 5e-5 and eps is its authors' choice all the same.
+    the two is at least δ: else the 2×2 solve magnifies the network's error over 1/δ times. δ is 1e-3; from
+    the first step of a discrete path on it is 1e-6: `iddpm` ends at alpha = 5e-5, and its authors predict eps.
     Computed in float64, to rounding, from the path and the row alone; kept. ConfigError when there is none.
 
     On a discrete path the interval ends at a step, so that clamping a time to it gives a step; below the first
@@ -211,10 +213,9 @@ def usable(path: Path, prediction: Prediction) -> tuple[float, float]:
     slope is infinite there; t = 1 for eps and score on `linear` and `cosine`. Nothing is cut off for v and edm on
     any path.
     """
-    delta = DELTA if path.num_steps is None else DELTA_STEPS
     ends = torch.logspace(-12, -2, 401, dtype=torch.float64)
     t = torch.cat([torch.linspace(0, 1, 2001, dtype=torch.float64), ends, 1 - ends]).unique()  # sorted
-    start, stop = _longest_run(_is_usable(path, prediction, t, delta).tolist())
+    start, stop = _longest_run(_is_usable(path, prediction, t).tolist())
     if stop - start < 2:
         raise ConfigError(
             f"prediction {prediction} is usable nowhere on path {path}: it never determines data and eps; "
@@ -222,9 +223,9 @@ def usable(path: Path, prediction: Prediction) -> tuple[float, float]:
         )
     lo, hi = float(t[start]), float(t[stop - 1])
     if start > 0:
-        lo = _bisect(path, prediction, delta, bad=float(t[start - 1]), good=lo)
+        lo = _bisect(path, prediction, bad=float(t[start - 1]), good=lo)
     if stop < len(t):
-        hi = _bisect(path, prediction, delta, bad=float(t[stop]), good=hi)
+        hi = _bisect(path, prediction, bad=float(t[stop]), good=hi)
     return (lo, hi) if path.num_steps is None else _to_steps(path.num_steps, lo, hi)
 
 
@@ -237,8 +238,10 @@ def _to_steps(num_steps: int, lo: float, hi: float) -> tuple[float, float]:
     return lo, hi
 
 
-def _is_usable(path: Path, prediction: Prediction, t: Tensor, delta: float) -> Tensor:
+def _is_usable(path: Path, prediction: Prediction, t: Tensor) -> Tensor:
     """(B,) bool."""
+    first_step = math.inf if path.num_steps is None else (1.0 - 1e-9) / path.num_steps
+    delta = torch.full_like(t, DELTA).masked_fill(t >= first_step, DELTA_STEPS)
     c = path.coeffs(t)
     a, b = prediction.row(c)
     row, size = torch.hypot(a, b), torch.hypot(c.alpha, c.sigma)
@@ -255,12 +258,12 @@ def _longest_run(flags: list[bool]) -> tuple[int, int]:
     return best
 
 
-def _bisect(path: Path, prediction: Prediction, delta: float, bad: float, good: float) -> float:
+def _bisect(path: Path, prediction: Prediction, bad: float, good: float) -> float:
     """The usable time nearest to `bad`, between the two, to a few parts in 1e15 of their distance."""
     for _ in range(10):
         t = bad + (good - bad) * torch.linspace(0, 1, 33, dtype=torch.float64)
         t[-1] = good
-        first = int(_is_usable(path, prediction, t, delta).int().argmax())
+        first = int(_is_usable(path, prediction, t).int().argmax())
         bad, good = float(t[first - 1]), float(t[first])
     return good
 

@@ -72,7 +72,8 @@ def holds(path: Path, prediction: Prediction, t: float) -> bool:
     if not (math.isfinite(a) and math.isfinite(b)):
         return False
     angle = math.atan2(b, a) - math.atan2(sigma, alpha)
-    delta = DELTA if path.num_steps is None else DELTA_STEPS
+    at_steps = path.num_steps is not None and t >= (1 - 1e-9) / path.num_steps
+    delta = DELTA_STEPS if at_steps else DELTA
     bounded = math.hypot(a, b) * delta <= math.hypot(alpha, sigma) * (1 + 1e-9)
     return bounded and abs(math.sin(angle)) >= delta * (1 - 1e-9)
 

@@ -69,7 +69,7 @@ def test_the_reference_posterior() -> None:
     variance = torch.where(k == 0, second.variance, step.variance)  # the reference's clipping
     log_variance = range_log_variance(ends.log_variance, variance.log(), step.step_variance.log())
     close = {"rtol": 1e-5, "atol": 1e-5}
-    torch.testing.assert_close(ends.data, ref["p/pred_xstart"], rtol=1e-5, atol=2e-5)  # 1/alpha is 160 at T
+    torch.testing.assert_close(ends.data, ref["p/pred_xstart"], **close)
     torch.testing.assert_close(step.mean(ref["x_t"], ends.data), ref["p/mean"], **close)
     torch.testing.assert_close(log_variance, ref["p/log_variance"], **close)
     torch.testing.assert_close(log_variance.exp(), ref["p/variance"], rtol=1e-5, atol=0)
