@@ -9,10 +9,9 @@ from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from dit.config import config, from_dict
-from dit.data.codec import LatentNorm, latent_norm
+from dit.data.codecs.norm import LatentNorm, latent_norm
 from dit.data.manifest import Manifest
 from dit.dist import World
 from dit.flow.objective import Loss
@@ -22,7 +21,7 @@ from dit.flow.spread import SPREADS, IndependentDraws, Spread
 from dit.flow.times import TIMES, Times, Uniform
 from dit.model.classifier import Classifier, ClassifierConfig
 from dit.model.cost import counted_training_flops
-from dit.rng import Draws, Purpose
+from dit.rng import Purpose
 from dit.sample.denoise import with_precision
 from dit.sample.guide import LogitsFn
 from dit.train import checkpoint
@@ -31,7 +30,7 @@ from dit.train.hooks import held_out_hook
 from dit.train.latents import LatentsConfig, latent_contract
 from dit.train.settings import RunConfig
 from dit.train.start import Parts
-from dit.train.task import Samples
+from dit.train.task import PlainTask, Samples
 
 
 @config
@@ -68,7 +67,7 @@ class ClassifierExperiment(RunConfig):
 
 
 @dataclass(frozen=True)
-class ClassifierTask:
+class ClassifierTask(PlainTask):
     """Cross-entropy of the label given noisy latents, in nats (arXiv 2105.05233, section 4).
 
     Samples without a label count with loss 0. `accuracy`: the share of samples whose label is the likeliest.
@@ -77,16 +76,6 @@ class ClassifierTask:
     noise: Noise
     norm: LatentNorm
     classes: int
-
-    @property
-    def group(self) -> int:
-        return 1
-
-    def uncoupled(self) -> ClassifierTask:
-        return self
-
-    def drops(self, draws: Draws) -> Tensor:
-        return torch.zeros(len(draws.slots), dtype=torch.bool)
 
     def loss(self, model: Any, samples: Samples) -> Loss:
         data = self.norm.draw(samples.moments, samples.draws)  # (B, C, H, W)

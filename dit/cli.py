@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import os
 import re
 import sys
 import typing
@@ -60,6 +61,9 @@ def run(
         fire.Fire(function, command=command, name=program, serialize=lambda _: None)
     except UsageError as error:
         _fail(f"{error}\nSee: {program} --help", 2)
+    except BrokenPipeError:  # what is printed is piped to a command that has read enough, such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
+        raise SystemExit(1) from None
     except (UserError, OSError) as error:
         _fail(str(error), 1)
     except KeyboardInterrupt:

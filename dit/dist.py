@@ -112,6 +112,21 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
+def cores() -> int:
+    """Cores for this rank: those it may run on, or its share of the machine's where ranks are not bound to theirs.
+
+    torchrun says how many ranks share this machine (LOCAL_WORLD_SIZE), and SLURM the most on one node of the step;
+    ranks that were started by hand are taken to be on one machine.
+    """
+    whole = os.cpu_count() or 1
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else whole
+    if "RANK" in os.environ:
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+        return max(1, here // ranks)
+    tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1")  # such as 2(x3),1
+    return max(1, min(here, whole // max(int(part.partition("(")[0]) for part in tasks.split(","))))
+
+
 def job_name() -> str:
     """SLURM's job id and restart count where there is a job, else the host's name: for logs."""
     job, restarts = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "0")

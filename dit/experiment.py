@@ -14,14 +14,9 @@ from torch import Tensor
 
 from dit.classify import TrainedClassifier
 from dit.config import ConfigError, config, from_dict, to_dict
-from dit.data.codec import (
-    CODECS,
-    Codec,
-    CodecConfig,
-    LatentNorm,
-    latent_norm,
-    parse_codec,
-)
+from dit.data.codecs.base import Codec, CodecConfig
+from dit.data.codecs.codec import CODECS, parse_codec
+from dit.data.codecs.norm import LatentNorm, latent_norm
 from dit.data.manifest import Manifest
 from dit.dist import World
 from dit.flow.objective import Objective
@@ -137,7 +132,7 @@ class Experiment(RunConfig):
     def _hooks(self, manifest: Manifest, norm: LatentNorm, task: LatentTask, world: World) -> list[Hook]:
         hooks = held_out_hook(self, manifest, task, world)
         if self.sample.every:
-            codec = open_codec(self.codec, manifest.codec, f"{self.data.path}/manifest.json", world.device)
+            codec = open_codec(self.codec, manifest.codec, f"{self.data.name}/manifest.json", world.device)
             agreed, device = latent_contract(manifest, norm), world.device
             opener = Checkpoints(
                 self.objective.path, agreed, self.run_dir, "ema", device, self.train.precision
@@ -239,7 +234,8 @@ class Trained:
         choice = self.experiment.codec
         if keys:
             base, name = to_dict(choice) or {}, self.contract["codec"]["name"]
-            choice = parse_codec(base if base.get("name") == name else {"name": name}, keys)
+            is_like_it = bool(base) and (base["name"] == "pixels") == (name == "pixels")
+            choice = parse_codec(base if is_like_it else {"name": name}, keys)
         return open_codec(choice, self.contract["codec"], str(self.path), device)
 
     def classes(self, text: str) -> list[int]:

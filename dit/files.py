@@ -6,9 +6,12 @@ import os
 from pathlib import Path
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all, even if the machine stops."""
-    beside = path.with_name(f".{path.name}.partial")
+def write_atomically(path: Path, data: bytes, tag: str = "") -> None:
+    """Write a file so that it is there whole or not at all, even if the machine stops.
+
+    tag: goes into the name it has while it is written; writers that may be at it at the same time need their own.
+    """
+    beside = path.with_name(f".{path.name}{tag}.partial")
     with beside.open("wb") as file:
         file.write(data)
         file.flush()

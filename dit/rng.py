@@ -43,6 +43,8 @@ class Purpose(IntEnum):
     KEY = 15  # the key of batch_hash
     INIT = 16  # model initialisation
     LIKELIHOOD = 17  # its probes and noisy latents
+    CROP = 18  # random crops of images that are encoded
+    ROTATION = 19  # at which row of a block an epoch begins
 
 
 def philox(

@@ -5,9 +5,10 @@ set -euo pipefail
 usage() {
     cat <<'USAGE'
 launch/local.sh CONFIG.yaml [--key.sub=value ...]
+launch/local.sh tools/encode.py IMAGES OUT [--flag=value ...]
 
-Starts tools/train.py with the given arguments under torchrun: one rank per GPU, one rank where there is none.
-The same command again resumes. Environment:
+Starts tools/train.py, or the program that comes first (*.py, from the checkout), with the given arguments under
+torchrun: one rank per GPU, one rank where there is none. The same command again resumes. Environment:
 
   NPROC=n                  ranks, at most one a GPU; CPU ranks on a machine with GPUs: CUDA_VISIBLE_DEVICES= NPROC=2
   PYTHON=path              the interpreter; default .venv/bin/python of this checkout, else python3
@@ -37,8 +38,12 @@ esac
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 entry=${DIT_ENTRY:-tools/train.py}
+if [[ -z ${DIT_ENTRY:-} && $1 == *.py ]]; then
+    entry=$1
+    shift
+fi
 [[ $entry == /* ]] || entry=$root/$entry
-[[ -f $entry ]] || die "there is no $entry; DIT_ENTRY names the program to start"
+[[ -f $entry ]] || die "there is no $entry; the first argument or DIT_ENTRY names the program to start"
 
 if [[ -z ${PYTHON:-} ]]; then
     PYTHON=$root/.venv/bin/python

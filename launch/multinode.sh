@@ -9,10 +9,11 @@ set -euo pipefail
 usage() {
     cat <<'USAGE'
 sbatch [SBATCH OPTIONS] launch/multinode.sh CONFIG.yaml [--key.sub=value ...]
+sbatch [SBATCH OPTIONS] launch/multinode.sh tools/encode.py IMAGES OUT [--flag=value ...]
 
-Starts tools/train.py with the given arguments, one SLURM task per rank (srun; no torchrun, no ssh). Submit it
-from the checkout; the checkout and the run directory must be on a file system that all nodes share. The same
-command again resumes. Examples:
+Starts tools/train.py, or the program that comes first (*.py, from the checkout), with the given arguments, one
+SLURM task per rank (srun; no torchrun, no ssh). Submit it from the checkout; the checkout and the run directory
+(or OUT) must be on a file system that all nodes share. The same command again resumes. Examples:
 
   sbatch --nodes=4 --gpus-per-node=8 --ntasks-per-node=8 --cpus-per-task=12 --time=24:00:00 \
       launch/multinode.sh configs/imagenet256/b2_rectified_flow.yaml --run_dir=/shared/runs/a
@@ -92,8 +93,12 @@ root=$(find_root)
     die "$root is not the checkout: submit from there, or set DIT_ROOT=/path/to/checkout"
 root=$(cd "$root" && pwd)
 entry=${DIT_ENTRY:-tools/train.py}
+if [[ -z ${DIT_ENTRY:-} && $1 == *.py ]]; then
+    entry=$1
+    shift
+fi
 [[ $entry == /* ]] || entry=$root/$entry
-[[ -f $entry ]] || die "there is no $entry; DIT_ENTRY names the program to start"
+[[ -f $entry ]] || die "there is no $entry; the first argument or DIT_ENTRY names the program to start"
 if [[ -z ${PYTHON:-} ]]; then
     PYTHON=$root/.venv/bin/python
     [[ -x $PYTHON ]] || PYTHON=python3

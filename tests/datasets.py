@@ -11,12 +11,13 @@ import numpy as np
 import torch
 
 from dit.data.blocks import BlockReader
-from dit.data.codec import Pixels, Vae
-from dit.data.encode import EncodeOptions, encode
-from dit.data.images import ImageSource, open_source
+from dit.data.codecs.autoencoders import Vae
+from dit.data.codecs.codec import Pixels
+from dit.data.encoding.encode import EncodeOptions, encode
 from dit.data.manifest import Manifest
+from dit.data.sources.images import ImageSource, open_source
 from dit.data.write import ShardWriter
-from dit.stage1.autoencoder import AutoencoderConfig
+from dit.stage1.autoencoder import Kl
 
 SAMPLES, HELD_OUT = 160, 48
 
@@ -42,7 +43,7 @@ def encode_digits(root: Path) -> Digits:
     made = Digits(*(root / name for name in ("pixels", "pixels_val", "moments", "moments_val", "vae")))
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        vae = AutoencoderConfig(widths=(8, 8), groups=4).build().vae
+        vae = Kl(widths=(8, 8), groups=4).build().vae
         vae.quant_conv.bias.data[4:] = -4.0  # posterior std e^-2: the latents are mostly picture, not noise
     vae.save_pretrained(made.vae, safe_serialization=True)
     codec = Vae(path=str(made.vae)).build()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dit.classify import ClassifierExperiment, ClassifierTask, Noise, TrainedClassifier
 from dit.config import ConfigError, from_dict, merge, to_dict
-from dit.data.codec import LatentNorm
+from dit.data.codecs.norm import LatentNorm
 from dit.data.manifest import Manifest
 from dit.dist import World
 from dit.flow.path import PATHS

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 NAMES = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT",
     "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_ID", "SLURM_JOB_ID", "SLURM_RESTART_COUNT",
+    "SLURM_STEP_TASKS_PER_NODE", "LOCAL_WORLD_SIZE",
 )  # fmt: skip
 
 
@@ -69,6 +70,21 @@ def test_half_a_launch_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(UserError, match="WORLD_SIZE, LOCAL_RANK not set beside RANK"):
         World.from_env()
+
+
+def test_cores_are_shared_by_the_ranks_of_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    here, whole = len(os.sched_getaffinity(0)), os.cpu_count() or 1
+    assert dist.cores() == here
+    for name, value in {"RANK": "0", "WORLD_SIZE": str(2 * here), "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert dist.cores() == max(1, here // 2)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")  # started by hand
+    assert dist.cores() == 1
+    monkeypatch.delenv("RANK")
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", f"1(x3),{whole}")
+    assert dist.cores() == 1
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "1(x4)")
+    assert dist.cores() == here
 
 
 def test_job_name(monkeypatch: pytest.MonkeyPatch) -> None:

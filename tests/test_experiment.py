@@ -12,7 +12,9 @@ from dit.classify import ClassifierExperiment
 from dit.config import ConfigError, from_dict, merge, to_dict
 from dit.configfile import load
 from dit.data import DataError
-from dit.data.codec import LatentNorm, Pixels, Vae, unknown_vae
+from dit.data.codecs.autoencoders import Vae, unknown_vae
+from dit.data.codecs.codec import Pixels
+from dit.data.codecs.norm import LatentNorm
 from dit.data.manifest import Manifest
 from dit.dist import World
 from dit.experiment import Checkpoints, Experiment, Trained, open_codec
@@ -25,7 +27,7 @@ from dit.model.dit import DiT
 from dit.sample.generate import SamplerSpec
 from dit.sample.grid import GRIDS
 from dit.sample.solve import SOLVERS
-from dit.stage1.autoencoder import AutoencoderConfig
+from dit.stage1.autoencoder import Kl
 from dit.stage1.experiment import AutoencoderExperiment
 from dit.train.checkpoint import CheckpointError
 from dit.train.optim import SCHEDULES
@@ -135,7 +137,7 @@ def test_every_config_loads_and_its_model_builds(path: Path) -> None:
             module = cfg.autoencoder.build()
             images = torch.zeros(2, 3, 32, 32)
             side = 32 // cfg.autoencoder.factor
-            output, mean, _ = module(images, torch.zeros(2, cfg.autoencoder.latent_channels, side, side))
+            output, mean, *_ = module(images, torch.zeros(2, cfg.autoencoder.latent_channels, side, side))
             assert output.shape == images.shape
             assert mean.shape[1] == cfg.autoencoder.latent_channels
         elif isinstance(cfg, ClassifierExperiment):
@@ -217,7 +219,7 @@ def test_the_codec_of_the_data_is_found_or_asked_for(digits: Digits, tmp_path: P
     with pytest.raises(ConfigError, match=r"codec is 'vae' and nothing says where it is: set codec"):
         open_codec(None, identity, "there", CPU)
     torch.manual_seed(1)
-    AutoencoderConfig(widths=(8, 8), groups=4).build().vae.save_pretrained(tmp_path / "other")
+    Kl(widths=(8, 8), groups=4).build().vae.save_pretrained(tmp_path / "other")
     with pytest.raises(DataError, match=r"there and the codec given come from different codecs \(sha256"):
         open_codec(Vae(path=str(tmp_path / "other")), identity, "there", CPU)
 

@@ -43,8 +43,9 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "experiment": TOP,
     "scaling": TOP | {"experiment"},
     "interop": TOP | {"experiment"},
+    "bench": TOP | {"experiment"},
     "cli": TOP | {"experiment", "scaling", "interop"},
-    "tools": TOP | {"experiment", "scaling", "interop", "cli"},
+    "tools": TOP | {"experiment", "scaling", "interop", "bench", "cli"},
 }
 # A third-party package -> the only modules that may name it.
 ONLY_IN = {"deepspeed": {"dit.train.engine"}}

@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dit.cli import run
 from dit.config import from_dict, to_dict
-from dit.data.codec import parse_codec
+from dit.data.codecs.codec import parse_codec
 from dit.interop.convert import Choices, Converted, from_run, to_run
 from dit.interop.facebook_dit import FacebookDiT
 from dit.interop.sit import PathName, PredictionName, SiT

@@ -23,7 +23,7 @@ from dit.config import ConfigError, Registry, config, from_dict, to_dict
 from dit.configfile import overridden
 from dit.data import DataError
 from dit.data.blocks import BlockReader
-from dit.data.codec import check_same_codec
+from dit.data.codecs.codec import check_same_codec
 from dit.data.manifest import Manifest
 from dit.evals.protocol import protocol_hash
 from dit.experiment import Trained

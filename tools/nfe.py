@@ -18,7 +18,7 @@ from tqdm import tqdm
 from dit import dist
 from dit.cli import run
 from dit.config import ConfigError, from_dict
-from dit.data.images import open_source
+from dit.data.sources.images import open_source
 from dit.evals.features import Pca
 from dit.evals.frechet import Gaussian, frechet_distance
 from dit.evals.protocol import protocol_hash

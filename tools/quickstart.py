@@ -18,8 +18,8 @@ from PIL import Image
 from torchmetrics import MeanSquaredError
 
 from dit.cli import run
-from dit.data.codec import Vae
-from dit.data.images import open_source
+from dit.data.codecs.autoencoders import Vae
+from dit.data.sources.images import open_source
 from dit.errors import UserError
 from dit.evals.digits import DigitsJudge, LabelledImages
 from dit.sample.generate import image_grid, to_uint8

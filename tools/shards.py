@@ -1,52 +1,119 @@
-"""Check and describe data sets of latents: `python tools/shards.py verify|info PATH`."""
+"""Check, describe and index data sets of latents: `python tools/shards.py verify|info|index PATH`."""
 
 from __future__ import annotations
 
 import json
 import sys
+from dataclasses import fields
 from pathlib import Path
+from typing import Annotated, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
 from dit.cli import run
+from dit.config import from_dict
+from dit.data.foreign.index import IndexOptions, codec_of
+from dit.data.foreign.index import index as write_index
+from dit.data.foreign.shard_list import find_shards, total_bytes
 from dit.data.manifest import Manifest
-from dit.data.verify import Fault
+from dit.data.quality import mixing
+from dit.data.sources.labels import read_classes
+from dit.data.stream import Stream
+from dit.data.verify import check_manifest
 from dit.data.verify import verify as find_faults
 
 CLASSES_SHOWN = 20
+BATCH = 256  # for which memory and mixing are stated
 
 
-def verify(path: str) -> None:
-    """Read a whole data set and print a table of what is broken; exit status 1 if anything is.
+def verify(
+    path: str,
+    *,
+    threads: Annotated[int, "shards at a time"] = 4,
+    json: Annotated[bool, "print JSON instead of a table"] = False,
+) -> None:
+    """Read a whole data set once and print a table of all that is broken; exit status 1 if anything is.
 
-    PATH: its folder. Checks each shard's size and sha256, each block's crc32, shapes and types, the names, that ids
-    occur once, and that class counts and latent statistics are those of the samples.
+    PATH: its folder or URL. Checks the manifest, the names, each shard's size and sha256, each block's hash, key, types
+    and shapes, that nothing lies between them, that values are finite, labels have a class and ids occur once, and
+    that counts and statistics are those of the samples.
     """
-    manifest = Manifest.load(path)
-    faults: list[Fault] = []
-    with tqdm(total=len(manifest.blocks), unit="block", desc="verify") as bar:
-        for fault in find_faults(manifest):
-            if fault is None:
-                bar.update()
-            else:
-                faults.append(fault)
-    if not faults:
+    manifest, faults = check_manifest(path)
+    if manifest is not None:
+        total = sum(s.bytes for s in manifest.shards)
+        with tqdm(total=total, unit="B", unit_scale=True, desc="verify") as bar:
+            faults += find_faults(manifest, bar.update, threads)
+    rows = [{"file": f.file, "where": f.part, "what": f.what} for f in faults]
+    if json:
+        _print_json({"path": path, "whole": not faults, "faults": rows})
+    elif faults:
+        _print_table(
+            [("file", "where", "what is wrong"), *((r["file"], r["where"] or "-", r["what"]) for r in rows)]
+        )
+        print(f"{path}: {len(faults)} fault(s); copy these files again or encode again")
+    elif manifest is not None:
         print(f"{path}: {manifest.samples} samples in {len(manifest.blocks)} blocks are whole")
-        return
-    rows = [("file", "where", "what is wrong"), *((f.file, f.part or "-", f.what) for f in faults)]
-    widths = [max(len(r[i]) for r in rows) for i in range(2)]
+    if faults:
+        raise SystemExit(1)
+
+
+def _print_json(values: dict[str, object]) -> None:
+    print(json.dumps(values, indent=1))
+
+
+def _print_table(rows: list[tuple[str, str, str]]) -> None:
+    widths = [max(len(row[i]) for row in rows) for i in range(2)]
     for file, where, what in rows:
         print(f"{file:{widths[0]}s}  {where:{widths[1]}s}  {what}")
-    print(f"{path}: {len(faults)} fault(s); copy these files again or encode again")
-    raise SystemExit(1)
+
+
+def index(
+    path: str,
+    out: str,
+    *,
+    codec: Annotated[str, "that made them: vae or ldm (with --codec.path), pixels, or unknown"],
+    array: Annotated[Literal["latents", "moments"], "(C, H, W), or (2C, H, W) and (2, C, H, W)"] = "latents",
+    spread: Annotated[Literal["std", "logvar"], "what the second half of moments is"] = "std",
+    scale: Annotated[float, "stored = latents of the codec * scale, such as 0.18215"] = 1.0,
+    extension: Annotated[str | None, "of the arrays: npy, pt, pth, or latent.npy; found by default"] = None,
+    flipped: Annotated[str | None, "extension of the flipped view beside them, such as flip.npy"] = None,
+    label: Annotated[Literal["auto", "cls", "json", "none"], "KEY.cls, KEY.json, or no labels"] = "auto",
+    classes: Annotated[str | None, "imagenet1k, or a file of names, one a line; numbers by default"] = None,
+    dtype: Annotated[Literal["float16", "float32"], "of the samples when they are read"] = "float16",
+    image_size: Annotated[int | None, "pixels a side; the latents' times the codec's factor"] = None,
+    block: Annotated[int, "samples a block at most"] = 256,
+    threads: Annotated[int, "shards at a time"] = 4,
+    **codec_keys: str,
+) -> None:
+    """Make a data set of latent shards from elsewhere: write manifest.json and names.txt in OUT, copy nothing.
+
+    PATH: tars of KEY.npy (or .pt, .pth) and KEY.cls (or KEY.json with "label"), one sample after the other: one tar, a
+    folder of them, a pattern ("shards/*.tar"), a range (shards/{000..099}.tar, also in URLs), or a text file with one
+    of these a line. OUT: a folder, that of the shards or another.
+
+    --codec.path=FOLDER --codec.subfolder=... configure the vae and ldm; --codec.channels=4 and, where known,
+    --codec.scaling_factor=0.18215 --codec.factor=8 an unknown one.
+    """
+    given = {**locals(), "classes": None if classes is None else read_classes(classes)}
+    options = from_dict(IndexOptions, {f.name: given[f.name] for f in fields(IndexOptions)})
+    made_by = codec_of(codec, codec_keys, scale)
+    shards = find_shards(path)
+    with tqdm(total=total_bytes(shards), unit="B", unit_scale=True, desc="index") as bar:
+        manifest = write_index(shards, out, made_by, options, bar.update)
+    print(
+        f"{out}: {manifest.samples} samples in {len(manifest.shards)} shard(s), {len(manifest.classes)} classes"
+    )
 
 
 def info(path: str) -> None:
-    """Print what a data set is: counts, classes, latents and their statistics, codec, files."""
+    """Print what a data set is: counts, classes, latents and their statistics, codec, files, memory of a stream."""
     m = Manifest.load(path)
     size = sum(s.bytes for s in m.shards)
+    batch = min(BATCH, m.samples)
+    in_order = f"at a global batch of {batch} on one rank, window 2"
+    stream = Stream(m, 0, batch)
     rows = {
         "samples": f"{m.samples} in {len(m.blocks)} block(s) of at most {m.block}, {len(m.shards)} shard(s)",
         "bytes": f"{size} ({size / m.samples:.0f} a sample)",
@@ -54,12 +121,16 @@ def info(path: str) -> None:
         "left out": f"{len(m.bad)} unreadable image(s) {' '.join(m.bad[:5])}".strip(),
         "array": f"{m.array} {m.dtype} {' x '.join(map(str, m.shape))}, posterior: {m.posterior}"
         + (", with the noise that they were generated from" if m.eps else ""),
+        **_foreign(m),
         "codec": json.dumps(m.codec),
         "latent mean": "  ".join(f"{v:+.5f}" for v in m.mean),
         "latent std": "  ".join(f"{v:.5f}" for v in m.std),
+        "memory": f"{stream.memory_bytes() / 2**20:.1f} MiB of batches to come, {in_order}",
+        "mixing": f"{mixing(stream.order)}; {in_order}",
         "digest": m.digest,
         "classes": f"{len(m.classes)}; {m.unlabelled} sample(s) without a label",
     }
+    stream.close()
     for name, text in rows.items():
         print(f"{name:12s} {text}")
     for name, count in list(zip(m.classes, m.class_counts, strict=True))[:CLASSES_SHOWN]:
@@ -69,5 +140,17 @@ def info(path: str) -> None:
         print(f"  and {len(rest)} more of {min(rest)} to {max(rest)} samples")
 
 
+def _foreign(m: Manifest) -> dict[str, str]:
+    """How an index's shards have their samples."""
+    f = m.foreign
+    if f is None:
+        return {}
+    stored = f"KEY.{f.array} {f.dtype} {' x '.join(map(str, f.shape))}, times {f.scale:g}"
+    members = [*([f"KEY.{f.flipped}"] if f.flipped else []), f"KEY.{f.label}" if f.label else "no labels"]
+    return {
+        "stored": f"one by one: {', '.join([stored, *members])}" + f"; {f.spread}" * (m.array == "moments")
+    }
+
+
 if __name__ == "__main__":
-    run({"verify": verify, "info": info})
+    run({"verify": verify, "info": info, "index": index})

@@ -1,4 +1,4 @@
-"""Stage 1: train a KL autoencoder on pixel shards, or go on with it: start the same command again to resume."""
+"""Stage 1: train a KL or VQ autoencoder on pixel shards, or go on with it: start the same command again to resume."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from dit.cli import run
 from dit.configfile import load
 from dit.dist import World
 from dit.stage1.experiment import AutoencoderExperiment, export
+from dit.stage1.figures import newest, told
 from dit.train.start import train
 
 
@@ -19,13 +20,17 @@ def main(config: Annotated[str, "a YAML file such as configs/digits_vae.yaml"], 
     """Train an autoencoder in run_dir, or resume what is there, and write it to RUN_DIR/vae.
 
     The data are pixel shards (tools/encode.py IMAGES OUT --codec=pixels). RUN_DIR/vae is a diffusers folder for
-    tools/encode.py --codec=vae --codec.path=RUN_DIR/vae.
+    tools/encode.py --codec=vae --codec.path=RUN_DIR/vae. With data.val and val.every it tells the PSNR and SSIM of
+    held-out images; discriminator.weight, perceptual.weights and the like turn on what is off by default.
     """
     cfg = load(AutoencoderExperiment, config, overrides)
     train(cfg, cfg.make_parts)
     if World.from_env().is_main:
         done = export(cfg.run_dir, Path(cfg.run_dir) / "vae")
         print(f"the autoencoder of step {done.step} is in {done.folder}")
+        figures = newest(Path(cfg.run_dir), done.step)
+        if figures is not None:
+            print(told(figures))
 
 
 if __name__ == "__main__":

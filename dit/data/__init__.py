@@ -1,8 +1,10 @@
 """Images to latent shards, and shards to batches whose order is a pure function of the step.
 
-images.py reads image sets, codec.py turns images into latents and back, write.py writes block shards and
-their manifest.json (manifest.py), blocks.py reads one block, order.py says which sample stands in which slot of
-which step, stream.py brings the last two together.
+sources/ reads image sets, codecs/ turns images into latents and back, encoding/ brings them together and writes shards
+(write.py, records.py) with their manifest.json (manifest.py); foreign/ takes shards made elsewhere.
+storage/ is where files lie, blocks.py reads one block of them, verify.py all. order.py says which sample stands in
+which slot of which step; fill.py and coming.py fill the batches, mix.py mixes data sets, quarantine.py does without
+broken blocks, stream.py is what training sees of all that.
 """
 
 from dit.errors import UserError

@@ -1,114 +1,31 @@
-"""Blocks: records of a WebDataset tar that hold up to a few hundred samples as arrays.
-
-A record is three tar members, KEY.moments.npy (or KEY.latents.npy) first, then KEY.label.npy and KEY.id.npy; where
-the manifest's `eps` is set, KEY.eps.npy stands between the first and the others.
-`tar tf` lists them and the webdataset library reads them as one sample of arrays. The big array starts at byte
-HEAD of its record, so a block is read with one system call straight to where its samples will be picked from.
-"""
+"""Reading blocks: records (records.py) of up to a few hundred samples, checked, from wherever the shards are."""
 
 from __future__ import annotations
 
-import functools
-import io
 import math
-import os
-import re
 import tarfile
 import threading
-import zlib
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
 
 from dit.data import DataError
 from dit.data.manifest import Manifest
-
-TAR_BLOCK = 512
-NPY_HEADER = 128  # numpy pads its headers to multiples of 64 bytes; arrays of six axes or fewer fit in 128
-HEAD = TAR_BLOCK + NPY_HEADER
-NPY_MAGIC = b"\x93NUMPY\x01\x00"
-NPY_FIELDS = re.compile(
-    rb"\{'descr': '([<>|=]?\w+)', 'fortran_order': (True|False), 'shape': \(([\d, ]*)\), ?\} *\n"
+from dit.data.records import (
+    HEAD,
+    NPY_HEADER,
+    TAR_BLOCK,
+    member_bytes,
+    parse_members,
+    parse_npy,
+    parse_npy_header,
+    xxh3_of,
 )
-END = bytes(2 * TAR_BLOCK)  # what ends a tar
-
-
-# --- the format --------------------------------------------------------------------------------------------
-
-
-def npy_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
-    """What stands before the data in an .npy file of this C-contiguous array: 128 bytes."""
-    buffer = io.BytesIO()
-    fields = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(buffer, fields)
-    header = buffer.getvalue()
-    if len(header) != NPY_HEADER:
-        raise DataError(
-            f"arrays of shape {shape} need an npy header of {len(header)} bytes, not {NPY_HEADER}"
-        )
-    return header
-
-
-def member_bytes(data: int) -> int:
-    """What an array of so many bytes takes in a tar, headers and padding included."""
-    return HEAD + data + -(NPY_HEADER + data) % TAR_BLOCK
-
-
-def parse_npy_header(data: bytes | memoryview) -> tuple[np.dtype, tuple[int, ...], int]:
-    """(dtype, shape, header's length) from the start of an .npy file. Raises ValueError.
-
-    Not by np.lib.format, which compiles the header with `ast`: before Python 3.13 two threads doing that may at times
-    get a SystemError (cpython issue 106905).
-    """
-    head = bytes(data[:NPY_HEADER])
-    if head[:8] != NPY_MAGIC:
-        raise ValueError(f"begins with {head[:8]!r}, which is not the magic of npy files of version 1.0")
-    length = len(NPY_MAGIC) + 2 + int.from_bytes(head[8:10], "little")
-    match = NPY_FIELDS.fullmatch(head[10:length])
-    if match is None:
-        raise ValueError(f"cannot use an npy header of {head[10:length]!r}; expected rows of plain numbers")
-    dtype = np.dtype(match[1].decode())
-    if match[2] == b"True" or dtype.hasobject:
-        raise ValueError(
-            f"an array of {dtype}, Fortran order {match[2].decode()}; expected rows of plain numbers"
-        )
-    return dtype, tuple(int(n) for n in match[3].split(b",") if n.strip()), length
-
-
-def pack(key: str, arrays: dict[str, np.ndarray]) -> list[bytes | memoryview]:
-    """A record as pieces to write one after the other: the same bytes for the same arrays, always."""
-    pieces: list[bytes | memoryview] = []
-    for name, values in arrays.items():
-        array = np.ascontiguousarray(values)
-        header, data = npy_header(array.shape, array.dtype), array.reshape(-1).view(np.uint8).data
-        info = tarfile.TarInfo(f"{key}.{name}.npy")  # time, owner and group stay 0: nothing of the machine
-        info.size = len(header) + len(data)
-        pieces += [info.tobuf(tarfile.USTAR_FORMAT), header, data, bytes(-info.size % TAR_BLOCK)]
-    return pieces
-
-
-def parse_npy(data: memoryview) -> np.ndarray:
-    """The array in the bytes of an .npy file, without a copy. Raises ValueError; never unpickles."""
-    dtype, shape, start = parse_npy_header(data)
-    if len(data) - start != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"shape {shape} of {dtype} does not fit {len(data) - start} bytes")
-    return np.frombuffer(data[start:], dtype).reshape(shape)
-
-
-def parse_members(data: memoryview) -> Iterator[tuple[str, memoryview]]:
-    """(name, contents) of the tar members in `data`. Raises ValueError or tarfile.TarError where they break off."""
-    position = 0
-    while position < len(data):
-        info = tarfile.TarInfo.frombuf(bytes(data[position : position + TAR_BLOCK]), "utf-8", "strict")
-        start = position + TAR_BLOCK
-        if start + info.size > len(data):
-            raise ValueError(f"'{info.name}' says it has {info.size} bytes but the record ends before")
-        yield info.name, data[start : start + info.size]
-        position = start + info.size + (-info.size % TAR_BLOCK)
-
-
-# --- reading -----------------------------------------------------------------------------------------------
+from dit.data.storage.cached import CachedStorage, with_cache
+from dit.data.storage.files import State, Storage, describe, open_storage
+from dit.data.storage.nodecache import CacheStats, NodeCacheConfig
+from dit.data.storage.remote import public
 
 
 class BlockError(DataError):
@@ -122,22 +39,38 @@ class BlockError(DataError):
 class BlockReader:
     """Reads single blocks of a data set, checking all that can be checked. Threads may share one.
 
-    verify: check a block's crc32, names, types and shapes "always", or "first": when this process reads it for the
-    first time, and again when the shard's size, time or inode has changed since (it costs more than the read).
+    verify: check a block's hash, names, types and shapes "always", or "first": when this process reads it for the
+    first time, and again when the shard's size, time or inode has changed since.
+    cache: a folder of this node that blocks are kept in (nodecache.py); `cache_stats` tells what it did.
     `reads` counts the blocks read.
     """
 
-    def __init__(self, manifest: Manifest, verify: Literal["first", "always"] = "first"):
+    def __init__(
+        self,
+        manifest: Manifest,
+        verify: Literal["first", "always"] = "first",
+        cache: NodeCacheConfig | None = None,
+    ):
         self.manifest = manifest
         self.verify = verify
         self.reads = 0
+        self.storage = with_cache(self.open_storage(manifest.root), cache, manifest, verify == "always")
         # what is read in place, in a record's order
         self.big: dict[str, np.dtype[Any]] = {manifest.array: np.dtype(manifest.dtype)}
         if manifest.eps:
             self.big["eps"] = np.dtype(np.float32)
         self._sample_bytes = [math.prod(manifest.shape) * dtype.itemsize for dtype in self.big.values()]
-        self._verified: dict[int, tuple[int, int, int]] = {}  # block -> state of its shard
+        self._verified: dict[int, State] = {}  # block -> state of its shard
         self._lock = threading.Lock()
+
+    def open_storage(self, root: str) -> Storage:
+        """Where the shards lie."""
+        return open_storage(root)
+
+    @property
+    def cache_stats(self) -> CacheStats | None:
+        """What this reader's cache did so far; None where it has none."""
+        return self.storage.cache.stats if isinstance(self.storage, CachedStorage) else None
 
     @property
     def block_bytes(self) -> int:
@@ -159,53 +92,60 @@ class BlockReader:
 
         Returns (label, id). Raises DataError with the shard, the record and the place in the file.
         """
+        return self.scatter(index, [[r.reshape(-1).view(np.uint8).data] for r in rows])
+
+    def scatter(self, index: int, bodies: list[list[memoryview]]) -> tuple[np.ndarray, np.ndarray]:
+        """Read block `index`; for each of `big`, its bytes go to the pieces of memory in `bodies`, one after another.
+
+        Returns (label, id). Raises DataError with the shard, the record and the place in the file.
+        """
         block, small = self.manifest.blocks[index], member_bytes(8 * self.manifest.blocks[index].samples)
-        bodies = [r.reshape(-1).view(np.uint8).data for r in rows]
         sizes = [block.samples * size for size in self._sample_bytes]
         whole = sum(member_bytes(size) for size in sizes) + 2 * small
-        if [len(b) for b in bodies] != sizes or block.bytes != whole:
+        if [sum(map(len, body)) for body in bodies] != sizes or block.bytes != whole:
             raise self.fault(
                 index, f"{block.samples} samples take {whole} bytes: the manifest contradicts itself"
             )
         padding = [member_bytes(size) - HEAD - size for size in sizes]
         heads = [bytearray(pad + HEAD) for pad in (0, *padding[:-1])]  # what stands before each body
         tail = bytearray(padding[-1] + 2 * small)
-        parts = [memoryview(p) for pair in zip(heads, bodies, strict=True) for p in pair] + [memoryview(tail)]
-        state = self._fill(index, list(parts))
-        with self._lock:
-            self.reads += 1
-            known = self.verify == "first" and self._verified.get(index) == state
-        if not known:
-            crc = functools.reduce(lambda crc, part: zlib.crc32(part, crc), parts, 0)
-            if crc != block.crc32:
-                raise self.fault(
-                    index, f"altered: its crc32 is {crc:08x}, the manifest has {block.crc32:08x}"
-                )
-            self._check(index, [h[-HEAD:] for h in heads], sizes, tail[padding[-1] :])
-            with self._lock:
-                self._verified[index] = state
+        parts = [p for head, body in zip(heads, bodies, strict=True) for p in (memoryview(head), *body)]
+        parts.append(memoryview(tail))
+        self.receive(
+            index, parts, lambda: self._check(index, [h[-HEAD:] for h in heads], sizes, tail[padding[-1] :])
+        )
         label = np.frombuffer(tail, np.int64, block.samples, padding[-1] + HEAD)
         identity = np.frombuffer(tail, np.uint64, block.samples, padding[-1] + small + HEAD)
         return label, identity
 
-    def _fill(self, index: int, buffers: list[memoryview]) -> tuple[int, int, int]:
-        """Read the record's bytes into the buffers; returns the file's (inode, size, time)."""
+    def receive(self, index: int, parts: list[memoryview], check: Callable[[], None] = lambda: None) -> None:
+        """Read the record's bytes into the parts. Bytes not known to be good are hashed, and `check` is called."""
+        state = self.fetch(index, parts)
+        with self._lock:
+            self.reads += 1
+            known = self.verify == "first" and self._verified.get(index) == state
+        if not known:
+            self.check_hash(index, parts)
+            check()
+            with self._lock:
+                self._verified[index] = state
+
+    def fetch(self, index: int, buffers: list[memoryview]) -> State:
+        """Read the record's bytes into the buffers; returns the file's state. Raises BlockError."""
         block = self.manifest.blocks[index]
-        path = self.manifest.path(block.shard)
+        name = self.manifest.shards[block.shard].name
         try:
-            descriptor = os.open(path, os.O_RDONLY)
+            return self.storage.read(name, block.offset, buffers)
+        except EOFError as error:
+            raise self.fault(index, str(error)) from None
         except OSError as error:
-            raise self.fault(index, f"cannot be opened: {error.strerror}") from None
-        try:
-            stat = os.fstat(descriptor)
-            if stat.st_size < block.offset + block.bytes:
-                raise self.fault(index, f"truncated: the file ends at byte {stat.st_size}")
-            read_exactly(descriptor, buffers, block.offset)
-        except OSError as error:
-            raise self.fault(index, f"cannot be read: {error.strerror}") from None
-        finally:
-            os.close(descriptor)
-        return stat.st_ino, stat.st_size, stat.st_mtime_ns
+            raise self.fault(index, f"cannot be read: {describe(error)}") from None
+
+    def check_hash(self, index: int, parts: list[memoryview]) -> None:
+        """BlockError unless the record's bytes, in these parts, have the manifest's hash."""
+        expected, found = self.manifest.blocks[index].xxh3, xxh3_of(parts)
+        if found != expected:
+            raise self.fault(index, f"altered: its xxh3 is {found}, the manifest has {expected}")
 
     def _check(self, index: int, heads: list[bytearray], sizes: list[int], tail: bytearray) -> None:
         """That a record is built as the manifest says. tail: the members after the big ones."""
@@ -230,31 +170,31 @@ class BlockReader:
                 raise self.fault(
                     index, f"a {array.dtype} array of shape {array.shape}, expected {expect} of ({n},)"
                 )
+        self.check_labels(index, arrays[f"{key}.label.npy"])
+
+    def check_labels(self, index: int, labels: np.ndarray) -> None:
+        """BlockError for labels (n,) that are neither -1 nor the index of a class."""
+        classes = len(self.manifest.classes)
+        outside = (labels < -1) | (labels >= classes)
+        if outside.any():
+            row = int(np.argmax(outside))
+            raise self.fault(index, f"sample {row} has the label {labels[row]}, of {classes} classes")
+
+    def keys(self, record: bytes) -> list[str]:
+        """What the records in a block's bytes are called."""
+        name = tarfile.TarInfo.frombuf(record[:TAR_BLOCK], "utf-8", "strict").name
+        return [name.partition(".")[0]]
+
+    def expected_keys(self, index: int, names: list[str]) -> list[str]:
+        """What they should be called; names: of the names file."""
+        return [self.manifest.record(index)]
 
     def fault(self, index: int, what: str) -> BlockError:
         """An error about block `index`: shard, record and offset, what is wrong and what to do."""
         block = self.manifest.blocks[index]
         return BlockError(
             what,
-            f"{self.manifest.path(block.shard)}: record {record_key(index)} (bytes {block.offset} to "
+            f"{public(self.manifest.path(block.shard))}: record {self.manifest.record(index)} (bytes {block.offset} to "
             f"{block.offset + block.bytes}): {what}. Copy the file again or encode again; "
-            f"`tools/shards.py verify {self.manifest.root}` lists all that is broken",
+            f"`tools/shards.py verify {public(self.manifest.root)}` lists all that is broken",
         )
-
-
-def record_key(index: int) -> str:
-    """The key of block `index` in its tar."""
-    return f"{index:08d}"
-
-
-def read_exactly(descriptor: int, buffers: list[memoryview], offset: int) -> None:
-    """Fill the buffers from a file's `offset` on (a system call may give less than it was asked for)."""
-    while buffers:
-        count = os.preadv(descriptor, buffers, offset)
-        if count == 0:
-            raise OSError(0, f"file ended at byte {offset} while it was read")
-        offset += count
-        while buffers and count >= len(buffers[0]):
-            count -= len(buffers.pop(0))
-        if count:
-            buffers = [buffers[0][count:], *buffers[1:]]

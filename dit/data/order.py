@@ -1,7 +1,8 @@
 """Which sample stands in which slot of which step: pure functions, no input or output.
 
-An epoch permutes the blocks; of their concatenation the first S * B samples are used (S = N // B steps of B
-slots) and cut into `lanes` equal stretches. Lane l fills slots [l * B/L, (l + 1) * B/L) of every step, in the
+An epoch permutes the blocks and rotates each (it begins at a random row, so that what is left out at the end is not
+the same every epoch even in one block); of their concatenation the first S * B samples are used (S = N // B steps of
+B slots) and cut into `lanes` equal stretches. Lane l fills slots [l * B/L, (l + 1) * B/L) of every step, in the
 order of its stretch with the samples of every `window` consecutive block pieces mixed. Ranks do not occur: a rank
 reads the lanes, or the part of one, that its slots belong to.
 """
@@ -75,7 +76,7 @@ class Order:
         self.per_lane = global_batch // self.lanes  # slots of a step that a lane fills
         self.steps_per_epoch = self.samples // global_batch
         self.lane_length = self.steps_per_epoch * self.per_lane  # samples of a lane in an epoch
-        self._epochs: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+        self._epochs: OrderedDict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = OrderedDict()
         self._keys: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
 
     def epoch(self, step: int) -> int:
@@ -103,7 +104,7 @@ class Order:
     def window_at(self, lane: int, position: int) -> Window:
         """The window that holds a lane's position; positions count on through the epochs."""
         epoch, inside = divmod(position, self.lane_length)
-        order, ends = self._blocks(epoch)
+        order, ends, shift = self._blocks(epoch)
         low, high = lane * self.lane_length, (lane + 1) * self.lane_length  # the lane's stretch
         first = _piece(ends, low)
         piece = first + (_piece(ends, low + inside) - first) // self.window * self.window
@@ -111,16 +112,21 @@ class Order:
         start, stop = max(low, int(ends[piece])), min(high, int(ends[last]))
         mixed = start + np.argsort(self._sort_keys(epoch, start, stop), kind="stable")  # (n,)
         which = np.searchsorted(ends, mixed, side="right") - 1  # (n,) place of the block in the epoch
-        shift = epoch * self.lane_length - low
+        moved = epoch * self.lane_length - low
         pieces = tuple(order[piece : _piece(ends, stop - 1) + 1].tolist())
-        return Window(start + shift, stop + shift, order[which], mixed - ends[which], pieces)
+        block = order[which]
+        row = (mixed - ends[which] + shift[block]) % self.sizes[block]
+        return Window(start + moved, stop + moved, block, row, pieces)
 
-    def _blocks(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(order of the blocks, (n,); where each begins in the concatenation and where the last ends, (n + 1,))."""
+    def _blocks(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Order of the blocks, (n,); where each begins in the concatenation and where the last ends, (n + 1,); the
+        row that each block, by its number, begins at, (n,)."""
 
-        def make() -> tuple[np.ndarray, np.ndarray]:
+        def make() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             order = permutation(self.seed, Purpose.BLOCKS, epoch, len(self.sizes))
-            return order, np.concatenate([[0], np.cumsum(self.sizes[order])])
+            bits = Draws(self.seed, epoch, torch.arange(len(order)), 1).bits(Purpose.ROTATION, 1)
+            shift = (bits[:, 0].numpy() * self.sizes) >> 32
+            return order, np.concatenate([[0], np.cumsum(self.sizes[order])]), shift
 
         return _remember(self._epochs, epoch, make, 4)
 

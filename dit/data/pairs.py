@@ -20,7 +20,7 @@ from torch import Tensor
 from dit import dist
 from dit.config import from_dict
 from dit.data import DataError
-from dit.data.codec import LatentNorm
+from dit.data.codecs.norm import LatentNorm
 from dit.data.manifest import Manifest
 from dit.data.write import BlockCutter, ShardWriter, folder_beside, write_names
 from dit.files import write_atomically

@@ -3,8 +3,8 @@
     stream = Stream(Manifest.load("data/latents"), seed=0, global_batch=256, rank=rank, size=size)
     for batch in stream.iterate(start_step): ...
 
-Memory: the lanes a rank holds x window x block bytes (64 lanes, window 2, blocks of 8 MiB: 1 GiB on one rank),
-for a moment up to twice that where all lanes pass into their next window in the same step.
+Memory: the batches that the open windows reach into (64 lanes, window 2, blocks of 256: the samples of 128 blocks on
+one rank, in one view each), and a block a reading thread.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import contextlib
 import itertools
 import queue
 import threading
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -23,10 +22,13 @@ import torch
 from torch import Tensor
 
 from dit.data.blocks import BlockReader
-from dit.data.cache import BlockCache
+from dit.data.fill import Filler, Source
 from dit.data.manifest import Manifest
-from dit.data.order import Order, Window, rank_slots
-from dit.rng import Draws, Purpose
+from dit.data.mix import Mixture
+from dit.data.order import Order, rank_slots
+from dit.data.quarantine import Quarantine
+from dit.data.readers import open_reader
+from dit.data.storage.nodecache import NodeCacheConfig
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ class Batch:
     are stored.
     label: (B,) int64, -1 = none. id: (B,) int64, line in the names file. view: (B,) int64, index into the
     manifest's views. slots: (B,) int64, positions in the global batch. eps: (B, C, H, W) float32, the noise that the
-    samples were generated from, where the data set stores it.
+    samples were generated from, where the data set stores it. valid: (B,) bool, False for a sample that could not be
+    read: its latents are 0, its label and id -1, and its loss is to count for nothing.
     """
 
     moments: Tensor
@@ -47,98 +50,37 @@ class Batch:
     slots: Tensor
     step: int
     eps: Tensor | None = None
+    valid: Tensor | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether no sample is missing. Of a batch on the CPU."""
+        return self.valid is None or bool(self.valid.all())
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on a device (not waiting for the copy where the memory is pinned)."""
         moved = {
             name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("moments", "label", "id", "view", "slots", "eps")
+            for name in ("moments", "label", "id", "view", "slots", "eps", "valid")
             if getattr(self, name) is not None
         }
         return replace(self, **moved)
 
 
-class _Lanes:
-    """The lanes that a rank's slots lie in, the windows of them that are open, and where their samples are.
-
-    A lane's samples from base[lane] on stand at the cache's rows `table[lane]`.
-    """
-
-    def __init__(self, order: Order, cache: BlockCache, first: int, last: int):
-        k = order.per_lane
-        self.order, self.cache = order, cache
-        self.indices = list(range(first // k, -(-last // k)))
-        self.low = np.array([max(first - i * k, 0) for i in self.indices])  # slots [low, high) of a lane's k
-        self.high = np.array([min(last - i * k, k) for i in self.indices])
-        slots = np.arange(first, last)
-        self._lane, self._offset = slots // k - self.indices[0], slots % k  # (B,)
-        self._opened: list[deque[Window]] = [deque() for _ in self.indices]
-        self._table = np.zeros((len(self.indices), 0), np.int64)
-        self.forget()
-
-    def forget(self) -> None:
-        """Close all windows. Their blocks stay in memory until the place is needed."""
-        for opened in self._opened:
-            self.cache.release(b for window in opened for b in window.pieces)
-            opened.clear()
-        self._position = 0
-        # positions of each lane: first of those it holds, end of its first window, of the last, of those read
-        self._base, self._leave, self._reach, self._ready = (np.full(len(self.indices), -1) for _ in range(4))
-
-    def cover(self, step: int, ahead: int) -> None:
-        """Open the windows of steps [step, step + ahead], close those before, and start reading what is new."""
-        position, last = step * self.order.per_lane, (step + ahead) * self.order.per_lane
-        if position < self._position:
-            self.forget()  # a jump back
-        self._position = position
-        moving = np.flatnonzero(
-            (self._leave <= position + self.low) | (self._reach < last + self.high)
-        ).tolist()
-        for i in moving:
-            opened = self._opened[i]
-            while opened and opened[0].stop <= position + self.low[i]:
-                self.cache.release(opened.popleft().pieces)
-        for i in moving:
-            opened = self._opened[i]
-            while not opened or opened[-1].stop < last + self.high[i]:
-                start = opened[-1].stop if opened else int(position + self.low[i])
-                opened.append(self.order.window_at(self.indices[i], start))
-                self.cache.acquire(opened[-1].pieces)
-            self._base[i], self._leave[i], self._reach[i] = opened[0].start, opened[0].stop, opened[-1].stop
-            self._tabulate(i)
-
-    def _tabulate(self, i: int) -> None:
-        width = self._reach[i] - self._base[i]
-        if width > self._table.shape[1]:
-            self._table = np.pad(self._table, ((0, 0), (0, width - self._table.shape[1])))
-        rows = [self.cache.rows(window.block, window.row) for window in self._opened[i]]
-        np.concatenate(rows, out=self._table[i, :width])
-
-    def rows(self, step: int) -> np.ndarray:
-        """Where in the cache the samples of the rank's slots are, (B,) int64, once they are there."""
-        position = step * self.order.per_lane
-        for i in np.flatnonzero(self._ready < position + self.high).tolist():
-            for window in self._opened[i]:
-                if window.start < position + self.high[i]:
-                    self.cache.wait(window.pieces)
-                    self._ready[i] = window.stop
-        rows: np.ndarray = self._table[self._lane, position + self._offset - self._base[self._lane]]
-        return rows
-
-
 class Stream:
-    """A rank's batches of a data set; a batch is a pure function of the step.
+    """A rank's batches of a data set, or of a mixture of them; a batch is a pure function of the step.
 
     Steps count on through the epochs. Every sample occurs at most once an epoch, and at most global_batch - 1 of
     them not at all, whatever the ranks. Nothing is shared between ranks: each reads the blocks of its own lanes.
 
-    readers: threads that read ahead. verify: see BlockReader. pin: batches in page-locked memory, for GPUs.
+    readers: threads that read ahead. verify, cache: see BlockReader. pin: batches in page-locked memory, for GPUs.
+    quarantine: takes in blocks that cannot be read; without one the first of them is an error.
     Raises ConfigError for sizes that do not fit and, when reading, DataError naming the place of the fault.
     """
 
     def __init__(
         self,
-        manifest: Manifest,
+        data: Manifest | Mixture,
         seed: int,
         global_batch: int,
         rank: int = 0,
@@ -148,38 +90,56 @@ class Stream:
         *,
         readers: int = 2,
         verify: Literal["first", "always"] = "first",
+        cache: NodeCacheConfig | None = None,
         pin: bool = False,
+        quarantine: Quarantine | None = None,
     ):
-        self.manifest, self.seed, self.global_batch, self.pin = manifest, seed, global_batch, pin
-        self.order = Order([b.samples for b in manifest.blocks], seed, global_batch, lanes, window)
+        self.seed, self.global_batch = seed, global_batch
         first, last = rank_slots(global_batch, rank, size)
-        self.reader = BlockReader(manifest, verify)
-        k = self.order.per_lane
-        self.lanes_held = -(-last // k) - first // k
-        self._cache = BlockCache(self.reader, self.lanes_held * window + 2, readers)
-        self._lanes = _Lanes(self.order, self._cache, first, last)
-        self.slots = torch.arange(first, last)
+        mixture = data if isinstance(data, Mixture) else Mixture.of(data)
+        self.sources = _sources(
+            mixture,
+            seed,
+            global_batch,
+            lanes,
+            window,
+            lambda manifest: open_reader(manifest, verify, cache),
+        )
+        self.quarantine = Quarantine() if quarantine is None else quarantine
+        self._filler = Filler(
+            self.sources,
+            seed,
+            (first, last),
+            global_batch,
+            threads=readers,
+            pin=pin,
+            quarantine=self.quarantine,
+        )
+        self.slots = self._filler.slots
         self._lock = threading.Lock()
 
     @property
+    def order(self) -> Order:
+        """The order of the only data set, or of the first one of a mixture."""
+        return self.sources[0].order
+
+    @property
     def steps_per_epoch(self) -> int:
-        """Steps in an epoch: samples // global batch, on every rank."""
-        return self.order.steps_per_epoch
+        """Steps until the data set that is used up last begins anew, on every rank (one: samples // global batch)."""
+        return max(source.order.steps_per_epoch for source in self.sources)
 
     @property
     def reads(self) -> int:
         """Blocks read so far."""
-        return self.reader.reads
+        return sum(source.reader.reads for source in self.sources)
 
-    @property
-    def memory_bytes(self) -> int:
-        """What the blocks of the current windows take at most: lanes held x window x block bytes."""
-        blocks = min(self.lanes_held * self.order.window, len(self.manifest.blocks))
-        return blocks * self.reader.block_bytes
+    def memory_bytes(self, ahead: int = 0) -> int:
+        """What the batches that are being filled take at most: steps a window reaches into x samples a step."""
+        return self._filler.depth(ahead) * len(self.slots) * self._filler.row_bytes
 
     def close(self) -> None:
         """End the reading threads; the stream is of no use afterwards."""
-        self._cache.close()
+        self._filler.close()
 
     # --- one batch -----------------------------------------------------------------------------------------
 
@@ -187,34 +147,15 @@ class Stream:
         """The batch of any step. ahead: steps after it whose blocks begin to be read meanwhile."""
         with self._lock:
             try:
-                self._lanes.cover(step, ahead)
-                return self._assemble(step, self._lanes.rows(step))
+                self._filler.cover(step, ahead)
+                big, small = self._filler.take(step)
             except BaseException:
-                self._lanes.forget()  # whatever was half done, the next call starts from nothing
-                self._cache.clear()
+                self._filler.forget()  # whatever was half done, the next call starts from nothing
                 raise
-
-    def _assemble(self, step: int, rows: np.ndarray) -> Batch:
-        cache, views = self._cache, len(self.manifest.views)
-        view = torch.zeros_like(self.slots)
-        if views > 1:
-            draws = Draws(self.seed, step, self.slots, self.global_batch)
-            view = draws.integers(Purpose.VIEW, views)
-        chosen = rows * views + view.numpy()
-        moments = self._take(cache.big[self.manifest.array].reshape(-1, *self.manifest.shape[1:]), chosen)
-        if self.manifest.array == "latents":
-            moments = moments[:, None]  # (B, 1, C, H, W)
-        eps = self._take(cache.big["eps"][:, 0], rows) if self.manifest.eps else None  # (B, C, H, W)
-        label, identity = torch.from_numpy(cache.label[rows]), torch.from_numpy(cache.id[rows])
-        return Batch(moments, label, identity, view, self.slots, step, eps)
-
-    def _take(self, array: np.ndarray, rows: np.ndarray) -> Tensor:
-        """array[rows]"""
-        dtype = torch.from_numpy(array[:0]).dtype
-        taken = torch.empty((len(rows), *array.shape[1:]), dtype=dtype, pin_memory=self.pin)
-        # "clip" lets numpy write straight into the tensor; the rows are in range by construction
-        np.take(array, rows, axis=0, out=taken.numpy(), mode="clip")
-        return taken
+        eps = big.pop("eps", None)
+        (moments,) = big.values()
+        label, identity, view, valid = (torch.from_numpy(small[n]) for n in ("label", "id", "view", "valid"))
+        return Batch(moments, label, identity, view, self.slots, step, eps, valid)
 
     # --- many batches --------------------------------------------------------------------------------------
 
@@ -251,3 +192,23 @@ class Stream:
                 with contextlib.suppress(queue.Empty):
                     made.get(timeout=0.01)
             thread.join()
+
+
+def _sources(
+    mixture: Mixture,
+    seed: int,
+    global_batch: int,
+    lanes: int,
+    window: int,
+    reader: Callable[[Manifest], BlockReader],
+) -> list[Source]:
+    """Each data set with the slots of the global batch that it fills."""
+    found, offset, first_id = [], 0, 0
+    for number, (manifest, share) in enumerate(mixture.shares(global_batch)):
+        sizes = [b.samples for b in manifest.blocks]
+        part_lanes = max(1, round(lanes * share / global_batch))
+        order = Order(sizes, seed + (number << 48), share, part_lanes, window)
+        label_of = np.append(mixture.label_of(manifest), -1)
+        found.append(Source(number, reader(manifest), order, offset, label_of, first_id))
+        offset, first_id = offset + share, first_id + manifest.names.count
+    return found

@@ -1,20 +1,31 @@
-"""Checking a data set on disk against its manifest."""
+"""Checking a data set against its manifest: everything in one read, and all that is wrong, not the first alone."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from dit.config import ConfigError, from_dict
 from dit.data import DataError
-from dit.data.blocks import BlockError, BlockReader, record_key
-from dit.data.manifest import Manifest
+from dit.data.blocks import BlockError, BlockReader
+from dit.data.manifest import CHECKSUM, FILE, Manifest, folder_of
+from dit.data.readers import open_reader
+from dit.data.storage.files import State, Storage, describe, open_storage
 from dit.data.write import ChannelStats
 
 STATISTICS_TOLERANCE = 1e-6  # relative to the std; they come from the same float16 values
 NOISE_TOLERANCE = 6.0  # standard errors of the mean and the std of standard normal numbers
+CHUNK = 4 << 20  # bytes read at a time where there is no block
+SHOWN = 20  # of many faults of one kind
+
+Progress = Callable[[int], object]  # called with the number of bytes read since the last call
 
 
 @dataclass(frozen=True)
@@ -26,67 +37,250 @@ class Fault:
     what: str
 
 
-def verify(manifest: Manifest) -> Iterator[Fault | None]:
-    """Read everything; yields a Fault for each thing that is broken, and None at each block (for progress)."""
-    for shard in range(len(manifest.shards)):
-        yield from _shard(manifest, shard)
-    names = 0
+def check_manifest(path: str | os.PathLike[str]) -> tuple[Manifest | None, list[Fault]]:
+    """A data set's manifest and what is wrong with the file itself; the manifest also where it was altered.
+
+    None where it cannot be understood. Raises DataError where there is no manifest at all.
+    """
     try:
-        names = len(manifest.read_names())
-        if names != manifest.names.count:
-            yield Fault(manifest.names.file, "", f"{names} names, the manifest says {manifest.names.count}")
+        manifest = Manifest.load(path)
     except DataError as error:
-        yield Fault(manifest.names.file, "", str(error))
-    yield from _blocks(manifest)
+        return _altered(os.fspath(path), error)
+    if open_storage(manifest.root).bytes(FILE) != manifest.text():
+        return manifest, [Fault(FILE, "", "altered: it says the same, but not byte for byte as written")]
+    return manifest, []
 
 
-def _shard(manifest: Manifest, number: int) -> Iterator[Fault]:
-    """The whole file: size and sha256 (which also covers what lies between and after the blocks)."""
-    shard, path = manifest.shards[number], manifest.path(number)
-    if not path.is_file():
-        yield Fault(shard.name, "", "missing")
-        return
-    size = path.stat().st_size
-    if size != shard.bytes:
-        yield Fault(shard.name, "", f"{size} bytes, the manifest says {shard.bytes}")
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != shard.sha256:
-        yield Fault(shard.name, "", f"sha256 {found[:16]}..., the manifest says {shard.sha256[:16]}...")
+def _altered(path: str, error: DataError) -> tuple[Manifest | None, list[Fault]]:
+    """What can be had of a manifest that does not load, and why it does not."""
+    root = folder_of(path)
+    try:
+        values = json.loads(open_storage(root).bytes(FILE))
+        values.pop(CHECKSUM, None)
+        manifest = from_dict(Manifest, {**values, "root": root})
+    except OSError:
+        raise error from None
+    except (ValueError, AttributeError, TypeError, RecursionError, ConfigError):
+        return None, [Fault(FILE, "", str(error))]
+    faults = [Fault(FILE, "", problem) for problem in manifest.problems()]
+    if not faults or "altered" in str(error):
+        faults.insert(0, Fault(FILE, "", str(error)))
+    return None if manifest.odd_names() else manifest, faults
 
 
-def _blocks(manifest: Manifest) -> Iterator[Fault | None]:
-    """Every block by its own checksum, then what only all of them together can show."""
-    reader, stats, noise = BlockReader(manifest, verify="always"), ChannelStats(), ChannelStats()
-    ids, labels = [], []
-    whole = True
-    for index, block in enumerate(manifest.blocks):
-        yield None
+def verify(manifest: Manifest, progress: Progress = lambda n: None, threads: int = 4) -> list[Fault]:
+    """Read every byte of a data set once, and say all that is not as its manifest has it.
+
+    Of a manifest that contradicts itself only the files as a whole are checked. threads: shards at a time.
+    """
+    (names, faults), reader = _names(manifest), open_reader(manifest, verify="always")
+    reading = reader.storage = _Reading(reader.storage, progress)
+    sound = not manifest.problems()
+    blocks: list[list[int]] = [[] for _ in manifest.shards]
+    for index, block in enumerate(manifest.blocks if sound else ()):
+        blocks[block.shard].append(index)
+
+    def check(number: int) -> _Shard:
+        shard = _Shard(manifest, number)
+        for index in blocks[number]:
+            shard.check_block(reader, reading, index, names)
+        shard.check_file(reading, sound)
+        return shard
+
+    with ThreadPoolExecutor(max(1, threads), thread_name_prefix="dit-verify") as pool:
+        shards = list(pool.map(check, range(len(manifest.shards))))
+    faults += [f for shard in shards for f in shard.faults] + [
+        f for shard in shards for f in shard.block_faults
+    ]
+    if sound:
+        faults += _ids(manifest, shards)
+        if not any(shard.unread for shard in shards):
+            faults += _together(manifest, shards)
+    return faults
+
+
+def _names(manifest: Manifest) -> tuple[list[str] | None, list[Fault]]:
+    file = manifest.names.file
+    try:
+        names = manifest.read_names()
+    except DataError as error:
+        return None, [Fault(file, "", str(error))]
+    found = []
+    if len(names) != manifest.names.count:
+        found.append(Fault(file, "", f"{len(names)} names, the manifest says {manifest.names.count}"))
+    if manifest.samples + len(manifest.bad) != manifest.names.count:
+        counts = (
+            f"{manifest.samples} samples and {len(manifest.bad)} bad images, but {manifest.names.count} names"
+        )
+        found.append(Fault(FILE, "names", counts))
+    return names, found
+
+
+# --- one shard ---------------------------------------------------------------------------------------------
+
+
+class _Reading:
+    """A storage whose files are read from front to end, each by one thread, and hashed as they come by."""
+
+    def __init__(self, storage: Storage, progress: Progress):
+        self.storage, self.progress = storage, progress
+        self.hashes: dict[str, hashlib._Hash] = {}
+        self.at: Counter[str] = Counter()
+        self.first: dict[str, memoryview] = {}  # of the buffers last filled
+
+    def read(self, name: str, offset: int, buffers: list[memoryview]) -> State:
+        state = self.storage.read(name, offset, buffers)
+        if offset == self.at[name]:
+            for buffer in buffers:
+                self._passed(name, buffer)
+        self.first[name] = buffers[0]
+        return state
+
+    def rest(self, name: str, size: int) -> Iterator[memoryview]:
+        """What comes after the last block, to the file's end."""
+        while (at := self.at[name]) < size:
+            chunk = memoryview(bytearray(min(CHUNK, size - at)))
+            self.storage.read(name, at, [chunk])
+            self._passed(name, chunk)
+            yield chunk
+
+    def _passed(self, name: str, data: memoryview) -> None:
+        self.hashes.setdefault(name, hashlib.sha256()).update(data)
+        self.at[name] += len(data)
+        self.progress(len(data))
+
+    def sha256(self, name: str) -> str:
+        return self.hashes.get(name, hashlib.sha256()).hexdigest()
+
+    def bytes(self, name: str) -> bytes:
+        return self.storage.bytes(name)
+
+    def size(self, name: str) -> int:
+        return self.storage.size(name)
+
+
+@dataclass
+class _Shard:
+    """What was found in one shard. stats: of the latents, noise: of the eps that they were generated from."""
+
+    manifest: Manifest
+    number: int
+    faults: list[Fault] = field(default_factory=list)
+    block_faults: list[Fault] = field(default_factory=list)
+    unread: int = 0  # blocks
+    stats: ChannelStats = field(default_factory=ChannelStats)
+    noise: ChannelStats = field(default_factory=ChannelStats)
+    records: list[int] = field(default_factory=list)  # blocks that could be read, with their
+    ids: list[np.ndarray] = field(default_factory=list)
+    labels: list[np.ndarray] = field(default_factory=list)
+
+    def check_file(self, reading: _Reading, sound: bool) -> None:
+        """What the blocks left unread, and the file as a whole. sound: whether the manifest says where blocks are."""
+        shard = self.manifest.shards[self.number]
+        end, left_over = reading.at[shard.name], False
+        try:
+            size = reading.size(shard.name)
+            if size != shard.bytes:
+                self._file(f"{size} bytes, the manifest says {shard.bytes}")
+            for chunk in reading.rest(shard.name, size):
+                left_over |= bool(bytes(chunk).strip(b"\0"))
+            if left_over and sound and not self.unread:
+                self._file("neither records nor zeros", f"bytes {end} to {size}")
+        except FileNotFoundError:
+            self._file("missing")
+        except (OSError, EOFError) as error:
+            self._file(f"cannot be read: {describe(error) if isinstance(error, OSError) else error}")
+        else:
+            if (found := reading.sha256(shard.name)) != shard.sha256:
+                self._file(f"sha256 {found[:16]}..., the manifest says {shard.sha256[:16]}...")
+
+    def _file(self, what: str, part: str = "") -> None:
+        self.faults.append(Fault(self.manifest.shards[self.number].name, part, what))
+
+    def check_block(
+        self, reader: BlockReader, reading: _Reading, index: int, names: list[str] | None
+    ) -> None:
+        """One block by its hash and its contents. names: the names file's, where it can be used."""
+        name = self.manifest.shards[self.number].name
         try:
             arrays = reader.read(index)
         except BlockError as error:
-            whole = False
-            where = f"record {record_key(index)}, bytes {block.offset} to {block.offset + block.bytes}"
-            yield Fault(manifest.shards[block.shard].name, where, error.what)
-            continue
-        big = arrays[manifest.array]
-        stats.add(big if manifest.array == "moments" else big[:, :, None])
-        if manifest.eps:
-            noise.add(arrays["eps"][:, :, None])
-        ids.append(arrays["id"])
-        labels.append(arrays["label"])
-    if whole:
-        yield from _together(manifest, np.concatenate(ids), np.concatenate(labels))
-        yield from _generated(stats, noise) if manifest.eps else _statistics(manifest, stats)
+            self.unread += 1
+            self._record(index, error.what)
+            return
+        if self.manifest.foreign is None or names is not None:
+            found = reader.keys(bytes(reading.first[name]))
+            for here, expected in zip(found, reader.expected_keys(index, names or []), strict=False):
+                if here != expected:
+                    self._record(index, f"is called {here!r}, expected {expected!r}")
+                    break
+        self._values(index, arrays)
+        self.records.append(index)
+        self.ids.append(arrays["id"])
+        self.labels.append(arrays["label"])
+
+    def _values(self, index: int, arrays: dict[str, np.ndarray]) -> None:
+        """That numbers are finite and standard deviations not negative; and their statistics."""
+        big = arrays[self.manifest.array]
+        kinds = {self.manifest.array: self.stats, **({"eps": self.noise} if self.manifest.eps else {})}
+        for name, total in kinds.items():
+            stats = ChannelStats()
+            with np.errstate(invalid="ignore", over="ignore"):
+                stats.add(arrays[name] if name == "moments" else arrays[name][:, :, None])
+                total.merge(stats)
+            if np.isfinite(stats.std).all():
+                continue  # which one number that is not would have prevented
+            odd = np.flatnonzero(~np.isfinite(arrays[name]).reshape(len(big), -1).all(1))
+            if len(odd):
+                self._record(
+                    index, f"{name} of {len(odd)} sample(s) are not finite, first of sample {odd[0]}"
+                )
+        if self.manifest.array == "moments" and (big[:, :, 1] < 0).any():
+            self._record(index, "a standard deviation below 0")
+
+    def _record(self, index: int, what: str) -> None:
+        block = self.manifest.blocks[index]
+        where = f"record {self.manifest.record(index)}, bytes {block.offset} to {block.offset + block.bytes}"
+        self.block_faults.append(Fault(self.manifest.shards[self.number].name, where, what))
 
 
-def _together(manifest: Manifest, ids: np.ndarray, labels: np.ndarray) -> Iterator[Fault]:
-    """Labels and ids over the data set."""
-    counts = np.bincount(labels[labels >= 0], minlength=len(manifest.classes))
-    if tuple(counts.tolist()) != manifest.class_counts:
-        yield Fault("manifest.json", "class_counts", f"labels count {counts.tolist()[:8]}...")
-    if len(np.unique(ids)) != len(ids) or int(ids.max()) >= manifest.names.count:
-        yield Fault("manifest.json", "ids", "an id occurs twice or has no name")
+# --- all of them -------------------------------------------------------------------------------------------
+
+
+def _ids(manifest: Manifest, shards: list[_Shard]) -> Iterator[Fault]:
+    """An id is a line of the names file, and stands for one sample."""
+    read = [(index, ids) for shard in shards for index, ids in zip(shard.records, shard.ids, strict=True)]
+    if not read:
+        return
+    ids = np.concatenate([i for _, i in read])
+    place = np.repeat([index for index, _ in read], [len(i) for _, i in read])
+    order = np.argsort(ids, kind="stable")
+    again = order[1:][ids[order][1:] == ids[order][:-1]]  # all but the first of each
+    for kind, odd in (("occurs before", again), ("has no name", np.flatnonzero(ids >= manifest.names.count))):
+        for i in odd[:SHOWN].tolist():
+            name = manifest.shards[manifest.blocks[place[i]].shard].name
+            yield Fault(name, f"record {manifest.record(int(place[i]))}", f"the id {ids[i]} {kind}")
+        if len(odd) > SHOWN:
+            yield Fault(FILE, "ids", f"and {len(odd) - SHOWN} more of which the id {kind}")
+
+
+def _together(manifest: Manifest, shards: list[_Shard]) -> Iterator[Fault]:
+    """Counts and statistics, which only all samples together can show."""
+    labels = np.concatenate([part for shard in shards for part in shard.labels])
+    counts = np.bincount(labels[labels >= 0], minlength=len(manifest.classes)).tolist()
+    for name, found, said in zip(manifest.classes, counts, manifest.class_counts, strict=True):
+        if found != said:
+            yield Fault(FILE, "class_counts", f"{found} samples of class {name!r}, it says {said}")
+    if (loose := int((labels < 0).sum())) != manifest.unlabelled:
+        yield Fault(FILE, "unlabelled", f"{loose} samples without a label, it says {manifest.unlabelled}")
+    stats, noise = ChannelStats(), ChannelStats()
+    for shard in shards:
+        stats.merge(shard.stats)
+        noise.merge(shard.noise)
+    if np.isfinite(
+        noise.std if manifest.eps else stats.std
+    ).all():  # else it has been said where they are not
+        yield from _generated(noise) if manifest.eps else _statistics(manifest, stats)
 
 
 def _statistics(manifest: Manifest, stats: ChannelStats) -> Iterator[Fault]:
@@ -94,19 +288,15 @@ def _statistics(manifest: Manifest, stats: ChannelStats) -> Iterator[Fault]:
     std = np.array(manifest.std)
     for what, ours, theirs in (("mean", stats.mean, manifest.mean), ("std", stats.std, manifest.std)):
         if not np.all(np.abs(np.asarray(ours) - np.array(theirs)) <= STATISTICS_TOLERANCE * std):
-            yield Fault(
-                "manifest.json", what, f"the latents have {np.asarray(ours).tolist()}, it says {list(theirs)}"
-            )
+            yield Fault(FILE, what, f"the latents have {np.asarray(ours).tolist()}, it says {list(theirs)}")
 
 
-def _generated(latents: ChannelStats, noise: ChannelStats) -> Iterator[Fault]:
-    """That generated latents are finite, and the noise they came from standard normal.
+def _generated(noise: ChannelStats) -> Iterator[Fault]:
+    """That the noise which latents were generated from is standard normal.
 
-    The manifest's mean and std are not theirs, but the normalisation of the model that made them.
+    The manifest's mean and std are not the latents', but the normalisation of the model that made them.
     """
-    if not np.isfinite(latents.std).all():
-        yield Fault("manifest.json", "latents", "some of them are not finite")
     mean, std, error = np.asarray(noise.mean), noise.std, NOISE_TOLERANCE / np.sqrt(noise.count)
     if not np.all(np.abs(mean) <= error) or not np.all(np.abs(std - 1) <= error / np.sqrt(2)):
         found = f"mean {mean.tolist()} and std {std.tolist()}"
-        yield Fault("manifest.json", "eps", f"stored noise of {found} is not standard normal")
+        yield Fault(FILE, "eps", f"stored noise of {found} is not standard normal")

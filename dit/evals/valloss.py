@@ -23,7 +23,7 @@ def sums_by_quarter(loss: Loss) -> Tensor:
     quarter = (t * QUARTERS).long().clamp(max=QUARTERS - 1)
     found = torch.zeros(2, QUARTERS, device=each.device)
     found[0].index_add_(0, quarter, each)
-    found[1].index_add_(0, quarter, torch.ones_like(each))
+    found[1].index_add_(0, quarter, torch.ones_like(each) if loss.valid is None else loss.valid.float())
     return found
 
 

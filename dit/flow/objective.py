@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
@@ -37,6 +37,7 @@ class Loss:
     mean: scalar to differentiate. per_sample: (B,), weighted; its mean, and the auxiliary term's, is `mean`.
     t: (B,), None for a loss without times (stage 1). metrics: scalars to log.
     auxiliary: (B,) the auxiliary term, or None; no part of per_sample, which the first loss predicts.
+    valid: (B,) bool, False for samples that are missing and whose loss is 0; None where none is.
     """
 
     mean: Tensor
@@ -44,6 +45,14 @@ class Loss:
     t: Tensor | None
     metrics: Metrics
     auxiliary: Tensor | None = None
+    valid: Tensor | None = None
+
+    def where(self, valid: Tensor) -> Loss:
+        """The same with the loss of some samples 0, in a mean over all: where (B,) bool `valid` is False."""
+        per_sample = torch.where(valid, self.per_sample, 0)
+        auxiliary = None if self.auxiliary is None else torch.where(valid, self.auxiliary, 0)
+        mean = (per_sample if auxiliary is None else per_sample + auxiliary).mean()
+        return replace(self, mean=mean, per_sample=per_sample, auxiliary=auxiliary, valid=valid)
 
 
 @dataclass(frozen=True)

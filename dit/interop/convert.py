@@ -19,7 +19,10 @@ from torch import Tensor
 from dit import dist
 from dit.config import ConfigError, config, from_dict, to_dict
 from dit.configfile import write_yaml
-from dit.data.codec import CODECS, CodecConfig, LatentNorm, codec_norm, unknown_vae
+from dit.data.codecs.autoencoders import unknown_vae
+from dit.data.codecs.base import CodecConfig
+from dit.data.codecs.codec import CODECS
+from dit.data.codecs.norm import LatentNorm, codec_norm
 from dit.experiment import Experiment, Trained
 from dit.files import sync
 from dit.flow.objective import Objective

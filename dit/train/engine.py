@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dit.dist import World
 from dit.train.fragments import ADAM_STATE, Fragment, ensure_adam_state, set_adam_step, whole_parameters
-from dit.train.optim import GuardedAdamW, OptimConfig, adamw_arguments, parameter_groups
+from dit.train.optim import GuardedAdamW, OptimConfig, adamw_arguments, parameter_groups, set_lr
 from dit.train.settings import ZeroConfig
 
 if not torch.cuda.is_available():
@@ -102,8 +102,7 @@ class DeepSpeedEngine:
             self._engine.step()  # counts the micro-batch; updates nothing
 
     def step(self, lr: float) -> bool:
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = lr
+        set_lr(self._engine.optimizer, lr)
         self._engine.step()
         applied = bool(self._engine.was_step_applied())
         self.updates += applied

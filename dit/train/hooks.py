@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,19 +13,18 @@ from PIL import Image
 
 from dit.config import ConfigError
 from dit.data import DataError
-from dit.data.codec import check_same_codec
+from dit.data.codecs.codec import check_same_codec
 from dit.data.manifest import Manifest
 from dit.data.stream import Stream
 from dit.dist import World
 from dit.evals.protocol import protocol_hash
 from dit.evals.valloss import held_out_loss
-from dit.flow.objective import Loss
 from dit.rng import Draws
 from dit.train.ema import Ema
 from dit.train.fragments import Engine
 from dit.train.meters import RunLog
 from dit.train.settings import RunConfig
-from dit.train.task import Task, batch_samples
+from dit.train.task import Samples, Task, batch_samples
 
 VAL_SEED = 2**31 - 1  # the same draws in every run
 
@@ -76,17 +75,29 @@ def _check_alike(manifest: Manifest, held_out: Manifest, cfg: RunConfig) -> None
         ours, theirs = getattr(manifest, name), getattr(held_out, name)
         if ours != theirs:
             raise DataError(
-                f"{cfg.data.val} (held out) and {cfg.data.path} differ in {name}: {theirs!r} against {ours!r}; "
+                f"{cfg.data.val} (held out) and {cfg.data.name} differ in {name}: {theirs!r} against {ours!r}; "
                 "encode both from folders with the same classes, at the same size"
             )
 
 
-def held_out_hook(cfg: RunConfig, manifest: Manifest, task: Task, world: World) -> list[Hook]:
-    """The held-out loss on data.val, if val.every asks for it. DataError where its codec is another one."""
+@dataclass(frozen=True)
+class HeldOut:
+    """The held-out data of a run, a rank's share of them, the same on any number of ranks.
+
+    batches: gives each micro-batch, drawn for the device. protocol: what decides which samples and draws these are.
+    """
+
+    manifest: Manifest
+    batches: Callable[[Task, torch.device], Iterator[Samples]]
+    protocol: dict[str, Any]
+
+
+def open_held_out(cfg: RunConfig, manifest: Manifest, task: Task, world: World) -> HeldOut | None:
+    """data.val, if val.every asks for it. DataError where its codec is another one."""
     if not cfg.val.every or cfg.data.val is None:
-        return []
+        return None
     held_out = Manifest.load(cfg.data.val)
-    check_same_codec(manifest.codec, held_out.codec, cfg.data.path, cfg.data.val)
+    check_same_codec(manifest.codec, held_out.codec, cfg.data.name, cfg.data.val)
     _check_alike(manifest, held_out, cfg)
     # of the global batch and the data alone, so that the figure is the same on any number of ranks
     fitting = [d for d in range(1, cfg.train.global_batch + 1) if cfg.train.global_batch % d == 0]
@@ -99,18 +110,23 @@ def held_out_hook(cfg: RunConfig, manifest: Manifest, task: Task, world: World) 
     stream = Stream(held_out, VAL_SEED, batch, world.rank, world.size)
     steps, micro = min(cfg.val.batches, stream.steps_per_epoch), cfg.train.micro(world)
 
-    def losses(engine: Engine) -> Iterator[Loss]:
+    def batches(task: Task, device: torch.device) -> Iterator[Samples]:
         for stored in stream.iterate(0, steps):
             draws = Draws(VAL_SEED, stored.step, stored.slots, batch)
-            samples, _ = batch_samples(stored, task, draws, engine.device)
-            for part in samples.micro_batches(micro):
-                yield task.loss(engine, part)
+            samples, _ = batch_samples(stored, task, draws, device)
+            yield from samples.micro_batches(micro)
 
-    protocol = {
-        "data": held_out.digest,
-        "batch": batch,
-        "batches": steps,
-        "seed": VAL_SEED,
-        "task": repr(task),
-    }
-    return [HeldOutLoss(cfg.val.every, lambda engine: held_out_loss(losses(engine)), protocol_hash(protocol))]
+    protocol = {"data": held_out.digest, "batch": batch, "batches": steps, "seed": VAL_SEED}
+    return HeldOut(held_out, batches, protocol)
+
+
+def held_out_hook(cfg: RunConfig, manifest: Manifest, task: Task, world: World) -> list[Hook]:
+    """The held-out loss on data.val, if val.every asks for it. DataError where its codec is another one."""
+    held_out = open_held_out(cfg, manifest, task, world)
+    if held_out is None:
+        return []
+
+    def evaluate(engine: Engine) -> dict[str, float]:
+        return held_out_loss(task.loss(engine, part) for part in held_out.batches(task, engine.device))
+
+    return [HeldOutLoss(cfg.val.every, evaluate, protocol_hash({**held_out.protocol, "task": repr(task)}))]

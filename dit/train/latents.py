@@ -9,8 +9,11 @@ import torch
 
 from dit.config import ConfigError, config, to_dict
 from dit.data import DataError
-from dit.data.codec import Codec, CodecConfig, LatentNorm, Pixels, check_same_codec
+from dit.data.codecs.base import Codec, CodecConfig
+from dit.data.codecs.codec import Pixels, check_same_codec
+from dit.data.codecs.norm import LatentNorm
 from dit.data.manifest import Manifest
+from dit.data.storage.remote import public
 from dit.dist import World
 from dit.flow.couple import COUPLINGS, Coupling
 from dit.flow.path import Path
@@ -67,7 +70,7 @@ def check_noise(coupling: Coupling, manifest: Manifest, held_out: str | None) ->
         if not stored.eps:
             raise ConfigError(
                 f"objective.coupling {COUPLINGS.name_of(coupling)} takes the noise that is stored with each sample, "
-                f"and {stored.root} stores none; make pairs with tools/sample.py RUN --save_pairs=DIR and set "
+                f"and {public(stored.root)} stores none; make pairs with tools/sample.py RUN --save_pairs=DIR and set "
                 f"{key}=DIR{' (or null)' if key == 'data.val' else ''}"
             )
 

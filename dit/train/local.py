@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dit.config import ConfigError
 from dit.dist import World
 from dit.train.fragments import Fragment, set_adam_step, whole_parameters
-from dit.train.optim import GuardedAdamW, OptimConfig, adamw_arguments, parameter_groups
+from dit.train.optim import GuardedAdamW, OptimConfig, adamw_arguments, parameter_groups, set_lr
 
 
 class LocalEngine:
@@ -43,8 +43,7 @@ class LocalEngine:
         (loss / self.accumulation).backward()
 
     def step(self, lr: float) -> bool:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_lr(self.optimizer, lr)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         applied = not self.optimizer.overflow

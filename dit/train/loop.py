@@ -27,7 +27,7 @@ from dit.train.hooks import Hook
 from dit.train.meters import Meters, RunLog
 from dit.train.optim import OptimConfig
 from dit.train.settings import CheckpointConfig, TrainConfig
-from dit.train.task import Samples, Task, batch_samples
+from dit.train.task import Samples, Task, batch_samples, loss_of
 
 PROBE_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}  # relative
 
@@ -68,6 +68,7 @@ class Loop:
         self.world = self.engine.world
         self.step = 0  # steps done
         self.skipped_in_a_row = 0
+        self.reported: set[tuple[int, int]] = set()  # blocks in quarantine that were spoken of
         self.meters = Meters(self.engine.device)
         self.micro = self.train.micro(self.world)
 
@@ -82,6 +83,7 @@ class Loop:
         meta = found.meta
         self.check_config(meta["config"], str(found.path))
         self._check_data(found)
+        self.stream.quarantine.load(tuple(block) for block in meta.get("quarantine", ()))
         dist.together(
             lambda: checkpoint.load_into(found, self.engine.fragments(), self.ema.pieces, self.engine.module)
         )
@@ -105,10 +107,27 @@ class Loop:
             "meters": self.meters.state(),
             "probe": {"precision": self.train.precision, **self._probe_losses()},
             "world_size": self.world.size,
+            "quarantine": self._quarantined(),
         }
         folder = self.run_dir / "checkpoints"
         checkpoint.save(folder, self.step, self.engine.fragments(), self.ema.pieces, self.engine.module, meta)
         dist.on_main(lambda: checkpoint.prune(folder, self.saving.keep, self.step))
+
+    def _quarantined(self) -> list[tuple[int, int]]:
+        """Blocks that any rank could not read, as (data set, block); TrainingError beyond the budget. Collective."""
+        quarantine = self.stream.quarantine
+        known: dict[tuple[int, int], str] = {}
+        for reasons in dist.gather_objects(quarantine.reasons):
+            known |= reasons
+        for block in known.keys() - self.reported:
+            self.say(f"quarantined, its samples are left out: {known[block]}")
+        self.reported |= known.keys()
+        if len(known) > quarantine.budget:
+            raise TrainingError(
+                f"{len(known)} blocks cannot be read, data.max_quarantined = {quarantine.budget}:\n  "
+                + "\n  ".join(list(known.values())[:10])
+            )
+        return sorted(known)
 
     @torch.no_grad()
     def _probe_losses(self) -> dict[str, float]:
@@ -128,8 +147,8 @@ class Loop:
         ]
         if rows:
             raise CheckpointError(
-                f"{found.path} was trained on other data than data.path holds:\n" + "\n".join(rows) + "\n"
-                "Set data.path to the data of this run, or another run_dir to start a new one."
+                f"{found.path} was trained on other data than the ones given:\n" + "\n".join(rows) + "\n"
+                "Set data.path (or data.mix) to the data of this run, or another run_dir to start a new one."
             )
 
     def _check_probe(self, found: checkpoint.Checkpoint) -> None:
@@ -201,20 +220,20 @@ class Loop:
         self.meters.add_hash(fingerprints)
         losses = []
         for micro in samples.micro_batches(self.micro):
-            loss = self.task.loss(self.engine, micro)
+            loss = loss_of(self.task, self.engine, micro)
             self.engine.backward(loss.mean)
             self.meters.add(loss)
             losses.append(loss)
         if self.step == 0 and self.from_scratch:
-            self._check_first_loss(losses, samples.moments[0, 0].numel())
+            self._check_first_loss(losses, samples.moments[0, 0].numel(), batch.whole)
         applied = self.engine.step(self.optim.lr_at(self.engine.updates, self.train.steps))
         if applied:
             self.ema.update()
         self.step += 1
         self._watch(applied, batch, losses)
 
-    def _check_first_loss(self, losses: list[Any], numel: int) -> None:
-        complaint = self.task.check_first_loss(losses, numel)
+    def _check_first_loss(self, losses: list[Any], numel: int, is_whole: bool) -> None:
+        complaint = self.task.check_first_loss(losses, numel) if is_whole else None
 
         def refuse() -> None:
             if complaint is not None:
@@ -266,6 +285,7 @@ class Loop:
                 "mfu": mfu,
                 "updates": self.engine.updates,
                 "skipped": self.engine.skipped,
+                **({"quarantined": len(self._quarantined())} if self.stream.quarantine.budget else {}),
             },
         )
         return float(row["loss"] or 0.0)

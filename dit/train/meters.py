@@ -49,10 +49,8 @@ class Meters:
     def add(self, loss: Loss) -> None:
         """Add one micro-batch, by its samples: how the batch was cut does not show."""
         count = len(loss.per_sample)
-        terms = {
-            "loss": count * loss.mean.detach().float(),
-            "count": loss.mean.new_full((), float(count)).float(),
-        }
+        present = loss.mean.new_full((), float(count)) if loss.valid is None else loss.valid.sum()
+        terms = {"loss": count * loss.mean.detach().float(), "count": present.float()}
         if loss.t is not None:
             terms["quarters"] = sums_by_quarter(loss)
         terms |= {f"metric/{name}": count * value.detach().float() for name, value in loss.metrics.items()}
@@ -101,7 +99,7 @@ class Meters:
         """
         sums, batch_hash = self._reduced(), self._reduced_hash()
         elapsed = max(1e-9, time.perf_counter() - self._since - self._paused)
-        count = float(sums["count"])
+        count = max(1.0, float(sums["count"]))  # none where every sample was missing
         row: dict[str, float | int | None] = {"loss": float(sums["loss"]) / count}
         for i, (total, n) in enumerate(sums["quarters"].T.tolist() if "quarters" in sums else ()):
             row[f"loss_q{i + 1}"] = total / n if n else None

@@ -71,18 +71,30 @@ class OptimConfig:
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Decayed matrices and undecayed vectors. Shapes are the whole parameters' also where ZeRO-3 holds pieces."""
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+    """Decayed matrices and undecayed vectors. Shapes are the whole parameters' also where ZeRO-3 holds pieces.
+
+    Parameters that have an attribute lr_factor are in groups of their own, which train at that times the rate.
+    """
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for p in module.parameters():
         if p.requires_grad:
-            shape = getattr(p, "ds_shape", p.shape)
-            (decayed if weight_decay and len(shape) > 1 else plain).append(p)
-    groups = [
-        {"params": decayed, "weight_decay": weight_decay, "name": "decayed"},
-        {"params": plain, "weight_decay": 0.0, "name": "plain"},
+            plain = not weight_decay or len(getattr(p, "ds_shape", p.shape)) <= 1
+            groups.setdefault((plain, getattr(p, "lr_factor", 1.0)), []).append(p)
+    return [
+        {
+            "params": groups[plain, factor],
+            "weight_decay": 0.0 if plain else weight_decay,
+            "name": "plain" if plain else "decayed",
+            "lr_factor": factor,
+        }
+        for plain, factor in sorted(groups)
     ]
-    return [g for g in groups if g["params"]]
+
+
+def set_lr(optimizer: Any, lr: float) -> None:
+    """The learning rate of every group: `lr` times the group's own factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_factor"]
 
 
 def adamw_arguments(cfg: OptimConfig, device: torch.device) -> dict[str, Any]:

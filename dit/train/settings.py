@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Literal
 
 from dit.config import ConfigError, config
+from dit.data.mix import Mixture, PartConfig
+from dit.data.storage.nodecache import NodeCacheConfig
 from dit.dist import World
 from dit.train.ema import EmaConfig
 from dit.train.optim import OptimConfig
@@ -83,16 +85,37 @@ class ZeroConfig:
 class DataConfig:
     """Where the shards lie and in what order they are read. The order depends on seed, lanes and window alone."""
 
-    path: str  # folder with a manifest.json, written by tools/encode.py
+    path: str | None = None  # folder or URL with a manifest.json, written by tools/encode.py
+    mix: tuple[
+        PartConfig, ...
+    ] = ()  # or several: [{path: A, weight: 3}, {path: B, weight: 1}]; or with repeat
     val: str | None = None  # held-out shards of the same codec, for the held-out loss
     lanes: int = 64  # data sequences; the largest divisor of the global batch up to this is used
     window: int = 2  # blocks a lane shuffles over
     prefetch: int = 4  # batches made ahead
+    readers: int = 2  # threads a rank that read blocks
+    max_quarantined: int = (
+        0  # blocks that may be unreadable; their samples keep their slots and count for nothing
+    )
+    cache: NodeCacheConfig = NodeCacheConfig()
 
     def __post_init__(self) -> None:
-        for name in ("lanes", "window", "prefetch"):
+        for name in ("lanes", "window", "prefetch", "readers"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"data.{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_quarantined < 0:
+            raise ConfigError(f"data.max_quarantined must be at least 0, got {self.max_quarantined}")
+        if bool(self.path) == bool(self.mix):
+            raise ConfigError("data needs a path, or a mix of several data sets, and not both")
+
+    @property
+    def name(self) -> str:
+        """What to call the data in messages."""
+        return self.path or " + ".join(part.path for part in self.mix)
+
+    def open(self) -> Mixture:
+        """The data set, or the mixture. Raises DataError."""
+        return Mixture.load(self.mix or (PartConfig(path=str(self.path)),))
 
 
 @config
@@ -129,10 +152,11 @@ class RunConfig:
 
 
 # A change of these is taken and recorded; a change of any other key would make it another run and is refused.
-# data.path and codec are here because the identity of the data and of their codec is in the manifest, which
-# checkpoints hold.
+# data.path, data.mix and codec are here because the identity of the data and of their codec is in the manifests,
+# whose digest checkpoints hold, as they hold the sha256 of perceptual.weights.
 OPERATIONAL = (
-    "run_dir", "engine", "zero", "checkpoint", "sample", "val", "codec", "data.path", "data.val", "data.prefetch",
+    "run_dir", "engine", "zero", "checkpoint", "sample", "val", "codec", "data.path",
+    "data.mix", "data.val", "data.prefetch", "data.readers", "data.max_quarantined", "data.cache",
     "train.steps", "train.micro_batch", "train.log_every", "train.max_skipped", "train.compile", "train.threads",
-    "model.checkpoint_blocks", "classifier.checkpoint_blocks",
+    "model.checkpoint_blocks", "classifier.checkpoint_blocks", "perceptual.weights",
 )  # fmt: skip

@@ -14,6 +14,8 @@ from torch import nn
 from dit import dist
 from dit.config import to_dict
 from dit.data.manifest import Manifest
+from dit.data.mix import Mixture
+from dit.data.quarantine import Quarantine
 from dit.data.stream import Stream
 from dit.dist import World
 from dit.model.cost import peak_flops
@@ -61,12 +63,13 @@ def train(cfg: RunConfig, make_parts: Callable[[Manifest, World], Parts]) -> Non
 def build(cfg: RunConfig, make_parts: Callable[[Manifest, World], Parts], world: World) -> Loop:
     """Every part of the run, checked, and the run directory claimed. Collective."""
     micro = cfg.train.micro(world)
-    manifest = dist.together(lambda: Manifest.load(cfg.data.path))
+    mixture = dist.together(cfg.data.open)
+    manifest = mixture.manifest
     dist.on_main(lambda: run_dir.compare(Path(cfg.run_dir) / run_dir.CONFIG, cfg))
     torch.manual_seed(cfg.seed)
     parts = dist.together(lambda: make_parts(manifest, world))
     dist.together(lambda: _initialise(parts.module, cfg))
-    stream = dist.together(lambda: _stream(cfg, manifest, world))
+    stream = dist.together(lambda: _stream(cfg, mixture, world))
     folder = run_dir.claim(cfg, world)
     engine = _engine(cfg, parts, world, cfg.train.local_batch(world) // micro)
     identity = {
@@ -103,15 +106,18 @@ def stored_shape(manifest: Manifest) -> tuple[int, ...]:
     return one if manifest.array == "moments" else (1, *one)
 
 
-def _stream(cfg: RunConfig, manifest: Manifest, world: World) -> Stream:
+def _stream(cfg: RunConfig, mixture: Mixture, world: World) -> Stream:
     return Stream(
-        manifest,
+        mixture,
         cfg.seed,
         cfg.train.global_batch,
         world.rank,
         world.size,
         cfg.data.lanes,
         cfg.data.window,
+        readers=cfg.data.readers,
+        cache=cfg.data.cache,
+        quarantine=Quarantine(cfg.data.max_quarantined),
         pin=world.device.type == "cuda",
     )
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
-from dit.data.codec import LatentNorm
+from dit.data.codecs.norm import LatentNorm
 from dit.data.stream import Batch
 from dit.flow.couple import COST_DROP, Independent
 from dit.flow.objective import FirstLoss, Loss, Objective
@@ -22,7 +22,8 @@ class Samples:
     """A rank's share of one step, on its device.
 
     moments: (B, 2 or 1, C, H, W) as stored. label: (B,) int64, -1 = none. drop: (B,) bool, True = null condition.
-    eps: (B, C, H, W) the noise stored with each sample, or None.
+    eps: (B, C, H, W) the noise stored with each sample, or None. valid: (B,) bool, False where a sample is missing
+    and its loss counts for nothing; None where none is missing.
     """
 
     moments: Tensor
@@ -30,13 +31,16 @@ class Samples:
     drop: Tensor
     draws: Draws
     eps: Tensor | None = None
+    valid: Tensor | None = None
 
     def micro_batches(self, size: int) -> Iterator[Samples]:
         """Consecutive slots, `size` at a time."""
         for start in range(0, len(self.label), size):
             cut = slice(start, start + size)
-            eps = None if self.eps is None else self.eps[cut]
-            yield Samples(self.moments[cut], self.label[cut], self.drop[cut], self.draws.select(cut), eps)
+            eps, valid = (None if part is None else part[cut] for part in (self.eps, self.valid))
+            yield Samples(
+                self.moments[cut], self.label[cut], self.drop[cut], self.draws.select(cut), eps, valid
+            )
 
 
 class Task(Protocol):
@@ -57,6 +61,28 @@ class Task(Protocol):
 
     def check_first_loss(self, losses: list[Loss], numel: int) -> str | None:
         """What is wrong with the first losses of a model from scratch, or None. numel: of one latent."""
+
+
+class PlainTask:
+    """What a task need not say whose samples know nothing of each other, whose labels are never dropped, and of
+    whose first loss nothing is known."""
+
+    @property
+    def group(self) -> int:
+        """Any micro-batch will do."""
+        return 1
+
+    def uncoupled(self) -> Self:
+        """Itself."""
+        return self
+
+    def drops(self, draws: Draws) -> Tensor:
+        """(B,) False."""
+        return torch.zeros(len(draws.slots), dtype=torch.bool)
+
+    def check_first_loss(self, losses: list[Loss], numel: int) -> str | None:
+        """None: whatever it is."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -116,7 +142,14 @@ def batch_samples(batch: Batch, task: Task, draws: Draws, device: torch.device) 
 
     on_device = Draws(draws.seed, draws.step, put(draws.slots), draws.batch)
     eps = None if batch.eps is None else put(batch.eps)
-    return Samples(put(batch.moments), put(batch.label), put(drop), on_device, eps), fingerprints
+    valid = None if batch.valid is None or batch.whole else put(batch.valid)
+    return Samples(put(batch.moments), put(batch.label), put(drop), on_device, eps, valid), fingerprints
+
+
+def loss_of(task: Task, model: Any, samples: Samples) -> Loss:
+    """The task's loss of a micro-batch; that of a missing sample is 0, in a mean over all slots, missing or not."""
+    loss = task.loss(model, samples)
+    return loss if samples.valid is None else loss.where(samples.valid)
 
 
 def synthetic_samples(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
-from dit.data.manifest import Manifest, Names
+from dit.data.manifest import CHECKSUM, FILE, Manifest, Names, checksum
 from dit.data.write import ShardWriter
 
 CHANNELS, SIZE, CLASSES = 2, 3, 5
@@ -92,11 +93,21 @@ def write_dataset(
     return Manifest.load(folder)
 
 
-def flip_byte(path: Path, offset: int) -> None:
+def edit_manifest(root: str | Path, *, keep_checksum: bool = False, **changes: Any) -> str:
+    """Change keys of a data set's manifest on disk, and its checksum with them unless that is to stay."""
+    file = Path(root) / FILE
+    values = {**json.loads(file.read_text()), **changes}
+    if not keep_checksum:
+        values[CHECKSUM] = checksum({k: v for k, v in values.items() if k != CHECKSUM})
+    file.write_text(json.dumps(values))
+    return str(root)
+
+
+def flip_byte(path: str | Path, offset: int) -> None:
     """Alter one byte of a file."""
-    data = bytearray(path.read_bytes())
+    data = bytearray(Path(path).read_bytes())
     data[offset] ^= 1
-    path.write_bytes(data)
+    Path(path).write_bytes(data)
 
 
 def tiny_vae(seed: int = 0, **changes: Any) -> AutoencoderKL:

@@ -5,25 +5,18 @@ import io
 import pickle
 import subprocess
 import tarfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import webdataset
+import xxhash
 
 from dit.data import DataError
-from dit.data.blocks import (
-    HEAD,
-    TAR_BLOCK,
-    BlockReader,
-    npy_header,
-    pack,
-    parse_members,
-    parse_npy,
-    read_exactly,
-)
+from dit.data.blocks import BlockReader
 from dit.data.manifest import Manifest
+from dit.data.records import HEAD, TAR_BLOCK, npy_header, pack, parse_members, parse_npy
+from dit.data.storage.files import read_exactly
 from tests.data.helpers import write_dataset
 
 
@@ -36,15 +29,16 @@ def test_tar_lists_the_records(manifest):
     listing = subprocess.run(["tar", "tf", manifest.path(0)], capture_output=True, text=True, check=True)
     assert listing.stderr == ""
     assert listing.stdout.split() == [
-        f"0000000{i}.{part}.npy" for i in range(3) for part in ("moments", "label", "id")
+        f"000000-000{i}.{part}.npy" for i in range(3) for part in ("moments", "label", "id")
     ]
 
 
 def test_the_webdataset_library_reads_the_same_arrays(manifest):
-    shards = [str(manifest.path(i)) for i in range(len(manifest.shards))]
+    shards = [manifest.path(i) for i in range(len(manifest.shards))]
     theirs = list(webdataset.WebDataset(shards, shardshuffle=False).decode())
     reader = BlockReader(manifest)
-    assert [record["__key__"] for record in theirs] == [f"0000000{i}" for i in range(5)]
+    places = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
+    assert [record["__key__"] for record in theirs] == [f"{s:06d}-{i:04d}" for s, i in places]
     for index, record in enumerate(theirs):
         for name, array in reader.read(index).items():
             assert record[f"{name}.npy"].dtype == array.dtype
@@ -53,7 +47,7 @@ def test_the_webdataset_library_reads_the_same_arrays(manifest):
 
 def test_numpy_reads_a_member(manifest):
     with tarfile.open(manifest.path(0)) as tar:
-        member = tar.extractfile("00000001.moments.npy")
+        member = tar.extractfile("000000-0001.moments.npy")
         theirs = np.load(io.BytesIO(member.read()), allow_pickle=False)
     assert np.array_equal(theirs, BlockReader(manifest).read(1)["moments"])
 
@@ -131,7 +125,9 @@ def rewritten(manifest: Manifest, tmp_path, arrays: dict[str, np.ndarray]) -> Ma
     """A data set whose only block holds other arrays, with a checksum that is right."""
     data = b"".join(bytes(p) for p in pack("00000000", arrays))
     (tmp_path / manifest.shards[0].name).write_bytes(data)
-    block = dataclasses.replace(manifest.blocks[0], offset=0, bytes=len(data), crc32=zlib.crc32(data))
+    block = dataclasses.replace(
+        manifest.blocks[0], offset=0, bytes=len(data), xxh3=xxhash.xxh3_64_hexdigest(data)
+    )
     return dataclasses.replace(manifest, blocks=(block,), root=str(tmp_path))
 
 
@@ -170,5 +166,5 @@ def test_a_short_read_goes_on(manifest, tmp_path):
     with file.open("rb") as opened:
         read_exactly(opened.fileno(), list(parts), 10)
         assert b"".join(parts) == bytes(range(10, 70))
-        with pytest.raises(OSError, match="ended at byte 100"):
+        with pytest.raises(EOFError, match="ended at byte 100"):
             read_exactly(opened.fileno(), list(parts), 60)

@@ -2,26 +2,20 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dit.data import DataError
 from dit.data.manifest import FILE, Manifest
-from tests.data.helpers import write_dataset
+from tests.data.helpers import edit_manifest, write_dataset
 
 
 @pytest.fixture
 def manifest(tmp_path):
     return write_dataset(tmp_path / "set", [4, 4, 3], views=2)
-
-
-def edit(manifest, **changes):
-    file = f"{manifest.root}/{FILE}"
-    with open(file) as f:
-        values = {**json.load(f), **changes}
-    with open(file, "w") as f:
-        json.dump(values, f)
-    return manifest.root
 
 
 def test_what_is_saved_is_what_is_loaded(manifest, tmp_path):
@@ -36,7 +30,7 @@ def test_what_is_saved_is_what_is_loaded(manifest, tmp_path):
 def test_the_digest_is_of_the_data_not_of_the_place(manifest, tmp_path):
     shutil.copytree(manifest.root, tmp_path / "copy")
     assert Manifest.load(tmp_path / "copy").digest == manifest.digest
-    assert Manifest.load(edit(manifest, seed=1)).digest != manifest.digest
+    assert Manifest.load(edit_manifest(manifest.root, seed=1)).digest != manifest.digest
 
 
 @pytest.mark.parametrize(
@@ -50,7 +44,15 @@ def test_the_digest_is_of_the_data_not_of_the_place(manifest, tmp_path):
         ({"block": 2}, "4 samples out of range"),
         ({"shards": []}, "out of range"),
         ({"shards": [{"name": "shard-000000.tar", "bytes": 100, "sha256": ""}]}, "lies outside"),
-        ({"format": "dit-blocks/9"}, "format 'dit-blocks/9', expected 'dit-blocks/1'"),
+        ({"shape": [2, 2, 2, 3, 400]}, "bytes have no room for 4 samples of 19200 bytes"),
+        ({"shape": [2, 2, 2, 3, 0]}, r"blocks of 4 samples of shape \(2, 2, 2, 3, 0\)"),
+        ({"block": 10**9}, "blocks of 1000000000 samples of shape .* expected at most"),
+        (
+            {"foreign": {"array": "npy", "shape": [2, 3, 3], "dtype": "float16"}},
+            "format dit-blocks/2 with foreign",
+        ),
+        ({"format": "dit-samples/1"}, "format dit-samples/1 with foreign: None"),
+        ({"format": "dit-blocks/9"}, "format 'dit-blocks/9', expected 'dit-blocks/2' or 'dit-samples/1'"),
         ({"sampels": 1}, "sampels: unknown key; did you mean samples"),
         ({"samples": "many"}, "samples: "),
         ({"dtype": "float64"}, "dtype: "),
@@ -58,7 +60,45 @@ def test_the_digest_is_of_the_data_not_of_the_place(manifest, tmp_path):
 )
 def test_a_manifest_that_cannot_be_right(manifest, changes, words):
     with pytest.raises(DataError, match=words):
-        Manifest.load(edit(manifest, **changes))
+        Manifest.load(edit_manifest(manifest.root, **changes))
+
+
+def test_blocks_stand_one_behind_the_other(manifest):
+    plain = json.loads((Path(manifest.root) / FILE).read_text())["blocks"]
+    for blocks in (plain[1:], plain[::-1], [plain[0], plain[0], plain[2]]):
+        count = sum(b["samples"] for b in blocks)
+        changes = {"samples": count, "class_counts": [0] * 5, "unlabelled": count}
+        with pytest.raises(DataError, match="does not begin where the one before it ends"):
+            Manifest.load(edit_manifest(manifest.root, blocks=blocks, **changes))
+
+
+def test_a_manifest_that_was_edited(manifest):
+    with pytest.raises(DataError, match=r"manifest.json: altered: its checksum is"):
+        Manifest.load(edit_manifest(manifest.root, keep_checksum=True, std=[1.0, 1.0]))
+
+
+@given(place=st.integers(0, 10**6), bit=st.integers(0, 7))
+def test_any_flipped_bit_is_found_or_means_the_same(altered_copy, place, bit):
+    """Spaces may change their kind; nothing that the manifest says may."""
+    manifest, whole, file = altered_copy
+    data = bytearray(whole)
+    data[place % len(data)] ^= 1 << bit
+    file.write_bytes(data)
+    try:
+        assert Manifest.load(manifest.root) == manifest
+    except DataError as error:
+        assert str(file) in str(error)  # noqa: PT017 (both ends are right)
+
+
+@pytest.fixture(scope="module")
+def altered_copy(tmp_path_factory):
+    manifest = write_dataset(tmp_path_factory.mktemp("altered") / "set", [4, 4, 3], views=2)
+    file = Path(manifest.root) / FILE
+    return manifest, file.read_bytes(), file
+
+
+def test_a_record_has_a_name(manifest):
+    assert [manifest.record(i) for i in range(3)] == ["000000-0000", "000000-0001", "000000-0002"]
 
 
 def test_no_manifest(tmp_path):

@@ -34,8 +34,12 @@ def reference_epoch(sizes, seed, global_batch, lanes, window, epoch):
     lanes = max(d for d in range(1, lanes + 1) if global_batch % d == 0)
     steps = sum(sizes) // global_batch
     k = global_batch // lanes
+    bits = Draws(seed, epoch, torch.arange(len(sizes)), 1).bits(Purpose.ROTATION, 1)[:, 0].tolist()
+    first = [bit * size // 2**32 for bit, size in zip(bits, sizes, strict=True)]
     places = [
-        (int(b), r) for b in permutation(seed, Purpose.BLOCKS, epoch, len(sizes)) for r in range(sizes[b])
+        (int(b), (first[b] + i) % sizes[b])
+        for b in permutation(seed, Purpose.BLOCKS, epoch, len(sizes))
+        for i in range(sizes[b])
     ]
     found = {}
     for lane in range(lanes):
@@ -123,6 +127,13 @@ def test_what_is_left_out_changes_with_the_epoch():
     assert len(set(left_out)) > 1
 
 
+def test_what_is_left_out_of_a_single_block_changes_too():
+    """Or the last samples of a small data set would never be trained on."""
+    order = Order([10], seed=0, global_batch=8, lanes=8)
+    left_out = [{r for _, r in {(0, r) for r in range(10)} - set(pairs(order, [e]))} for e in range(60)]
+    assert set.union(*left_out) == set(range(10))
+
+
 def test_a_window_is_mixed_uniformly():
     """The first sample of a window of 8 over 800 windows: chi squared with 7 degrees of freedom."""
     first = [Order([8], seed=s, global_batch=1, window=1).window_at(0, 0).row[0] for s in range(800)]
@@ -134,9 +145,9 @@ def test_frozen_values():
     """These change only with every run's data order: a change here breaks the resuming of runs."""
     order = Order([3, 2, 4, 1, 3], seed=7, global_batch=6, lanes=3, window=2)
     assert [pairs(order, [s]) for s in (0, 1, 5)] == [
-        [(3, 0), (1, 1), (0, 1), (0, 2), (4, 1), (4, 0)],
-        [(1, 0), (0, 0), (2, 0), (2, 1), (2, 2), (2, 3)],
-        [(0, 0), (0, 1), (2, 1), (2, 2), (4, 1), (4, 0)],
+        [(3, 0), (1, 1), (0, 1), (0, 2), (4, 2), (4, 1)],
+        [(1, 0), (0, 0), (2, 2), (2, 3), (2, 0), (2, 1)],
+        [(0, 0), (0, 1), (2, 2), (2, 3), (4, 2), (4, 1)],
     ]
 
 

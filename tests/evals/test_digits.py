@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dit.data.images import open_source
+from dit.data.sources.images import open_source
 from dit.evals.digits import DigitsJudge, LabelledImages
 
 

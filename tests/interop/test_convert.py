@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dit.config import ConfigError, from_dict, to_dict
 from dit.configfile import load
-from dit.data.codec import LatentNorm
+from dit.data.codecs.norm import LatentNorm
 from dit.data.manifest import Manifest
 from dit.experiment import Experiment, Trained
 from dit.interop import convert, facebook_dit, sit

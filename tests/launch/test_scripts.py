@@ -88,6 +88,18 @@ def test_a_missing_program_is_named(script):
     assert f"there is no {ROOT}/tools/no_such.py" in done.stderr
 
 
+@SCRIPTS
+def test_another_program_may_come_first(script):
+    env = {"NPROC": "1", "DRY_RUN": "1"}
+    done = run(script, "tools/encode.py", "images", "out dir", "--codec=pixels", **env)
+    assert done.returncode == 0, done.stderr
+    words = shlex.split(done.stdout.splitlines()[-1])
+    assert words[-4:] == [f"{ROOT}/tools/encode.py", "images", "out dir", "--codec=pixels"]
+    done = run(script, "tools/no_such.py", **env)
+    assert done.returncode == 2
+    assert f"there is no {ROOT}/tools/no_such.py; the first argument or DIT_ENTRY" in done.stderr
+
+
 # --- local.sh ----------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from dit.config import ConfigError, from_dict, merge, to_dict
-from dit.data.codec import Vae, weights_hash
+from dit.data.codecs.autoencoders import Vae, weights_hash
 from dit.data.manifest import Manifest
 from dit.dist import World
 from dit.stage1.experiment import AutoencoderExperiment, export

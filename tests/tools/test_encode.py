@@ -1,15 +1,20 @@
 """tools/encode.py, called as a function and once as a user calls it."""
 
-import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from dit.config import ConfigError
-from dit.data.codec import VaeCodec
+from dit.data import DataError
+from dit.data.codecs.autoencoders import VaeCodec
 from dit.data.manifest import Manifest
+from dit.data.sources.crops import RandomResized
+from tests.commands import command, environment, execute
 from tests.data.helpers import tiny_vae
 from tools.encode import main
 
@@ -41,7 +46,10 @@ def test_digits_to_vae_latents(tmp_path, capsys, flag):
         ({"codec.pth": "x"}, "pth: unknown key; did you mean path"),
         ({"codec": "pixels", "codec.path": "x"}, "path: unknown key"),
         ({"codec": "vae"}, "the vae codec needs a path"),
-        ({"codec": "pixels", "block": 0}, "block is 0"),
+        ({"codec": "pixels", "block": 0}, "block: .* got 0"),
+        ({"codec": "pixels", "crop": "center"}, "unknown crop 'center'; did you mean centre"),
+        ({"codec": "pixels", "crop.scale_min": "0.5"}, "scale_min: unknown key"),
+        ({"codec": "pixels", "crop": "random_resized", "crop.scale_min": "2"}, "scale_min: .* got"),
     ],
 )
 def test_wrong_arguments_write_nothing(tmp_path, arguments, words):
@@ -50,15 +58,94 @@ def test_wrong_arguments_write_nothing(tmp_path, arguments, words):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_crop_and_a_dtype(tmp_path):
+    chosen = {"crop": "random_resized", "crop_scale_min": "0.5", "dtype": "float32"}
+    main("digits:test", str(tmp_path / "out"), codec="pixels", image_size=8, **chosen)
+    manifest = Manifest.load(tmp_path / "out")
+    assert (manifest.dtype, manifest.transform) == ("float32", RandomResized(scale_min=0.5).text)
+
+
+def test_labels_from_a_file(tmp_path):
+    (tmp_path / "images").mkdir()
+    for i in range(3):
+        Image.new("RGB", (8, 8)).save(tmp_path / "images" / f"{i}.png")
+    (tmp_path / "labels.csv").write_text("0.png,b\n1.png,a\n2.png,b\n")
+    images, labels = str(tmp_path / "images"), str(tmp_path / "labels.csv")
+    main(images, str(tmp_path / "out"), codec="pixels", image_size=8, labels=labels)
+    manifest = Manifest.load(tmp_path / "out")
+    assert (manifest.classes, manifest.class_counts) == (("a", "b"), (1, 2))
+
+
+FLAGS = ("digits:test", "--codec=pixels", "--image_size=8", "--block=32")
+
+
+def files(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def test_ranks_that_were_started_by_hand(tmp_path):
+    main("digits:test", str(tmp_path / "whole"), codec="pixels", image_size=8, block=32)
+    ranks = []
+    for rank in ("0", "1"):
+        env = environment() | {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank}
+        words = command("encode.py", FLAGS[0], tmp_path / "out", *FLAGS[1:])
+        ranks.append(
+            subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        )
+    (out, bar), (other, nothing) = (process.communicate(timeout=120) for process in ranks)
+    assert [process.returncode for process in ranks] == [0, 0], (bar, nothing)
+    assert "digits:test: 500 images in 10 classes" in out
+    assert "500/500" in bar
+    assert "digits:test" not in other
+    assert nothing == ""
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_ranks_under_launch(tmp_path):
+    main("digits:test", str(tmp_path / "whole"), codec="pixels", image_size=8, block=32)
+    words = [ROOT / "launch" / "local.sh", "tools/encode.py", FLAGS[0], tmp_path / "out", *FLAGS[1:]]
+    env = environment() | {"PYTHON": sys.executable, "NPROC": "2", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(words, env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "500 images in 2 view(s) -> " in done.stdout
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_a_killed_command_goes_on(tmp_path, capsys):
+    words = command("encode.py", FLAGS[0], tmp_path / "out", *FLAGS[1:], "--batch_size=1")
+    killed = subprocess.Popen(words, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list(tmp_path.glob("out.partial/parts/*.json")):
+        time.sleep(0.001)
+    killed.kill()
+    assert killed.wait() == -signal.SIGKILL
+    again = {"codec": "pixels", "image_size": 8, "block": 32}
+    with pytest.raises(DataError, match=r"of another command \(options.batch_size: 1 there, 2 here"):
+        main("digits:test", str(tmp_path / "out"), **again, batch_size=2)
+    for said in (" images were done before", "all was done before"):
+        main("digits:test", str(tmp_path / "out"), **again, batch_size=1)
+        assert said in capsys.readouterr().out
+    assert Manifest.load(tmp_path / "out").samples == 500
+
+
+def test_help_names_codecs_and_crops():
+    done = execute("encode.py", "--help")
+    assert done.returncode == 0
+    for word in (
+        "--crop",
+        "random_resized",
+        "scale_min",
+        "--labels",
+        "--classes",
+        "launch/local.sh",
+        "pixels",
+    ):
+        assert word in done.stdout
+
+
 def test_the_command(tmp_path):
-    command = [sys.executable, "tools/encode.py", "digits:test", str(tmp_path / "out"), "--codec=pixels"]
-    done = subprocess.run(
-        [*command, "--image_size=8", "--flip=false"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
+    done = execute(
+        "encode.py", "digits:test", tmp_path / "out", "--codec=pixels", "--image_size=8", "--flip=false"
     )
     assert done.returncode == 0, done.stderr
     assert "500 images in 1 view(s)" in done.stdout

@@ -19,7 +19,7 @@ from dit.sample.generate import SamplerSpec
 from dit.sample.grid import GRIDS
 from dit.sample.guide import GUIDANCES
 from dit.sample.solve import SOLVERS
-from dit.stage1.autoencoder import AutoencoderConfig
+from dit.stage1.autoencoder import Kl
 from tests.commands import call, execute
 from tests.datasets import Digits
 from tests.ranks import Server
@@ -298,7 +298,7 @@ def test_the_vae_may_have_moved_but_not_changed(
     moved = shutil.copytree(digits.vae, tmp_path / "moved")
     assert (draw(tmp_path / "out", run, *BASE, f"--codec_path={moved}") == arrays(base)[0]).all()
     torch.manual_seed(5)
-    AutoencoderConfig(widths=(8, 8), groups=4).build().vae.save_pretrained(tmp_path / "other")
+    Kl(widths=(8, 8), groups=4).build().vae.save_pretrained(tmp_path / "other")
     assert (
         call(tools.sample.main, run, *BASE, f"--codec_path={tmp_path / 'other'}", f"--out={tmp_path / 'x'}")
         == 1

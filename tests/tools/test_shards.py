@@ -8,9 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from dit.config import ConfigError
 from dit.data import DataError
-from tests.data.helpers import flip_byte, write_dataset
-from tools.shards import info, verify
+from dit.data.manifest import Manifest
+from tests.data.foreign.foreign_shards import array_of, write_shards
+from tests.data.helpers import edit_manifest, flip_byte, write_dataset
+from tests.data.storage.http_server import serving
+from tools.shards import index, info, verify
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -20,9 +24,9 @@ def manifest(tmp_path):
     return write_dataset(tmp_path / "set", [4, 4, 4, 4, 2], views=2)
 
 
-def faults(manifest, capsys):
+def faults(manifest, capsys, **options):
     with pytest.raises(SystemExit) as end:
-        verify(manifest.root)
+        verify(manifest.root, **options)
     assert end.value.code == 1
     return capsys.readouterr().out
 
@@ -38,9 +42,9 @@ def test_an_altered_byte(manifest, capsys):
     out = faults(manifest, capsys)
     assert "shard-000000.tar  -" in out
     assert "sha256" in out
-    assert f"record 00000001, bytes {block.offset} to {block.offset + block.bytes}" in out
-    assert "altered: its crc32" in out
-    assert "record 00000000" not in out
+    assert f"record 000000-0001, bytes {block.offset} to {block.offset + block.bytes}" in out
+    assert "altered: its xxh3" in out
+    assert "record 000000-0000" not in out
 
 
 def test_a_truncated_shard(manifest, capsys):
@@ -48,17 +52,17 @@ def test_a_truncated_shard(manifest, capsys):
     os.truncate(manifest.path(0), block.offset + 10)
     out = faults(manifest, capsys)
     assert f"{block.offset + 10} bytes, the manifest says {manifest.shards[0].bytes}" in out
-    assert "record 00000002" in out
+    assert "record 000000-0002" in out
     assert f"truncated: the file ends at byte {block.offset + 10}" in out
 
 
 def test_a_missing_shard(manifest, capsys):
-    manifest.path(1).unlink()
+    Path(manifest.path(1)).unlink()
     out = faults(manifest, capsys)
     assert "shard-000001.tar  -" in out
     assert "missing" in out
-    assert "record 00000003" in out
-    assert "record 00000004" in out
+    assert "record 000001-0000" in out
+    assert "record 000001-0001" in out
 
 
 def test_bytes_after_the_last_block(manifest, capsys):
@@ -76,8 +80,7 @@ def test_bytes_after_the_last_block(manifest, capsys):
     ],
 )
 def test_a_manifest_that_says_something_else(manifest, capsys, changes, words):
-    file = Path(manifest.root) / "manifest.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    edit_manifest(manifest.root, **changes)
     assert words in faults(manifest, capsys)
 
 
@@ -88,21 +91,95 @@ def test_info(manifest, capsys):
         assert words in out
 
 
+def test_info_says_what_a_stream_of_it_takes(manifest, capsys):
+    info(manifest.root)
+    out = capsys.readouterr().out
+    assert "at a global batch of 18 on one rank, window 2" in out
+    assert "neighbours in a shard land" in out
+
+
+def test_json(manifest, capsys):
+    verify(manifest.root, json=True)
+    assert json.loads(capsys.readouterr().out) == {"path": manifest.root, "whole": True, "faults": []}
+    Path(manifest.path(1)).unlink()
+    found = json.loads(faults(manifest, capsys, json=True))
+    assert found["whole"] is False
+    assert found["faults"][0] == {"file": "shard-000001.tar", "where": "", "what": "missing"}
+    assert len(found["faults"]) == 3
+
+
+def test_over_http(manifest, capsys):
+    with serving(Path(manifest.root)) as server:
+        verify(server.url)
+        info(server.url)
+        flip_byte(manifest.path(0), 700)
+        with pytest.raises(SystemExit):
+            verify(server.url)
+    out = capsys.readouterr().out
+    assert "are whole" in out
+    assert manifest.digest in out
+    assert "record 000000-0000" in out
+
+
+def test_index_then_verify_then_info(tmp_path, capsys):
+    folder = str(tmp_path)
+    write_shards(tmp_path, [6, 5], lambda i: {"npy": array_of(i), "flip.npy": array_of(i), "cls": i % 5})
+    (tmp_path / "classes").write_text("".join(f"{n}\n" for n in "abcdef"))
+    keys = {"codec.channels": "2", "codec.factor": "4"}
+    options = {"flipped": "flip.npy", "classes": f"{folder}/classes", "scale": 0.5, "threads": 2}
+    index(folder, folder, codec="unknown", **options, **keys)
+    assert "11 samples in 2 shard(s), 6 classes" in capsys.readouterr().out
+    made = Manifest.load(folder)
+    assert (made.classes, made.image_size, made.foreign.scale) == (tuple("abcdef"), 12, 0.5)
+    assert made.codec["config"]["scaling_factor"] == 0.5
+    verify(folder)
+    info(folder)
+    out = capsys.readouterr().out
+    assert "KEY.npy float16 2 x 3 x 3, times 0.5, KEY.flip.npy, KEY.cls" in out
+
+
+def test_what_index_refuses(tmp_path):
+    write_shards(tmp_path, [2])
+    for options, words in (
+        ({"codec": "unknown"}, "channels: is required"),
+        ({"codec": "vea"}, "unknown codec 'vea'"),
+        ({"codec": "pixels", "scale": 0.0}, "scale is 0.0"),
+        ({"codec": "pixels"}, "has 2 channels, the codec has 3"),
+        ({"codec": "pixels", "classes": "imagenet"}, "did you mean imagenet1k"),
+    ):
+        with pytest.raises((ConfigError, DataError), match=words):
+            index(str(tmp_path), str(tmp_path), **options)
+    assert [p.name for p in tmp_path.iterdir()] == ["latents-000.tar"]
+
+
 def test_no_data_set(tmp_path):
     for command in (verify, info):
         with pytest.raises(DataError, match=r"no manifest.json"):
             command(str(tmp_path))
 
 
-def test_the_command(manifest):
-    flip_byte(manifest.path(0), 700)
-    done = subprocess.run(
-        [sys.executable, "tools/shards.py", "verify", manifest.root],
+def shards(*arguments):
+    return subprocess.run(
+        [sys.executable, "tools/shards.py", *arguments],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+def test_the_command(manifest):
+    flip_byte(manifest.path(0), 700)
+    done = shards("verify", manifest.root, "--threads=2")
     assert done.returncode == 1
-    assert "record 00000000" in done.stdout
+    assert "record 000000-0000" in done.stdout
+
+
+def test_the_command_that_indexes(tmp_path):
+    write_shards(tmp_path / "shards", [5])
+    arguments = ["--codec=unknown", "--codec.channels=2", "--label=none", "--block=2"]
+    done = shards("index", str(tmp_path / "shards"), str(tmp_path / "out"), *arguments)
+    assert done.returncode == 0, done.stderr
+    made = Manifest.load(tmp_path / "out")
+    assert (made.samples, made.block, made.unlabelled) == (5, 2, 5)

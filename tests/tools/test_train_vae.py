@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import yaml
 
 import tools.encode
 import tools.train_vae
-from dit.data.codec import Vae
+from dit.data.codecs.autoencoders import Vae
 from dit.data.manifest import Manifest
 from dit.stage1.experiment import AutoencoderExperiment
 from tests.commands import call
@@ -30,11 +31,35 @@ def test_it_trains_exports_and_the_images_can_be_encoded_with_it(
 ) -> None:
     assert call(tools.train_vae.main, config) == 0
     vae = tmp_path / "run" / "vae"
-    assert f"the autoencoder of step 3 is in {vae}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"the autoencoder of step 3 is in {vae}" in said
+    rows = [json.loads(line) for line in (tmp_path / "run" / "held_out.jsonl").read_text().splitlines()]
+    figures = next(row for row in rows if "psnr" in row)
+    assert f"PSNR {figures['psnr']:.2f} dB, SSIM {figures['ssim']:.4f} (held out, step 3" in said
     words = ("--codec=vae", f"--codec.path={vae}", "--image_size=16", "--batch_size=512")
     assert call(tools.encode.main, "digits:test", tmp_path / "latents", *words, "--flip=false") == 0
     manifest = Manifest.load(tmp_path / "latents")
     assert manifest.shape == (1, 2, 2, 8, 8)
+    assert manifest.codec == Vae(path=str(vae)).build().identity()
+
+
+def test_a_vq_autoencoder_with_a_discriminator_becomes_a_codec_too(
+    config: Path, tmp_path: Path, capsys
+) -> None:
+    words = ("--autoencoder.name=vq", "--autoencoder.widths=8,8", "--autoencoder.groups=4")
+    words += (
+        "--discriminator.layers=1",
+        "--discriminator.width=8",
+        "--discriminator.start=1",
+        "--val.every=0",
+    )
+    assert call(tools.train_vae.main, config, *words) == 0
+    assert "PSNR" not in capsys.readouterr().out  # nothing was held out
+    vae = tmp_path / "run" / "vae"
+    words = ("--codec=vae", f"--codec.path={vae}", "--image_size=16", "--batch_size=512")
+    assert call(tools.encode.main, "digits:test", tmp_path / "latents", *words, "--flip=false") == 0
+    manifest = Manifest.load(tmp_path / "latents")
+    assert manifest.shape == (1, 4, 8, 8)  # a draw: nothing is random, so there are no moments
     assert manifest.codec == Vae(path=str(vae)).build().identity()
 
 
@@ -57,6 +82,9 @@ def test_started_again_it_goes_on_and_exports_the_newer_one(config: Path, tmp_pa
         (["--model.size=S"], "model: unknown key"),
         (["--autoencoder.widths=6,8"], "groups = 4 must divide"),
         (["--kl_weight=-1"], "kl_weight"),
+        (["--discriminator.strat=5"], "did you mean discriminator.start"),
+        (["--perceptual.weights=/nowhere/vgg16.pth"], "curl -LO"),
+        (["--pixel=l3"], "unknown pixel loss"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_starts(
@@ -72,3 +100,5 @@ def test_help_lists_its_keys(capsys) -> None:
     said = capsys.readouterr().out
     assert "  autoencoder.latent_channels " in said
     assert "  kl_weight " in said
+    assert "  discriminator.start " in said
+    assert "  perceptual.weights " in said

@@ -22,6 +22,7 @@ from dit.experiment import Trained
 from dit.rng import Draws
 from dit.train.hooks import VAL_SEED, held_out_hook
 from dit.train.task import LatentTask, batch_samples
+from tests.data.helpers import edit_manifest
 from tests.datasets import Digits
 from tests.ranks import Server
 from tests.train.runs import BATCH, STEPS, at_step, experiment, go, values
@@ -104,9 +105,7 @@ def test_held_out_loss_does_not_depend_on_the_ranks_though_data_are_fewer_than_a
 
 def test_held_out_data_with_other_classes_are_refused(digits: Digits, tmp_path: Path) -> None:
     other = shutil.copytree(digits.moments_val, tmp_path / "other")
-    manifest = json.loads((other / "manifest.json").read_text())
-    manifest["classes"] = [f"digit {c}" for c in manifest["classes"]]
-    (other / "manifest.json").write_text(json.dumps(manifest))
+    edit_manifest(other, classes=[f"digit {c}" for c in Manifest.load(other).classes])
     given = values(digits, tmp_path / "run", data={"val": str(other)}, val={"every": 1}, engine="local")
     with pytest.raises(DataError, match="differ in classes"):
         go(given)

@@ -9,7 +9,7 @@ import pytest
 
 from dit.config import ConfigError
 from dit.data import DataError
-from dit.data.codec import latent_norm
+from dit.data.codecs.norm import latent_norm
 from dit.data.manifest import Manifest
 from dit.flow.path import PATHS, Linear
 from dit.train.latents import check_same_latents, check_same_path, latent_contract

@@ -15,9 +15,9 @@ import pytest
 
 from dit.config import ConfigError, merge
 from dit.data import DataError
-from dit.data.codec import Pixels
-from dit.data.encode import EncodeOptions, encode
-from dit.data.images import open_source
+from dit.data.codecs.codec import Pixels
+from dit.data.encoding.encode import EncodeOptions, encode
+from dit.data.sources.images import open_source
 from dit.train.checkpoint import CheckpointError
 from dit.train.loop import TrainingError
 from tests.datasets import Digits, altered, first

@@ -17,6 +17,7 @@ from dit.train.optim import (
     OptimConfig,
     adamw_arguments,
     parameter_groups,
+    set_lr,
 )
 
 
@@ -102,6 +103,21 @@ def test_without_decay_there_is_one_group() -> None:
     (only,) = parameter_groups(Net(), 0.0)
     assert len(only["params"]) == 5
     assert only["weight_decay"] == 0.0
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_parameters_with_a_factor_train_at_that_times_the_rate(weight_decay: float) -> None:
+    net = Net()
+    for p in net.table.parameters():
+        p.lr_factor = 0.25  # type: ignore[attr-defined]
+    optimizer = torch.optim.AdamW(parameter_groups(net, weight_decay), lr=1.0)
+    set_lr(optimizer, 0.8)
+    rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    decays = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    for name, p in net.named_parameters():
+        if p.requires_grad:
+            assert rates[id(p)] == (0.2 if name == "table.weight" else 0.8)
+            assert decays[id(p)] == (weight_decay if p.ndim > 1 else 0.0)
 
 
 def test_the_shape_that_counts_is_the_whole_parameters() -> None:

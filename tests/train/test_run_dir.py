@@ -13,6 +13,7 @@ from dit.config import ConfigError, from_dict, keys_of, merge, to_dict
 from dit.configfile import load
 from dit.dist import World
 from dit.experiment import Experiment
+from dit.stage1.experiment import AutoencoderExperiment
 from dit.train.run_dir import claim, differences, is_operational, locked
 
 BASE = {"data": {"path": "there"}, "model": {"size": "nano"}, "train": {"steps": 10, "global_batch": 8}}
@@ -136,7 +137,7 @@ def test_what_is_operational_is_a_key_of_the_schema() -> None:
     """A renamed key must not stay in the list."""
     from dit.train.settings import OPERATIONAL
 
-    keys = {*keys_of(Experiment), *keys_of(ClassifierExperiment)}
+    keys = {*keys_of(Experiment), *keys_of(ClassifierExperiment), *keys_of(AutoencoderExperiment)}
     assert {k for k in OPERATIONAL if k not in keys} <= {
         "model.checkpoint_blocks"
     }  # inside a registry's member

@@ -69,5 +69,5 @@ def test_impossible_settings_are_refused(bad: dict) -> None:
 def test_the_data_path_is_required() -> None:
     with pytest.raises(ConfigError, match="data: is required and was not given"):
         from_dict(RunConfig, {})
-    with pytest.raises(ConfigError, match=r"data.path: is required"):
+    with pytest.raises(ConfigError, match=r"data needs a path, or a mix"):
         from_dict(RunConfig, {"data": {}})

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dit.config import from_dict
-from dit.data.codec import LatentNorm
+from dit.data.codecs.norm import LatentNorm
 from dit.data.stream import Batch
 from dit.flow.objective import Loss, Objective
 from dit.rng import Draws, Purpose

@@ -1,0 +1,270 @@
+"""The loader against its upper bound (fancy indexing of a memory map) and what it replaces (plain webdataset).
+
+100,000 latents of 8 KiB, warm page cache, one consumer process: samples a second and microseconds of CPU a sample,
+the first batch of a fresh start and of a resume in the middle of an epoch, the cost of checksums, several ranks on a
+node at once, memory.
+"""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import resource
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.lib.format import open_memmap
+
+from dit.bench.turns import Contender, Spread, ratio, take_turns
+from dit.config import config
+from dit.data.manifest import Manifest
+from dit.data.stream import Stream
+from dit.data.write import ShardWriter, write_names
+
+SHAPE = (4, 32, 32)  # float16: 8 KiB
+CLASSES = 1000
+
+
+@config
+class LoaderBench:
+    """Sizes. samples: in the data set. plain: of them in per-sample shards, for webdataset. repeats: turns."""
+
+    samples: int = 100_000
+    plain: int = 20_000
+    batch: int = 256
+    repeats: int = 5
+    lanes: int = 64
+    window: int = 2
+    readers: int = 2
+    prefetch: int = 4
+
+    @property
+    def steps(self) -> int:
+        """Of an epoch."""
+        return self.samples // self.batch
+
+
+@dataclass(frozen=True)
+class Files:
+    """The same latents three times: our shards, one array in one file, a tar member each."""
+
+    blocks: Manifest
+    array: Path
+    plain: list[str]
+
+
+def write_files(folder: Path, cfg: LoaderBench) -> Files:
+    """Write the data, or take those that are there."""
+    shards = sorted(str(p) for p in (folder / "plain").glob("*.tar"))
+    if not (folder / "blocks/manifest.json").is_file() or not shards:
+        for name in ("blocks", "plain"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        array = open_memmap(folder / "array.npy", "w+", np.float16, (cfg.samples, *SHAPE))
+        rng = np.random.default_rng(0)
+        for start in range(0, cfg.samples, 4096):
+            rows = array[start : start + 4096]
+            rows[:] = rng.standard_normal(rows.shape, np.float32)
+        array.flush()
+        _write_blocks(folder / "blocks", array)
+        shards = _write_plain(folder / "plain", array[: cfg.plain])
+    return Files(Manifest.load(folder / "blocks"), folder / "array.npy", shards)
+
+
+def _write_blocks(folder: Path, array: np.ndarray) -> None:
+    ids = np.arange(len(array))
+    with ShardWriter(folder, 512_000_000) as writer:
+        for start in range(0, len(array), 256):
+            part = slice(start, start + 256)
+            latents = np.ascontiguousarray(array[part])[:, None]
+            writer.add({"latents": latents, "label": ids[part] % CLASSES, "id": ids[part].astype(np.uint64)})
+        writer.finish()
+    names = write_names(folder, [f"{i:06d}" for i in ids])
+    Manifest(
+        samples=len(array),
+        array="latents",
+        shape=(1, *SHAPE),
+        views=("original",),
+        posterior="sample",
+        image_size=256,
+        transform="none: random numbers",
+        classes=tuple(str(i) for i in range(CLASSES)),
+        class_counts=tuple(np.bincount(ids % CLASSES, minlength=CLASSES).tolist()),
+        unlabelled=0,
+        mean=(0.0,) * SHAPE[0],
+        std=(1.0,) * SHAPE[0],
+        codec={"name": "none"},
+        seed=0,
+        block=256,
+        names=names,
+        shards=tuple(writer.shards),
+        blocks=tuple(writer.blocks),
+    ).save(folder)
+
+
+def _write_plain(folder: Path, array: np.ndarray, per_shard: int = 5000) -> list[str]:
+    shards = []
+    for start in range(0, len(array), per_shard):
+        shards.append(str(folder / f"{start // per_shard:06d}.tar"))
+        with tarfile.open(shards[-1], "w") as tar:
+            for i, latent in enumerate(array[start : start + per_shard], start):
+                buffer = io.BytesIO()
+                np.save(buffer, latent)
+                for name, data in (
+                    (f"{i:06d}.npy", buffer.getvalue()),
+                    (f"{i:06d}.cls", b"%d" % (i % CLASSES)),
+                ):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    return shards
+
+
+# --- contenders --------------------------------------------------------------------------------------------
+
+
+def open_stream(
+    manifest: Manifest,
+    cfg: LoaderBench,
+    rank: int = 0,
+    size: int = 1,
+    verify: Literal["first", "always"] = "first",
+) -> Stream:
+    """The stream that is measured."""
+    return Stream(
+        manifest, 0, cfg.batch, rank, size, cfg.lanes, cfg.window, readers=cfg.readers, verify=verify
+    )
+
+
+def ours(stream: Stream, cfg: LoaderBench) -> Callable[[int], int]:
+    """An epoch a turn, on and on."""
+
+    def run(turn: int) -> int:
+        steps = stream.iterate(turn * cfg.steps, (turn + 1) * cfg.steps, cfg.prefetch)
+        return sum(len(batch.label) for batch in steps)
+
+    return run
+
+
+def memory_map(array: np.ndarray, cfg: LoaderBench) -> Callable[[int], int]:
+    """An epoch a turn, in a new random order."""
+
+    def run(turn: int) -> int:
+        order = np.random.default_rng(turn).permutation(len(array))
+        return sum(
+            len(torch.from_numpy(array[order[s * cfg.batch : (s + 1) * cfg.batch]])) for s in range(cfg.steps)
+        )
+
+    return run
+
+
+def plain_webdataset(shards: list[str], cfg: LoaderBench) -> Callable[[int], int]:
+    """The per-sample shards once a turn, as their users read them: shuffled in a buffer of 1000, batched."""
+    import webdataset
+
+    def run(turn: int) -> int:
+        pipe = webdataset.WebDataset(shards, shardshuffle=len(shards), seed=turn).shuffle(1000).decode()
+        batches = pipe.to_tuple("npy", "cls").batched(cfg.batch)
+        return sum(len(latents) for latents, _ in batches)
+
+    return run
+
+
+# --- figures -----------------------------------------------------------------------------------------------
+
+
+def run(folder: Path, cfg: LoaderBench, progress: Callable[[], object] = lambda: None) -> dict[str, Any]:
+    """All figures, as JSON values. progress: called `turns(cfg)` times."""
+    files = write_files(folder, cfg)
+    stream = open_stream(files.blocks, cfg)
+    checked = open_stream(files.blocks, cfg, verify="always")
+    array = np.load(files.array, mmap_mode="r")
+    contenders = [
+        Contender("ours", ours(stream, cfg)),
+        Contender("memory map", memory_map(array, cfg)),
+        Contender("ours, every block checked", ours(checked, cfg)),
+        Contender("plain webdataset", plain_webdataset(files.plain, cfg)),
+    ]
+    found = take_turns(contenders, cfg.repeats, 1, progress)
+    rate = {name: f.rate for name, f in found.items()}
+    figures = {
+        "rates": {name: vars(Spread.of(f.rate)) for name, f in found.items()},
+        "cpu_us": {name: vars(Spread.of(f.cpu)) for name, f in found.items()},
+        "of memory map": vars(ratio(rate["ours"], rate["memory map"])),
+        "of plain webdataset": vars(ratio(rate["ours"], rate["plain webdataset"])),
+        "checksums": vars(ratio(rate["ours, every block checked"], rate["ours"])),
+        "first_batch": _first_batches(files.blocks, cfg, progress),
+        "ranks": {n: _ranks(files.blocks, cfg, n, progress) for n in (1, 2, 4)},
+        "memory_bytes": stream.memory_bytes(cfg.prefetch),
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+    for opened in (stream, checked):
+        opened.close()
+    return figures
+
+
+def turns(cfg: LoaderBench) -> int:
+    """How often `run` calls `progress`."""
+    return 4 * (cfg.repeats + 1) + cfg.repeats + 3
+
+
+def _first_batches(
+    manifest: Manifest, cfg: LoaderBench, progress: Callable[[], object]
+) -> dict[str, dict[str, float]]:
+    """Milliseconds from nothing to a batch: of a fresh start, and of a resume in the middle of an epoch."""
+    times: dict[str, list[float]] = {"fresh": [], "resume": []}
+    for _ in range(cfg.repeats):
+        for name, step in (("fresh", 0), ("resume", cfg.steps // 2 + 3)):
+            start = time.perf_counter()
+            stream = open_stream(manifest, cfg)
+            stream.batch(step)
+            times[name].append(1e3 * (time.perf_counter() - start))
+            stream.close()
+        progress()
+    by_name = {name: vars(Spread.of(values)) for name, values in times.items()}
+    return by_name | {"ratio": vars(ratio(times["resume"], times["fresh"]))}
+
+
+def _ranks(
+    manifest: Manifest, cfg: LoaderBench, size: int, progress: Callable[[], object]
+) -> dict[str, float]:
+    """Samples a second of all ranks of a node together in the second epoch, and CPU microseconds a sample."""
+    context = multiprocessing.get_context("spawn")
+    barrier, results = context.Barrier(size), context.SimpleQueue()
+    processes = [
+        context.Process(target=_rank, args=(manifest, cfg, rank, size, barrier, results))
+        for rank in range(size)
+    ]
+    for process in processes:
+        process.start()
+    found = [results.get() for _ in processes]
+    for process in processes:
+        process.join()
+    progress()
+    samples = cfg.steps * cfg.batch
+    return {
+        "rate": samples / max(seconds for seconds, _ in found),
+        "cpu_us": 1e6 * sum(cpu for _, cpu in found) / samples,
+    }
+
+
+def _rank(manifest: Manifest, cfg: LoaderBench, rank: int, size: int, barrier: Barrier, results: Any) -> None:
+    torch.set_num_threads(1)
+    stream = open_stream(manifest, cfg, rank, size)
+    _drain(stream.iterate(0, cfg.steps, cfg.prefetch))
+    barrier.wait()
+    start, cpu = time.perf_counter(), time.process_time()
+    _drain(stream.iterate(cfg.steps, 2 * cfg.steps, cfg.prefetch))
+    results.put((time.perf_counter() - start, time.process_time() - cpu))
+    stream.close()
+
+
+def _drain(batches: Iterator[Any]) -> None:
+    for _ in batches:
+        pass

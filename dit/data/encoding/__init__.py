@@ -1,0 +1,1 @@
+"""Images to shards of latents, by any number of ranks."""

@@ -1,0 +1,299 @@
+"""Encoding: image sets to data sets of latents, by any number of ranks, killed and started again at will.
+
+Samples are written in a seeded random order: shards in the order of class folders would give batches of few
+classes. What is written is a pure function of (images, codec, options), whoever writes what, and when: parts.py.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from dit.config import to_dict
+from dit.data import DataError
+from dit.data.codecs.base import Codec
+from dit.data.encoding.job import EncodeOptions, Job
+from dit.data.encoding.part_encoder import PartEncoder
+from dit.data.encoding.parts import Books, Done, Part, Unreadable, differences, forget_plan
+from dit.data.manifest import FILE, Manifest
+from dit.data.sources.images import BadImage, ImageSource
+from dit.data.write import PLAN
+from dit.files import write_atomically
+
+__all__ = ["EncodeOptions", "Report", "encode"]
+
+GIVE_UP = 100  # unreadable images beyond max_bad: no point in finding all of them
+POLL = (0.05, 2.0)  # seconds between looks at the other ranks' parts: at first, at most
+
+
+@dataclass
+class Report:
+    """What an encode did. Seconds: of all ranks waiting for decoded images, in the codec, writing, and in parts.
+
+    images: that were encoded in this run, in `whole` seconds by `ranks` ranks; if another rank finished, of this
+    rank alone. resumed: images that were done before.
+    """
+
+    manifest: Manifest
+    images: int = 0
+    resumed: int = 0
+    ranks: int = 1
+    decoding: float = 0.0
+    codec: float = 0.0
+    writing: float = 0.0
+    busy: float = 0.0
+    whole: float = 0.0
+    finished: bool = True  # by this rank
+
+    def __str__(self) -> str:
+        m = self.manifest
+        size = f"{m.samples} images in {len(m.views)} view(s) -> {len(m.blocks)} block(s) in {len(m.shards)} shard(s)"
+        left_out = f"; {len(m.bad)} unreadable left out: {', '.join(m.bad[:10])}" if m.bad else ""
+        if not self.images and self.finished:
+            return f"{size}; all was done before{left_out}"
+        busy = max(self.busy, 1e-9)
+        shares = ", ".join(f"{n} {getattr(self, n) / busy:.0%}" for n in ("decoding", "codec", "writing"))
+        speed = f"{self.images / max(self.whole, 1e-9):.1f} images/s in {self.whole:.1f} s"
+        if not self.finished:
+            return f"this rank did {self.images} images: {speed} ({shares})"
+        ranks = f" on {self.ranks} ranks" if self.ranks > 1 else ""
+        resumed = f"; {self.resumed} images were done before" if self.resumed else ""
+        return f"{size}: {speed}{ranks} ({shares}){resumed}{left_out}"
+
+
+def _ignore(value: object) -> None:
+    """Nobody wants to know."""
+
+
+def encode(
+    source: ImageSource,
+    codec: Codec,
+    out: str | os.PathLike[str],
+    options: EncodeOptions,
+    progress: Callable[[int], object] = _ignore,
+    *,
+    rank: int = 0,
+    size: int = 1,
+    resumed: Callable[[int], object] = _ignore,
+    waiting: Callable[[Sequence[int]], object] = _ignore,
+) -> Report:
+    """Write `source` as a data set in the folder `out`; return when it is there.
+
+    Ranks that call it with the same arguments share the work, without being connected; whoever of them is stopped,
+    the others take over. What is done waits in OUT.partial, and the same call goes on with it. A data set that the
+    same call has written is left as it is.
+
+    rank, size: where this rank begins, so that few meet. progress: called with the number of images done since the
+    last call, on any rank; resumed: with those done before. waiting: with the numbers of the parts that others are
+    at, while there is nothing else to do. Raises DataError where images cannot be read, latents are not finite or
+    `out` or OUT.partial is something else; nothing that looks like a data set is left then, and nothing done is lost.
+    """
+    job, out = Job(source, codec, options), Path(out).resolve()
+    found = _already(job, out)
+    if found is not None:
+        resumed(len(source))
+        return Report(found)
+    books = Books(out, job.plan())
+    with _explained(books):
+        books.open()
+        if books.finished:  # since we looked
+            books.abandon()
+            resumed(len(source))
+            return Report(Manifest.load(out), finished=False)
+        with books.run() as began, PartEncoder(job, books.folder, books.tag) as encoder:
+            run = _Run(job, books, encoder, (rank, size), (progress, resumed, waiting))
+            return run.go(began)
+
+
+def _already(job: Job, out: Path) -> Manifest | None:
+    """What is in `out`, if that is what this job writes; DataError where it is something else."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    if not (out / FILE).is_file():
+        raise DataError(f"{out} exists already: remove it or choose another name")
+    there = Manifest.load(out)
+    expected = to_dict(job.described())
+    if there.bad:  # then what can be counted differs
+        expected = {k: v for k, v in expected.items() if k not in ("samples", "class_counts", "unlabelled")}
+    else:
+        expected["shards"] = len(job.parts)
+    held = {**to_dict(there), "shards": len(there.shards)}
+    differing = differences({k: held[k] for k in expected}, expected, ("there", "here"))
+    if differing:
+        raise DataError(
+            f"{out} exists already, and is something else ({'; '.join(differing[:8])}): remove it or choose "
+            "another name"
+        )
+    if (out / PLAN).exists():  # its writer was stopped at the very last step
+        forget_plan(out)
+    return there
+
+
+@contextmanager
+def _explained(books: Books) -> Iterator[None]:
+    """Errors of the file system with what they mean here."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or books.folder
+        raise DataError(
+            f"cannot write to {where}: {error.strerror or error}; parts that are done are kept, and the same "
+            "command goes on when that is mended"
+        ) from error
+
+
+class _Run:
+    """One rank's share in an encode."""
+
+    def __init__(
+        self,
+        job: Job,
+        books: Books,
+        encoder: PartEncoder,
+        place: tuple[int, int],
+        tell: tuple[Callable[[int], object], Callable[[int], object], Callable[[Sequence[int]], object]],
+    ):
+        self.job, self.books, self.encoder = job, books, encoder
+        self.rank, self.size = place
+        self.progress, self.resumed, self.waiting = tell
+        # first those that no other rank begins with
+        own = job.parts[self.rank :: self.size]
+        self.parts = [*own, *(p for p in job.parts if p.number % self.size != self.rank)]
+        self.done: dict[int, Done] = {}
+        self.mine: set[int] = set()
+        self._readable: dict[int, bool] = {}  # images that could not be read once
+
+    def go(self, began: float) -> Report:
+        """Until OUT is there. began: when the first of the ranks that are at it did (Unix time)."""
+        own = time.time()
+        self.resumed(sum(done.images for done in self._look()))
+        pause = POLL[0]
+        while True:
+            try:
+                worked = self._write_what_is_free()
+                if self._finish():
+                    return self._report(began, finished=True)
+            except FileNotFoundError:
+                if not self.books.complete:  # else another rank is just tidying up
+                    raise
+                worked = False
+            if self.books.finished:
+                self.progress(sum(len(p) for p in self._missing()))
+                return self._report(own, finished=False)
+            pause = POLL[0] if worked else min(POLL[1], 1.5 * pause)
+            if not worked:
+                self.waiting([p.number for p in self._missing()])
+                time.sleep(pause)
+
+    def _missing(self) -> list[Part]:
+        return [p for p in self.parts if p.number not in self.done]
+
+    def _look(self) -> list[Done]:
+        """The parts that are done since the last look."""
+        found = []
+        for part in self._missing():
+            done = self._accepted(part)
+            if done is not None:
+                self.done[part.number] = done
+                found.append(done)
+        return found
+
+    def _accepted(self, part: Part) -> Done | None:
+        """A part that is done, unless images that were left out can be read now."""
+        done = self.books.read(part)
+        return None if done is None or any(self._can_read(image.id) for image in done.bad) else done
+
+    def _can_read(self, index: int) -> bool:
+        if index not in self._readable:
+            self._readable[index] = not isinstance(self.encoder.load(index), BadImage)
+        return self._readable[index]
+
+    def _write_what_is_free(self) -> bool:
+        """Go once over the parts, writing those that nobody is at; whether there was one."""
+        worked = False
+        for part in self._missing():
+            if part.number in self.done:
+                continue
+            # without locks everybody keeps to his own
+            with self.books.claim(part, unlocked=part.number % self.size == self.rank) as free:
+                # somebody may have written it, or even have finished, before we had the claim
+                if free and self._accepted(part) is None and not self.books.complete:
+                    self._write(part)
+                    worked = True
+            if worked:
+                self.progress(sum(done.images for done in self._look()))
+        self.progress(sum(done.images for done in self._look()))
+        return worked
+
+    def _write(self, part: Part) -> None:
+        self.books.forget(part)
+        rest = self.parts[self.parts.index(part) + 1 :]
+        after = next((p for p in rest if p.number not in self.done), None)
+        done = self.encoder.write(part, after, self.rank, self.progress, self._check_bad)
+        self._readable.update((image.id, False) for image in done.bad)
+        self.books.record(part, done)
+        self.done[part.number] = done
+        self.mine.add(part.number)
+
+    def _check_bad(self, here: list[Unreadable]) -> None:
+        """here: the unreadable images of the part under way, so far."""
+        bad = [*self._bad(), *here]
+        if len(bad) > self.job.options.max_bad + GIVE_UP:
+            raise self._too_many(bad, "; gave up looking for more")
+
+    def _bad(self) -> list[Unreadable]:
+        return [image for _, done in sorted(self.done.items()) for image in done.bad]
+
+    def _finish(self) -> bool:
+        """Once all parts are done: write the manifest and name the folder; False where another rank is at it."""
+        if self._missing() and not self.books.complete:
+            return False
+        with self.books.claim(None, unlocked=self.rank == 0) as free:
+            if not free or self.books.finished:
+                return False
+            if (self.books.folder / FILE).exists():  # whoever wrote it was stopped
+                self.books.finish(None, b"")
+                return True
+            self._readable.clear()  # the last look is a fresh one
+            stale = [n for n, done in self.done.items() if any(self._can_read(i.id) for i in done.bad)]
+            for number in stale:
+                del self.done[number]
+            if stale:
+                return False
+            if len(self._bad()) > self.job.options.max_bad:
+                raise self._too_many(self._bad())
+            manifest = self.job.manifest([self.done[p.number] for p in self.job.parts])
+            self.books.finish(manifest, self.job.names_bytes)
+        return True
+
+    def _too_many(self, bad: list[Unreadable], note: str = "") -> DataError:
+        """All of them in a file, the first in the text."""
+        lines = [f"{self.job.source.names[image.id]}: {image.why}" for image in bad]
+        file = self.books.folder / "bad.txt"
+        write_atomically(file, "".join(f"{line}\n" for line in lines).encode(), self.books.tag)
+        return DataError(
+            f"{len(bad)} image(s) cannot be read, {self.job.options.max_bad} allowed{note}. What is done is kept: mend "
+            f"them, or leave up to N out with --max_bad=N, and run the same command again. They are in {file}:\n"
+            + "\n".join(f"  {line}" for line in lines[:20])
+        )
+
+    def _report(self, began: float, finished: bool) -> Report:
+        """Over all ranks where this one finished; their sidecars are gone where another did."""
+        manifest = Manifest.load(self.books.out)
+        parts = [d for n, d in self.done.items() if (d.ended >= began if finished else n in self.mine)]
+        seconds = {n: sum(d.seconds.get(n, 0.0) for d in parts) for n in ("decoding", "codec", "writing")}
+        images = sum(d.images for d in parts)
+        return Report(
+            manifest,
+            images=images,
+            resumed=self.job.names.count - images if finished else 0,
+            ranks=len({d.rank for d in parts}),
+            busy=sum(d.seconds["whole"] for d in parts),
+            whole=time.time() - began,
+            finished=finished,
+            **seconds,
+        )

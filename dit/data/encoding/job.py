@@ -1,0 +1,164 @@
+"""What an encode is: images, codec, options, and all that follows from them before a single image is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from dit.config import ConfigError, config, to_dict
+from dit.data import DataError
+from dit.data.codecs.base import Codec
+from dit.data.encoding.parts import Done, Part, cut
+from dit.data.manifest import Manifest, Names
+from dit.data.records import END, member_bytes
+from dit.data.sources.crops import CROPS, Centre, Crop
+from dit.data.sources.images import ImageSource
+from dit.data.write import ChannelStats, names_file, samples_per_block
+from dit.rng import Purpose, permutation
+
+OPERATIONAL = (
+    "max_bad",
+    "workers",
+)  # options that may change from one start to the next: no byte depends on them
+
+
+@config
+class EncodeOptions:
+    """How to encode. `max_bad` and `workers` may change between starts; all the others decide about the bytes."""
+
+    image_size: Annotated[int, Field(ge=1)]  # pixels a side, a multiple of the codec's factor
+    flip: bool = True  # store a flipped view beside each image
+    block: Annotated[int, Field(ge=1)] = 256  # samples a block at most
+    shard_mb: Annotated[float, Field(gt=0)] = 512.0  # MB (10^6 bytes) a shard at most
+    seed: int = 0  # of the order of writing, random crops and drawn latents
+    batch_size: Annotated[int, Field(ge=1)] = 64  # images at a time through the codec
+    max_bad: Annotated[int, Field(ge=0)] = 0  # unreadable images to leave out before giving up
+    posterior: Literal["moments", "sample"] = "moments"  # keep mean and std, or one draw
+    workers: Annotated[int, Field(ge=0)] = 0  # threads that decode images; 0: one a core, 16 at most
+    dtype: Literal["float16", "float32"] = "float16"  # of what is stored
+    crop: Annotated[Crop, CROPS] = Centre()  # how a square is cut from an image
+
+
+@dataclass(frozen=True)
+class Job:
+    """One encode, the same on every rank. Raises ConfigError where source, codec and options do not go together."""
+
+    source: ImageSource
+    codec: Codec
+    options: EncodeOptions
+    names: Names = field(init=False)
+    names_bytes: bytes = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.options.image_size % self.codec.factor:
+            raise ConfigError(
+                f"image_size {self.options.image_size} is not a multiple of the codec's factor {self.codec.factor}"
+            )
+        data, names = names_file(self.source.names)
+        object.__setattr__(self, "names", names)
+        object.__setattr__(self, "names_bytes", data)
+
+    @property
+    def views(self) -> tuple[Literal["original", "flipped"], ...]:
+        """What is stored of each image."""
+        return ("original", "flipped") if self.options.flip else ("original",)
+
+    @property
+    def array(self) -> Literal["moments", "latents"]:
+        """What is stored of each view."""
+        keep = self.codec.has_posterior and self.options.posterior == "moments"
+        return "moments" if keep else "latents"
+
+    @property
+    def posterior(self) -> Literal["moments", "sample", "none"]:
+        """What is kept of the codec's posterior."""
+        return self.options.posterior if self.codec.has_posterior else "none"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of a stored sample."""
+        side = self.options.image_size // self.codec.factor
+        moments = (2,) if self.array == "moments" else ()
+        return (len(self.views), *moments, self.codec.channels, side, side)
+
+    @cached_property
+    def block(self) -> int:
+        """Samples of a full block."""
+        return samples_per_block(self.options.block, self._sample_bytes)
+
+    @property
+    def _sample_bytes(self) -> int:
+        return int(np.prod(self.shape)) * np.dtype(self.options.dtype).itemsize
+
+    @cached_property
+    def order(self) -> np.ndarray:
+        """The order of writing: (N,) int64, a permutation of the images' ids."""
+        return permutation(self.options.seed, Purpose.ENCODE, 0, len(self.source))
+
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """What the order is cut into."""
+        record = member_bytes(self.block * self._sample_bytes) + 2 * member_bytes(8 * self.block)
+        return cut(len(self.source), self.block, record, int(self.options.shard_mb * 1e6) - len(END))
+
+    def plan(self) -> dict[str, Any]:
+        """What the bytes follow from, as JSON values."""
+        kept = {k: v for k, v in to_dict(self.options).items() if k not in OPERATIONAL}
+        labels = hashlib.sha256(np.ascontiguousarray(self.source.labels, np.int64).tobytes())
+        labels.update(json.dumps(self.source.classes).encode())
+        images = {"count": self.names.count, "names": self.names.sha256, "labels": labels.hexdigest()}
+        codec = self.codec
+        computes = {"device": codec.device.type, "dtype": str(codec.dtype), "tile": codec.tile}
+        return {"options": kept, "codec": codec.identity(), "computes": computes, "images": images}
+
+    def described(self) -> dict[str, Any]:
+        """What the manifest will say, as far as that is known before: all but what the latents decide."""
+        counts = np.bincount(self.source.labels[self.source.labels >= 0], minlength=len(self.source.classes))
+        return {
+            "samples": len(self.source),
+            "array": self.array,
+            "shape": self.shape,
+            "dtype": self.options.dtype,
+            "views": self.views,
+            "posterior": self.posterior,
+            "image_size": self.options.image_size,
+            "transform": self.options.crop.text,
+            "classes": self.source.classes,
+            "class_counts": tuple(counts.tolist()),
+            "unlabelled": int((self.source.labels < 0).sum()),
+            "codec": self.codec.identity(),
+            "seed": self.options.seed,
+            "block": self.block,
+            "names": self.names,
+        }
+
+    def manifest(self, parts: list[Done]) -> Manifest:
+        """The manifest over all parts, in their order. DataError where none of the images can be read."""
+        written = [d for d in parts if d.shard is not None]
+        bad = [image for d in parts for image in d.bad]
+        if not written:
+            first = f"{self.source.names[bad[0].id]}: {bad[0].why}" if bad else "there are none"
+            raise DataError(f"none of the {len(self.source)} images can be read, first {first}")
+        stats = ChannelStats()
+        for done in parts:
+            stats.merge(ChannelStats.from_plain(done.stats))
+        blocks = [replace(b, shard=i) for i, done in enumerate(written) for b in done.blocks]
+        counted = {
+            "samples": sum(b.samples for b in blocks),
+            "class_counts": tuple(np.sum([d.label_counts for d in parts], axis=0, dtype=int).tolist()),
+            "unlabelled": sum(d.unlabelled for d in parts),
+        }
+        return Manifest(
+            **{**self.described(), **counted},
+            mean=tuple(np.asarray(stats.mean).tolist()),
+            std=tuple(stats.std.tolist()),
+            bad=tuple(self.source.names[image.id] for image in bad),
+            shards=tuple(d.shard for d in written if d.shard),
+            blocks=tuple(blocks),
+        )

@@ -1,0 +1,290 @@
+"""Shards made elsewhere: one sample after the other, each as tar members KEY.npy (or .pt, .pth) and KEY.cls (or .json).
+
+index.py writes their manifest. A block is then a stretch of whole members, so that order, resuming, hashes and
+caches are those of our own blocks.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from dit.data.blocks import BlockReader
+from dit.data.manifest import Foreign, Manifest
+from dit.data.records import TAR_BLOCK, parse_npy, parse_npy_header
+from dit.data.storage.files import AnyStorage, Storage
+
+LOGVAR_RANGE = (-30.0, 20.0)  # to which latent diffusion's DiagonalGaussianDistribution clamps log variances
+DTYPES = ("float16", "bfloat16", "float32")
+FILES, LONG_NAME, EXTENDED, EXTENSIONS = b"0\x007", ord("L"), b"xL", b"xLgK"  # kinds of a tar's headers
+
+
+# --- members -----------------------------------------------------------------------------------------------
+
+
+class Place(NamedTuple):
+    """A member in the bytes of a tar: its path, and where its data stand."""
+
+    path: bytes
+    offset: int
+    size: int
+
+
+def places(data: bytes | bytearray) -> Iterator[Place]:
+    """The files in bytes of a tar that were walked by tarwalk.py once, and have not changed since.
+
+    Takes a few microseconds a member, with none of the walk's checks. Raises ValueError where the bytes are of
+    something else.
+    """
+    at, path, size = 0, b"", -1
+    while at < len(data):
+        start = at + TAR_BLOCK
+        if start > len(data):
+            raise ValueError(f"breaks off at byte {at}")
+        kind, length = data[at + 156], int(data[at + 124 : at + 136].strip(b" \0") or b"0", 8)
+        if kind in EXTENDED:
+            said = bytes(data[start : start + length])
+            path, size = (said.split(b"\0")[0], size) if kind == LONG_NAME else _pax(said, path, size)
+        elif kind in FILES:
+            length = length if size < 0 else size
+            if start + length > len(data):
+                raise ValueError(f"a member of {length} bytes at byte {at} goes past the end")
+            yield Place((path or _path(data, at)).removeprefix(b"./"), start, length)
+        if kind not in EXTENSIONS:
+            path, size = b"", -1
+        at = start + length + -length % TAR_BLOCK
+
+
+def _path(data: bytes | bytearray, at: int) -> bytes:
+    """The path in the header at a byte; the long ones of ustar have their first part elsewhere."""
+    end = data.find(0, at, at + 100)
+    name = bytes(data[at : end if end >= 0 else at + 100])
+    if data[at + 345] and data[at + 257 : at + 263] == b"ustar\0":
+        return bytes(data[at + 345 : at + 500]).split(b"\0")[0] + b"/" + name
+    return name
+
+
+def _pax(said: bytes, path: bytes, size: int) -> tuple[bytes, int]:
+    """Path and size after pax records ("LENGTH KEY=VALUE\\n"), which set neither in most tars."""
+    if b" path=" in said or b" size=" in said:
+        while said:
+            length = int(said[: said.index(b" ")])
+            key, _, value = said[: length - 1].partition(b" ")[2].partition(b"=")
+            path = value if key == b"path" else path
+            size = int(value) if key == b"size" else size
+            said = said[length:]
+    return path, size
+
+
+def split_path(path: bytes) -> tuple[bytes, str]:
+    """(key, extension) as the webdataset library has them: the key ends at the first dot of the last part."""
+    dot = path.find(b".", path.rfind(b"/") + 1)
+    if dot < 0:
+        return path, ""
+    return path[:dot], path[dot + 1 :].lower().decode("utf-8", "replace")
+
+
+class Sample(NamedTuple):
+    """A sample: its key, and its members by extension."""
+
+    key: bytes
+    members: dict[str, Place]
+
+
+def samples_in(found: Iterator[Place], wanted: frozenset[str]) -> Iterator[Sample]:
+    """Members grouped by key, of each group those of the wanted extensions; groups without any are left out."""
+    key, members = b"", dict[str, Place]()
+    for place in found:
+        own, extension = split_path(place.path)
+        if own != key:
+            if members:
+                yield Sample(key, members)
+            key, members = own, {}
+        if extension in wanted:
+            members[extension] = place
+    if members:
+        yield Sample(key, members)
+
+
+# --- arrays and labels -------------------------------------------------------------------------------------
+
+
+def _npy(data: memoryview) -> tuple[str, np.ndarray]:
+    array = parse_npy(data)
+    return array.dtype.name, array
+
+
+def _pt(data: memoryview) -> tuple[str, np.ndarray]:
+    try:
+        loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001 (whatever bytes make the unpickler raise; the caller says where)
+        raise ValueError(f"torch.load(weights_only=True): {str(error).splitlines()[0][:200]}") from None
+    if not isinstance(loaded, torch.Tensor) or loaded.layout != torch.strided:
+        keys = f" with {', '.join(map(str, list(loaded)[:5]))}" if isinstance(loaded, dict) else ""
+        raise ValueError(f"holds a {type(loaded).__name__}{keys}, expected one plain tensor")
+    name = str(loaded.dtype).removeprefix("torch.")
+    return name, (loaded.float() if loaded.dtype == torch.bfloat16 else loaded).detach().numpy()
+
+
+# How a member's bytes become (name of the stored type, array), by the end of its extension. All raise ValueError.
+ARRAYS: dict[str, Callable[[memoryview], tuple[str, np.ndarray]]] = {"npy": _npy, "pt": _pt, "pth": _pt}
+
+
+def read_array(extension: str, data: memoryview) -> tuple[str, np.ndarray]:
+    """(type, array) of a member. Raises ValueError; never unpickles anything but tensors."""
+    dtype, array = ARRAYS[extension.rpartition(".")[2]](data)
+    if dtype not in DTYPES:
+        raise ValueError(f"{dtype}, expected one of {', '.join(DTYPES)}")
+    return dtype, array
+
+
+def _cls(data: bytes) -> int:
+    return int(data)
+
+
+def _json(data: bytes) -> int:
+    values = json.loads(data)
+    label = values.get("label") if isinstance(values, dict) else None
+    if not isinstance(label, int) or isinstance(label, bool):
+        raise ValueError(f"expected an object with a whole number 'label', got {data[:60]!r}")
+    return label
+
+
+LABELS: dict[str, Callable[[bytes], int]] = {"cls": _cls, "json": _json}
+
+
+def to_codec(foreign: Foreign, raw: np.ndarray, out: np.ndarray) -> None:
+    """Stored arrays (n, *foreign.shape) to the codec's: out (n, 2, C, H, W), mean and std, or (n, C, H, W).
+
+    Stored latents (or means and standard deviations) are the codec's times foreign.scale; log variances are of the
+    posterior as the codec gives it, and the scale is of its mean and std (Rombach et al., arXiv 2112.10752).
+    """
+    raw = raw.reshape(out.shape)
+    logvar = out.ndim == 5 and foreign.spread == "logvar"
+    with np.errstate(over="ignore"):  # what float16 cannot hold becomes infinite, which the index refuses
+        if logvar or foreign.scale != 1.0:
+            raw = raw.astype(np.float32)
+            if logvar:
+                raw[:, 1] = np.exp(0.5 * np.clip(raw[:, 1], *LOGVAR_RANGE))
+                raw[:, 0] /= np.float32(foreign.scale)
+            else:
+                raw /= np.float32(foreign.scale)
+        out[...] = raw
+
+
+def wanted(foreign: Foreign) -> frozenset[str]:
+    """Extensions of the members that are read."""
+    return frozenset(e for e in (foreign.array, foreign.flipped, foreign.label) if e is not None)
+
+
+def decode(foreign: Foreign, samples: list[Sample], data: bytearray, out: np.ndarray) -> np.ndarray:
+    """The samples in `data`: their arrays in `out`, (n, *manifest.shape), and labels, (n,) int64.
+
+    Raises ValueError naming the sample that is not as `foreign` says.
+    """
+    for view, extension in enumerate(e for e in (foreign.array, foreign.flipped) if e is not None):
+        to_codec(foreign, _stack(foreign, extension, samples, memoryview(data)), out[:, view])
+    labels = np.full(len(samples), -1, np.int64)
+    if foreign.label is not None:
+        read = LABELS[foreign.label]
+        for row, sample in enumerate(samples):
+            _, start, size = _member(sample, foreign.label)
+            try:
+                labels[row] = read(bytes(data[start : start + size]))
+            except (ValueError, OverflowError) as error:
+                raise ValueError(f"{_name(sample)}.{foreign.label}: no label: {error}") from None
+    return labels
+
+
+def _stack(foreign: Foreign, extension: str, samples: list[Sample], data: memoryview) -> np.ndarray:
+    """The arrays of one member of each sample, (n, *foreign.shape), checked."""
+    raw = np.empty((len(samples), *foreign.shape), np.float16 if foreign.dtype == "float16" else np.float32)
+    flat = raw.reshape(len(samples), -1).view(np.uint8)  # (n, bytes of an array)
+    head = b""  # of the npy file before, where the bytes behind it can be copied as they are
+    for row, sample in enumerate(samples):
+        _, start, size = _member(sample, extension)
+        if head and size == len(head) + flat.shape[1] and data[start : start + len(head)] == head:
+            flat[row] = np.frombuffer(data[start + len(head) : start + size], np.uint8)
+            continue
+        member = data[start : start + size]
+        try:
+            dtype, array = read_array(extension, member)
+        except ValueError as error:
+            raise ValueError(f"{_name(sample)}.{extension}: {error}") from None
+        if dtype != foreign.dtype or array.shape != foreign.shape:
+            raise ValueError(
+                f"{_name(sample)}.{extension}: {dtype} {array.shape}, expected {foreign.dtype} {foreign.shape}"
+            )
+        raw[row] = array
+        if extension.endswith("npy") and array.dtype == raw.dtype:
+            head = bytes(member[: parse_npy_header(member)[2]])
+    return raw
+
+
+def _member(sample: Sample, extension: str) -> Place:
+    place = sample.members.get(extension)
+    if place is None:
+        raise ValueError(f"the sample {_name(sample)!r} has no .{extension}")
+    return place
+
+
+def _name(sample: Sample) -> str:
+    return sample.key.decode("utf-8", "replace")
+
+
+# --- the reader --------------------------------------------------------------------------------------------
+
+
+class SampleReader(BlockReader):
+    """Reads blocks of an index of foreign shards; the same calls, checks and errors as of its parent.
+
+    A block's samples are converted to the manifest's array and dtype while they are read.
+    """
+
+    def __init__(self, manifest: Manifest, *args: Any, **kwargs: Any):
+        super().__init__(manifest, *args, **kwargs)
+        assert manifest.foreign is not None
+        self.foreign, self.wanted = manifest.foreign, wanted(manifest.foreign)
+        self._first = np.cumsum([0, *(b.samples for b in manifest.blocks)])
+
+    def open_storage(self, root: str) -> Storage:
+        """Shards lie in their manifest's folder or anywhere else."""
+        return AnyStorage(root)
+
+    def read_into(self, index: int, *rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See the parent. The label is -1 everywhere in a data set without; the id is the place in the data set."""
+        block = self.manifest.blocks[index]
+        data = bytearray(block.bytes)
+        self.receive(index, [memoryview(data)])
+        try:
+            samples = list(samples_in(places(data), self.wanted))
+            if len(samples) != block.samples:
+                raise ValueError(f"{len(samples)} samples, the manifest says {block.samples}")
+            labels = decode(self.foreign, samples, data, rows[0])
+        except ValueError as error:
+            raise self.fault(index, f"not what the manifest describes: {error}") from None
+        self.check_labels(index, labels)
+        return labels, np.arange(self._first[index], self._first[index + 1], dtype=np.uint64)
+
+    def scatter(self, index: int, bodies: list[list[memoryview]]) -> tuple[np.ndarray, np.ndarray]:
+        """See the parent."""
+        shape = (self.manifest.blocks[index].samples, *self.manifest.shape)
+        rows = np.empty(shape, self.manifest.dtype)
+        found = self.read_into(index, rows)
+        data = rows.reshape(-1).view(np.uint8).data
+        for piece in bodies[0]:
+            piece[:], data = data[: len(piece)], data[len(piece) :]
+        return found
+
+    def keys(self, record: bytes) -> list[str]:
+        """The keys of the samples in a block's bytes."""
+        return [_name(s) for s in samples_in(places(record), self.wanted)]
+
+    def expected_keys(self, index: int, names: list[str]) -> list[str]:
+        """The keys that the names file has for them."""
+        return names[self._first[index] : self._first[index + 1]]

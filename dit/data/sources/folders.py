@@ -1,0 +1,96 @@
+"""Folders of images, and scikit-learn's digits."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dit.data import DataError
+from dit.data.sources.source import FORMATS, ImageSource, is_image, listing
+from dit.rng import Purpose, permutation
+
+DIGITS_HELD_OUT = 500
+PACKED = (".tar", ".parquet")
+
+
+def open_folder(spec: str) -> ImageSource:
+    """A folder of class folders (CLASS/name.jpg), classes sorted by name; images directly in it have label -1."""
+    root = Path(spec)
+    if not root.exists():
+        raise DataError(f"{root}: no such folder, tar or Parquet file, and not digits:train or digits:test")
+    if not root.is_dir():
+        raise DataError(
+            f"{root}: neither a folder nor a .tar or .parquet (compressed archives have to be unpacked first)"
+        )
+    if (root / "manifest.json").exists():
+        raise DataError(f"{root}: holds encoded latents (manifest.json), not images")
+    folders = sorted(d.name for d in os.scandir(root) if d.is_dir() and not d.name.startswith("."))
+    names: list[str] = []
+    labels: list[int] = []
+    faults: list[str] = []
+    ignored = 0
+    for label, folder in [(-1, ""), *enumerate(folders)]:
+        files, deeper = _listed(root / folder)
+        images = [f for f in files if is_image(f)]
+        if folder and (deeper or not images):
+            faults.append(_fault(root / folder, files, deeper))
+        names += [f"{folder}/{f}" if folder else f for f in images]
+        labels += [label] * len(images)
+        ignored += len(files) - len(images)
+    if faults:
+        raise DataError(listing(f"{root}: {len(faults)} class folder(s) that cannot be used", faults))
+    return ImageSource(
+        tuple(names), np.array(labels, np.int64), tuple(folders), partial(_open, root, names), ignored
+    )
+
+
+def _open(root: Path, names: list[str], index: int) -> Image.Image:
+    return Image.open(root / names[index], formats=FORMATS)
+
+
+def _listed(folder: Path) -> tuple[list[str], list[str]]:
+    """The names of files and of folders in a folder, sorted."""
+    entries = list(os.scandir(folder))
+    files = sorted(e.name for e in entries if e.is_file())
+    return files, sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+
+
+def _fault(folder: Path, files: list[str], deeper: list[str]) -> str:
+    where = f"class folder '{folder.name}' in {folder.parent}"
+    if any(is_image(f) for f in files):
+        return f"{where} has images and folders ('{deeper[0]}'), whose images would not be read"
+    packed = next((f for f in files if f.endswith(PACKED)), None)
+    inside = f"folders ('{deeper[0]}')" if deeper else f"'{packed}'"
+    hint = f"; it holds {inside}: did you mean {folder}?" if deeper or packed else ""
+    return f"{where} has no images: fill it or remove it{hint}"
+
+
+def open_digits(spec: str) -> ImageSource | None:
+    """`digits:train` or `digits:test`: scikit-learn's 1797 digits of 8x8, in a fixed split of 1297 and 500."""
+    if not spec.startswith("digits:"):
+        return None
+    split = spec.removeprefix("digits:")
+    if split not in ("train", "test"):
+        raise DataError(f"digits:{split}: no such part; expected digits:train or digits:test")
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise DataError('digits need scikit-learn: pip install "dit[demo]"') from None
+    digits = load_digits()
+    order = permutation(0, Purpose.ENCODE, 0, len(digits.target))
+    chosen = np.sort(order[:-DIGITS_HELD_OUT] if split == "train" else order[-DIGITS_HELD_OUT:])
+    pixels = np.rint(digits.images[chosen] * (255 / 16)).astype(np.uint8)  # (N, 8, 8) from 0..16
+    return ImageSource(
+        names=tuple(f"digits/{i:04d}" for i in chosen),
+        labels=digits.target[chosen].astype(np.int64),
+        classes=tuple(str(i) for i in range(10)),
+        open=partial(_from_array, pixels),
+    )
+
+
+def _from_array(pixels: np.ndarray, index: int) -> Image.Image:
+    return Image.fromarray(pixels[index])

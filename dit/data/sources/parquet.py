@@ -1,0 +1,246 @@
+"""Images in Parquet files, as Hugging Face's `datasets` lays them out.
+
+A column `image` of {bytes, path} or of bytes, and a column `label` of whole numbers, whose names are in the schema's
+metadata. Labels and paths are read at once. Bytes can only be read a row group at a time, which in the random
+order of encoding would be a row group for each image; so at the first image all are written once to a local file
+(spill.py), in memory of a few pages of the file, and read from there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from dit.data import DataError
+from dit.data.sources.source import ImageSource, files_of, listing, open_image
+from dit.data.sources.spill import Spill
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+ROWS = 16  # decoded at a time
+STREAMED = {"buffer_size": 1 << 20, "pre_buffer": False}  # else a whole row group is read into memory
+MAX_CLASS = 10**6  # of labels without names
+IMAGE_COLUMNS, LABEL_COLUMNS = ("image", "img"), ("label", "labels", "cls")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which columns hold what: Parquet's names, such as image.bytes. path, label: None where there is none."""
+
+    bytes: str
+    path: str | None
+    label: str | None
+    classes: tuple[str, ...] | None  # None: the labels have no names
+
+
+@dataclass
+class ParquetImages:
+    """Opens image i; the first call writes the images of all files to a local file."""
+
+    files: Sequence[Path]
+    layout: Layout
+    count: int
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _spill: Spill | None = None
+
+    def __call__(self, index: int) -> Image.Image:
+        with self._lock:
+            if self._spill is None:
+                self._spill = Spill(self._key(), self.count, self._size(), self._records)
+        return open_image(self._spill.read(index))
+
+    def _key(self) -> str:
+        state = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in self.files]
+        return hashlib.sha256(json.dumps([self.layout.bytes, self.count, state]).encode()).hexdigest()[:32]
+
+    def _size(self) -> int:
+        size = 8 * self.count
+        for path in self.files:
+            with _opened(path) as file:
+                size += sum(chunk.total_uncompressed_size for chunk in _chunks(file, self.layout.bytes))
+        return size
+
+    def _records(self) -> Iterator[bytes]:
+        with tqdm(total=self.count, unit="img", desc="unpack Parquet", leave=False, delay=2) as bar:
+            for path in self.files:
+                with _opened(path) as file:
+                    for batch in file.iter_batches(ROWS, columns=[self.layout.bytes], use_threads=False):
+                        yield from _leaf(batch.column(0)).to_pylist()
+                        bar.update(len(batch))
+
+
+def open_parquet(spec: str) -> ImageSource | None:
+    """One or several Parquet files of images; where they have no `path` of their own, names are FILE:ROW.
+
+    Raises DataError for files that cannot be read or differ in their columns or classes, for rows that hold no
+    bytes, and for labels without a name.
+    """
+    files = files_of(spec, ".parquet")
+    if not files:
+        return None
+    layout = _common_layout(files)
+    labels, paths, rows, empty = [], list[str | None](), list[str](), list[str]()
+    for path in files:
+        with _opened(path) as file:
+            known, own = _labels_and_paths(file, layout)
+            empty += [f"{path.name}:{row} ({own[row]})" for row in _without_bytes(file, layout)]
+        labels.append(known)
+        paths += own
+        rows += [f"{path.name}:{row}" for row in range(len(own))]
+    if empty:
+        head = f"{spec}: {len(empty)} of {len(rows)} rows hold no bytes; write the images themselves, not their paths"
+        raise DataError(listing(head, empty))
+    numbers = np.concatenate(labels)
+    classes = _classes(spec, numbers, layout, rows)
+    unique = len({path for path in paths if path}) == len(paths)
+    names = tuple(str(path) for path in paths) if unique else tuple(rows)
+    return ImageSource(names, numbers, classes, ParquetImages(files, layout, len(rows)))
+
+
+def _classes(spec: str, labels: np.ndarray, layout: Layout, rows: Sequence[str]) -> tuple[str, ...]:
+    """The names of the classes, or their numbers; DataError unless each label is -1 or one of them."""
+    most = MAX_CLASS if layout.classes is None else len(layout.classes)
+    wrong = [f"{rows[i]}: {labels[i]}" for i in np.flatnonzero((labels < -1) | (labels >= most)).tolist()]
+    if wrong:
+        raise DataError(listing(f"{spec}: {len(wrong)} labels that are not -1 or below {most}", wrong))
+    return layout.classes or tuple(str(i) for i in range(int(labels.max(initial=-1)) + 1))
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[pq.ParquetFile]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True, **STREAMED) as file:
+            yield file
+    except (pa.ArrowException, OSError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(
+            f"{path}: not a whole Parquet file, or a damaged one ({error}); copy it again"
+        ) from None
+
+
+def _common_layout(files: Sequence[Path]) -> Layout:
+    layouts = []
+    for path in files:
+        with _opened(path) as file:
+            layouts.append(_layout(path, file.schema_arrow))
+    odd = [
+        f"{path.name}: {layout}" for path, layout in zip(files, layouts, strict=True) if layout != layouts[0]
+    ]
+    if odd:
+        head = f"{len(odd)} file(s) have other columns or classes than {files[0]} ({layouts[0]})"
+        raise DataError(listing(head, odd))
+    return layouts[0]
+
+
+def _layout(path: Path, schema: pa.Schema) -> Layout:
+    import pyarrow.types as types
+
+    features = _features(path, schema)
+    image = _column(path, schema, features, "Image", IMAGE_COLUMNS)
+    if image is None:
+        raise DataError(f"{path}: no column of images; expected 'image', found {', '.join(schema.names)}")
+    kind = schema.field(image).type
+    inner = {f.name: f.type for f in kind} if types.is_struct(kind) else {}
+    if not _is_binary(inner.get("bytes", kind)):
+        raise DataError(f"{path}: column '{image}' is {kind}, expected bytes or a struct of bytes and path")
+    label = _column(path, schema, features, "ClassLabel", LABEL_COLUMNS)
+    if label is not None and not types.is_integer(schema.field(label).type):
+        raise DataError(f"{path}: column '{label}' is {schema.field(label).type}, expected whole numbers")
+    names = features.get(label or "", {}).get("names")
+    return Layout(
+        bytes=f"{image}.bytes" if inner else image,
+        path=f"{image}.path" if types.is_string(inner.get("path", kind)) else None,
+        label=label,
+        classes=tuple(str(name) for name in names) if isinstance(names, list) else None,
+    )
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    import pyarrow.types as types
+
+    return bool(types.is_binary(kind) or types.is_large_binary(kind))
+
+
+def _features(path: Path, schema: pa.Schema) -> dict[str, dict[str, Any]]:
+    """What Hugging Face says of the columns; nothing where another program wrote the file."""
+    text = (schema.metadata or {}).get(b"huggingface")
+    if text is None:
+        return {}
+    try:
+        features = json.loads(text)["info"]["features"]
+        return {name: value for name, value in features.items() if isinstance(value, dict)}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: damaged metadata 'huggingface' in its schema ({error!r})") from None
+
+
+def _column(
+    path: Path, schema: pa.Schema, features: dict[str, dict[str, Any]], kind: str, usual: Sequence[str]
+) -> str | None:
+    """The column that is said to be of this kind, else the one with a usual name."""
+    said = [name for name in schema.names if features.get(name, {}).get("_type") == kind]
+    called = [name for name in usual if name in (said or schema.names)]
+    if len(said) > 1 and not called:
+        raise DataError(
+            f"{path}: several columns of {kind}: {', '.join(said)}; call one of them '{usual[0]}'"
+        )
+    return next(iter([*called, *said]), None)
+
+
+def _leaf(column: pa.Array) -> pa.Array:
+    """The only field of a column that is a struct."""
+    import pyarrow.types as types
+
+    return column.flatten()[0] if types.is_struct(column.type) else column
+
+
+def _labels_and_paths(file: pq.ParquetFile, layout: Layout) -> tuple[np.ndarray, list[str | None]]:
+    """Label (n,) int64 and path of each row, -1 and None where there is none."""
+    count = file.metadata.num_rows
+    labels = np.full(count, -1, np.int64)
+    paths: list[str | None] = [None] * count
+    if layout.label:
+        column = file.read(columns=[layout.label]).column(0)
+        labels = column.cast("int64").fill_null(-1).to_numpy()
+    if layout.path:
+        chunks = file.read(columns=[layout.path]).column(0).chunks
+        paths = [path for chunk in chunks for path in _leaf(chunk).to_pylist()]
+    return labels, paths
+
+
+def _chunks(file: pq.ParquetFile, column: str) -> list[pq.ColumnChunkMetaData]:
+    """What the file says of a column in each row group."""
+    groups = [file.metadata.row_group(g) for g in range(file.metadata.num_row_groups)]
+    chunks = (group.column(c) for group in groups for c in range(group.num_columns))
+    return [chunk for chunk in chunks if chunk.path_in_schema == column]
+
+
+def _without_bytes(file: pq.ParquetFile, layout: Layout) -> list[int]:
+    """The rows that hold no bytes; only row groups that may have some are read."""
+    empty: list[int] = []
+    start = 0
+    for group, chunk in enumerate(_chunks(file, layout.bytes)):
+        known = chunk.is_stats_set and chunk.statistics.has_null_count
+        if not known or chunk.statistics.null_count:
+            row = start
+            for batch in file.iter_batches(ROWS, [group], columns=[layout.bytes], use_threads=False):
+                valid = _leaf(batch.column(0)).is_valid().to_pylist()
+                empty += [row + i for i, there in enumerate(valid) if not there]
+                row += len(batch)
+        start += file.metadata.row_group(group).num_rows
+    return empty

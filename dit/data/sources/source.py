@@ -1,0 +1,137 @@
+"""A set of images, whatever it was read from: names, labels, an order, and one image at a time."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dit.data import DataError
+from dit.data.sources.crops import Centre, Crop
+from dit.rng import Draws
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF", "JPEG2000")  # not EPS, which runs a program
+SPLIT = re.compile(r"(?<![a-z])(train|test|val|valid|validation|dev)(?![a-z])", re.IGNORECASE)
+
+
+class BadImage(DataError):
+    """One image that cannot be read: `name` says which, the text also why."""
+
+    def __init__(self, name: str, reason: str):
+        self.name = name
+        super().__init__(f"{name}: {reason}")
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """Images in a fixed order. names, labels: one each; open(i) gives image i as PIL has it, from any thread.
+
+    Raises DataError for names that cannot stand as a line of UTF-8 each.
+    """
+
+    names: tuple[str, ...]
+    labels: np.ndarray  # (N,) int64, index into classes or -1
+    classes: tuple[str, ...]
+    open: Callable[[int], Image.Image]
+    ignored: int = 0  # files that are not images
+
+    def __post_init__(self) -> None:
+        odd = [repr(name) for name in (*self.names, *self.classes) if not _is_line(name)]
+        if odd:
+            what = f"{len(odd)} name(s) with a line break or with bytes that are not UTF-8: rename the files"
+            raise DataError(listing(what, odd))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __str__(self) -> str:
+        loose = int((self.labels < 0).sum())
+        counts = f"{len(self)} images in {len(self.classes)} classes"
+        return f"{counts}, {loose} without a label, {self.ignored} other files"
+
+    def load(self, index: int, size: int, crop: Crop = Centre(), seed: int = 0) -> np.ndarray:  # noqa: B008
+        """Image `index`, cropped to (size, size, 3) uint8: a pure function of the image, the crop, seed and index.
+
+        Raises BadImage with its name; DataError where the source itself is broken.
+        """
+        try:
+            with self.open(index) as image:
+                draws = Draws(seed, 0, torch.tensor([index]), 1) if crop.is_random else None
+                return crop(image, size, draws)
+        except (MemoryError, DataError):
+            raise
+        except Exception as error:
+            # Pillow's decoders raise nearly any exception on damaged bytes (OSError, SyntaxError, struct.error, ...)
+            raise BadImage(self.names[index], f"{type(error).__name__}: {error}") from error
+
+
+def _is_line(name: str) -> bool:
+    return (name.isascii() and name.isprintable()) or (_encodes(name) and not re.search(r"[\n\r\0]", name))
+
+
+def _encodes(name: str) -> bool:
+    return not re.search(
+        "[\ud800-\udfff]", name
+    )  # what file systems and tars give for bytes that are not UTF-8
+
+
+def is_image(name: str) -> bool:
+    """Whether a file of this name counts as an image: by its ending, hidden files do not."""
+    return name.lower().endswith(EXTENSIONS) and not os.path.basename(name).startswith(".")
+
+
+def open_image(data: bytes) -> Image.Image:
+    """The image in the bytes of a file."""
+    return Image.open(io.BytesIO(data), formats=FORMATS)
+
+
+def listing(head: str, faults: Iterable[str], most: int = 5) -> str:
+    """`head`, the first faults on a line each, and how many more there are."""
+    faults = list(faults)
+    rest = [f"... and {len(faults) - most} more"] if len(faults) > most else []
+    return "\n".join([f"{head}:", *(f"  {fault}" for fault in [*faults[:most], *rest])])
+
+
+def files_of(spec: str, suffix: str) -> list[Path]:
+    """The files with this suffix that `spec` names, sorted; none where it names something else.
+
+    spec: a file, a folder of them (without folders and images in it), a pattern (`train-*.tar`) or a range
+    (`train-{000..099}.tar`), of which none may be missing.
+    """
+    path = Path(spec)
+    if path.is_dir():
+        seen = [entry for entry in path.iterdir() if not entry.name.startswith(".")]
+        if any(entry.is_dir() or is_image(entry.name) for entry in seen):
+            return []
+        files = sorted(entry for entry in seen if entry.suffix == suffix)
+        splits = sorted({m[0].lower() for file in files if (m := SPLIT.search(file.stem))})
+        if len(splits) > 1:
+            each = " or ".join(f"{path}/*{split}*{suffix}" for split in splits)
+            raise DataError(f"{path}: holds several parts ({', '.join(splits)}); name one: {each}")
+        return files
+    if path.is_file():
+        return [path] if path.suffix == suffix else []
+    patterns = [Path(p) for p in expand_range(spec)]
+    found = {p for pattern in patterns for p in pattern.parent.glob(pattern.name) if p.suffix == suffix}
+    missing = [p for p in patterns if not any(c in str(p) for c in "*?[") and not p.exists()]
+    if len(patterns) > 1 and missing and path.suffix == suffix:
+        raise DataError(f"{spec}: {len(missing)} of {len(patterns)} shards are missing, first {missing[0]}")
+    return sorted(found)
+
+
+def expand_range(spec: str) -> list[str]:
+    """What a range in braces stands for: a-{08..10} for a-08, a-09 and a-10; all else for itself."""
+    match = re.search(r"\{(\d+)\.\.(\d+)\}", spec)
+    if not match:
+        return [spec]
+    first, last = match.groups()
+    numbers = range(int(first), int(last) + 1)
+    return [f"{spec[: match.start()]}{n:0{len(first)}d}{spec[match.end() :]}" for n in numbers]

@@ -1,0 +1,63 @@
+"""A data set read through the node's cache."""
+
+from __future__ import annotations
+
+import os
+
+from dit.config import ConfigError
+from dit.data.manifest import Manifest
+from dit.data.records import xxh3_of
+from dit.data.storage.files import State, Storage
+from dit.data.storage.nodecache import NodeCache, NodeCacheConfig
+
+
+class CachedStorage:
+    """A data set's storage with a cache before it: blocks go through it, all else goes past it.
+
+    always: check the hash at every read of a cached block, not only where this process has not seen the file yet. What
+    fails is dropped and fetched again; only what has the manifest's hash is stored.
+    """
+
+    def __init__(self, source: Storage, cache: NodeCache, manifest: Manifest, always: bool = False):
+        self.source, self.cache, self.always = source, cache, always
+        self._blocks = {}  # (shard's name, offset) -> (bytes, name in the cache, hash)
+        for block in manifest.blocks:
+            shard = manifest.shards[block.shard]
+            name = f"{shard.sha256}-{block.offset}-{block.bytes}"
+            self._blocks[shard.name, block.offset] = block.bytes, name, block.xxh3
+        self._seen: dict[str, State] = {}  # of files whose hash was right
+
+    def read(self, name: str, offset: int, buffers: list[memoryview]) -> State:
+        size, file, xxh3 = self._blocks.get((name, offset), (0, "", ""))
+        if size != sum(len(b) for b in buffers):
+            return self.source.read(name, offset, buffers)  # not one block
+        state = self.cache.load(file, buffers)
+        if state is not None:
+            if (not self.always and self._seen.get(file) == state) or xxh3_of(buffers) == xxh3:
+                self._seen[file] = state
+                self.cache.count(hits=1)
+                return state
+            self.cache.drop(file, state)
+        state = self.source.read(name, offset, buffers)
+        self.cache.count(misses=1, fetched=size)
+        if xxh3_of(buffers) == xxh3:
+            self.cache.store(file, buffers)
+        return state
+
+    def bytes(self, name: str) -> bytes:
+        return self.source.bytes(name)
+
+    def size(self, name: str) -> int:
+        return self.source.size(name)
+
+
+def with_cache(
+    source: Storage, settings: NodeCacheConfig | None, manifest: Manifest, always: bool
+) -> Storage:
+    """The storage with the cache that the settings ask for, if they do. Raises ConfigError."""
+    if settings is None or settings.folder is None:
+        return source
+    folder = os.path.expanduser(os.path.expandvars(settings.folder))
+    if "$" in folder:
+        raise ConfigError(f"cache folder {settings.folder}: a variable in it is not set (it gives {folder})")
+    return CachedStorage(source, NodeCache(folder, int(settings.limit_gb * 1e9)), manifest, always)

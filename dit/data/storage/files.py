@@ -1,0 +1,118 @@
+"""Where a data set's files lie: a local folder, or anything that fsspec reads by byte range (http, s3, ...)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Hashable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+from dit.data.storage.remote import RemoteStorage, has_own_root, is_remote, split
+from dit.data.storage.web import HttpStorage
+
+MOST_BUFFERS = 1024  # that one call of preadv takes (IOV_MAX of Linux)
+State = Hashable  # of a file: differs after the file has changed
+REMOTE = {"http": HttpStorage, "https": HttpStorage}  # protocols that need more than fsspec's `cat_file`
+
+
+class Storage(Protocol):
+    """Reads files of one folder, by name. Raises OSError; FileNotFoundError where there is no such file."""
+
+    def read(self, name: str, offset: int, buffers: list[memoryview]) -> State:
+        """Fill the buffers, one after the other, from a file's `offset` on. EOFError where it ends before."""
+
+    def bytes(self, name: str) -> bytes:
+        """All of a small file."""
+
+    def size(self, name: str) -> int:
+        """Bytes of a file."""
+
+
+def open_storage(root: str) -> Storage:
+    """The storage of a folder or URL. Raises DataError where a protocol is unknown or its package missing."""
+    if not is_remote(root):
+        return LocalStorage(Path(root))
+    protocol, _, rest = root.partition("://")
+    if protocol == "file":
+        return LocalStorage(Path(rest))
+    return REMOTE.get(protocol, RemoteStorage)(root)
+
+
+def describe(error: OSError) -> str:
+    """What went wrong, without the file's name."""
+    return error.strerror or str(error)
+
+
+class LocalStorage:
+    """A folder of this machine's file systems."""
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    def read(self, name: str, offset: int, buffers: list[memoryview]) -> State:
+        """State: the file's inode, size and time."""
+        descriptor = os.open(self.root / name, os.O_RDONLY)
+        try:
+            stat = os.fstat(descriptor)
+            if stat.st_size < offset + sum(map(len, buffers)):
+                raise EOFError(f"truncated: the file ends at byte {stat.st_size}")
+            read_exactly(descriptor, buffers, offset)
+        finally:
+            os.close(descriptor)
+        return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+    def bytes(self, name: str) -> bytes:
+        return (self.root / name).read_bytes()
+
+    def size(self, name: str) -> int:
+        return (self.root / name).stat().st_size
+
+
+class AnyStorage:
+    """Files of one folder, and such as lie elsewhere: their names are whole paths and URLs (foreign shards)."""
+
+    def __init__(self, root: str):
+        self._root = root
+        self._storages: dict[str, Storage] = {}
+
+    def read(self, name: str, offset: int, buffers: list[memoryview]) -> State:
+        storage, name = self._find(name)
+        return storage.read(name, offset, buffers)
+
+    def bytes(self, name: str) -> bytes:
+        storage, name = self._find(name)
+        return storage.bytes(name)
+
+    def size(self, name: str) -> int:
+        storage, name = self._find(name)
+        return storage.size(name)
+
+    def _find(self, name: str) -> tuple[Storage, str]:
+        """The storage of a file's folder, and its name there; a URL's query belongs to the folder (join)."""
+        root = self._root
+        if has_own_root(name):
+            root, name = split(name)
+        if root not in self._storages:
+            self._storages[root] = open_storage(root)
+        return self._storages[root], name
+
+
+def read_exactly(descriptor: int, buffers: list[memoryview], offset: int) -> None:
+    """Fill the buffers from a file's `offset` on: many at a time, and what a system call left out by another."""
+    for start in range(0, len(buffers), MOST_BUFFERS):
+        rest = buffers[start : start + MOST_BUFFERS]
+        missing = sum(map(len, rest))
+        while missing:
+            count = os.preadv(descriptor, rest, offset)
+            if count == 0:
+                raise EOFError(f"truncated: the file ended at byte {offset} while it was read")
+            offset, missing = offset + count, missing - count
+            rest = list(_after(rest, count)) if missing else []
+
+
+def _after(buffers: list[memoryview], count: int) -> Iterator[memoryview]:
+    """What is left of buffers after their first `count` bytes."""
+    for buffer in buffers:
+        if count < len(buffer):
+            yield buffer[count:]
+        count = max(0, count - len(buffer))

@@ -1,0 +1,268 @@
+"""Tars of images in each layout, and what is said of those that make no set."""
+
+import io
+import tarfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dit.data import DataError
+from dit.data.sources.crops import Centre
+from dit.data.sources.images import open_source
+from tests.data.sources.pictures import encoded, picture, tar_bytes, write_tar
+
+centre = Centre()
+
+
+@pytest.mark.parametrize("above", ["", "./", "set/train/"])
+def test_a_tar_of_class_folders(tmp_path, above):
+    files = {"cat/b.png": encoded(1), "ant/z.png": encoded(2), "cat/._b.png": b"", "cat/x.txt": b""}
+    source = open_source(write_tar(tmp_path / "set.tar", {above + n: d for n, d in files.items()}))
+    assert [n.removeprefix(above) for n in source.names] == ["ant/z.png", "cat/b.png"]
+    assert source.labels.tolist() == [0, 1]
+    assert source.classes == ("ant", "cat")
+    assert source.ignored == 1
+    assert np.array_equal(source.load(1, 16), centre(picture(1), 16))
+
+
+def test_a_tar_without_folders_has_no_labels(tmp_path):
+    source = open_source(write_tar(tmp_path / "set.tar", {"b.png": encoded(1), "a.png": encoded(2)}))
+    assert (source.names, source.labels.tolist(), source.classes) == (("a.png", "b.png"), [-1, -1], ())
+
+
+def test_one_class_in_two_places_of_a_tar_is_refused(tmp_path):
+    tar = write_tar(tmp_path / "set.tar", {"train/cat/a.png": encoded(1), "test/cat/a.png": encoded(2)})
+    with pytest.raises(DataError, match="two folders give class 'cat': test/cat, train/cat"):
+        open_source(tar)
+
+
+def test_a_tar_that_cannot_be_read(tmp_path):
+    tar = write_tar(tmp_path / "set.tar", {"cat/b.png": encoded(1)})
+    (tmp_path / "cut.tar").write_bytes(tar.read_bytes()[:700])
+    with pytest.raises(
+        DataError, match=r"cut.tar: byte 0, member 'cat/b.png': its 1\d+ bytes go past the end"
+    ):
+        open_source(tmp_path / "cut.tar")
+    with tarfile.open(tmp_path / "zipped.tar", "w:gz") as zipped:
+        zipped.add(tar, "cat/b.png")
+    with pytest.raises(DataError, match=r"zipped.tar: byte 0: not a whole, uncompressed tar"):
+        open_source(tmp_path / "zipped.tar")
+    with tarfile.open(tmp_path / "links.tar", "w") as links:
+        info = tarfile.TarInfo("cat/a.png")
+        info.type, info.linkname = tarfile.LNKTYPE, "cat/b.png"
+        links.addfile(info)
+    with pytest.raises(DataError, match=r"links.tar: byte 0, member 'cat/a.png': is a link"):
+        open_source(tmp_path / "links.tar")
+
+
+def test_nothing_is_written_anywhere(tmp_path):
+    folder = tmp_path / "only"
+    folder.mkdir()
+    source = open_source(write_tar(folder / "set.tar", {f"cat/{i}.png": encoded(i) for i in range(3)}))
+    source.load(0, 8)
+    assert [p.name for p in folder.iterdir()] == ["set.tar"]
+
+
+def test_threads_read_in_any_order(tmp_path):
+    source = open_source(write_tar(tmp_path / "set.tar", {f"cat/{i:02d}.png": encoded(i) for i in range(30)}))
+    together = threading.Barrier(4)
+
+    def all_of_them(seed):
+        together.wait()
+        order = np.random.default_rng(seed).permutation(30)
+        return all(np.array_equal(source.load(i, 16), centre(picture(i), 16)) for i in order.tolist())
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(all_of_them, range(4)))
+
+
+# --- WebDataset --------------------------------------------------------------------------------------------
+
+
+def webdataset_files(first, labels, kind="jpg"):
+    files = {}
+    for i, label in enumerate(labels, first):
+        files[f"{i:04d}.{kind}"] = encoded(i, "JPEG" if kind == "jpg" else kind)
+        files[f"{i:04d}.cls"] = str(label).encode()
+        files[f"{i:04d}.json"] = b"{}"
+    return files
+
+
+@pytest.mark.parametrize("how", ["", "set-{00..01}.tar", "set-*.tar", "set-*"])
+def test_webdataset_shards(tmp_path, how):
+    write_tar(tmp_path / "set-00.tar", webdataset_files(0, [3, 0]))
+    write_tar(tmp_path / "set-01.tar", webdataset_files(2, [1, -1]))
+    source = open_source(tmp_path / how)
+    assert source.names == (
+        "set-00.tar:0000.jpg",
+        "set-00.tar:0001.jpg",
+        "set-01.tar:0002.jpg",
+        "set-01.tar:0003.jpg",
+    )
+    assert source.labels.tolist() == [3, 0, 1, -1]
+    assert source.classes == ("0", "1", "2", "3")
+    assert source.ignored == 4
+    with Image.open(io.BytesIO(encoded(2, "JPEG"))) as third:
+        assert np.array_equal(source.load(2, 16), centre(third, 16))
+
+
+@pytest.mark.parametrize("kind", ["png", "webp", "jpg"])
+def test_webdataset_of_other_images(tmp_path, kind):
+    source = open_source(write_tar(tmp_path / "set.tar", webdataset_files(0, [1, 0], kind)))
+    assert source.labels.tolist() == [1, 0]
+    assert source.load(1, 16).shape == (16, 16, 3)
+
+
+def test_the_webdataset_library_gives_the_same_samples(tmp_path):
+    import webdataset
+
+    tar = write_tar(tmp_path / "set.tar", webdataset_files(0, [3, 0, 7]))
+    source = open_source(tar)
+    theirs = list(webdataset.WebDataset(str(tar), shardshuffle=False))
+    assert [s["__key__"] + ".jpg" for s in theirs] == list(source.names)
+    assert [int(s["cls"]) for s in theirs] == source.labels.tolist()
+
+
+@pytest.mark.parametrize("key", ["label", "cls"])
+def test_labels_in_json(tmp_path, key):
+    files = {}
+    for i, label in enumerate([2, -1, 0]):
+        files |= {
+            f"x/{i}.jpg": encoded(i, "JPEG"),
+            f"x/{i}.json": b'{"%s": %d, "text": ""}' % (key.encode(), label),
+        }
+    source = open_source(write_tar(tmp_path / "set.tar", files))
+    assert (source.labels.tolist(), source.classes, source.ignored) == ([2, -1, 0], ("0", "1", "2"), 0)
+
+
+def test_json_without_labels_is_another_file(tmp_path):
+    files = {"cat/0.jpg": encoded(0, "JPEG"), "cat/0.json": b'{"caption": "a cat"}'}
+    source = open_source(write_tar(tmp_path / "set.tar", files))
+    assert (source.labels.tolist(), source.classes, source.ignored) == ([0], ("cat",), 1)
+
+
+def test_a_missing_shard_of_a_range_is_named(tmp_path):
+    write_tar(tmp_path / "set-00.tar", webdataset_files(0, [3]))
+    with pytest.raises(DataError, match=r"1 of 2 shards are missing, first .*set-01.tar"):
+        open_source(tmp_path / "set-{00..01}.tar")
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"a.jpg": encoded(1), "a.cls": b"cat"}, "'a.cls' holds b'cat', expected a class number"),
+        ({"a.jpg": encoded(1), "a.cls": b"-2"}, "'a.cls' holds b'-2', expected a class number"),
+        ({"a.jpg": encoded(1), "a.cls": b"1", "b.jpg": encoded(2)}, "'b.jpg' has no .cls beside it"),
+        ({"a.jpg": encoded(1), "a.cls": b"1", "b.cls": b"2"}, "'b.cls' has no image beside it"),
+        ({"a.jpg": encoded(1), "a.png": encoded(2), "a.cls": b"1"}, "'a.jpg' and 'a.png' belong to the same"),
+        (
+            {
+                "a.jpg": encoded(1),
+                "a.json": b'{"label": 1}',
+                "b.jpg": encoded(1),
+                "b.json": b'{"label": true}',
+            },
+            "'b.json' holds .*, expected a class number",
+        ),
+        (
+            {"a.jpg": encoded(1), "a.json": b'{"label": 1}', "b.jpg": encoded(1), "b.json": b'{"label": '},
+            "'b.json' holds .*, expected a class number",
+        ),
+    ],
+)
+def test_webdataset_records_that_make_no_sample(tmp_path, files, words):
+    with pytest.raises(DataError, match=words):
+        open_source(write_tar(tmp_path / "set.tar", files))
+
+
+def test_samples_at_fault_are_listed_together(tmp_path):
+    write_tar(
+        tmp_path / "set-0.tar",
+        {"a.jpg": encoded(1), "a.cls": b"1", "b.jpg": b"", "c.jpg": b"", "c.cls": b"x"},
+    )
+    write_tar(tmp_path / "set-1.tar", {f"{i}.jpg": b"" for i in range(6)})
+    with pytest.raises(DataError) as error:
+        open_source(tmp_path)
+    lines = str(error.value).splitlines()
+    assert lines[0] == f"{tmp_path}: 8 sample(s) that cannot be used:"
+    assert lines[1] == f"  {tmp_path}/set-0.tar: 'b.jpg' has no .cls beside it, though others have"
+    assert lines[2] == f"  {tmp_path}/set-0.tar: 'c.cls' holds b'x', expected a class number or -1"
+    assert lines[3] == f"  {tmp_path}/set-1.tar: '0.jpg' has no .cls beside it, though others have"
+    assert lines[6:] == ["  ... and 3 more"]
+
+
+# --- a tar a class -----------------------------------------------------------------------------------------
+
+
+def imagenet(classes=3, images=2):
+    """Class tars as ImageNet has them: flat, classes in no order."""
+    return {
+        f"n{90000000 - c}.tar": {
+            f"n{90000000 - c}_{i}.JPEG": encoded(10 * c + i, "JPEG") for i in range(images)
+        }
+        for c in range(classes)
+    }
+
+
+def in_one(path, tars):
+    return write_tar(path, {name: tar_bytes(files) for name, files in tars.items()})
+
+
+def in_folder(folder, tars):
+    folder.mkdir()
+    for name, files in tars.items():
+        write_tar(folder / name, files)
+    return folder
+
+
+@pytest.mark.parametrize("pack", [in_one, in_folder])
+def test_imagenet_as_it_is_downloaded_is_the_folder_it_would_be_unpacked_to(tmp_path, pack):
+    tars, unpacked = imagenet(), tmp_path / "unpacked"
+    for tar, files in tars.items():
+        (unpacked / tar.removesuffix(".tar")).mkdir(parents=True)
+        for name, data in files.items():
+            (unpacked / tar.removesuffix(".tar") / name).write_bytes(data)
+    packed, plain = open_source(pack(tmp_path / "train.tar", tars)), open_source(unpacked)
+    assert (packed.names, packed.classes) == (plain.names, plain.classes)
+    assert packed.labels.tolist() == plain.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    for i in range(6):
+        assert np.array_equal(packed.load(i, 16), plain.load(i, 16))
+
+
+@pytest.mark.parametrize("pack", [in_one, in_folder])
+def test_empty_class_tars_are_listed_together(tmp_path, pack):
+    tars = imagenet() | {f"n0000000{i}.tar": {"readme.txt": b""} for i in range(7)}
+    with pytest.raises(DataError, match=r"7 class tar\(s\) that cannot be used") as error:
+        open_source(pack(tmp_path / "train.tar", tars))
+    assert str(error.value).count(": no images in it") == 5
+    assert "n00000004.tar: no images in it\n  ... and 2 more" in str(error.value)
+
+
+def test_a_class_that_is_there_twice_is_refused(tmp_path):
+    files = {"a.JPEG": encoded(1, "JPEG")}
+    tar = in_one(tmp_path / "train.tar", {"a/n00000001.tar": files, "b/n00000001.tar": files})
+    with pytest.raises(
+        DataError, match=r"'n00000001' is there twice: .*train.tar:a/n00000001.tar and .*:b/n0"
+    ):
+        open_source(tar)
+
+
+def test_class_tars_beside_other_tars_are_refused(tmp_path):
+    folder = in_folder(tmp_path / "both", imagenet() | {"more.tar": {"a.png": encoded(1)}})
+    with pytest.raises(DataError, match="tars that are classes beside tars of images"):
+        open_source(folder)
+    mixed = write_tar(tmp_path / "mixed.tar", {"n00000001.tar": tar_bytes({}), "a.png": encoded(1)})
+    with pytest.raises(DataError, match="tars that are classes beside tars of images"):
+        open_source(mixed)
+
+
+def test_a_fault_in_a_class_tar_is_named_with_both_tars(tmp_path):
+    inner = tar_bytes({"a.JPEG": encoded(1, "JPEG")})
+    tar = write_tar(tmp_path / "train.tar", {"n00000001.tar": inner, "n00000002.tar": inner[:700]})
+    with pytest.raises(
+        DataError, match=r"train.tar:n00000002.tar: byte \d+, member 'a.JPEG': its \d+ bytes go past"
+    ):
+        open_source(tar)

@@ -1,0 +1,167 @@
+"""Training on data that are broken in places, and on mixtures."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dit import dist
+from dit.data import DataError
+from dit.data.manifest import Manifest
+from dit.train.checkpoint import CheckpointError
+from dit.train.loop import Loop, TrainingError
+from tests.data.helpers import flip_byte
+from tests.data.storage.http_server import serving
+from tests.datasets import Digits
+from tests.ranks import Server
+from tests.train.runs import BATCH, LR, STEPS, at_step, built, column, go, metrics, values
+
+BROKEN = 3
+
+
+@pytest.fixture
+def broken(digits: Digits, tmp_path: Path) -> Path:
+    """The digits with one altered block of 16."""
+    folder = shutil.copytree(digits.moments, tmp_path / "broken")
+    manifest = Manifest.load(folder)
+    block = manifest.blocks[BROKEN]
+    flip_byte(manifest.path(block.shard), block.offset + 5000)
+    return folder
+
+
+def quarantined(digits: Digits, run: Path, data: Path, budget: int = 1, **sections: Any) -> dict[str, Any]:
+    return values(digits, run, data={"path": str(data), "max_quarantined": budget}, **sections)
+
+
+def missing(loop: Loop, steps: int) -> int:
+    return sum(int((~loop.stream.batch(step).valid).sum()) for step in range(steps))  # type: ignore[operator]
+
+
+def test_a_broken_block_ends_the_run_unless_there_is_a_budget(
+    digits: Digits, broken: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=r"shard-\d+.tar: record .* altered"):
+        go(quarantined(digits, tmp_path / "run", broken, 0, engine="local"))
+
+
+def test_the_same_on_one_rank_and_two(digits: Digits, broken: Path, ranks: Server, tmp_path: Path) -> None:
+    go(quarantined(digits, tmp_path / "one", broken, engine="local"))
+    ranks.run(2, go, quarantined(digits, tmp_path / "two", broken))
+    assert column(tmp_path / "two", "batch_hash") == column(tmp_path / "one", "batch_hash")
+    losses = [np.array(column(tmp_path / run, "loss")) for run in ("one", "two")]
+    assert np.abs(losses[0] / losses[1] - 1).max() < 1e-4
+    assert column(tmp_path / "two", "quarantined")[-1] == 1
+
+
+def test_what_is_missing_weighs_nothing(digits: Digits, broken: Path, tmp_path: Path) -> None:
+    """Gradients are those of the samples that are there, over the whole batch's count; the loss is their mean."""
+    given = quarantined(digits, tmp_path / "run", broken, engine="local", train={"micro_batch": None})
+    loop = built(given)
+    step = next(s for s in range(STEPS) if not loop.stream.batch(s).whole)
+    batch = loop.stream.batch(step)
+    seen = list(_losses(loop, step))
+    loop.step = step
+    loop.train_step(batch)
+    (per_sample,) = seen
+    valid = batch.valid
+    assert valid is not None
+    row = loop.meters.take(1, BATCH)
+    assert row["loss"] == pytest.approx(float(per_sample[valid].mean()), rel=1e-6)
+    loop.stream.close()
+
+
+def _losses(loop: Loop, step: int) -> Iterator[torch.Tensor]:
+    """Each sample's loss as the task gives it, missing or not."""
+    from dit.rng import Draws
+    from dit.train.task import batch_samples
+
+    batch = loop.stream.batch(step)
+    draws = Draws(loop.seed, step, batch.slots, loop.train.global_batch)
+    samples, _ = batch_samples(batch, loop.task, draws, loop.engine.device)
+    yield loop.task.loss(loop.engine, samples).per_sample.detach()
+
+
+def test_a_block_in_quarantine_stays_there_when_the_file_is_mended(
+    digits: Digits, broken: Path, tmp_path: Path
+) -> None:
+    """The run goes on as it would have: its checkpoints say what is left out."""
+    go(quarantined(digits, tmp_path / "through", broken, engine="local"))
+    run = shutil.copytree(tmp_path / "through", tmp_path / "run")
+    shutil.rmtree(at_step(run, STEPS))
+    go(quarantined(digits, run, digits.moments, engine="local"))
+    assert column(run, "batch_hash") == column(tmp_path / "through", "batch_hash")
+    assert column(run, "loss") == column(tmp_path / "through", "loss")
+    fresh = quarantined(digits, tmp_path / "fresh", digits.moments, engine="local")
+    go(fresh)
+    assert column(tmp_path / "fresh", "batch_hash") != column(run, "batch_hash")
+
+
+def test_the_budget_is_of_all_ranks_together(digits: Digits, ranks: Server, tmp_path: Path) -> None:
+    """Each rank meets blocks of its own; together they are more than allowed."""
+    folder = shutil.copytree(digits.moments, tmp_path / "broken")
+    manifest = Manifest.load(folder)
+    for block in manifest.blocks:
+        flip_byte(manifest.path(block.shard), block.offset + 5000)
+    found = ranks.run(2, _beyond, quarantined(digits, tmp_path / "run", folder, 9, train={"steps": 1}))
+    assert all("10 blocks cannot be read, data.max_quarantined = 9" in text for text in found)
+
+
+def _beyond(given: dict[str, Any]) -> str:
+    """Reads only as much as makes the ranks exceed the budget together, not one of them alone."""
+    loop = built(given)
+    rank = dist.World.from_env().rank
+    loop.stream.quarantine.reasons |= {(0, 5 * rank + i): "unreadable" for i in range(5)}
+    try:
+        loop.save()
+    except TrainingError as error:
+        return str(error)
+    return ""
+
+
+# --- mixtures ----------------------------------------------------------------------------------------------
+
+
+def mixed(digits: Digits, run: Path, weight: float = 3, **sections: Any) -> dict[str, Any]:
+    parts = [{"path": str(digits.moments), "weight": weight}, {"path": str(digits.moments_val), "weight": 1}]
+    return values(
+        digits, run, data={"path": None, "mix": parts}, **{"engine": "local", "optim": {"lr": LR}, **sections}
+    )
+
+
+def test_a_mixture_trains_and_goes_on_exactly(digits: Digits, ranks: Server, tmp_path: Path) -> None:
+    go(mixed(digits, tmp_path / "through"))
+    run = shutil.copytree(tmp_path / "through", tmp_path / "run")
+    shutil.rmtree(at_step(run, STEPS))
+    go(mixed(digits, run))
+    assert column(run, "loss") == column(tmp_path / "through", "loss")
+    ranks.run(2, go, mixed(digits, tmp_path / "two", engine="deepspeed"))
+    assert column(tmp_path / "two", "batch_hash") == column(run, "batch_hash")
+    assert metrics(run)[-1]["samples"] == STEPS * BATCH
+
+
+def test_other_weights_are_other_data(digits: Digits, tmp_path: Path) -> None:
+    go(mixed(digits, tmp_path / "run"))
+    with pytest.raises(CheckpointError, match=r"data.digest"):
+        go(mixed(digits, tmp_path / "run", weight=2, train={"steps": STEPS + 1}))
+
+
+# --- data from elsewhere -----------------------------------------------------------------------------------
+
+
+def test_from_a_web_server_through_a_cache_it_is_the_same_run(digits: Digits, tmp_path: Path) -> None:
+    """Two epochs and more: each block is fetched once, whole, and the server's faults do not show."""
+    go(values(digits, tmp_path / "local", engine="local"))
+    with serving(digits.moments) as server:
+        server.fail(503, times=2, path=".tar")
+        cache = {"folder": str(tmp_path / "cache")}
+        go(values(digits, tmp_path / "web", engine="local", data={"path": server.url, "cache": cache}))
+        fetched = [ranges for path, ranges in server.served if path.endswith(".tar")]
+    assert column(tmp_path / "web", "loss") == column(tmp_path / "local", "loss")
+    assert column(tmp_path / "web", "batch_hash") == column(tmp_path / "local", "batch_hash")
+    assert len(fetched) <= len(Manifest.load(digits.moments).blocks) + 2
