@@ -21,15 +21,17 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import fire
 import pydantic
+from tqdm import tqdm
 
-from dit.config import Registry, annotation_at, class_at, did_you_mean, keys_of, to_dict
+from dit.config import Registry, annotation_at, class_at, did_you_mean, is_many, keys_of, parts_of, to_dict
 from dit.dist import World
-from dit.errors import UserError
+from dit.errors import Notice, UserError
 
 Command = Callable[..., Any]
 
@@ -58,7 +60,8 @@ def run(
             return
         positional, flags = parse(function, words)
         command = [repr(v) for v in positional] + [f"--{k}={v!r}" for k, v in flags.items()]
-        fire.Fire(function, command=command, name=program, serialize=lambda _: None)
+        with _clean_notices():
+            fire.Fire(function, command=command, name=program, serialize=lambda _: None)
     except UsageError as error:
         _fail(f"{error}\nSee: {program} --help", 2)
     except BrokenPipeError:  # what is printed is piped to a command that has read enough, such as head
@@ -71,12 +74,33 @@ def run(
 
 
 def _fail(text: str, code: int) -> typing.NoReturn:
+    print(f"error{_where()}: {text}", file=sys.stderr, flush=True)
+    raise SystemExit(code)
+
+
+def _where() -> str:
+    """Which rank says it, where there are several."""
     world = World()
     with contextlib.suppress(UserError):  # half a launcher's variables may be what it failed at
         world = World.from_env()
-    where = f" (rank {world.rank})" if world.size > 1 else ""
-    print(f"error{where}: {text}", file=sys.stderr, flush=True)
-    raise SystemExit(code)
+    return f" (rank {world.rank})" if world.size > 1 else ""
+
+
+@contextlib.contextmanager
+def _clean_notices() -> Iterator[None]:
+    """Print a Notice as one line beside any bar, without the line of source that gave it; other warnings as ever."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", Notice)
+        others = warnings.showwarning
+
+        def show(message: Any, category: type[Warning], *place: Any, **more: Any) -> None:
+            if issubclass(category, Notice):
+                tqdm.write(f"warning{_where()}: {message}", file=sys.stderr)
+            else:
+                others(message, category, *place, **more)
+
+        warnings.showwarning = show
+        yield
 
 
 def _choose(
@@ -218,6 +242,8 @@ def help_text(
     lines = [f"Usage: {' '.join(usage)}", "", inspect.getdoc(function) or "", "", "Arguments:", *rows]
     if config is not None:
         lines += ["", "Configuration keys (in CONFIG.yaml, or --key.sub=value):", *_key_rows(config)]
+        for keys, registry in _axes(config):
+            lines += ["", f"Choices of {', '.join(keys)}:", *_choice_rows(registry)]
     for flag, registry in (choices or {}).items():
         lines += ["", f"Choices of --{flag}:", *_choice_rows(registry)]
     return "\n".join(lines)
@@ -238,7 +264,9 @@ def _key_rows(config: type) -> list[str]:
     for key in keys_of(config):
         parts = tuple(key.split("."))
         parent = class_at(config, parts[:-1])
-        if class_at(config, parts) is not None or parent is None:
+        if parent is None:
+            continue
+        if class_at(config, parts) is not None and not is_many(annotation_at(parent, parts[-1])):
             continue
         field = next(f for f in dataclasses.fields(parent) if f.name.rstrip("_") == parts[-1])
         default = "" if field.default is dataclasses.MISSING else f"= {_short(to_dict(field.default))}"
@@ -250,6 +278,18 @@ def _key_rows(config: type) -> list[str]:
         note = _comment(parent, field.name) or (" | ".join(names[0]) if names else "")
         rows.append(f"  {key:28s} {default:24s} {note}".rstrip())
     return rows
+
+
+def _axes(config: type) -> list[tuple[list[str], Registry[Any]]]:
+    """The registries with several members among a config's keys, each with the keys that it has the choices of."""
+    found: dict[Registry[Any], list[str]] = {}
+    for key in keys_of(config):
+        *above, name = key.split(".")
+        parent = class_at(config, tuple(above))
+        for part in parts_of(annotation_at(parent, name)) if parent is not None else ():
+            if isinstance(part, Registry) and len(part.names()) > 1 and key not in found.setdefault(part, []):
+                found[part].append(key)
+    return [(keys, registry) for registry, keys in found.items()]
 
 
 def _choice_rows(registry: Registry[Any]) -> list[str]:

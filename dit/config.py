@@ -193,15 +193,25 @@ def _problems(cls: type, error: Any) -> list[Problem]:
         return [Problem(loc, f"unknown key{_nearest_key(cls, loc)}")]
     if error["type"] == "missing":
         return [Problem(loc, "is required and was not given")]
+    if shape := {"dataclass_type": "{}", "tuple_type": "a list, [{}]"}.get(error["type"]):
+        expected = shape.format(_syntax(class_at(cls, loc)))
+        return [Problem(loc, f"expected {expected}, got {error['input']!r}")]
     message = error["msg"].removeprefix("Value error, ")
     return [Problem(loc, f"{message[0].lower()}{message[1:]}, got {error['input']!r}")]
+
+
+def _syntax(cls: type | None) -> str:
+    """How a section is written: {path: ..., ...}, with the keys that it must have, or its first; a value: ..."""
+    fields = dataclasses.fields(cls) if cls is not None else ()
+    needed = [f for f in fields if f.default is f.default_factory is dataclasses.MISSING] or fields[:1]
+    more = ", ..." if len(fields) > len(needed) else ""
+    return f"{{{', '.join(f'{_key_of(f.name)}: ...' for f in needed)}{more}}}" if cls is not None else "..."
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """The end of an error message: "; did you mean X?" for the nearest choice, else what is valid."""
     choices = sorted(choices)
-    near = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
-    if near:
+    if near := difflib.get_close_matches(word, choices, n=1, cutoff=0.5):
         return f"; did you mean {near[0]}?"
     return f"; valid here: {', '.join(choices)}" if choices else ""
 
@@ -213,14 +223,11 @@ def _nearest_key(cls: type, key: tuple[str, ...]) -> str:
     siblings = {_key_of(f.name): f"{prefix}.{_key_of(f.name)}".strip(".") for f in dataclasses.fields(parent)}
     elsewhere = {k.rsplit(".", 1)[-1]: k for k in keys_of(cls)}
     for names in (siblings, elsewhere):
-        near = difflib.get_close_matches(key[-1], names, n=1, cutoff=0.6)
-        if near:
+        if near := difflib.get_close_matches(key[-1], names, n=1, cutoff=0.6):
             return f"; did you mean {names[near[0]]}?"
-    return (
-        f"; valid here: {', '.join(siblings)}"
-        if siblings
-        else f"; {getattr(parent, 'registered_name', prefix)} has no keys"
-    )
+    if not siblings:
+        return f"; {getattr(parent, 'registered_name', prefix)} has no keys"
+    return f"; valid here: {', '.join(siblings)}"
 
 
 def annotation_at(cls: type, key: str) -> Any:
@@ -238,14 +245,25 @@ def parts_of(hint: Any) -> Iterator[Any]:
             yield from parts_of(arg)
 
 
+def is_many(hint: Any) -> bool:
+    """Whether a type hint is of a list."""
+    return any(typing.get_origin(part) in (tuple, list) for part in parts_of(hint))
+
+
 def class_at(cls: type, key: tuple[str, ...], values: Any = None) -> type | None:
     """The config class that holds the keys below `key`; None where a plain value or an open choice stands.
 
-    values: a configuration's plain values, which say what was chosen where there is a choice.
+    values: a configuration's plain values, which say what was chosen where there is a choice. Of a list the place of
+    an item may stand in the key, and need not.
     """
-    for part in key:
+    rest = list(key)
+    while rest:
+        part = rest.pop(0)
         hint = annotation_at(cls, part)
         values = values.get(part) if isinstance(values, Mapping) else None
+        if rest and rest[0].isdigit() and is_many(hint):
+            place = int(rest.pop(0))
+            values = values[place] if isinstance(values, list | tuple) and place < len(values) else None
         name = values.get("name") if isinstance(values, Mapping) else values
         inner = [p for p in parts_of(hint) if isinstance(p, type) and _is_config(p)]
         axes = [p for p in parts_of(hint) if isinstance(p, Registry)]
@@ -258,12 +276,12 @@ def class_at(cls: type, key: tuple[str, ...], values: Any = None) -> type | None
 
 
 def keys_of(cls: type, prefix: str = "") -> Iterator[str]:
-    """Every dotted key of a config class, registries as one key."""
+    """Every dotted key of a config class, registries and lists as one key."""
     for field in dataclasses.fields(cls):
         key = prefix + _key_of(field.name)
         yield key
         inner = class_at(cls, (_key_of(field.name),))
-        if inner is not None and inner is not cls:
+        if inner is not None and inner is not cls and not is_many(annotation_at(cls, _key_of(field.name))):
             yield from keys_of(inner, key + ".")
 
 

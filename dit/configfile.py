@@ -7,6 +7,7 @@ Everything is checked before anything runs; an error names the file (or the comm
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +19,6 @@ from dit.config import (
     Problem,
     annotation_at,
     class_at,
-    did_you_mean,
     flatten,
     from_dict,
     merge,
@@ -53,12 +53,8 @@ def read_yaml(path: str | Path, _seen: tuple[Path, ...] = ()) -> tuple[dict[str,
     if path.resolve() in _seen:
         raise ConfigError(f"{path}: its base files lead back to itself")
     if not path.is_file():
-        near = (
-            did_you_mean(path.name, [p.name for p in path.parent.glob("*.yaml")])
-            if path.parent.is_dir()
-            else ""
-        )
-        raise ConfigError(f"{path}: no such config file{near}")
+        near = difflib.get_close_matches(path.stem, [p.stem for p in path.parent.glob("*.yaml")], n=1)
+        raise ConfigError(f"{path}: no such config file" + "".join(f"; did you mean {n}.yaml?" for n in near))
     try:
         own = yaml.load(path.read_text(), Loader=_StrictLoader) or {}
     except (yaml.YAMLError, ConfigError) as error:

@@ -60,6 +60,12 @@ class Strict:
             raise ConfigError(f"low must not be above needed, got {self.low} and {self.needed}")
 
 
+@config
+class Listing:
+    one: Strict
+    items: tuple[Strict, ...] = ()
+
+
 def refusal(cls: type, values: dict[str, object]) -> str:
     with pytest.raises(ConfigError) as caught:
         from_dict(cls, values)
@@ -123,6 +129,14 @@ def test_other_values_are_refused_and_shown(key: str, value: object) -> None:
     text = refusal(Inner, {key: value})
     assert text.startswith(key)
     assert "got" in text
+
+
+def test_how_a_section_or_a_list_is_written() -> None:
+    assert refusal(Inner, {"many": 3}) == "many: expected a list, [...], got 3"
+    assert refusal(Listing, {"one": "x", "items": "y"}).split("\n") == [
+        "one: expected {needed: ..., ...}, got 'x'",
+        "items: expected a list, [{needed: ..., ...}], got 'y'",
+    ]
 
 
 def test_a_config_is_frozen_hashable_keyword_only_and_equal_by_value() -> None:
