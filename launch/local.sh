@@ -66,8 +66,9 @@ fi
 export OMP_NUM_THREADS=$threads
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} # the code that runs is this checkout's
 
-# --standalone: torchrun finds a free port; --local-addr: also where this machine's name does not resolve.
-command=("$PYTHON" -m torch.distributed.run --standalone --local-addr=127.0.0.1
+# ranks.py is torchrun without its own traceback of ranks that fail. --standalone: it finds a free port;
+# --local-addr: also where this machine's name does not resolve.
+command=("$PYTHON" "$root/launch/ranks.py" --standalone --local-addr=127.0.0.1
     --nnodes=1 "--nproc-per-node=$NPROC" "$entry" "$@")
 if [[ ${DRY_RUN:-0} != 0 ]]; then
     printf 'OMP_NUM_THREADS=%q PYTHONPATH=%q' "$OMP_NUM_THREADS" "$PYTHONPATH"

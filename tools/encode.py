@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,12 +18,17 @@ from tqdm import tqdm
 
 from dit import dist
 from dit.cli import run
-from dit.config import from_dict, merge
-from dit.data.codecs.base import CodecConfig
+from dit.config import ConfigError, from_dict, merge
+from dit.data.codecs.base import Codec, CodecConfig
 from dit.data.codecs.codec import CODECS
-from dit.data.encoding.encode import EncodeOptions, encode
+from dit.data.encoding.checks import check_early, check_out
+from dit.data.encoding.encode import EncodeOptions, Waiting, encode
+from dit.data.encoding.parts import images_done
 from dit.data.sources.crops import CROPS
-from dit.data.sources.images import ImageSource, open_source
+from dit.data.sources.images import ImageSource, check_spec, open_source, unlabelled_note
+from dit.data.sources.parquet import Columns
+
+PATIENCE = 60  # seconds until a rank says that it waits for one which nobody takes over from
 
 
 def main(
@@ -43,6 +50,8 @@ def main(
     max_bad: Annotated[int, "unreadable images to leave out before giving up"] = 0,
     workers: Annotated[int, "threads a rank that decode images; 0: one a core, at most 16"] = 0,
     device: Annotated[str | None, "cpu, cuda, cuda:1, ...; the rank's GPU where there is one"] = None,
+    label_column: Annotated[str | None, "of Parquet, where it is not called label; empty: no labels"] = None,
+    image_column: Annotated[str | None, "of Parquet, where it is not called image"] = None,
     **codec_crop_keys: str,
 ) -> None:
     """Encode IMAGES once, into latent shards and a manifest in the new folder OUT.
@@ -60,36 +69,105 @@ def main(
     how = {**first, **more, "workers": workers, "crop": _named("crop", crop, codec_crop_keys)}
     options = from_dict(EncodeOptions, how)
     chosen = CODECS.parse(_named("codec", codec, codec_crop_keys))
-    source = open_source(images, classes, labels)
-    _encode(images, source, chosen, out, options, device)
+    world, columns = dist.World.from_env(), Columns(image_column, label_column)
+    with _interruptible(Path(out).resolve(), world):
+        built = _checked(images, out, chosen, options, _device(device, world))
+        source = open_source(images, classes, labels, columns)
+        _tell(images, source, world)
+        _encode(source, built, out, options, world)
 
 
-def _encode(
-    images: str, source: ImageSource, codec: CodecConfig, out: str, options: EncodeOptions, device: str | None
-) -> None:
-    """This rank's share, with a bar over the whole set on rank 0."""
-    world = dist.World.from_env()
+def _tell(images: str, source: ImageSource, world: dist.World) -> None:
+    """What was found, and what is odd about it."""
     if world.is_main:
-        print(f"{images}: {source}", flush=True)
+        note = unlabelled_note(images, source)
+        print(f"{images}: {source}", *([f"note: {note}"] if note else []), sep="\n", flush=True)
+
+
+def _device(text: str | None, world: dist.World) -> torch.device:
+    """What --device says, and this rank's GPU for `cuda`. ConfigError where there is no such device here."""
+    if text is None:
+        return world.device
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise ConfigError(f"--device={text}: no such device; expected cpu, cuda, cuda:0, ...") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"--device={text}: no GPU here")
+    if device.type == "cuda" and device.index is None:
+        return world.device
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        line = str(error).split("\n", 1)[0]
+        raise ConfigError(f"--device={text}: no such device here ({line}); expected cpu or cuda") from None
+    return device
+
+
+def _checked(
+    images: str, out: str, codec: CodecConfig, options: EncodeOptions, device: torch.device
+) -> Codec:
+    """The codec, after all that can be checked before images are listed."""
+    check_spec(images)
+    check_out(Path(out).resolve())
     if "OMP_NUM_THREADS" not in os.environ:  # launch/ sets it
         torch.set_num_threads(dist.cores())
-    built = codec.build(device or world.device)
-    with tqdm(total=len(source), unit="img", desc="encode", disable=not world.is_main) as bar:
+    built = codec.build(device)
+    check_early(Path(out).resolve(), built, options)
+    return built
 
-        def resumed(count: int) -> None:
-            if count:
-                bar.initial = bar.n = count
-                bar.refresh()
 
-        def waiting(parts: Sequence[int]) -> None:
-            more = ", ..." if len(parts) > 4 else ""
-            some = ", ".join(map(str, sorted(parts)[:4]))
-            bar.set_postfix_str(f"others are at part {some}{more}" if parts else "")
+@contextlib.contextmanager
+def _interruptible(out: Path, world: dist.World) -> Iterator[None]:
+    """Ctrl-C ends with what is done, said once."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun passes it on, to those who have it already
+        done = images_done(out)
+        kept = f"{done} images are done and kept" if done else "nothing is done yet"
+        if world.is_main:
+            print(f"interrupted: {kept}; start the same command again to go on", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None
 
+
+def _encode(source: ImageSource, codec: Codec, out: str, options: EncodeOptions, world: dist.World) -> None:
+    """This rank's share; rank 0 has a bar over the whole set, and says what was done when that is closed."""
+    with contextlib.closing(_Bar(len(source), world)) as bar:
         me = {"rank": world.rank, "size": world.size}
-        report = encode(source, built, out, options, bar.update, **me, resumed=resumed, waiting=waiting)
-    who = "" if report.finished else f" (rank {world.rank})"
-    print(f"{out}{who}: {report}", flush=True)
+        tell = {"resumed": bar.resumed, "waiting": bar.waiting}
+        report = encode(source, codec, out, options, bar.progress, **me, **tell)
+    if world.is_main:
+        print(f"{out}: {report}", flush=True)
+
+
+class _Bar:
+    """Rank 0's bar, from when nothing stands in the way of the encode; and what ranks have to say while they wait."""
+
+    def __init__(self, total: int, world: dist.World):
+        self.total, self.world = total, world
+        self.bar: tqdm[Any] | None = None
+        self.told = False
+
+    def resumed(self, count: int) -> None:
+        hidden = not self.world.is_main
+        self.bar = tqdm(total=self.total, initial=count, unit="img", desc="encode", disable=hidden)
+
+    def progress(self, count: int) -> None:
+        if self.bar is not None:
+            self.bar.update(count)
+
+    def waiting(self, what: Waiting) -> None:
+        if self.bar is not None:
+            self.bar.set_postfix_str(str(what))
+        if what.ranks and what.seconds > PATIENCE and not self.told:  # on all ranks: rank 0 may be the one
+            self.told = True
+            tqdm.write(f"rank {self.world.rank} waits: {what}", file=sys.stderr)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.set_postfix_str("", refresh=False)
+            self.bar.close()
 
 
 def _named(family: str, name: str, keys: dict[str, str]) -> Any:

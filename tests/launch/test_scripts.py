@@ -168,7 +168,40 @@ def test_local_fails_when_a_rank_does(tmp_path):
     )
     done = run(LOCAL, "c.yaml", DIT_ENTRY=str(program), NPROC="2")
     assert done.returncode != 0
-    assert "exitcode  : 7" in done.stderr
+    assert done.stderr == "launch/local.sh: rank 1 failed (exit status 7): see its error above\n"
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("os.kill(os.getpid(), 9)", "launch/local.sh: rank 1 was killed by SIGKILL; out of memory?"),
+        ("raise KeyError('its own words')", "KeyError: 'its own words'"),
+    ],
+)
+def test_local_tells_how_a_rank_ended(tmp_path, how, words):
+    """What the rank says stays; torchrun's own traceback does not."""
+    program = tmp_path / "fail.py"
+    program.write_text(f"import os, time\nif os.environ['RANK'] == '1':\n    {how}\ntime.sleep(100)\n")
+    done = run(LOCAL, "c.yaml", DIT_ENTRY=str(program), NPROC="2")
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert "ChildFailedError" not in done.stderr
+    assert done.stderr.count("Traceback") == how.count("raise")
+
+
+def test_local_passes_a_signal_on(tmp_path):
+    program = tmp_path / "wait.py"
+    program.write_text("import time\nprint('here', flush=True)\ntime.sleep(100)\n")
+    env = {**os.environ, "DIT_ENTRY": str(program), "NPROC": "2", "PYTHON": sys.executable}
+    with subprocess.Popen(
+        ["bash", LOCAL, "c.yaml"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+    ) as started:
+        assert started.stdout.readline() == "here\n"
+        started.terminate()
+        _, error = started.communicate(timeout=60)
+    assert started.returncode == 128 + 15
+    assert error.splitlines()[-1] == "launch/local.sh: stopped by SIGTERM"
+    assert "Traceback" not in error
 
 
 # --- multinode.sh ------------------------------------------------------------------------------------------

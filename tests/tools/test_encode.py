@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,30 @@ def test_ranks_that_were_started_by_hand(tmp_path):
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
+def test_a_rank_says_whom_it_waits_for_where_there_are_no_locks(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("dit.data.encoding.parts._lock", lambda descriptor: None)
+    monkeypatch.setattr("tools.encode.PATIENCE", 0)
+    call = ("digits:test", str(tmp_path / "out"))
+    how = {"codec": "pixels", "image_size": 8, "block": 250, "device": "cpu"}
+    with ThreadPoolExecutor(1) as pool:
+        for rank in ("1", "0"):
+            for name, value in {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank}.items():
+                monkeypatch.setenv(name, value)
+            if rank == "0":
+                main(*call, **how)
+                continue
+            waits = pool.submit(main, *call, **how)
+            said, until = "", time.monotonic() + 60
+            while "rank 1 waits: no locks on this file system: part 1 of 2 is left to rank 0" not in said:
+                assert not waits.done()
+                assert time.monotonic() < until, said
+                said += capsys.readouterr().err
+                time.sleep(0.01)
+        waits.result()
+    assert said.count("rank 1 waits") == 1
+    assert Manifest.load(tmp_path / "out").samples == 500
+
+
 @pytest.mark.slow
 def test_ranks_under_launch(tmp_path):
     main("digits:test", str(tmp_path / "whole"), codec="pixels", image_size=8, block=32)
@@ -120,9 +145,9 @@ def test_a_killed_command_goes_on(tmp_path, capsys):
     killed.kill()
     assert killed.wait() == -signal.SIGKILL
     again = {"codec": "pixels", "image_size": 8, "block": 32}
-    with pytest.raises(DataError, match=r"of another command \(options.batch_size: 1 there, 2 here"):
+    with pytest.raises(DataError, match=r"of another command \(batch_size: 1 there, 2 here"):
         main("digits:test", str(tmp_path / "out"), **again, batch_size=2)
-    for said in (" images were done before", "all was done before"):
+    for said in (" images were done before", "all was there already"):
         main("digits:test", str(tmp_path / "out"), **again, batch_size=1)
         assert said in capsys.readouterr().out
     assert Manifest.load(tmp_path / "out").samples == 500

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from http import HTTPStatus
 from pathlib import Path
 
 from dit.data import DataError
@@ -26,7 +27,7 @@ def find_folder(path: str, subfolder: str, files: Sequence[str], download: bool)
     try:
         cached = snapshot_download(path, allow_patterns=wanted, local_files_only=not download)
     except (OSError, HfHubHTTPError, HFValidationError) as error:
-        raise DataError(_not_found(path, wanted, download, str(error).split("\n", 1)[0])) from error
+        raise DataError(_not_found(path, wanted, download, _reason(error))) from error
     absent = [name for name in wanted if not (Path(cached) / name).is_file()]
     if absent:
         raise DataError(_not_found(path, wanted, download, f"it has no {absent[0]}"))
@@ -37,11 +38,22 @@ def _not_found(path: str, wanted: Sequence[str], download: bool, reason: str) ->
     """Why owner/name is not there, and both ways to get it."""
     fetch = f"hf download {path} {' '.join(wanted)} --local-dir FOLDER, then --codec.path=FOLDER"
     if download:
-        return f"cannot get {path} from the Hugging Face hub ({reason}); on a machine with a network: {fetch}"
+        why = reason or "it does not answer"
+        return f"cannot get {path} from the Hugging Face hub ({why}); on a machine with a network: {fetch}"
+    why = f" ({reason})" if reason else ""
     return (
-        f"no folder {path} is here, and the local cache of the Hugging Face hub does not hold it ({reason}). The "
+        f"no folder {path} is here, and the local cache of the Hugging Face hub does not hold it{why}. The "
         f"network is used only when asked for: --codec.download=true, or {fetch}"
     )
+
+
+def _reason(error: Exception) -> str:
+    """What the hub or this machine said, without huggingface_hub's advice about its own options; else nothing."""
+    response = getattr(error, "response", None)
+    if response is not None:
+        code = int(response.status_code)
+        return f"{code} {HTTPStatus(code).phrase}" if code in set(HTTPStatus) else str(code)
+    return getattr(error, "strerror", None) or ""
 
 
 def _checked(folder: Path, subfolder: str, files: Sequence[str]) -> Path:

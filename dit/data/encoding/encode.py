@@ -8,61 +8,27 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from dit.config import to_dict
 from dit.data import DataError
 from dit.data.codecs.base import Codec
-from dit.data.encoding.job import EncodeOptions, Job
+from dit.data.encoding.checks import check_out, refuse_something_else
+from dit.data.encoding.job import EncodeOptions, Job, filled
 from dit.data.encoding.part_encoder import PartEncoder
-from dit.data.encoding.parts import Books, Done, Part, Unreadable, differences, forget_plan
+from dit.data.encoding.parts import Books, Done, Part, Unreadable, forget_plan, images_done
+from dit.data.encoding.report import Report, Waiting
 from dit.data.manifest import FILE, Manifest
 from dit.data.sources.images import BadImage, ImageSource
 from dit.data.write import PLAN
 from dit.files import write_atomically
 
-__all__ = ["EncodeOptions", "Report", "encode"]
+__all__ = ["EncodeOptions", "Report", "Waiting", "encode"]
 
 GIVE_UP = 100  # unreadable images beyond max_bad: no point in finding all of them
 POLL = (0.05, 2.0)  # seconds between looks at the other ranks' parts: at first, at most
-
-
-@dataclass
-class Report:
-    """What an encode did. Seconds: of all ranks waiting for decoded images, in the codec, writing, and in parts.
-
-    images: that were encoded in this run, in `whole` seconds by `ranks` ranks; if another rank finished, of this
-    rank alone. resumed: images that were done before.
-    """
-
-    manifest: Manifest
-    images: int = 0
-    resumed: int = 0
-    ranks: int = 1
-    decoding: float = 0.0
-    codec: float = 0.0
-    writing: float = 0.0
-    busy: float = 0.0
-    whole: float = 0.0
-    finished: bool = True  # by this rank
-
-    def __str__(self) -> str:
-        m = self.manifest
-        size = f"{m.samples} images in {len(m.views)} view(s) -> {len(m.blocks)} block(s) in {len(m.shards)} shard(s)"
-        left_out = f"; {len(m.bad)} unreadable left out: {', '.join(m.bad[:10])}" if m.bad else ""
-        if not self.images and self.finished:
-            return f"{size}; all was done before{left_out}"
-        busy = max(self.busy, 1e-9)
-        shares = ", ".join(f"{n} {getattr(self, n) / busy:.0%}" for n in ("decoding", "codec", "writing"))
-        speed = f"{self.images / max(self.whole, 1e-9):.1f} images/s in {self.whole:.1f} s"
-        if not self.finished:
-            return f"this rank did {self.images} images: {speed} ({shares})"
-        ranks = f" on {self.ranks} ranks" if self.ranks > 1 else ""
-        resumed = f"; {self.resumed} images were done before" if self.resumed else ""
-        return f"{size}: {speed}{ranks} ({shares}){resumed}{left_out}"
 
 
 def _ignore(value: object) -> None:
@@ -79,7 +45,7 @@ def encode(
     rank: int = 0,
     size: int = 1,
     resumed: Callable[[int], object] = _ignore,
-    waiting: Callable[[Sequence[int]], object] = _ignore,
+    waiting: Callable[[Waiting], object] = _ignore,
 ) -> Report:
     """Write `source` as a data set in the folder `out`; return when it is there.
 
@@ -88,8 +54,8 @@ def encode(
     same call has written is left as it is.
 
     rank, size: where this rank begins, so that few meet. progress: called with the number of images done since the
-    last call, on any rank; resumed: with those done before. waiting: with the numbers of the parts that others are
-    at, while there is nothing else to do. Raises DataError where images cannot be read, latents are not finite or
+    last call, on any rank; resumed: with those done before. waiting: again and again with what this rank waits for,
+    while there is nothing else to do. Raises DataError where images cannot be read, latents are not finite or
     `out` or OUT.partial is something else; nothing that looks like a data set is left then, and nothing done is lost.
     """
     job, out = Job(source, codec, options), Path(out).resolve()
@@ -111,22 +77,18 @@ def encode(
 
 def _already(job: Job, out: Path) -> Manifest | None:
     """What is in `out`, if that is what this job writes; DataError where it is something else."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    check_out(out)
+    if not (out / FILE).exists():
         return None
-    if not (out / FILE).is_file():
-        raise DataError(f"{out} exists already: remove it or choose another name")
     there = Manifest.load(out)
-    expected = to_dict(job.described())
-    if there.bad:  # then what can be counted differs
-        expected = {k: v for k, v in expected.items() if k not in ("samples", "class_counts", "unlabelled")}
-    else:
-        expected["shards"] = len(job.parts)
-    held = {**to_dict(there), "shards": len(there.shards)}
-    differing = differences({k: held[k] for k in expected}, expected, ("there", "here"))
-    if differing:
+    expected = {**to_dict(job.described(there.bad)), "shards": job.filled(there.bad)}
+    held = {**to_dict(there), "shards": filled(there)}
+    refuse_something_else(out, {k: held[k] for k in expected}, expected)
+    if len(there.bad) > job.options.max_bad:
         raise DataError(
-            f"{out} exists already, and is something else ({'; '.join(differing[:8])}): remove it or choose "
-            "another name"
+            f"{out} is written already, without {len(there.bad)} image(s) that could not be read "
+            f"({', '.join(there.bad[:5])}{', ...' if len(there.bad) > 5 else ''}), {job.options.max_bad} allowed: take "
+            f"it as it is with --max_bad={len(there.bad)}, or mend them and choose another OUT"
         )
     if (out / PLAN).exists():  # its writer was stopped at the very last step
         forget_plan(out)
@@ -140,9 +102,9 @@ def _explained(books: Books) -> Iterator[None]:
         yield
     except OSError as error:
         where = error.filename or books.folder
+        kept = "; parts that are done are kept, and the same command goes on when that is mended"
         raise DataError(
-            f"cannot write to {where}: {error.strerror or error}; parts that are done are kept, and the same "
-            "command goes on when that is mended"
+            f"cannot write to {where}: {error.strerror or error}{kept if images_done(books.out) else ''}"
         ) from error
 
 
@@ -155,7 +117,7 @@ class _Run:
         books: Books,
         encoder: PartEncoder,
         place: tuple[int, int],
-        tell: tuple[Callable[[int], object], Callable[[int], object], Callable[[Sequence[int]], object]],
+        tell: tuple[Callable[[int], object], Callable[[int], object], Callable[[Waiting], object]],
     ):
         self.job, self.books, self.encoder = job, books, encoder
         self.rank, self.size = place
@@ -165,12 +127,15 @@ class _Run:
         self.parts = [*own, *(p for p in job.parts if p.number % self.size != self.rank)]
         self.done: dict[int, Done] = {}
         self.mine: set[int] = set()
-        self._readable: dict[int, bool] = {}  # images that could not be read once
+        self.before = 0  # images done when this rank began
+        self._readable: dict[int, bool] = {}  # at the last look
+        self._missed: set[int] = set()  # images that this rank could not read once
 
     def go(self, began: float) -> Report:
         """Until OUT is there. began: when the first of the ranks that are at it did (Unix time)."""
-        own = time.time()
-        self.resumed(sum(done.images for done in self._look()))
+        own, since = time.time(), time.monotonic()
+        self.before = sum(done.images for done in self._look())
+        self.resumed(self.before)
         pause = POLL[0]
         while True:
             try:
@@ -185,9 +150,17 @@ class _Run:
                 self.progress(sum(len(p) for p in self._missing()))
                 return self._report(own, finished=False)
             pause = POLL[0] if worked else min(POLL[1], 1.5 * pause)
-            if not worked:
-                self.waiting([p.number for p in self._missing()])
+            if worked:
+                since = time.monotonic()
+            else:
+                self.waiting(self._waits(time.monotonic() - since))
                 time.sleep(pause)
+
+    def _waits(self, seconds: float) -> Waiting:
+        parts = tuple(p.number for p in self._missing())
+        ranks = {n % self.size for n in parts} or {0}  # which takes the last step
+        alone = () if self.books.locks else tuple(sorted(ranks))
+        return Waiting(parts, alone, seconds, len(self.job.parts))
 
     def _missing(self) -> list[Part]:
         return [p for p in self.parts if p.number not in self.done]
@@ -203,13 +176,25 @@ class _Run:
         return found
 
     def _accepted(self, part: Part) -> Done | None:
-        """A part that is done, unless images that were left out can be read now."""
+        """A part that is done, unless this rank would leave out fewer images.
+
+        Ranks that disagree for good about what can be read come to an end: each writes a part once without knowing what
+        it will leave out, and after that only with fewer bad images than it has.
+        """
         done = self.books.read(part)
-        return None if done is None or any(self._can_read(image.id) for image in done.bad) else done
+        if done is None or not any(self._can_read(image.id) for image in done.bad):
+            return done
+        if not self.books.locks and part.number % self.size != self.rank:
+            return done  # nobody but its rank may write it
+        ids = self._missed.intersection(self.job.order[part.start : part.stop].tolist())
+        missed = sum(not self._can_read(index) for index in ids)
+        return done if missed >= len(done.bad) else None
 
     def _can_read(self, index: int) -> bool:
         if index not in self._readable:
             self._readable[index] = not isinstance(self.encoder.load(index), BadImage)
+            if not self._readable[index]:
+                self._missed.add(index)
         return self._readable[index]
 
     def _write_what_is_free(self) -> bool:
@@ -235,6 +220,7 @@ class _Run:
         after = next((p for p in rest if p.number not in self.done), None)
         done = self.encoder.write(part, after, self.rank, self.progress, self._check_bad)
         self._readable.update((image.id, False) for image in done.bad)
+        self._missed.update(image.id for image in done.bad)
         self.books.record(part, done)
         self.done[part.number] = done
         self.mine.add(part.number)
@@ -252,23 +238,33 @@ class _Run:
         """Once all parts are done: write the manifest and name the folder; False where another rank is at it."""
         if self._missing() and not self.books.complete:
             return False
-        with self.books.claim(None, unlocked=self.rank == 0) as free:
+        with ExitStack() as claims:
+            free = claims.enter_context(self.books.claim(None, unlocked=self.rank == 0))
             if not free or self.books.finished:
                 return False
             if (self.books.folder / FILE).exists():  # whoever wrote it was stopped
                 self.books.finish(None, b"")
                 return True
-            self._readable.clear()  # the last look is a fresh one
-            stale = [n for n, done in self.done.items() if any(self._can_read(i.id) for i in done.bad)]
-            for number in stale:
-                del self.done[number]
-            if stale:
+            if not self._settled(claims):
                 return False
             if len(self._bad()) > self.job.options.max_bad:
                 raise self._too_many(self._bad())
             manifest = self.job.manifest([self.done[p.number] for p in self.job.parts])
             self.books.finish(manifest, self.job.names_bytes)
         return True
+
+    def _settled(self, claims: ExitStack) -> bool:
+        """Whether the parts are, in a last fresh look, what this rank took them for.
+
+        Parts that another rank might write again, as it can read what they lack, are held by `claims` from then on.
+        """
+        for part in self.job.parts:
+            if self.done[part.number].bad and not claims.enter_context(self.books.claim(part, unlocked=True)):
+                return False
+        self._readable.clear()
+        seen = {p.number: done for p in self.job.parts if (done := self._accepted(p)) is not None}
+        settled, self.done = seen == self.done, seen
+        return settled
 
     def _too_many(self, bad: list[Unreadable], note: str = "") -> DataError:
         """All of them in a file, the first in the text."""
@@ -295,5 +291,8 @@ class _Run:
             busy=sum(d.seconds["whole"] for d in parts),
             whole=time.time() - began,
             finished=finished,
+            enlarged=sum(d.enlarged for d in self.done.values()),
+            seen=sum(d.images for d in self.done.values()),
+            others=0 if finished else max(0, self.job.names.count - self.before - images),
             **seconds,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Annotated, Any, Literal
@@ -26,13 +27,14 @@ OPERATIONAL = (
     "max_bad",
     "workers",
 )  # options that may change from one start to the next: no byte depends on them
+MAX_BATCH_BYTES = 16 << 30  # of its pixels as float32
 
 
 @config
 class EncodeOptions:
     """How to encode. `max_bad` and `workers` may change between starts; all the others decide about the bytes."""
 
-    image_size: Annotated[int, Field(ge=1)]  # pixels a side, a multiple of the codec's factor
+    image_size: Annotated[int, Field(ge=1, le=8192)]  # pixels a side, a multiple of the codec's factor
     flip: bool = True  # store a flipped view beside each image
     block: Annotated[int, Field(ge=1)] = 256  # samples a block at most
     shard_mb: Annotated[float, Field(gt=0)] = 512.0  # MB (10^6 bytes) a shard at most
@@ -43,6 +45,34 @@ class EncodeOptions:
     workers: Annotated[int, Field(ge=0)] = 0  # threads that decode images; 0: one a core, 16 at most
     dtype: Literal["float16", "float32"] = "float16"  # of what is stored
     crop: Annotated[Crop, CROPS] = Centre()  # how a square is cut from an image
+
+
+def check_fit(codec: Codec, options: EncodeOptions) -> None:
+    """Before any image is looked at: ConfigError where codec and options do not go together."""
+    batch, side = options.batch_size, options.image_size
+    if side % codec.factor:
+        below, above = side // codec.factor * codec.factor, -(-side // codec.factor) * codec.factor
+        near = f"{below} or {above}" if below else f"{above}"
+        raise ConfigError(
+            f"image_size {side} is not a multiple of the codec's factor {codec.factor}; such as {near}"
+        )
+    if (taken := 12 * batch * side**2) > MAX_BATCH_BYTES:
+        raise ConfigError(
+            f"batch_size {batch} at image_size {side} takes {taken / 2**30:.0f} GiB a batch, expected at most "
+            f"{MAX_BATCH_BYTES / 2**30:.0f}; lower batch_size"
+        )
+
+
+def planned(codec: Codec, options: EncodeOptions) -> dict[str, Any]:
+    """What the bytes follow from beside the images, as JSON values."""
+    kept = {k: v for k, v in to_dict(options).items() if k not in OPERATIONAL}
+    computes = {"device": codec.device.type, "dtype": str(codec.dtype), "tile": codec.tile}
+    return {"options": kept, "codec": codec.identity(), "computes": computes}
+
+
+def views(options: EncodeOptions) -> tuple[Literal["original", "flipped"], ...]:
+    """What is stored of each image."""
+    return ("original", "flipped") if options.flip else ("original",)
 
 
 @dataclass(frozen=True)
@@ -56,10 +86,7 @@ class Job:
     names_bytes: bytes = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.options.image_size % self.codec.factor:
-            raise ConfigError(
-                f"image_size {self.options.image_size} is not a multiple of the codec's factor {self.codec.factor}"
-            )
+        check_fit(self.codec, self.options)
         data, names = names_file(self.source.names)
         object.__setattr__(self, "names", names)
         object.__setattr__(self, "names_bytes", data)
@@ -67,7 +94,7 @@ class Job:
     @property
     def views(self) -> tuple[Literal["original", "flipped"], ...]:
         """What is stored of each image."""
-        return ("original", "flipped") if self.options.flip else ("original",)
+        return views(self.options)
 
     @property
     def array(self) -> Literal["moments", "latents"]:
@@ -109,19 +136,30 @@ class Job:
 
     def plan(self) -> dict[str, Any]:
         """What the bytes follow from, as JSON values."""
-        kept = {k: v for k, v in to_dict(self.options).items() if k not in OPERATIONAL}
         labels = hashlib.sha256(np.ascontiguousarray(self.source.labels, np.int64).tobytes())
         labels.update(json.dumps(self.source.classes).encode())
         images = {"count": self.names.count, "names": self.names.sha256, "labels": labels.hexdigest()}
-        codec = self.codec
-        computes = {"device": codec.device.type, "dtype": str(codec.dtype), "tile": codec.tile}
-        return {"options": kept, "codec": codec.identity(), "computes": computes, "images": images}
+        return {**planned(self.codec, self.options), "images": images}
 
-    def described(self) -> dict[str, Any]:
+    def _kept(self, left_out: Collection[str]) -> np.ndarray:
+        """Which images are not left out, by their names: (N,) bool."""
+        if not left_out:
+            return np.ones(len(self.source), bool)
+        names = set(left_out)
+        return np.array([name not in names for name in self.source.names], bool)
+
+    def filled(self, left_out: Collection[str] = ()) -> dict[str, int]:
+        """Samples of each shard without the images of these names."""
+        kept = self._kept(left_out)[self.order]
+        samples = {part.shard: int(kept[part.start : part.stop].sum()) for part in self.parts}
+        return {name: count for name, count in samples.items() if count}
+
+    def described(self, left_out: Collection[str] = ()) -> dict[str, Any]:
         """What the manifest will say, as far as that is known before: all but what the latents decide."""
-        counts = np.bincount(self.source.labels[self.source.labels >= 0], minlength=len(self.source.classes))
+        labels = self.source.labels[self._kept(left_out)]
+        counts = np.bincount(labels[labels >= 0], minlength=len(self.source.classes))
         return {
-            "samples": len(self.source),
+            "samples": len(labels),
             "array": self.array,
             "shape": self.shape,
             "dtype": self.options.dtype,
@@ -131,7 +169,7 @@ class Job:
             "transform": self.options.crop.text,
             "classes": self.source.classes,
             "class_counts": tuple(counts.tolist()),
-            "unlabelled": int((self.source.labels < 0).sum()),
+            "unlabelled": int((labels < 0).sum()),
             "codec": self.codec.identity(),
             "seed": self.options.seed,
             "block": self.block,
@@ -162,3 +200,11 @@ class Job:
             shards=tuple(d.shard for d in written if d.shard),
             blocks=tuple(blocks),
         )
+
+
+def filled(manifest: Manifest) -> dict[str, int]:
+    """Samples of each shard, as Job.filled has them."""
+    samples = dict.fromkeys((shard.name for shard in manifest.shards), 0)
+    for block in manifest.blocks:
+        samples[manifest.shards[block.shard].name] += block.samples
+    return samples

@@ -25,7 +25,7 @@ from dit.data.sources.images import BadImage
 from dit.data.write import BlockCutter, ChannelStats, ShardFile
 from dit.rng import Draws, Purpose
 
-Loaded = np.ndarray | BadImage
+Loaded = tuple[np.ndarray, bool] | BadImage  # the bool: whether it was enlarged
 
 
 class _Clock(dict[str, float]):
@@ -48,6 +48,7 @@ class _Batch:
     ids: np.ndarray  # (n,) int64
     images: np.ndarray  # (n, S, S, 3) uint8
     good: np.ndarray  # (n,) bool
+    enlarged: int  # images of it
 
 
 class _Gathered:
@@ -56,10 +57,12 @@ class _Gathered:
     def __init__(self, shard: ShardFile, block: int):
         self.shard, self._cutter = shard, BlockCutter(block)
         self.stats = ChannelStats()
+        self.enlarged = 0  # images
         self.labels: list[np.ndarray] = [np.empty(0, np.int64)]
 
-    def add(self, arrays: dict[str, np.ndarray]) -> None:
+    def add(self, arrays: dict[str, np.ndarray], enlarged: int) -> None:
         """Take in what is stored of a batch."""
+        self.enlarged += enlarged
         if len(arrays["id"]):
             for block in self._cutter.full(arrays):
                 self._write(block)
@@ -100,7 +103,7 @@ class PartEncoder:
         """An image, or why it cannot be read."""
         options = self.job.options
         try:
-            return self.job.source.load(index, options.image_size, options.crop, options.seed)
+            return self.job.source.load_and_tell(index, options.image_size, options.crop, options.seed)
         except BadImage as bad:
             return bad
 
@@ -130,7 +133,7 @@ class PartEncoder:
                 with clock.of("codec"):
                     arrays = self._arrays(batch, latents)
                 with clock.of("writing"):
-                    gathered.add(arrays)
+                    gathered.add(arrays, batch.enlarged)
                 progress(len(batch.ids))
             with clock.of("writing"):
                 finished = gathered.finish()
@@ -147,6 +150,7 @@ class PartEncoder:
             seconds=dict(clock),
             rank=rank,
             ended=time.time(),
+            enlarged=gathered.enlarged,
         )
 
     def _encoded(self, batches: Iterator[_Batch], clock: _Clock) -> Iterator[tuple[_Batch, Tensor]]:
@@ -174,14 +178,15 @@ class PartEncoder:
             chosen = ids[start : start + size]
             with clock.of("decoding"):
                 images = np.zeros((len(chosen), side, side, 3), np.uint8)
-                good = np.ones(len(chosen), bool)
+                good, enlarged = np.ones(len(chosen), bool), 0
                 for place, (index, image) in enumerate(zip(chosen.tolist(), loaded, strict=False)):
                     if isinstance(image, BadImage):
                         good[place] = False
                         on_bad(image, index)
                     else:
-                        images[place] = image
-            yield _Batch(chosen, images, good)
+                        images[place], smaller = image
+                        enlarged += smaller
+            yield _Batch(chosen, images, good, enlarged)
 
     def _decoded(self, ids: list[int], after: list[int]) -> Iterator[Loaded]:
         """The images of `ids`, two batches ahead; at their end the first of `after` are begun with."""

@@ -22,12 +22,13 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dit.config import config, flatten, from_dict, to_dict
+from dit.config import config, from_dict, to_dict
 from dit.data import DataError
+from dit.data.encoding.differences import differences, is_of_images, shown
 from dit.data.manifest import FILE, Block, Manifest, Shard
 from dit.data.write import PLAN, shard_name
 from dit.files import sync, write_atomically
@@ -83,6 +84,7 @@ class Done:
 
     blocks: with the part's number as their shard. stats: ChannelStats as JSON values. label_counts: by class.
     images: readable or not. seconds: of the rank that wrote it: decoding, codec, writing, whole. ended: Unix time.
+    enlarged: images that were smaller than what was cut from them.
     """
 
     shard: Shard | None
@@ -95,6 +97,7 @@ class Done:
     seconds: dict[str, float]
     rank: int
     ended: float
+    enlarged: int = 0
 
 
 class Books:
@@ -105,10 +108,13 @@ class Books:
         self.out, self.folder = out, out.with_name(out.name + ".partial")
         self.plan = {"format": FORMAT, **plan}
         self.tag = f".{secrets.token_hex(6)}"  # in names of files under way, which others may be at too
+        self.locks = True  # whether the file system has them, as far as was seen
         self._parts = self.folder / "parts"
 
     def open(self) -> None:
         """Begin, or go on with what is there. DataError where that is another command's."""
+        if self.folder.exists() and not self.folder.is_dir():
+            raise DataError(f"{self.folder} is a file: remove it or choose another OUT")
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / PLAN
         if not file.exists():
@@ -124,17 +130,13 @@ class Books:
             there = json.loads(file.read_bytes())
         except ValueError as error:
             raise DataError(f"{file}: not JSON ({error}); remove {self.folder} to begin anew") from None
-        differing = differences(there, self.plan, ("there", "here"))
-        if differing:
-            raise DataError(
-                f"{self.folder} {_advice(differing)}, remove it to begin anew, or choose another OUT"
-            )
+        refuse_other(self.folder, there, self.plan)
 
     @contextlib.contextmanager
     def run(self) -> Iterator[float]:
         """Be one of the ranks that are at it; since when (Unix time) there always was one."""
         with (self.folder / RUN).open("a+") as file:
-            if _lock(file.fileno()):
+            if self._lock(file.fileno()):
                 file.truncate(0)
                 file.write(repr(time.time()))
                 file.flush()
@@ -194,10 +196,15 @@ class Books:
         file = self.folder / PLAN if part is None else self._parts / f"{part.number:06d}.lock"
         descriptor = os.open(file, os.O_RDWR | (0 if part is None else os.O_CREAT), 0o644)
         try:
-            held = _lock(descriptor)
+            held = self._lock(descriptor)
             yield unlocked if held is None else held
         finally:
             os.close(descriptor)
+
+    def _lock(self, descriptor: int) -> bool | None:
+        held = _lock(descriptor)
+        self.locks = self.locks and held is not None
+        return held
 
     @property
     def finished(self) -> bool:
@@ -230,6 +237,15 @@ class Books:
         forget_plan(self.out)
 
 
+def images_done(out: Path) -> int:
+    """Images of the parts that are done, of an encode to `out` under way; damaged records count nothing."""
+    images = 0
+    for file in out.with_name(out.name + ".partial").glob("parts/*.json"):
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            images += int(json.loads(file.read_bytes())["images"])
+    return images
+
+
 def forget_plan(out: Path) -> None:
     """Remove what says how a data set was written: the last step, as until then the same command goes on."""
     for name in (RUN, PLAN):
@@ -237,24 +253,14 @@ def forget_plan(out: Path) -> None:
     sync(out)
 
 
-def differences(there: Any, here: Mapping[str, Any], sides: tuple[str, str]) -> list[str]:
-    """What differs between two plans, a line each."""
-    theirs = flatten(there) if isinstance(there, Mapping) else {}
-    ours = flatten(json.loads(json.dumps(here)))
-    keys = [k for k in [*ours, *(k for k in theirs if k not in ours)] if theirs.get(k) != ours.get(k)]
-    return [f"{k}: {_short(theirs.get(k))} {sides[0]}, {_short(ours.get(k))} {sides[1]}" for k in keys]
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
-
-
-def _advice(differing: list[str]) -> str:
-    shown = "; ".join(differing[:8])
-    if all(line.startswith("images.") for line in differing):
-        return f"was begun with other images ({shown}): give it back those to go on"
-    return f"is of another command ({shown}): repeat that one to go on"
+def refuse_other(folder: Path, there: Any, here: dict[str, Any]) -> None:
+    """DataError where the plan that `folder` was begun with is another one."""
+    if not (differing := differences(there, here)):
+        return
+    rest = "remove it to begin anew, or choose another OUT"
+    if is_of_images(differing):
+        raise DataError(f"{folder} was begun with {shown(differing)}; give it back those to go on, {rest}")
+    raise DataError(f"{folder} is of another command ({shown(differing)}): repeat that one to go on, {rest}")
 
 
 def _lock(descriptor: int) -> bool | None:

@@ -48,6 +48,18 @@ def open_folder(spec: str) -> ImageSource:
     )
 
 
+def is_class(root: Path) -> bool:
+    """Whether a folder looks like one class of its parent: it has images, and a folder beside it has some, too."""
+    parent = root.resolve().parent
+    names = [e.name for e in os.scandir(parent) if e.is_dir() and not e.name.startswith(".")]
+    beside = (parent / name for name in names if name != root.resolve().name)
+    return _has_images(root) and any(map(_has_images, beside))
+
+
+def _has_images(folder: Path) -> bool:
+    return folder.is_dir() and any(is_image(entry.name) for entry in os.scandir(folder))
+
+
 def _open(root: Path, names: list[str], index: int) -> Image.Image:
     return Image.open(root / names[index], formats=FORMATS)
 

@@ -7,23 +7,61 @@ read to a square uint8 RGB array.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
 
 from dit.data import DataError
-from dit.data.sources.folders import open_digits, open_folder
+from dit.data.sources.folders import is_class, open_digits, open_folder
 from dit.data.sources.labels import relabel
-from dit.data.sources.parquet import open_parquet
+from dit.data.sources.parquet import Columns, open_parquet
 from dit.data.sources.source import EXTENSIONS, BadImage, ImageSource
 from dit.data.sources.tars import open_tars
 
-__all__ = ["SOURCES", "BadImage", "ImageSource", "open_source"]
+__all__ = ["SOURCES", "BadImage", "ImageSource", "check_spec", "open_source", "unlabelled_note"]
 
 # Each opens what it knows by its spec and gives None for the rest; the folder comes last, as it says what is amiss.
 SOURCES: list[Callable[[str], ImageSource | None]] = [open_digits, open_tars, open_parquet, open_folder]
 
 
+URL = re.compile(r"[a-z][a-z0-9+.-]*:/", re.IGNORECASE)
+SPECIAL = re.compile(r"[*?\[{]|^digits:")
+
+
+def check_spec(spec: str) -> None:
+    """Without listing anything: DataError where `spec` names nothing that could be here."""
+    if URL.match(spec):
+        raise DataError(
+            f"{spec}: images at URLs are not read; download them first, and give the file or folder"
+        )
+    if not SPECIAL.search(spec) and not Path(spec).exists():
+        raise DataError(f"{spec}: no such folder, tar or Parquet file, and not digits:train or digits:test")
+
+
+def unlabelled_note(spec: str, source: ImageSource) -> str | None:
+    """What whoever encodes should know of images without a label; None where all have one."""
+    loose = np.flatnonzero(source.labels < 0)
+    if not len(loose):
+        return None
+    some = "" if len(loose) == len(source) else f" of {len(source)}"
+    which = "" if not some else f" (first {source.names[loose[0]]})"
+    mean = ""
+    if not source.classes and Path(spec).is_dir() and is_class(Path(spec)):
+        mean = f"; did you mean {Path(spec).resolve().parent}?"
+    return (
+        f"{len(loose)}{some} images have no label{which}: fine for an unconditional model, else give "
+        f"--labels=FILE{mean}"
+    )
+
+
 def open_source(
-    spec: str | os.PathLike[str], classes: str | None = None, labels: str | os.PathLike[str] | None = None
+    spec: str | os.PathLike[str],
+    classes: str | None = None,
+    labels: str | os.PathLike[str] | None = None,
+    columns: Columns = Columns(),  # noqa: B008
 ) -> ImageSource:
     """The images that `spec` names.
 
@@ -37,10 +75,20 @@ def open_source(
 
     classes: "imagenet1k" for the standard order of ImageNet's 1000 classes, which the source's must be among.
     labels: a file of lines `name class`, which is used in place of the source's own labels.
+    columns: of Parquet files, those of images and labels where they cannot be told by their names.
     Raises DataError for whatever is missing, broken or not clear.
     """
     spec = os.fspath(spec)
-    source = next(found for opener in SOURCES if (found := opener(spec)) is not None)
+    check_spec(spec)
+    if labels is not None and columns.label:
+        raise DataError(f"labels come from {labels} or from the column {columns.label}: name one of them")
+    if labels is not None:
+        columns = replace(columns, label="")
+    source = open_parquet(spec, columns) if columns else None
+    if columns and columns != Columns(label="") and source is None:
+        raise DataError(f"{spec}: --image_column and --label_column are of Parquet files; these are none")
+    if source is None:
+        source = next(found for opener in SOURCES if (found := opener(spec)) is not None)
     if not len(source):
         raise DataError(
             f"{spec}: no images in it (looked for {', '.join(EXTENSIONS)}); expected CLASS/name.jpg, "

@@ -15,14 +15,14 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
 from dit.data import DataError
-from dit.data.sources.source import ImageSource, files_of, listing, open_image
+from dit.data.sources.source import ImageSource, check_size, files_of, listing, open_image
 from dit.data.sources.spill import Spill
 
 if TYPE_CHECKING:
@@ -32,7 +32,18 @@ if TYPE_CHECKING:
 ROWS = 16  # decoded at a time
 STREAMED = {"buffer_size": 1 << 20, "pre_buffer": False}  # else a whole row group is read into memory
 MAX_CLASS = 10**6  # of labels without names
-IMAGE_COLUMNS, LABEL_COLUMNS = ("image", "img"), ("label", "labels", "cls")
+
+
+class Kind(NamedTuple):
+    """A kind of column: Hugging Face's name of it, usual names of such columns, and the flag to choose one with."""
+
+    type: str
+    usual: tuple[str, ...]
+    flag: str
+
+
+IMAGE = Kind("Image", ("image", "img"), "--image_column")
+LABEL = Kind("ClassLabel", ("label", "labels", "cls"), "--label_column")
 
 
 @dataclass(frozen=True)
@@ -59,6 +70,7 @@ class ParquetImages:
         with self._lock:
             if self._spill is None:
                 self._spill = Spill(self._key(), self.count, self._size(), self._records)
+        check_size(self._spill.size(index), f"row {index}")
         return open_image(self._spill.read(index))
 
     def _key(self) -> str:
@@ -81,16 +93,27 @@ class ParquetImages:
                         bar.update(len(batch))
 
 
-def open_parquet(spec: str) -> ImageSource | None:
+@dataclass(frozen=True)
+class Columns:
+    """Those of images and of labels, by name; None: as found. label "": none, the images have no labels."""
+
+    image: str | None = None
+    label: str | None = None
+
+    def __bool__(self) -> bool:
+        return self != Columns()
+
+
+def open_parquet(spec: str, columns: Columns = Columns()) -> ImageSource | None:
     """One or several Parquet files of images; where they have no `path` of their own, names are FILE:ROW.
 
     Raises DataError for files that cannot be read or differ in their columns or classes, for rows that hold no
-    bytes, and for labels without a name.
+    bytes, for labels without a name, and where it is not clear which column holds what.
     """
     files = files_of(spec, ".parquet")
     if not files:
         return None
-    layout = _common_layout(files)
+    layout = _common_layout(files, columns)
     labels, paths, rows, empty = [], list[str | None](), list[str](), list[str]()
     for path in files:
         with _opened(path) as file:
@@ -134,11 +157,11 @@ def _opened(path: Path) -> Iterator[pq.ParquetFile]:
         ) from None
 
 
-def _common_layout(files: Sequence[Path]) -> Layout:
+def _common_layout(files: Sequence[Path], columns: Columns) -> Layout:
     layouts = []
     for path in files:
         with _opened(path) as file:
-            layouts.append(_layout(path, file.schema_arrow))
+            layouts.append(_layout(path, file.schema_arrow, columns))
     odd = [
         f"{path.name}: {layout}" for path, layout in zip(files, layouts, strict=True) if layout != layouts[0]
     ]
@@ -148,18 +171,23 @@ def _common_layout(files: Sequence[Path]) -> Layout:
     return layouts[0]
 
 
-def _layout(path: Path, schema: pa.Schema) -> Layout:
+def _layout(path: Path, schema: pa.Schema, columns: Columns) -> Layout:
     import pyarrow.types as types
 
     features = _features(path, schema)
-    image = _column(path, schema, features, "Image", IMAGE_COLUMNS)
+    image = _column(path, schema, features, IMAGE, columns.image)
     if image is None:
-        raise DataError(f"{path}: no column of images; expected 'image', found {', '.join(schema.names)}")
+        raise DataError(
+            f"{path}: no column of images; expected 'image', found {', '.join(schema.names)}: choose one with "
+            "--image_column=NAME"
+        )
     kind = schema.field(image).type
     inner = {f.name: f.type for f in kind} if types.is_struct(kind) else {}
     if not _is_binary(inner.get("bytes", kind)):
         raise DataError(f"{path}: column '{image}' is {kind}, expected bytes or a struct of bytes and path")
-    label = _column(path, schema, features, "ClassLabel", LABEL_COLUMNS)
+    label = _column(path, schema, features, LABEL, columns.label)
+    if label is None and columns.label is None:
+        _check_unlabelled(path, schema)
     if label is not None and not types.is_integer(schema.field(label).type):
         raise DataError(f"{path}: column '{label}' is {schema.field(label).type}, expected whole numbers")
     names = features.get(label or "", {}).get("names")
@@ -185,21 +213,40 @@ def _features(path: Path, schema: pa.Schema) -> dict[str, dict[str, Any]]:
     try:
         features = json.loads(text)["info"]["features"]
         return {name: value for name, value in features.items() if isinstance(value, dict)}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: damaged metadata 'huggingface' in its schema ({error!r})") from None
 
 
 def _column(
-    path: Path, schema: pa.Schema, features: dict[str, dict[str, Any]], kind: str, usual: Sequence[str]
+    path: Path, schema: pa.Schema, features: dict[str, dict[str, Any]], kind: Kind, chosen: str | None
 ) -> str | None:
-    """The column that is said to be of this kind, else the one with a usual name."""
-    said = [name for name in schema.names if features.get(name, {}).get("_type") == kind]
-    called = [name for name in usual if name in (said or schema.names)]
+    """The column that was chosen; else the one that is said to be of this kind, else the one with a usual name."""
+    if chosen:
+        if chosen not in schema.names:
+            found = f"found {', '.join(schema.names)}"
+            raise DataError(f"{path}: no column '{chosen}' ({kind.flag}={chosen}); {found}")
+        return chosen
+    if chosen is not None:
+        return None
+    said = [name for name in schema.names if features.get(name, {}).get("_type") == kind.type]
+    called = [name for name in kind.usual if name in (said or schema.names)]
     if len(said) > 1 and not called:
         raise DataError(
-            f"{path}: several columns of {kind}: {', '.join(said)}; call one of them '{usual[0]}'"
+            f"{path}: several columns of {kind.type}: {', '.join(said)}; choose one with {kind.flag}=NAME"
         )
     return next(iter([*called, *said]), None)
+
+
+def _check_unlabelled(path: Path, schema: pa.Schema) -> None:
+    """DataError where there is a column that may hold the labels, under another name."""
+    import pyarrow.types as types
+
+    whole = [name for name in schema.names if types.is_integer(schema.field(name).type)]
+    if whole:
+        raise DataError(
+            f"{path}: no column {'/'.join(LABEL.usual)}; found {', '.join(whole)}: choose one with --label_column=NAME "
+            "(--label_column= for images without labels)"
+        )
 
 
 def _leaf(column: pa.Array) -> pa.Array:

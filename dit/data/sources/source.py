@@ -19,6 +19,7 @@ from dit.rng import Draws
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF", "JPEG2000")  # not EPS, which runs a program
+MAX_IMAGE = 1 << 30  # bytes of a file
 SPLIT = re.compile(r"(?<![a-z])(train|test|val|valid|validation|dev)(?![a-z])", re.IGNORECASE)
 
 
@@ -62,10 +63,14 @@ class ImageSource:
 
         Raises BadImage with its name; DataError where the source itself is broken.
         """
+        return self.load_and_tell(index, size, crop, seed)[0]
+
+    def load_and_tell(self, index: int, size: int, crop: Crop, seed: int) -> tuple[np.ndarray, bool]:
+        """As load; and whether the image is smaller than `size`, and so was enlarged."""
         try:
             with self.open(index) as image:
                 draws = Draws(seed, 0, torch.tensor([index]), 1) if crop.is_random else None
-                return crop(image, size, draws)
+                return crop(image, size, draws), min(image.size) < size
         except (MemoryError, DataError):
             raise
         except Exception as error:
@@ -86,6 +91,12 @@ def _encodes(name: str) -> bool:
 def is_image(name: str) -> bool:
     """Whether a file of this name counts as an image: by its ending, hidden files do not."""
     return name.lower().endswith(EXTENSIONS) and not os.path.basename(name).startswith(".")
+
+
+def check_size(size: int, where: object) -> None:
+    """Before a file is read whole. ValueError where no image is as large."""
+    if size > MAX_IMAGE:
+        raise ValueError(f"{where}: {size} bytes, expected at most {MAX_IMAGE} of an image")
 
 
 def open_image(data: bytes) -> Image.Image:

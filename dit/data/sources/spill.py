@@ -40,6 +40,10 @@ class Spill:
         tail = os.pread(self._file, 8 * (count + 1), size - 8 * (count + 1))
         self._offsets = np.frombuffer(tail, np.int64)
 
+    def size(self, index: int) -> int:
+        """Bytes of record `index`."""
+        return int(self._offsets[index + 1] - self._offsets[index])
+
     def read(self, index: int) -> bytes:
         """Record `index`."""
         start, stop = self._offsets[index : index + 2].tolist()

@@ -17,11 +17,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from dit.data import DataError
-from dit.data.sources.source import ImageSource, files_of, is_image, listing, open_image
+from dit.data.sources.source import ImageSource, check_size, files_of, is_image, listing, open_image
 from dit.data.sources.tarwalk import walk
 
 WNID = re.compile(r"n\d{8}")  # WordNet's number of a noun, which ImageNet's classes are called by
 MAX_CLASS = 10**6
+MAX_LABEL = 1 << 20  # bytes of a file with a label
 
 
 class Held(NamedTuple):
@@ -41,6 +42,7 @@ class Held(NamedTuple):
         return os.path.basename(self.path or self.tar).removesuffix(".tar")
 
     def read(self) -> bytes:
+        """All of it. Whoever calls has looked at its size."""
         with self.tar.open("rb") as file:
             file.seek(self.offset)
             data = file.read(self.size)
@@ -60,6 +62,7 @@ class HeldImages:
 
     def __call__(self, index: int) -> Image.Image:
         tar, offset, size = self.tars[self.tar[index]], int(self.offset[index]), int(self.size[index])
+        check_size(size, f"{tar}, byte {offset}")
         return open_image(Held(tar, "", offset, size).read())
 
 
@@ -220,11 +223,19 @@ def _label_ending(held: Sequence[Held]) -> str | None:
     first = next((m.path for m in held if is_image(m.path)), "")
     key = os.path.join(os.path.dirname(first), os.path.basename(first).split(".", 1)[0])
     beside = next((m for m in held if m.path == f"{key}.json"), None)
-    return ".json" if beside is not None and LABELS[".json"](beside.read()) is not None else None
+    return ".json" if beside is not None and LABELS[".json"](_small(beside)) is not None else None
+
+
+def _small(file: Held) -> bytes:
+    if file.size > MAX_LABEL:
+        raise DataError(
+            f"{file.tar}: '{file.path}' has {file.size} bytes, expected at most {MAX_LABEL} of a label"
+        )
+    return file.read()
 
 
 def _label(file: Held, parse: Callable[[bytes], int | None], faults: list[str]) -> int:
-    data = file.read()
+    data = _small(file)
     label = parse(data)
     if label is None:
         faults.append(f"{file.tar}: '{file.path}' holds {data[:20]!r}, expected a class number or -1")
@@ -239,7 +250,7 @@ def _cls_label(data: bytes) -> int | None:
 def _json_label(data: bytes) -> int | None:
     try:
         fields = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):  # that of brackets in brackets
         return None
     found = [fields[key] for key in ("label", "cls") if key in fields] if isinstance(fields, dict) else []
     return found[0] if found and type(found[0]) is int and -1 <= found[0] < MAX_CLASS else None

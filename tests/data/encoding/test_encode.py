@@ -197,7 +197,7 @@ def test_an_encode_that_was_stopped_goes_on(folder, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         encode(open_source(folder), PixelCodec(), tmp_path / "out", options(), stop_after(16))
     assert partial(tmp_path) == ["parts", PLAN, "run", "shard-000000.tar", "shard-000001.tar"]
-    with pytest.raises(DataError, match=r"no manifest.json"):
+    with pytest.raises(DataError, match=r"out.partial: its encode is unfinished"):
         Manifest.load(tmp_path / "out.partial")
     told, resumed = [], []
     report = encode(
@@ -215,7 +215,7 @@ def test_the_same_command_again_changes_nothing(folder, tmp_path):
     before = files(tmp_path / "out")
     (tmp_path / "out" / PLAN).write_text("{}")  # its writer was killed before the very last step
     report = run(folder, tmp_path / "out", workers=1, max_bad=7)
-    assert "all was done before" in str(report)
+    assert "all was there already" in str(report)
     assert files(tmp_path / "out") == before
 
 
@@ -226,20 +226,20 @@ def test_another_command_is_refused(folder, tmp_path, fields):
     run(folder, tmp_path / "out")
     before = files(tmp_path / "out")
     key = next(iter(fields))
-    named = {"flip": "views", "block": "block: 7 there, 6 here"}.get(key, key)
-    with pytest.raises(DataError, match=rf"out exists already, and is something else \(.*{named}"):
+    named = {"block": r".*block: 7 there, 6 here"}.get(key, f"{key}: ")
+    with pytest.raises(DataError, match=rf"out exists already, and is something else \({named}"):
         run(folder, tmp_path / "out", **fields)
     assert files(tmp_path / "out") == before
     with pytest.raises(KeyboardInterrupt):
         encode(open_source(folder), PixelCodec(), tmp_path / "new", options(), stop_after(1))
-    with pytest.raises(DataError, match=rf"new.partial is of another command \(options.{key}"):
+    with pytest.raises(DataError, match=rf"new.partial is of another command \({key}: "):
         run(folder, tmp_path / "new", **fields)
 
 
 def test_what_is_no_data_set_is_left_alone(folder, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").touch()
-    with pytest.raises(DataError, match=r"out exists already: remove it or choose another name"):
+    with pytest.raises(DataError, match=r"out exists already, and is no data set: remove it"):
         run(folder, tmp_path / "out")
     assert [p.name for p in tmp_path.rglob("*")] == ["out", "thesis.tex"]
 
@@ -249,13 +249,13 @@ def test_images_that_changed_in_between_are_refused(folder, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         encode(source, PixelCodec(), tmp_path / "out", options(), stop_after(16))
     fewer = replace(source, names=source.names[:-1], labels=source.labels[:-1])
-    with pytest.raises(DataError, match=r"begun with other images \(images.count: 30 there, 29 here"):
+    with pytest.raises(DataError, match=r"begun with other images: 30 there, 29 here; give it back"):
         encode(fewer, PixelCodec(), tmp_path / "out", options())
     relabelled = replace(source, labels=source.labels[::-1])
-    with pytest.raises(DataError, match=r"begun with other images \(images.labels"):
+    with pytest.raises(DataError, match=r"begun with other labels of the same images; give it back"):
         encode(relabelled, PixelCodec(), tmp_path / "out", options())
     other_vae = VaeCodec(tiny_vae())
-    with pytest.raises(DataError, match=r"another command \(codec.name: 'pixels' there, 'vae' here"):
+    with pytest.raises(DataError, match=r"another command \(another codec: 'pixels' there, 'vae' here"):
         encode(source, other_vae, tmp_path / "out", options())
 
 
@@ -335,6 +335,43 @@ def test_damaged_images_may_be_left_out(folder, damaged, tmp_path):
     ours, whole = moments_by_id(tmp_path / "out"), moments_by_id(tmp_path / "whole")
     assert sorted(ours) == [i for i in range(30) if i not in (3, 17)]  # the others keep their ids
     assert all(np.array_equal(values, whole[i]) for i, values in ours.items())  # to the last bit
+
+
+def test_what_was_left_out_before_is_not_taken_where_none_may_be(damaged, tmp_path):
+    run(damaged, tmp_path / "out", max_bad=2, shard_mb=0.01)
+    before = files(tmp_path / "out")
+    said = r"without 2 image\(s\) .*\.png, .*\.png\), {} allowed: take it as it is with --max_bad=2, or mend them"
+    for allowed in (0, 1):
+        with pytest.raises(DataError, match=said.format(allowed)):
+            run(damaged, tmp_path / "out", max_bad=allowed, shard_mb=0.01)
+    report = run(damaged, tmp_path / "out", max_bad=2, shard_mb=0.01)
+    assert "all was there already; 2 unreadable left out: " in str(report)
+    assert files(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("bad", ["none", "some"])
+def test_other_shards_are_something_else(folder, tmp_path, monkeypatch, bad):
+    """With images left out, too."""
+    images = damage(folder, tmp_path / "images", ("03", "17") if bad == "some" else ())
+    monkeypatch.setattr("dit.data.encoding.parts.MANY", 1)
+    run(images, tmp_path / "out", max_bad=2, shard_mb=1)
+    with pytest.raises(
+        DataError, match=r"is something else \(shards.shard-000000.tar: (28|30) there, [567] here"
+    ):
+        run(images, tmp_path / "out", max_bad=2, shard_mb=0.001)
+    run(images, tmp_path / "out", max_bad=2, shard_mb=2)  # the same shards
+
+
+@pytest.mark.parametrize("field", ["samples", "class_counts"])
+def test_a_set_without_other_images_is_something_else(damaged, tmp_path, field):
+    """What can be counted follows from the images left out."""
+    run(damaged, tmp_path / "out", max_bad=2)
+    manifest = Manifest.load(tmp_path / "out")
+    assert manifest.samples == 28
+    other = {"samples": {"bad": manifest.bad[:1]}, "class_counts": {"bad": ("c/29.png", "c/28.png")}}[field]
+    replace(manifest, **other).save(tmp_path / "out")
+    with pytest.raises(DataError, match=rf"is something else \(.*{field}: "):
+        run(damaged, tmp_path / "out", max_bad=2)
 
 
 def test_a_larger_budget_finishes_what_is_there(damaged, tmp_path):
@@ -418,6 +455,7 @@ def test_a_part_without_a_readable_image_has_no_shard(folder, tmp_path):
     ids = BlockReader(Manifest.load(tmp_path / "whole")).read(0)["id"]
     damaged = damage(folder, tmp_path / "damaged", [f"{i:02d}" for i in ids])
     manifest = run(damaged, tmp_path / "out", max_bad=2, block=2).manifest
+    assert "all was there already" in str(run(damaged, tmp_path / "out", max_bad=2, block=2))
     assert [s.name for s in manifest.shards] == [s.name for s in first.shards[1:]]
     assert [f for f in verify(Manifest.load(tmp_path / "out")) if f is not None] == []
 
@@ -453,9 +491,7 @@ def test_a_codec_that_does_not_keep_its_promise(folder, tmp_path):
 
 def test_where_nothing_can_be_written(folder, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(
-        DataError, match=r"cannot write to .*file.*: Not a directory; parts that are done are kept"
-    ):
+    with pytest.raises(DataError, match=r"file is a file, and no folder can be made in it"):
         run(folder, tmp_path / "file" / "out")
 
 
@@ -463,6 +499,7 @@ def test_where_nothing_can_be_written(folder, tmp_path):
     ("fields", "words"),
     [
         ({"image_size": 0}, "image_size: .* got 0"),
+        ({"image_size": 10**12}, "image_size: .* 8192.* got 1000000000000"),
         ({"block": 0}, "block: .* got 0"),
         ({"batch_size": -1}, "batch_size: .* got -1"),
         ({"shard_mb": 0}, "shard_mb: .* got 0"),
@@ -476,6 +513,29 @@ def test_where_nothing_can_be_written(folder, tmp_path):
 def test_impossible_options(fields, words):
     with pytest.raises(ConfigError, match=words):
         from_dict(EncodeOptions, {"image_size": 8, **fields})
+
+
+def test_a_batch_that_no_memory_holds(folder, tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"batch_size 64 at image_size 8192 takes 48 GiB a batch, .*lower batch_size"
+    ):
+        run(folder, tmp_path / "out", image_size=8192, batch_size=64)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_out_in_a_folder_that_is_not_there_yet(folder, tmp_path):
+    run(folder, tmp_path / "new" / "deep" / "out")
+    assert Manifest.load(tmp_path / "new" / "deep" / "out").samples == 30
+
+
+def test_out_or_what_is_beside_it_is_a_file(folder, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(DataError, match="out is a file: remove it or choose another name"):
+        run(folder, tmp_path / "out")
+    (tmp_path / "new.partial").write_text("mine")
+    with pytest.raises(DataError, match=r"new.partial is a file: remove it or choose another OUT"):
+        run(folder, tmp_path / "new")
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"out": "mine", "new.partial": "mine"}
 
 
 def test_an_image_size_that_the_codec_cannot_halve(folder, tmp_path):

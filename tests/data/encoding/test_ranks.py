@@ -5,6 +5,7 @@ import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from dit.data import DataError
 from dit.data.codecs.autoencoders import VaeCodec
 from dit.data.codecs.codec import PixelCodec
 from dit.data.encoding import encode as encode_module
-from dit.data.encoding.encode import EncodeOptions, encode
+from dit.data.encoding.encode import EncodeOptions, _Run, encode
 from dit.data.encoding.job import Job
 from dit.data.encoding.part_encoder import PartEncoder
 from dit.data.encoding.parts import Books
@@ -275,14 +276,14 @@ def test_a_part_that_a_living_rank_holds_is_waited_for(tmp_path):
     held = books.claim(job.parts[3], unlocked=False)
     held.__enter__()
 
-    def waiting(parts):
-        waited.append(list(parts))
+    def waiting(what):
+        waited.append((what.parts, what.ranks))
         assert len(list(books.folder.glob("*.tar"))) == 7
         if len(waited) == 3:
             held.__exit__(None, None, None)  # as when that rank dies
 
     encode(job.source, job.codec, tmp_path / "out", job.options, rank=1, size=2, waiting=waiting)
-    assert waited == [[3]] * 3
+    assert waited == [((3,), ())] * 3
     encode(job.source, job.codec, tmp_path / "whole", job.options)
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
@@ -297,6 +298,175 @@ def test_without_locks_ranks_keep_to_their_own(tmp_path, monkeypatch):
     assert [r.images for r in reports[1:]] == [15, 10]
     encode(job.source, job.codec, tmp_path / "whole", job.options)
     assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_without_locks_it_says_who_has_to_be_started_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("dit.data.encoding.parts._lock", lambda descriptor: None)
+    job = Job(made_up(40), PixelCodec(), EncodeOptions(image_size=8, block=5, workers=1))
+    waited = []
+
+    def waiting(what):
+        waited.append(what)
+        if len(waited) == 2:
+            raise Stop
+
+    def encode_as(rank, size):
+        encode(job.source, job.codec, tmp_path / "out", job.options, rank=rank, size=size, waiting=waiting)
+
+    with pytest.raises(Stop):
+        encode_as(1, 3)  # the others are dead
+    assert [(sorted(w.parts), w.ranks) for w in waited] == [([0, 2, 3, 5, 6], (0, 2))] * 2
+    assert 0 <= waited[0].seconds < waited[1].seconds
+    waited.clear()
+    with pytest.raises(Stop):
+        encode_as(2, 3)
+    assert {w.ranks for w in waited} == {(0,)}
+    waited.clear()
+    encode_as(0, 3)
+    assert waited == []
+    encode(job.source, job.codec, tmp_path / "whole", job.options)
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_without_locks_the_last_step_is_left_to_rank_0(tmp_path, monkeypatch):
+    monkeypatch.setattr("dit.data.encoding.parts._lock", lambda descriptor: None)
+    first, waited = a_rank(made_up(40), tmp_path / "out", 0), []
+    first._write_what_is_free()
+
+    def waiting(what):
+        waited.append((what.parts, what.ranks))
+        first._look()
+        assert first._finish()
+
+    job = first.job
+    encode(job.source, job.codec, tmp_path / "out", job.options, rank=1, size=2, waiting=waiting)
+    assert waited == [((), (0,))]
+
+
+# --- ranks that disagree about which images can be read ------------------------------------------------------
+
+
+def without(source, unreadable):
+    """The source on a node that cannot read these images."""
+
+    def opened(index):
+        if index in unreadable:
+            raise OSError("no decoder for it here")
+        return source.open(index)
+
+    return replace(source, open=opened)
+
+
+def a_rank(source, out, rank, **fields):
+    """Rank `rank` of two, to be taken a step at a time."""
+    options = EncodeOptions(image_size=8, block=5, workers=1, max_bad=5, **fields)
+    job = Job(source, PixelCodec(), options)
+    books = Books(out, job.plan())
+    books.open()
+
+    def nothing(*_):
+        pass
+
+    encoder = PartEncoder(job, books.folder, books.tag)
+    return _Run(job, books, encoder, (rank, 2), (nothing, nothing, nothing))
+
+
+def part_of(job, image):
+    return next(p for p in job.parts if image in job.order[p.start : p.stop])
+
+
+def test_a_part_that_another_rank_wrote_again_is_not_finished_as_it_was(tmp_path):
+    source, out = made_up(40), tmp_path / "out"
+    blind, seeing = a_rank(without(source, {7}), out, 0), a_rank(source, out, 1)
+    blind._write_what_is_free()
+    assert [image.id for image in blind._bad()] == [7]
+    seeing._write_what_is_free()
+    assert seeing.mine == {part_of(seeing.job, 7).number}
+    assert not blind._finish()
+    assert blind._finish()
+    manifest = Manifest.load(out)
+    assert (manifest.samples, manifest.bad) == (40, ())
+    assert [f for f in verify(manifest) if f is not None] == []
+    encode(source, PixelCodec(), tmp_path / "whole", seeing.job.options)
+    assert files(out) == files(tmp_path / "whole")
+
+
+def test_nobody_finishes_while_a_part_is_written_again(tmp_path):
+    source, out = made_up(40), tmp_path / "out"
+    blind = a_rank(without(source, {7}), out, 0)
+    blind._write_what_is_free()
+    part = part_of(blind.job, 7)
+    with Books(out, blind.job.plan()).claim(part, unlocked=False) as held:
+        assert held
+        assert not blind._finish()
+        assert blind.done[part.number].bad
+    assert blind._finish()
+    assert Manifest.load(out).bad == ("7.png",)
+
+
+def test_a_part_with_bad_images_is_held_while_the_set_is_finished(tmp_path):
+    source, out = made_up(40), tmp_path / "out"
+    blind = a_rank(without(source, {7}), out, 0)
+    blind._write_what_is_free()
+    part, finish = part_of(blind.job, 7), blind.books.finish
+
+    def finishing(*content):
+        with Books(out, blind.job.plan()).claim(part, unlocked=False) as held:
+            assert not held
+        finish(*content)
+
+    blind.books.finish = finishing
+    assert blind._finish()
+
+
+def test_ranks_that_each_miss_another_image_of_a_part_do_not_write_it_for_ever(tmp_path):
+    source, out = made_up(5), tmp_path / "out"
+    one, other = a_rank(without(source, {1, 2}), out, 0), a_rank(without(source, {3}), out, 1)
+    for rank in (one, other):
+        rank._write_what_is_free()
+        assert rank.mine == {0}  # the second took it to be able to write all of it
+    for rank in (one, other):
+        rank.mine.clear()
+        rank.done.clear()
+        rank._write_what_is_free()
+        assert rank.mine == set()  # and the first knows that it would leave out more
+    assert one._finish()
+    assert Manifest.load(out).bad == ("3.png",)
+
+
+@settings(max_examples=15)
+@given(unreadable=st.lists(st.sets(st.integers(1, 9)), min_size=2, max_size=3), locks=st.booleans())
+def test_ranks_that_disagree_come_to_an_end(tmp_path_factory, unreadable, locks):
+    root, source = tmp_path_factory.mktemp("disagree"), made_up(10)
+    options = EncodeOptions(image_size=8, block=5, batch_size=3, workers=1, max_bad=10)
+    size = len(unreadable)
+
+    def encode_as(rank):
+        seen = 0
+
+        def progress(more):
+            nonlocal seen
+            seen += more
+            assert seen < 200, "it writes again and again"
+
+        def waiting(what):
+            assert what.seconds < 20, f"{what.parts} {what.ranks} have no end"
+
+        seer = without(source, unreadable[rank])
+        place = {"rank": rank, "size": size}
+        return encode(seer, PixelCodec(), root / "out", options, progress, **place, waiting=waiting)
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(size) as pool:
+        if not locks:
+            patch.setattr("dit.data.encoding.parts._lock", lambda descriptor: None)
+        futures = [pool.submit(encode_as, r) for r in range(size)]
+        reports = [f.result() for f in futures]
+    manifest = reports[0].manifest
+    assert [f for f in verify(Manifest.load(root / "out")) if f is not None] == []
+    left_out = {int(name.removesuffix(".png")) for name in manifest.bad}
+    assert manifest.samples == 10 - len(left_out)
+    assert set.intersection(*unreadable) <= left_out <= set.union(*unreadable)
+    shutil.rmtree(root)
 
 
 # --- processes that fail -----------------------------------------------------------------------------------
@@ -315,6 +485,13 @@ def little_disk(images, out, limit):
 
 def test_a_full_disk(zygote, folder, whole, tmp_path):
     """Here: files that may not grow. With room the same command goes on."""
+
+    def stop(images):
+        if list((tmp_path / "out.partial" / "parts").glob("*.json")):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        encode(open_source(folder), PixelCodec(), tmp_path / "out", EncodeOptions(**OPTIONS), stop)
     pid = zygote.start(f"{HERE}:little_disk", str(folder), str(tmp_path / "out"), 20_000)
     assert zygote.wait(pid) == 0, zygote.output(pid)
     assert not list(tmp_path.glob("out.partial/.*"))  # what cannot be finished takes no room

@@ -201,12 +201,13 @@ NUMBERS = pa.array([0, 1])
         (None, {"image": BYTES, "label": pa.array([0, 2**63], pa.uint64())}, "damaged one .*not in range"),
         ("{", {"image": BYTES}, "damaged metadata 'huggingface'"),
         ("[]", {"image": BYTES}, "damaged metadata 'huggingface'"),
+        ("[" * 200_000, {"image": BYTES}, "set.parquet: damaged metadata 'huggingface'"),
         (features(a=IMAGE, b=IMAGE), {"a": BYTES, "b": BYTES}, "several columns of Image: a, b"),
         (features(label=LABEL), {"image": BYTES, "label": pa.array([0, 2])}, "not -1 or below 2.*\n.*:1: 2"),
         (
             features(fine=LABEL, coarse=LABEL),
             {"image": BYTES, "fine": NUMBERS, "coarse": NUMBERS},
-            "several columns of ClassLabel: fine, coarse; call one of them 'label'",
+            "several columns of ClassLabel: fine, coarse; choose one with --label_column",
         ),
     ],
 )
@@ -222,6 +223,15 @@ def test_files_that_differ_are_named(tmp_path):
         DataError, match=r"1 file\(s\) have other columns or classes than .*a.parquet .*\n  b.parquet"
     ):
         open_source(tmp_path)
+
+
+def test_an_image_that_is_no_image_by_its_size_is_not_read(tmp_path, monkeypatch):
+    source = open_source(write(tmp_path / "set.parquet"))
+    monkeypatch.setattr("dit.data.sources.source.MAX_IMAGE", min(map(len, IMAGES)) - 1)
+    with pytest.raises(
+        BadImage, match=r"3.png: ValueError: row 3: \d+ bytes, expected at most \d+ of an image"
+    ):
+        source.load(3, 8)
 
 
 def test_an_image_that_cannot_be_read_is_named(tmp_path):

@@ -31,6 +31,7 @@ def files(folder):
 def test_records_come_back_in_any_order(temporary):
     spill = open_spill()
     assert [spill.read(i) for i in (4, 2, 0, 3, 1)] == [RECORDS[i] for i in (4, 2, 0, 3, 1)]
+    assert [spill.size(i) for i in range(5)] == [len(record) for record in RECORDS]
     assert files(temporary) == ["key.bin"]
     spill.close()
     assert files(temporary) == []

@@ -11,7 +11,7 @@ from PIL import Image
 
 from dit.data import DataError
 from dit.data.sources.crops import Centre
-from dit.data.sources.images import open_source
+from dit.data.sources.images import BadImage, open_source
 from tests.data.sources.pictures import encoded, picture, tar_bytes, write_tar
 
 centre = Centre()
@@ -176,6 +176,46 @@ def test_a_missing_shard_of_a_range_is_named(tmp_path):
 def test_webdataset_records_that_make_no_sample(tmp_path, files, words):
     with pytest.raises(DataError, match=words):
         open_source(write_tar(tmp_path / "set.tar", files))
+
+
+def test_json_of_brackets_in_brackets_is_no_label(tmp_path):
+    deep = b"[" * 200_000
+    first = {"cat/0.jpg": encoded(0, "JPEG"), "cat/0.json": deep}
+    assert open_source(write_tar(tmp_path / "set.tar", first)).classes == ("cat",)
+    files = {"a.jpg": b"", "a.json": b'{"label": 1}', "b.jpg": b"", "b.json": b'{"label": ' + deep}
+    with pytest.raises(DataError, match=r"other.tar: 'b.json' holds b'.*\[', expected a class number"):
+        open_source(write_tar(tmp_path / "other.tar", files))
+
+
+@pytest.mark.parametrize("name", ["a.cls", "a.json", "b.json"])
+def test_a_label_of_a_megabyte_is_not_read(tmp_path, name):
+    files = {"a.jpg": b"", "a.json": b'{"label": 1}', "b.jpg": b"", "b.json": b'{"label": 1}'}
+    if name == "a.cls":
+        files = {"a.jpg": b""}
+    content = b"1" if name == "a.cls" else b'{"label": 1}'
+    open_source(write_tar(tmp_path / "fits.tar", files | {name: content.ljust(1 << 20)}))
+    with pytest.raises(
+        DataError, match=rf"set.tar: '{name}' has 1048577 bytes, expected at most 1048576 of a label"
+    ):
+        open_source(write_tar(tmp_path / "set.tar", files | {name: content.ljust(1048577)}))
+
+
+def sparse_tar(path, name, size):
+    """A tar of one file of zeros, which take no room on disk."""
+    info = tarfile.TarInfo(name)
+    info.size = size
+    with path.open("wb") as file:
+        file.write(info.tobuf())
+        file.truncate(512 + -(-size // 512) * 512 + 1024)
+    return path
+
+
+def test_an_image_that_is_no_image_by_its_size_is_not_read(tmp_path):
+    source = open_source(sparse_tar(tmp_path / "set.tar", "cat/huge.png", (1 << 30) + 1))
+    with pytest.raises(
+        BadImage, match=r"cat/huge.png: .*set.tar, byte 512: 1073741825 bytes, expected at most"
+    ):
+        source.load(0, 8)
 
 
 def test_samples_at_fault_are_listed_together(tmp_path):
