@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
 from dit.cli import run
-from dit.config import from_dict
+from dit.config import from_dict, to_dict
+from dit.data.foreign.existing import already, refuse_encoded
 from dit.data.foreign.index import IndexOptions, codec_of
 from dit.data.foreign.index import index as write_index
 from dit.data.foreign.shard_list import find_shards, total_bytes
@@ -21,7 +23,7 @@ from dit.data.manifest import Manifest
 from dit.data.quality import mixing
 from dit.data.sources.labels import read_classes
 from dit.data.stream import Stream
-from dit.data.verify import check_manifest
+from dit.data.verify import check_answers, check_manifest, strays
 from dit.data.verify import verify as find_faults
 
 CLASSES_SHOWN = 20
@@ -46,15 +48,19 @@ def verify(
         with tqdm(total=total, unit="B", unit_scale=True, desc="verify") as bar:
             faults += find_faults(manifest, bar.update, threads)
     rows = [{"file": f.file, "where": f.part, "what": f.what} for f in faults]
+    left = strays(manifest) if manifest is not None else []
     if json:
-        _print_json({"path": path, "whole": not faults, "faults": rows})
+        _print_json({"path": path, "whole": not faults, "faults": rows, "strays": left})
     elif faults:
         _print_table(
             [("file", "where", "what is wrong"), *((r["file"], r["where"] or "-", r["what"]) for r in rows)]
         )
-        print(f"{path}: {len(faults)} fault(s); copy these files again or encode again")
+        again = "index" if manifest is not None and manifest.foreign is not None else "encode"
+        print(f"{path}: {len(faults)} fault(s); copy these files again or {again} again")
     elif manifest is not None:
         print(f"{path}: {manifest.samples} samples in {len(manifest.blocks)} blocks are whole")
+    if left and not json:
+        print(f"{path}: no part of the data set, though in its folder: {', '.join(left)}")
     if faults:
         raise SystemExit(1)
 
@@ -100,6 +106,10 @@ def index(
     options = from_dict(IndexOptions, {f.name: given[f.name] for f in fields(IndexOptions)})
     made_by = codec_of(codec, codec_keys, scale)
     shards = find_shards(path)
+    refuse_encoded(shards)
+    if (there := already(shards, out, made_by, options)) is not None:
+        print(f"{out}: is an index of these shards already, of {there.samples} samples; nothing to do")
+        return
     with tqdm(total=total_bytes(shards), unit="B", unit_scale=True, desc="index") as bar:
         manifest = write_index(shards, out, made_by, options, bar.update)
     print(
@@ -107,13 +117,24 @@ def index(
     )
 
 
-def info(path: str) -> None:
+def info(path: str, *, json: Annotated[bool, "print JSON, with all that the codec is"] = False) -> None:
     """Print what a data set is: counts, classes, latents and their statistics, codec, files, memory of a stream."""
     m = Manifest.load(path)
-    size = sum(s.bytes for s in m.shards)
+    check_answers(m)
     batch = min(BATCH, m.samples)
-    in_order = f"at a global batch of {batch} on one rank, window 2"
     stream = Stream(m, 0, batch)
+    memory, mixed = stream.memory_bytes(), str(mixing(stream.order))
+    stream.close()
+    if json:
+        counts = {"shards": len(m.shards), "blocks": len(m.blocks), "bytes": sum(s.bytes for s in m.shards)}
+        of_stream = {"batch": batch, "memory_bytes": memory, "mixing": mixed}
+        _print_json({"path": path, **to_dict(m), **counts, "stream": of_stream, "digest": m.digest})
+    else:
+        _print_info(m, memory, mixed, f"at a global batch of {batch} on one rank, window 2")
+
+
+def _print_info(m: Manifest, memory: int, mixed: str, in_order: str) -> None:
+    size = sum(s.bytes for s in m.shards)
     rows = {
         "samples": f"{m.samples} in {len(m.blocks)} block(s) of at most {m.block}, {len(m.shards)} shard(s)",
         "bytes": f"{size} ({size / m.samples:.0f} a sample)",
@@ -122,15 +143,14 @@ def info(path: str) -> None:
         "array": f"{m.array} {m.dtype} {' x '.join(map(str, m.shape))}, posterior: {m.posterior}"
         + (", with the noise that they were generated from" if m.eps else ""),
         **_foreign(m),
-        "codec": json.dumps(m.codec),
+        "codec": _codec(m.codec),
         "latent mean": "  ".join(f"{v:+.5f}" for v in m.mean),
         "latent std": "  ".join(f"{v:.5f}" for v in m.std),
-        "memory": f"{stream.memory_bytes() / 2**20:.1f} MiB of batches to come, {in_order}",
-        "mixing": f"{mixing(stream.order)}; {in_order}",
+        "memory": f"{memory / 2**20:.1f} MiB of batches to come, {in_order}",
+        "mixing": f"{mixed}; {in_order}",
         "digest": m.digest,
         "classes": f"{len(m.classes)}; {m.unlabelled} sample(s) without a label",
     }
-    stream.close()
     for name, text in rows.items():
         print(f"{name:12s} {text}")
     for name, count in list(zip(m.classes, m.class_counts, strict=True))[:CLASSES_SHOWN]:
@@ -138,6 +158,19 @@ def info(path: str) -> None:
     if len(m.classes) > CLASSES_SHOWN:
         rest = m.class_counts[CLASSES_SHOWN:]
         print(f"  and {len(rest)} more of {min(rest)} to {max(rest)} samples")
+
+
+def _codec(identity: Mapping[str, Any]) -> str:
+    """A codec in a few words; `info --json` has all of it."""
+    config = identity.get("config", {})
+    words = [str(identity.get(key)) for key in ("name", "class") if key in identity]
+    if widths := config.get("block_out_channels"):
+        words.append("-".join(map(str, widths)))
+    if channels := config.get("latent_channels", identity.get("channels")):
+        words.append(f"{channels} channels")
+    if digest := identity.get("sha256"):
+        words.append(f"weights {str(digest)[:8]}")
+    return ", ".join(words)
 
 
 def _foreign(m: Manifest) -> dict[str, str]:

@@ -10,13 +10,16 @@ import json
 import math
 import os
 from collections.abc import Iterator
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
 from dit.config import ConfigError, config, from_dict, to_dict
 from dit.data import DataError
+from dit.data.absent import absent
 from dit.data.storage.files import describe, open_storage
-from dit.data.storage.remote import is_remote, join, public
+from dit.data.storage.remote import advice_of, advised, has_own_root, is_remote, join, public
 from dit.files import write_atomically
 
 FILE = "manifest.json"
@@ -131,18 +134,10 @@ class Manifest:
         file = public(join(root, FILE))
         try:
             data = open_storage(root).bytes(FILE)
-        except FileNotFoundError:
-            there = (
-                "an encode that did not finish, or not a data set"
-                if is_remote(root) or os.path.isdir(root)
-                else "no such folder"
-            )
-            raise DataError(
-                f"{public(root)}: no {FILE} ({there}); write one with tools/encode.py, or pairs for reflow with "
-                "tools/sample.py RUN --save_pairs=DIR"
-            ) from None
+        except (FileNotFoundError, NotADirectoryError):
+            raise DataError(absent(root, FILE)) from None
         except OSError as error:
-            raise DataError(f"{file}: cannot be read: {describe(error)}") from None
+            raise DataError(f"{file}: cannot be read: {advised(error)}") from None
         manifest = cls._parse(file, data, root)
         problems = list(manifest.problems())
         if problems:
@@ -187,7 +182,7 @@ class Manifest:
 
     def problems(self) -> list[str]:
         """What in it contradicts itself, a line each."""
-        found = []
+        found = [] if self.blocks else ["holds no samples"]
         if sum(b.samples for b in self.blocks) != self.samples:
             found.append(f"blocks hold {sum(b.samples for b in self.blocks)} samples, not {self.samples}")
         if sum(self.class_counts) + self.unlabelled != self.samples:
@@ -206,12 +201,19 @@ class Manifest:
             found.append(f"format {self.format} with foreign: {self.foreign}")
         elif self.foreign is not None and not self._fits(self.foreign):
             found.append(f"shape {self.shape} does not fit stored arrays of {self.foreign.shape}")
-        found += [f"{name!r} is no name of a file" for name in self.odd_names()]
+        found += [f"{name!r} is no name of a file of this data set" for name in self.odd_names()]
         return found + list(self._block_problems())
 
     def odd_names(self) -> list[str]:
-        """Names of its files that no file can have."""
-        return [n for n in (self.names.file, *(s.name for s in self.shards)) if not n or not n.isprintable()]
+        """Names of its files that no file can have, or that lead out of its folder where they should not.
+
+        Shards of an index may lie anywhere.
+        """
+        inside, anywhere = [self.names.file], [s.name for s in self.shards]
+        if self.foreign is None:
+            inside, anywhere = [*inside, *anywhere], []
+        odd = [n for n in (*inside, *anywhere) if not n or not n.isprintable()]
+        return odd + [n for n in inside if has_own_root(n) or ".." in n.split("/")]
 
     def _fits(self, foreign: Foreign) -> bool:
         """Whether stored arrays have the numbers of one view, and as many views as there are."""
@@ -264,12 +266,20 @@ class Manifest:
         if self.foreign is not None:
             first = self.first_id(index)
             return f"of samples {first} to {first + self.blocks[index].samples - 1}"
-        first = next(i for i, b in enumerate(self.blocks) if b.shard == shard)
-        return record_key(self.shards[shard].name, index - first)
+        return record_key(self.shards[shard].name, index - self._first_blocks[shard])
 
     def first_id(self, index: int) -> int:
         """Samples before block `index`: the id of its first one where the data set is an index of foreign shards."""
-        return sum(b.samples for b in self.blocks[:index])
+        return self._first_ids[index]
+
+    @cached_property
+    def _first_blocks(self) -> dict[int, int]:
+        """The first block of each shard."""
+        return {b.shard: i for i, b in reversed(list(enumerate(self.blocks)))}
+
+    @cached_property
+    def _first_ids(self) -> tuple[int, ...]:
+        return tuple(accumulate((b.samples for b in self.blocks), initial=0))
 
     def read_names(self) -> list[str]:
         """The images' names by id. Raises DataError where the file is not the one that was written."""
@@ -277,7 +287,7 @@ class Manifest:
         try:
             data = open_storage(self.root).bytes(self.names.file)
         except OSError as error:
-            raise DataError(f"{file}: {describe(error)}; encode again") from None
+            raise DataError(f"{file}: {describe(error)}; {advice_of(error) or 'encode again'}") from None
         if hashlib.sha256(data).hexdigest() != self.names.sha256:
             raise DataError(f"{file}: not the names file that the manifest describes; encode again")
         try:

@@ -65,7 +65,10 @@ def parse_npy_header(data: bytes | memoryview) -> tuple[np.dtype, tuple[int, ...
     match = NPY_FIELDS.fullmatch(head[10:length])
     if match is None:
         raise ValueError(f"cannot use an npy header of {head[10:length]!r}; expected rows of plain numbers")
-    dtype = np.dtype(match[1].decode())
+    try:
+        dtype = np.dtype(match[1].decode())
+    except TypeError as error:
+        raise ValueError(f"cannot use an npy header of {head[10:length]!r}: {error}") from None
     if match[2] == b"True" or dtype.hasobject:
         raise ValueError(
             f"an array of {dtype}, Fortran order {match[2].decode()}; expected rows of plain numbers"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
 import os
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -17,15 +17,14 @@ from dit.data import DataError
 from dit.data.blocks import BlockError, BlockReader
 from dit.data.manifest import CHECKSUM, FILE, Manifest, folder_of
 from dit.data.readers import open_reader
-from dit.data.storage.files import State, Storage, describe, open_storage
+from dit.data.reading import Progress, Reading
+from dit.data.storage.files import describe, open_storage
+from dit.data.storage.remote import is_remote
 from dit.data.write import ChannelStats
 
 STATISTICS_TOLERANCE = 1e-6  # relative to the std; they come from the same float16 values
 NOISE_TOLERANCE = 6.0  # standard errors of the mean and the std of standard normal numbers
-CHUNK = 4 << 20  # bytes read at a time where there is no block
 SHOWN = 20  # of many faults of one kind
-
-Progress = Callable[[int], object]  # called with the number of bytes read since the last call
 
 
 @dataclass(frozen=True)
@@ -71,10 +70,11 @@ def _altered(path: str, error: DataError) -> tuple[Manifest | None, list[Fault]]
 def verify(manifest: Manifest, progress: Progress = lambda n: None, threads: int = 4) -> list[Fault]:
     """Read every byte of a data set once, and say all that is not as its manifest has it.
 
-    Of a manifest that contradicts itself only the files as a whole are checked. threads: shards at a time.
+    Of a manifest that contradicts itself only the files as a whole are checked. threads: shards at a time. Raises
+    DataError, and reads no more, where the storage does not answer or cannot send parts of files.
     """
     (names, faults), reader = _names(manifest), open_reader(manifest, verify="always")
-    reading = reader.storage = _Reading(reader.storage, progress)
+    reading = reader.storage = Reading(reader.storage, progress)
     sound = not manifest.problems()
     blocks: list[list[int]] = [[] for _ in manifest.shards]
     for index, block in enumerate(manifest.blocks if sound else ()):
@@ -82,13 +82,19 @@ def verify(manifest: Manifest, progress: Progress = lambda n: None, threads: int
 
     def check(number: int) -> _Shard:
         shard = _Shard(manifest, number)
+        if not shard.is_there(reading):
+            shard.unread = len(blocks[number])
+            return shard
         for index in blocks[number]:
             shard.check_block(reader, reading, index, names)
         shard.check_file(reading, sound)
         return shard
 
-    with ThreadPoolExecutor(max(1, threads), thread_name_prefix="dit-verify") as pool:
+    pool = ThreadPoolExecutor(max(1, threads), thread_name_prefix="dit-verify")
+    try:
         shards = list(pool.map(check, range(len(manifest.shards))))
+    finally:
+        pool.shutdown(cancel_futures=True)
     faults += [f for shard in shards for f in shard.faults] + [
         f for shard in shards for f in shard.block_faults
     ]
@@ -97,6 +103,21 @@ def verify(manifest: Manifest, progress: Progress = lambda n: None, threads: int
         if not any(shard.unread for shard in shards):
             faults += _together(manifest, shards)
     return faults
+
+
+def strays(manifest: Manifest) -> list[str]:
+    """Shards in the data set's folder, where that is here, that are no part of it: of another encode, say."""
+    if is_remote(manifest.root) or manifest.foreign is not None:
+        return []
+    ours = {shard.name for shard in manifest.shards}
+    return sorted(p.name for p in Path(manifest.root).glob("shard-*.tar") if p.name not in ours)
+
+
+def check_answers(manifest: Manifest) -> None:
+    """DataError where shards lie behind a URL that does not answer, or sends no parts of files."""
+    reading = Reading(open_reader(manifest).storage, lambda n: None)
+    with contextlib.suppress(OSError, EOFError):  # what is wrong with the file is for verify
+        reading.read(manifest.shards[0].name, 0, [memoryview(bytearray(1))])
 
 
 def _names(manifest: Manifest) -> tuple[list[str] | None, list[Fault]]:
@@ -119,46 +140,6 @@ def _names(manifest: Manifest) -> tuple[list[str] | None, list[Fault]]:
 # --- one shard ---------------------------------------------------------------------------------------------
 
 
-class _Reading:
-    """A storage whose files are read from front to end, each by one thread, and hashed as they come by."""
-
-    def __init__(self, storage: Storage, progress: Progress):
-        self.storage, self.progress = storage, progress
-        self.hashes: dict[str, hashlib._Hash] = {}
-        self.at: Counter[str] = Counter()
-        self.first: dict[str, memoryview] = {}  # of the buffers last filled
-
-    def read(self, name: str, offset: int, buffers: list[memoryview]) -> State:
-        state = self.storage.read(name, offset, buffers)
-        if offset == self.at[name]:
-            for buffer in buffers:
-                self._passed(name, buffer)
-        self.first[name] = buffers[0]
-        return state
-
-    def rest(self, name: str, size: int) -> Iterator[memoryview]:
-        """What comes after the last block, to the file's end."""
-        while (at := self.at[name]) < size:
-            chunk = memoryview(bytearray(min(CHUNK, size - at)))
-            self.storage.read(name, at, [chunk])
-            self._passed(name, chunk)
-            yield chunk
-
-    def _passed(self, name: str, data: memoryview) -> None:
-        self.hashes.setdefault(name, hashlib.sha256()).update(data)
-        self.at[name] += len(data)
-        self.progress(len(data))
-
-    def sha256(self, name: str) -> str:
-        return self.hashes.get(name, hashlib.sha256()).hexdigest()
-
-    def bytes(self, name: str) -> bytes:
-        return self.storage.bytes(name)
-
-    def size(self, name: str) -> int:
-        return self.storage.size(name)
-
-
 @dataclass
 class _Shard:
     """What was found in one shard. stats: of the latents, noise: of the eps that they were generated from."""
@@ -167,6 +148,7 @@ class _Shard:
     number: int
     faults: list[Fault] = field(default_factory=list)
     block_faults: list[Fault] = field(default_factory=list)
+    size: int = 0  # bytes of its file
     unread: int = 0  # blocks
     stats: ChannelStats = field(default_factory=ChannelStats)
     noise: ChannelStats = field(default_factory=ChannelStats)
@@ -174,20 +156,27 @@ class _Shard:
     ids: list[np.ndarray] = field(default_factory=list)
     labels: list[np.ndarray] = field(default_factory=list)
 
-    def check_file(self, reading: _Reading, sound: bool) -> None:
+    def is_there(self, reading: Reading) -> bool:
+        """Whether there is such a file that may be looked at."""
+        try:
+            self.size = reading.size(self.manifest.shards[self.number].name)
+        except FileNotFoundError:
+            self._file("missing")
+        except OSError as error:
+            self._file(f"cannot be read: {describe(error)}")
+        return not self.faults
+
+    def check_file(self, reading: Reading, sound: bool) -> None:
         """What the blocks left unread, and the file as a whole. sound: whether the manifest says where blocks are."""
         shard = self.manifest.shards[self.number]
-        end, left_over = reading.at[shard.name], False
+        end, left_over, size = reading.at[shard.name], False, self.size
+        if size != shard.bytes:
+            self._file(f"{size} bytes, the manifest says {shard.bytes}")
         try:
-            size = reading.size(shard.name)
-            if size != shard.bytes:
-                self._file(f"{size} bytes, the manifest says {shard.bytes}")
             for chunk in reading.rest(shard.name, size):
                 left_over |= bool(bytes(chunk).strip(b"\0"))
             if left_over and sound and not self.unread:
                 self._file("neither records nor zeros", f"bytes {end} to {size}")
-        except FileNotFoundError:
-            self._file("missing")
         except (OSError, EOFError) as error:
             self._file(f"cannot be read: {describe(error) if isinstance(error, OSError) else error}")
         else:
@@ -197,9 +186,7 @@ class _Shard:
     def _file(self, what: str, part: str = "") -> None:
         self.faults.append(Fault(self.manifest.shards[self.number].name, part, what))
 
-    def check_block(
-        self, reader: BlockReader, reading: _Reading, index: int, names: list[str] | None
-    ) -> None:
+    def check_block(self, reader: BlockReader, reading: Reading, index: int, names: list[str] | None) -> None:
         """One block by its hash and its contents. names: the names file's, where it can be used."""
         name = self.manifest.shards[self.number].name
         try:

@@ -61,8 +61,7 @@ def test_a_missing_shard(manifest, capsys):
     out = faults(manifest, capsys)
     assert "shard-000001.tar  -" in out
     assert "missing" in out
-    assert "record 000001-0000" in out
-    assert "record 000001-0001" in out
+    assert "1 fault(s)" in out
 
 
 def test_bytes_after_the_last_block(manifest, capsys):
@@ -91,6 +90,36 @@ def test_info(manifest, capsys):
         assert words in out
 
 
+def test_info_says_in_a_few_words_what_the_codec_is(tmp_path, capsys):
+    config = {"block_out_channels": [128, 256], "latent_channels": 4, "in_channels": 3, "mid": "x" * 600}
+    for codec, words in (
+        (
+            {"name": "vae", "config": config, "sha256": "0123456789abcdef"},
+            "vae, 128-256, 4 channels, weights 01234567",
+        ),
+        (
+            {"name": "vae", "class": "AutoencoderDC", "channels": 32, "config": {"a": 1}},
+            "vae, AutoencoderDC, 32 channels",
+        ),
+        ({"name": "pixels"}, "pixels"),
+    ):
+        made = write_dataset(tmp_path / words, [4, 4], codec=codec)
+        info(made.root)
+        assert f"\ncodec        {words}\n" in capsys.readouterr().out
+        info(made.root, json=True)
+        assert json.loads(capsys.readouterr().out)["codec"] == codec
+
+
+def test_info_as_json(manifest, capsys):
+    info(manifest.root, json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert (found["samples"], found["blocks"], found["shards"]) == (18, 5, 2)
+    assert found["bytes"] == sum(s.bytes for s in manifest.shards)
+    assert (found["digest"], found["mean"]) == (manifest.digest, list(manifest.mean))
+    assert found["stream"]["batch"] == 18
+    assert found["stream"]["memory_bytes"] > 0
+
+
 def test_info_says_what_a_stream_of_it_takes(manifest, capsys):
     info(manifest.root)
     out = capsys.readouterr().out
@@ -100,12 +129,17 @@ def test_info_says_what_a_stream_of_it_takes(manifest, capsys):
 
 def test_json(manifest, capsys):
     verify(manifest.root, json=True)
-    assert json.loads(capsys.readouterr().out) == {"path": manifest.root, "whole": True, "faults": []}
-    Path(manifest.path(1)).unlink()
+    assert json.loads(capsys.readouterr().out) == {
+        "path": manifest.root,
+        "whole": True,
+        "faults": [],
+        "strays": [],
+    }
+    Path(manifest.path(1)).rename(f"{manifest.root}/shard-000009.tar")
     found = json.loads(faults(manifest, capsys, json=True))
     assert found["whole"] is False
-    assert found["faults"][0] == {"file": "shard-000001.tar", "where": "", "what": "missing"}
-    assert len(found["faults"]) == 3
+    assert found["faults"] == [{"file": "shard-000001.tar", "where": "", "what": "missing"}]
+    assert found["strays"] == ["shard-000009.tar"]
 
 
 def test_over_http(manifest, capsys):

@@ -9,8 +9,10 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -21,12 +23,12 @@ from dit.data import DataError
 from dit.data.codecs.autoencoders import unknown_vae
 from dit.data.codecs.base import Codec
 from dit.data.codecs.codec import parse_codec
-from dit.data.foreign.reader import ARRAYS, LABELS, read_array, split_path
-from dit.data.foreign.tape import Indexed, Layout, ShardIndexer, Tape, groups
+from dit.data.foreign.reader import ARRAYS, json_label, read_array, split_path
+from dit.data.foreign.tape import MAX_LABEL, MAX_SAMPLE, Beginning, Indexed, Layout, ShardIndexer, groups
 from dit.data.manifest import FILE, ITEMSIZE, MAX_BLOCK_BYTES, Block, Foreign, Manifest, Names, Shard
 from dit.data.sources.source import listing
-from dit.data.storage.files import describe
-from dit.data.storage.remote import is_remote, public
+from dit.data.sources.tarwalk import Member
+from dit.data.storage.remote import advised, is_remote, public
 from dit.data.write import ChannelStats, write_names
 
 
@@ -93,19 +95,22 @@ def codec_of(name: str, keys: Mapping[str, str], scale: float = 1.0) -> Codec | 
 
 def probe(location: str, options: IndexOptions, channels: int) -> Layout:
     """How the samples are stored, from a shard's first one. Raises DataError where that is not clear."""
-    where, members = _first_sample(location, options)
+    file = Beginning(location)
+    key, members = _first_sample(file, options)
+    where = f"{public(location)}: the sample {key!r}"
     extension = options.extension or next(e for e in members if _is_array(e, options))
     arrays = [e for e in members if _is_array(e, options)]
     if extension not in members or (options.extension is None and len(arrays) > 1):
         have = ", ".join(arrays)
         raise DataError(f"{where} has the arrays {have}: choose one with --extension (and --flipped)")
-    found = [name for name in LABELS if name in members and _is_label(name, members[name])]
-    label = options.label if options.label != "auto" else (found or ["none"])[0]
+    label = options.label if options.label != "auto" else _found_label(where, file, members)
     try:
-        dtype, array = read_array(extension, memoryview(members[extension]))
+        dtype, array = read_array(extension, memoryview(file.member(members[extension], MAX_SAMPLE)))
         shape = codec_shape(options.array, array.shape)
         if shape[-3] != channels:
-            raise ValueError(f"{array.shape} has {shape[-3]} channels, the codec has {channels}")
+            twice = options.array == "latents" and shape[-3] == 2 * channels
+            more = ": are these mean and std? --array=moments" if twice else ""
+            raise ValueError(f"{array.shape} has {shape[-3]} channels, the codec has {channels}{more}")
     except ValueError as error:
         raise DataError(f"{where}: .{extension}: {error}") from None
     values: dict[str, Any] = {
@@ -116,37 +121,33 @@ def probe(location: str, options: IndexOptions, channels: int) -> Layout:
     values |= {"shape": array.shape, "dtype": dtype, "spread": options.spread, "scale": options.scale}
     whole = (1 if options.flipped is None else 2, *shape)
     most = MAX_BLOCK_BYTES // (math.prod(whole) * ITEMSIZE[options.dtype])
-    no_labels = options.label == "auto" and not found
+    no_labels = options.label == "auto" and label == "none"
     block = max(1, min(options.block, most))
     return Layout(from_dict(Foreign, values), whole, options.dtype, block, no_labels)
 
 
-def _first_sample(location: str, options: IndexOptions) -> tuple[str, dict[str, bytes]]:
-    """(words for it, the members by extension) of the first sample that has an array."""
-    tape = Tape(location, lambda n: None)
-    for key, group in groups(tape, location):
-        members = {}
-        for member in group:
-            extension = split_path(member.path.encode())[1]
-            if _is_array(extension, options) or extension in LABELS:
-                tape.seek(member.offset)
-                members[extension] = tape.read(member.size)
+def _first_sample(file: Beginning, options: IndexOptions) -> tuple[str, dict[str, Member]]:
+    """(key, members by extension) of the first sample that has an array."""
+    for key, group in groups(file, file.name):
+        members = {split_path(m.path.encode())[1]: m for m in group}
         if any(_is_array(extension, options) for extension in members):
-            return f"{public(location)}: the sample {key!r}", members
-    raise DataError(f"{public(location)}: no member ends in one of {', '.join(ARRAYS)}")
+            return key, members
+    raise DataError(f"{public(file.name)}: no member ends in one of {', '.join(ARRAYS)}")
 
 
 def _is_array(extension: str, options: IndexOptions) -> bool:
     return extension.rpartition(".")[2] in ARRAYS and extension != options.flipped
 
 
-def _is_label(name: str, data: bytes) -> bool:
-    """Whether a file beside an array is a label: any .cls, which may turn out a bad one; a .json that has one."""
+def _found_label(where: str, file: Beginning, members: dict[str, Member]) -> str:
+    """Which file beside an array is the label: any .cls, or a .json with a number; both may turn out bad ones."""
+    if "cls" in members:
+        return "cls"
     try:
-        LABELS[name](data)
-    except ValueError:
-        return name == "cls"
-    return True
+        labelled = "json" in members and type(json_label(file.member(members["json"], MAX_LABEL))) is int
+    except ValueError as error:
+        raise DataError(f"{where}: .json: {error}; --label=none if it is no label") from None
+    return "json" if labelled else "none"
 
 
 def codec_shape(array: Literal["latents", "moments"], stored: tuple[int, ...]) -> tuple[int, ...]:
@@ -181,7 +182,8 @@ def index(
         raise DataError(f"{folder / FILE} exists already: remove it or choose another folder")
     if options.array == "moments" and not codec.has_posterior:
         raise ConfigError("array is moments, but this codec has no posterior: expected latents")
-    layout = probe(shards[0], options, codec.channels)
+    with _reading(shards[0]):
+        layout = probe(shards[0], options, codec.channels)
     found = _all(shards, layout, options.threads, progress)
     _refuse_twice(found)
     classes, labels = _classes(found, options)
@@ -198,10 +200,15 @@ def _classes(found: list[Indexed], options: IndexOptions) -> tuple[tuple[str, ..
     if classes is None:
         classes = tuple(str(i) for i in range(int(labels.max()) + 1))
     if labels.max() >= len(classes):
-        raise DataError(
-            f"a label {labels.max()}, with {len(classes)} classes: name all of them with --classes"
-        )
+        raise DataError(_without_class(found, labels, len(classes)))
     return classes, labels
+
+
+def _without_class(found: list[Indexed], labels: np.ndarray, classes: int) -> str:
+    odd = int(np.argmax(labels >= classes))
+    key, shard = next(islice(((key, s) for s in found for key in s.keys), odd, None))
+    what = f"the sample {key!r} has the label {labels[odd]}, with {classes} classes"
+    return f"{public(shard.location)}: {what}: name all of them with --classes"
 
 
 def _manifest(
@@ -238,7 +245,7 @@ def _manifest(
         block=layout.block,
         names=names,
         shards=tuple(
-            Shard(name=_relative(s.location, folder), bytes=s.bytes, sha256=s.sha256) for s in found
+            Shard(name=shard_name(s.location, folder), bytes=s.bytes, sha256=s.sha256) for s in found
         ),
         blocks=tuple(Block(shard=i, offset=o, bytes=b, samples=n, xxh3=x) for i, o, b, n, x in blocks),
         foreign=layout.foreign,
@@ -249,17 +256,23 @@ def _all(shards: list[str], layout: Layout, threads: int, progress: Callable[[in
     """Every shard, in order. The first fault ends all."""
 
     def one(location: str) -> Indexed:
-        try:
+        with _reading(location):
             return ShardIndexer(location, layout, progress).run()
-        except (OSError, EOFError) as error:
-            what = describe(error) if isinstance(error, OSError) else str(error)
-            raise DataError(f"{public(location)}: cannot be read: {what}") from None
 
     pool = ThreadPoolExecutor(threads, thread_name_prefix="dit-index")
     try:
         return list(pool.map(one, shards))
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _reading(location: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, EOFError) as error:
+        what = advised(error) if isinstance(error, OSError) else str(error)
+        raise DataError(f"{public(location)}: cannot be read: {what}") from None
 
 
 def _refuse_twice(found: list[Indexed]) -> None:
@@ -274,7 +287,7 @@ def _refuse_twice(found: list[Indexed]) -> None:
         raise DataError(listing(f"{len(twice)} key(s) that stand for two samples", twice))
 
 
-def _relative(location: str, folder: Path) -> str:
+def shard_name(location: str, folder: Path) -> str:
     """A shard's name: inside the folder of the manifest a relative one, so that both can be moved together."""
     if is_remote(location) or not Path(location).is_relative_to(folder):
         return location

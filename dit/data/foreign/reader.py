@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from dit.data.storage.files import AnyStorage, Storage
 
 LOGVAR_RANGE = (-30.0, 20.0)  # to which latent diffusion's DiagonalGaussianDistribution clamps log variances
 DTYPES = ("float16", "bfloat16", "float32")
+MAX_CLASS = 10**6  # above every label; a bigger number is an image's, and would make as many classes
 FILES, LONG_NAME, EXTENDED, EXTENSIONS = b"0\x007", ord("L"), b"xL", b"xLgK"  # kinds of a tar's headers
 
 
@@ -89,6 +91,14 @@ def split_path(path: bytes) -> tuple[bytes, str]:
     return path[:dot], path[dot + 1 :].lower().decode("utf-8", "replace")
 
 
+class MemberError(ValueError):
+    """What is wrong with a sample. offset: of the header of the member at fault, in the bytes that it was read from."""
+
+    def __init__(self, place: Place, text: str):
+        self.offset = place.offset - TAR_BLOCK
+        super().__init__(text)
+
+
 class Sample(NamedTuple):
     """A sample: its key, and its members by extension."""
 
@@ -115,7 +125,13 @@ def samples_in(found: Iterator[Place], wanted: frozenset[str]) -> Iterator[Sampl
 
 
 def _npy(data: memoryview) -> tuple[str, np.ndarray]:
-    array = parse_npy(data)
+    try:
+        array = parse_npy(data)
+    except ValueError as error:
+        more = (
+            "; save them with np.ascontiguousarray" if b"'fortran_order': True" in bytes(data[:256]) else ""
+        )
+        raise ValueError(f"{error}{more}") from None
     return array.dtype.name, array
 
 
@@ -144,14 +160,26 @@ def read_array(extension: str, data: memoryview) -> tuple[str, np.ndarray]:
 
 
 def _cls(data: bytes) -> int:
-    return int(data)
+    if not re.fullmatch(rb"-1|\d{1,6}", data.strip()):
+        raise ValueError(f"expected a class number below {MAX_CLASS}, or -1, got {data[:20]!r}")
+    return int(data.strip())
+
+
+def json_label(data: bytes) -> Any:
+    """What an object has under "label", None without one. Raises ValueError for what is no JSON."""
+    try:
+        values = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON: {error}") from None
+    return values.get("label") if isinstance(values, dict) else None
 
 
 def _json(data: bytes) -> int:
-    values = json.loads(data)
-    label = values.get("label") if isinstance(values, dict) else None
-    if not isinstance(label, int) or isinstance(label, bool):
-        raise ValueError(f"expected an object with a whole number 'label', got {data[:60]!r}")
+    label = json_label(data)
+    if type(label) is not int or not -1 <= label < MAX_CLASS:
+        raise ValueError(
+            f"expected an object with a class number 'label' below {MAX_CLASS}, or -1, got {data[:60]!r}"
+        )
     return label
 
 
@@ -185,7 +213,7 @@ def wanted(foreign: Foreign) -> frozenset[str]:
 def decode(foreign: Foreign, samples: list[Sample], data: bytearray, out: np.ndarray) -> np.ndarray:
     """The samples in `data`: their arrays in `out`, (n, *manifest.shape), and labels, (n,) int64.
 
-    Raises ValueError naming the sample that is not as `foreign` says.
+    Raises MemberError naming the sample that is not as `foreign` says.
     """
     for view, extension in enumerate(e for e in (foreign.array, foreign.flipped) if e is not None):
         to_codec(foreign, _stack(foreign, extension, samples, memoryview(data)), out[:, view])
@@ -193,11 +221,11 @@ def decode(foreign: Foreign, samples: list[Sample], data: bytearray, out: np.nda
     if foreign.label is not None:
         read = LABELS[foreign.label]
         for row, sample in enumerate(samples):
-            _, start, size = _member(sample, foreign.label)
+            place = _member(sample, foreign.label)
             try:
-                labels[row] = read(bytes(data[start : start + size]))
-            except (ValueError, OverflowError) as error:
-                raise ValueError(f"{_name(sample)}.{foreign.label}: no label: {error}") from None
+                labels[row] = read(bytes(data[place.offset : place.offset + place.size]))
+            except ValueError as error:
+                raise MemberError(place, f"{_name(sample)}.{foreign.label}: no label: {error}") from None
     return labels
 
 
@@ -207,7 +235,8 @@ def _stack(foreign: Foreign, extension: str, samples: list[Sample], data: memory
     flat = raw.reshape(len(samples), -1).view(np.uint8)  # (n, bytes of an array)
     head = b""  # of the npy file before, where the bytes behind it can be copied as they are
     for row, sample in enumerate(samples):
-        _, start, size = _member(sample, extension)
+        place = _member(sample, extension)
+        _, start, size = place
         if head and size == len(head) + flat.shape[1] and data[start : start + len(head)] == head:
             flat[row] = np.frombuffer(data[start + len(head) : start + size], np.uint8)
             continue
@@ -215,11 +244,10 @@ def _stack(foreign: Foreign, extension: str, samples: list[Sample], data: memory
         try:
             dtype, array = read_array(extension, member)
         except ValueError as error:
-            raise ValueError(f"{_name(sample)}.{extension}: {error}") from None
+            raise MemberError(place, f"{_name(sample)}.{extension}: {error}") from None
         if dtype != foreign.dtype or array.shape != foreign.shape:
-            raise ValueError(
-                f"{_name(sample)}.{extension}: {dtype} {array.shape}, expected {foreign.dtype} {foreign.shape}"
-            )
+            found = f"{dtype} {array.shape}, expected {foreign.dtype} {foreign.shape}"
+            raise MemberError(place, f"{_name(sample)}.{extension}: {found}")
         raw[row] = array
         if extension.endswith("npy") and array.dtype == raw.dtype:
             head = bytes(member[: parse_npy_header(member)[2]])
@@ -229,7 +257,8 @@ def _stack(foreign: Foreign, extension: str, samples: list[Sample], data: memory
 def _member(sample: Sample, extension: str) -> Place:
     place = sample.members.get(extension)
     if place is None:
-        raise ValueError(f"the sample {_name(sample)!r} has no .{extension}")
+        first = next(iter(sample.members.values()))
+        raise MemberError(first, f"the sample {_name(sample)!r} has no .{extension}")
     return place
 
 
@@ -250,7 +279,6 @@ class SampleReader(BlockReader):
         super().__init__(manifest, *args, **kwargs)
         assert manifest.foreign is not None
         self.foreign, self.wanted = manifest.foreign, wanted(manifest.foreign)
-        self._first = np.cumsum([0, *(b.samples for b in manifest.blocks)])
 
     def open_storage(self, root: str) -> Storage:
         """Shards lie in their manifest's folder or anywhere else."""
@@ -269,17 +297,8 @@ class SampleReader(BlockReader):
         except ValueError as error:
             raise self.fault(index, f"not what the manifest describes: {error}") from None
         self.check_labels(index, labels)
-        return labels, np.arange(self._first[index], self._first[index + 1], dtype=np.uint64)
-
-    def scatter(self, index: int, bodies: list[list[memoryview]]) -> tuple[np.ndarray, np.ndarray]:
-        """See the parent."""
-        shape = (self.manifest.blocks[index].samples, *self.manifest.shape)
-        rows = np.empty(shape, self.manifest.dtype)
-        found = self.read_into(index, rows)
-        data = rows.reshape(-1).view(np.uint8).data
-        for piece in bodies[0]:
-            piece[:], data = data[: len(piece)], data[len(piece) :]
-        return found
+        first = self.manifest.first_id(index)
+        return labels, np.arange(first, first + block.samples, dtype=np.uint64)
 
     def keys(self, record: bytes) -> list[str]:
         """The keys of the samples in a block's bytes."""
@@ -287,4 +306,5 @@ class SampleReader(BlockReader):
 
     def expected_keys(self, index: int, names: list[str]) -> list[str]:
         """The keys that the names file has for them."""
-        return names[self._first[index] : self._first[index + 1]]
+        first = self.manifest.first_id(index)
+        return names[first : first + self.manifest.blocks[index].samples]

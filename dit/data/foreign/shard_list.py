@@ -7,8 +7,8 @@ from pathlib import Path
 
 from dit.data import DataError
 from dit.data.sources.source import expand_range, files_of, listing
-from dit.data.storage.files import AnyStorage, describe
-from dit.data.storage.remote import is_remote, public
+from dit.data.storage.files import AnyStorage
+from dit.data.storage.remote import advised, is_remote, public
 
 
 def find_shards(spec: str) -> list[str]:
@@ -44,5 +44,5 @@ def total_bytes(shards: list[str]) -> int:
         try:
             total += storage.size(shard)
         except OSError as error:
-            raise DataError(f"{public(shard)}: {describe(error)}") from None
+            raise DataError(f"{public(shard)}: {advised(error)}") from None
     return total

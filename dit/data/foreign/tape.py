@@ -16,8 +16,19 @@ import numpy as np
 import xxhash
 
 from dit.data import DataError
-from dit.data.foreign.reader import Place, Sample, decode, places, samples_in, split_path, wanted
+from dit.data.foreign.reader import (
+    MemberError,
+    Place,
+    Sample,
+    decode,
+    json_label,
+    places,
+    samples_in,
+    split_path,
+    wanted,
+)
 from dit.data.manifest import MAX_BLOCK_BYTES, Foreign
+from dit.data.records import TAR_BLOCK
 from dit.data.sources.tarwalk import Member, walk
 from dit.data.storage.files import AnyStorage
 from dit.data.storage.remote import public
@@ -26,14 +37,14 @@ from dit.data.write import ChannelStats
 CHUNK = 4 << 20  # bytes asked for at a time
 MAX_STRETCH = 4 * MAX_BLOCK_BYTES  # bytes of a block in its shard, with what lies beside the arrays
 MAX_SAMPLE = 1 << 30  # bytes of one sample, with all its members
+MAX_LABEL = 1 << 20  # bytes of a label's file
 
 
-class Tape:
-    """A shard read once, from front to end: what tarwalk needs of a file, and the bytes of blocks."""
+class Beginning:
+    """A shard of which the first samples are looked at: what tarwalk needs of a file. Holds what it read last alone."""
 
-    def __init__(self, location: str, progress: Callable[[int], object]):
-        self.storage, self.name, self._progress = AnyStorage(""), location, progress
-        self.sha256 = hashlib.sha256()
+    def __init__(self, location: str):
+        self.storage, self.name = AnyStorage(""), location
         self._held, self._base, self._at = bytearray(), 0, 0
         self.size = self.storage.size(location)
 
@@ -42,25 +53,48 @@ class Tape:
         return self._at
 
     def read(self, size: int) -> bytes:
-        piece = bytes(self._bytes(self._at, min(self._at + size, self.size)))
+        stop = min(self._at + size, self.size)
+        self._hold(self._at, stop)
+        with memoryview(self._held) as held:
+            piece = bytes(held[self._at - self._base : stop - self._base])
         self._at += len(piece)
         return piece
 
+    def member(self, member: Member, most: int) -> bytes:
+        """A member's data. ValueError for one of more than `most` bytes."""
+        if member.size > most:
+            raise ValueError(f"{member.size} bytes, expected at most {most}")
+        self.seek(member.offset)
+        return self.read(member.size)
+
+    def _hold(self, start: int, stop: int) -> None:
+        if start < self._base or stop > self._base + len(self._held):
+            self._base, self._held = start, bytearray(max(stop - start, min(CHUNK, self.size - start)))
+            self.storage.read(self.name, start, [memoryview(self._held)])
+
+
+class Tape(Beginning):
+    """A shard read once, from front to end, and hashed; the bytes of a block are held until they are taken."""
+
+    def __init__(self, location: str, progress: Callable[[int], object]):
+        super().__init__(location)
+        self.sha256, self._progress = hashlib.sha256(), progress
+
     def take(self, start: int, stop: int) -> bytearray:
         """These bytes; all before `stop` are forgotten."""
-        piece = self._bytes(start, stop)
+        self._hold(start, stop)
+        piece = self._held[start - self._base : stop - self._base]
         del self._held[: stop - self._base]
         self._base = stop
         return piece
 
-    def _bytes(self, start: int, stop: int) -> bytearray:
+    def _hold(self, start: int, stop: int) -> None:
         while (end := self._base + len(self._held)) < stop:
             chunk = bytearray(min(CHUNK, self.size - end))
             self.storage.read(self.name, end, [memoryview(chunk)])
             self.sha256.update(chunk)
             self._held += chunk
             self._progress(len(chunk))
-        return self._held[start - self._base : stop - self._base]
 
 
 @dataclass
@@ -80,7 +114,7 @@ class Indexed:
 class Layout:
     """How samples are stored, and what they become: arrays of `shape` and `dtype`, `block` of them at a time.
 
-    no_labels: that there are none was not said, but seen in the first sample.
+    no_labels: that there are none was not said, but seen in the first sample: then no other may have one.
     """
 
     foreign: Foreign
@@ -97,6 +131,8 @@ class ShardIndexer:
         self.layout, self.found = layout, Indexed(location)
         self.wanted = wanted(layout.foreign)
         self.tape = Tape(location, progress)
+        # where no sample should have a label: files of the block that may hold one
+        self.labels: list[Place] = []
 
     def run(self) -> Indexed:
         start = end = 0
@@ -125,13 +161,18 @@ class ShardIndexer:
         extension = split_path(member.path.encode())[1]
         if extension in members:
             self.fail(member.header, f"a second member {extension!r} of the sample; as {member.path!r}")
+        place = Place(member.path.encode(), member.offset - start, member.size)
         if extension == "cls" and self.layout.no_labels:
-            self.fail(
-                member.header,
-                f"{member.path!r}, but the first sample has no label; --label=none for no labels",
-            )
+            self._unexpected(member.header, member.path)
+        if extension == "json" and self.layout.no_labels and member.size <= MAX_LABEL:
+            self.labels.append(place)
+        if extension == self.layout.foreign.label and member.size > MAX_LABEL:
+            self.fail(member.header, f"{member.path!r} of {member.size} bytes is no label")
         if extension in self.wanted:
-            members[extension] = Place(member.path.encode(), member.offset - start, member.size)
+            members[extension] = place
+
+    def _unexpected(self, start: int, path: str) -> Never:
+        self.fail(start, f"{path!r}, but the first sample has no label; --label=none for no labels")
 
     def _block(self, start: int, stop: int, samples: list[Sample]) -> None:
         """Decode a block as the reader will, and note what the manifest says of it."""
@@ -145,26 +186,34 @@ class ShardIndexer:
         out = np.empty((len(samples), *layout.shape), layout.dtype)
         try:
             labels = decode(layout.foreign, samples, data, out)
-        except ValueError as error:
-            self.fail(start, f"{error}")
-        odd = [
-            s
-            for s, array, label in zip(samples, out, labels, strict=True)
-            if label < -1 or not np.isfinite(array).all()
-        ]
+        except MemberError as error:
+            self.fail(start + error.offset, f"{error}")
+        odd = [s for s, array in zip(samples, out, strict=True) if not np.isfinite(array).all()]
         if odd:
-            what = f"a label below -1, or values that are not finite in {layout.dtype} (try --dtype=float32)"
-            self.fail(start, f"the sample {odd[0].key.decode()!r} has {what}")
+            what = f"values that are not finite in {layout.dtype} (try --dtype=float32)"
+            place = odd[0].members[layout.foreign.array]
+            self.fail(start + place.offset - TAR_BLOCK, f"the sample {odd[0].key.decode()!r} has {what}")
+        self._none_labelled(start, data)
         self.found.blocks.append((start, stop - start, len(samples), xxhash.xxh3_64_hexdigest(data)))
         self.found.keys += [s.key.decode() for s in samples]
         self.found.labels.append(labels)
         self.found.stats.add(out if out.ndim == 6 else out[:, :, None])
 
+    def _none_labelled(self, start: int, data: bytearray) -> None:
+        for path, offset, size in self.labels:
+            try:
+                label = json_label(bytes(data[offset : offset + size]))
+            except ValueError:
+                continue  # what is no JSON is no label either
+            if type(label) is int:
+                self._unexpected(start + offset, path.decode())
+        self.labels = []
+
     def fail(self, start: int, what: str) -> Never:
         raise DataError(f"{public(self.found.location)}: from byte {start} on: {what}")
 
 
-def groups(tape: Tape, location: str) -> Iterator[tuple[str, Iterator[Member]]]:
+def groups(tape: Beginning, location: str) -> Iterator[tuple[str, Iterator[Member]]]:
     """The members of a tar by the key that those next to each other share."""
     return groupby(
         walk(cast(BinaryIO, tape), public(location)), lambda m: split_path(m.path.encode())[0].decode()

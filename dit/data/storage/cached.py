@@ -7,8 +7,11 @@ import os
 from dit.config import ConfigError
 from dit.data.manifest import Manifest
 from dit.data.records import xxh3_of
-from dit.data.storage.files import State, Storage
+from dit.data.storage.files import State, Storage, describe
 from dit.data.storage.nodecache import NodeCache, NodeCacheConfig
+from dit.data.storage.remote import public
+
+KEY = "data.cache.folder"
 
 
 class CachedStorage:
@@ -54,10 +57,24 @@ class CachedStorage:
 def with_cache(
     source: Storage, settings: NodeCacheConfig | None, manifest: Manifest, always: bool
 ) -> Storage:
-    """The storage with the cache that the settings ask for, if they do. Raises ConfigError."""
+    """The storage with the cache that the settings ask for, if they do. ConfigError where it could keep nothing."""
     if settings is None or settings.folder is None:
         return source
     folder = os.path.expanduser(os.path.expandvars(settings.folder))
     if "$" in folder:
-        raise ConfigError(f"cache folder {settings.folder}: a variable in it is not set (it gives {folder})")
-    return CachedStorage(source, NodeCache(folder, int(settings.limit_gb * 1e9)), manifest, always)
+        raise ConfigError(f"{KEY} = {settings.folder}: a variable in it is not set (it gives {folder})")
+    limit, most = round(settings.limit_gb * 1e9), max((b.bytes for b in manifest.blocks), default=0)
+    if limit < most:
+        raise ConfigError(
+            f"data.cache.limit_gb = {settings.limit_gb:g} is {limit} bytes, and a block of {public(manifest.root)} has "
+            f"{most}; raise it"
+        )
+    cache = NodeCache(folder, limit)
+    try:
+        cache.prepare()
+    except OSError as error:
+        raise ConfigError(
+            f"{KEY} = {folder} cannot be used: {describe(error)}; give a folder on a disk of this node that you may "
+            "write, or leave it out"
+        ) from None
+    return CachedStorage(source, cache, manifest, always)

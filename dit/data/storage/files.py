@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Protocol
 
+from dit.data.storage.pieces import Pieces
 from dit.data.storage.remote import RemoteStorage, has_own_root, is_remote, split
 from dit.data.storage.web import HttpStorage
 
-MOST_BUFFERS = 1024  # that one call of preadv takes (IOV_MAX of Linux)
 State = Hashable  # of a file: differs after the file has changed
 REMOTE = {"http": HttpStorage, "https": HttpStorage}  # protocols that need more than fsspec's `cat_file`
 
@@ -51,12 +51,16 @@ class LocalStorage:
 
     def read(self, name: str, offset: int, buffers: list[memoryview]) -> State:
         """State: the file's inode, size and time."""
+        return self.scatter(name, offset, Pieces.over(buffers))
+
+    def scatter(self, name: str, offset: int, pieces: Pieces) -> State:
+        """As `read`, to many places."""
         descriptor = os.open(self.root / name, os.O_RDONLY)
         try:
             stat = os.fstat(descriptor)
-            if stat.st_size < offset + sum(map(len, buffers)):
+            if stat.st_size < offset + pieces.nbytes:
                 raise EOFError(f"truncated: the file ends at byte {stat.st_size}")
-            read_exactly(descriptor, buffers, offset)
+            pieces.read(descriptor, offset)
         finally:
             os.close(descriptor)
         return stat.st_ino, stat.st_size, stat.st_mtime_ns
@@ -95,24 +99,3 @@ class AnyStorage:
         if root not in self._storages:
             self._storages[root] = open_storage(root)
         return self._storages[root], name
-
-
-def read_exactly(descriptor: int, buffers: list[memoryview], offset: int) -> None:
-    """Fill the buffers from a file's `offset` on: many at a time, and what a system call left out by another."""
-    for start in range(0, len(buffers), MOST_BUFFERS):
-        rest = buffers[start : start + MOST_BUFFERS]
-        missing = sum(map(len, rest))
-        while missing:
-            count = os.preadv(descriptor, rest, offset)
-            if count == 0:
-                raise EOFError(f"truncated: the file ended at byte {offset} while it was read")
-            offset, missing = offset + count, missing - count
-            rest = list(_after(rest, count)) if missing else []
-
-
-def _after(buffers: list[memoryview], count: int) -> Iterator[memoryview]:
-    """What is left of buffers after their first `count` bytes."""
-    for buffer in buffers:
-        if count < len(buffer):
-            yield buffer[count:]
-        count = max(0, count - len(buffer))

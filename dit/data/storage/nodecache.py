@@ -26,8 +26,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from dit.config import ConfigError, config
-from dit.data.storage.files import State, describe, read_exactly
+from dit.data.storage.files import State, describe
+from dit.data.storage.pieces import Pieces
+from dit.errors import Notice
 
+LIMIT_GB = 100.0
 LOCK = ".lock"
 PARTIAL = ".partial"
 NAME = re.compile(rf"[0-9a-f]{{64}}-\d+-\d+({re.escape(PARTIAL)})?")  # nothing else in the folder is touched
@@ -41,13 +44,17 @@ class NodeCacheConfig:
     limit_gb: what it may hold at most, 10⁹ bytes, all data sets and runs that use the folder together.
     """
 
-    folder: str | None = None
-    limit_gb: float = 100.0
+    folder: str | None = None  # on a disk of the node, such as $TMPDIR/blocks, for blocks of slow storage
+    limit_gb: float = LIMIT_GB  # what that folder may hold, 10^9 bytes; what was not used for longest goes
 
     def __post_init__(self) -> None:
         if not self.limit_gb > 0:
             raise ConfigError(
                 f"limit_gb is {self.limit_gb:g}, expected more than 0; for no cache leave folder unset"
+            )
+        if self.folder is None and self.limit_gb != LIMIT_GB:
+            raise ConfigError(
+                f"limit_gb is {self.limit_gb:g}, but there is no folder to keep blocks in; give folder too"
             )
 
 
@@ -67,8 +74,8 @@ class CacheStats:
 class NodeCache:
     """Blocks in a folder, under a limit. Threads and processes may share it.
 
-    Never raises OSError: where the folder cannot be used (any more) it says so in one warning, and keeps nothing from
-    then on.
+    Only `prepare` raises OSError: where the folder cannot be used any more a Notice says so once, and nothing is kept
+    from then on.
     """
 
     def __init__(self, folder: str | os.PathLike[str], limit_bytes: int):
@@ -78,6 +85,13 @@ class NodeCache:
         # Both change under the folder's lock alone.
         self._oldest: list[tuple[int, str]] = []  # (last use, name) as of the last listing, the oldest last
         self._counted = False  # whether this process has listed the folder
+
+    def prepare(self) -> None:
+        """Make the folder and list it. Raises OSError where it is none or cannot be written."""
+        with self._locked():
+            probe = self.folder / f"{LOCK}-{os.getpid()}-{threading.get_ident()}"
+            probe.touch(mode=0o600)
+            probe.unlink()
 
     def count(self, **more: int) -> None:
         """Add to the statistics."""
@@ -95,7 +109,7 @@ class NodeCache:
             stat = os.fstat(descriptor)
             whole = stat.st_size == size_of(name)
             if whole:
-                read_exactly(descriptor, buffers, 0)
+                Pieces.over(buffers).read(descriptor, 0)
                 with contextlib.suppress(OSError):  # a cache that may only be read is of use all the same
                     touch(descriptor, stat.st_mtime_ns)
         except (OSError, EOFError):
@@ -150,9 +164,8 @@ class NodeCache:
             with self._stats_lock:
                 first, self._storing = self._storing, False
             if first:
-                warnings.warn(
-                    f"{self.folder}: no blocks are kept there from now on: {describe(error)}", stacklevel=4
-                )
+                what = f"{self.folder}: no blocks are kept there from now on: {describe(error)}"
+                warnings.warn(what, Notice, stacklevel=4)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[int]:

@@ -21,10 +21,14 @@ from typing import Any, TypeVar
 from urllib.parse import quote, unquote
 
 from dit.data import DataError
+from dit.errors import Notice
 
 T = TypeVar("T")
 
 WEB = ("http://", "https://")
+NO_ANSWER = "the storage does not answer; start the same command again when it does"
+NO_RANGES = "this server cannot send parts of files: use nginx, Caddy, S3, or copy the folder"
+TOLD_EVERY = 60  # seconds between two lines that requests are being repeated
 TIMEOUT = 300  # seconds that a request of another protocol may take
 FINAL = (
     EOFError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ImportError, ValueError,
@@ -91,17 +95,33 @@ def public(location: str) -> str:
 
 
 class RefusedError(OSError):
-    """An answer that will not change."""
+    """An answer that will not change. advice: what helps."""
+
+    def __init__(self, what: str, advice: str = ""):
+        super().__init__(what)
+        self.advice = advice
+
+
+def advice_of(error: BaseException) -> str:
+    """What helps against a storage's error, where it is the storage and not the file that is at fault; or ""."""
+    return getattr(error, "advice", "")
+
+
+def advised(error: OSError) -> str:
+    """What went wrong, without the file's name, and what helps where that is known."""
+    return "; ".join(filter(None, (error.strerror or str(error), advice_of(error))))
 
 
 class RemoteStorage:
     """A folder behind a URL. Threads may share one, also with the child of a fork. retry: of reads of blocks.
 
     Raises DataError where a protocol is unknown or its package missing. `retries` counts the repeated requests.
+    Errors have `advice` (advice_of) where the storage does not answer, or cannot send parts of files.
     """
 
     def __init__(self, root: str, retry: Retry = BLOCKS):
         self.root, self.retry, self.retries = root, retry, 0
+        self._told = -float(TOLD_EVERY)  # when it was last said that requests are repeated
         # By process: an event loop does not live on in a fork's child, and closing it there would harm the parent's.
         self._systems: dict[int, tuple[Any, str]] = {}
         self._system()
@@ -128,9 +148,7 @@ class RemoteStorage:
             self._reaches(name, offset + length)
             raise OSError(f"{len(data)} bytes came where {length} were asked for")
         if len(data) > length:
-            raise RefusedError(
-                f"{len(data)} bytes came where {length} were asked for: byte ranges are ignored"
-            )
+            raise RefusedError(f"{len(data)} bytes came where {length} were asked for", NO_RANGES)
         for buffer in buffers:
             buffer[:], data = data[: len(buffer)], data[len(buffer) :]
 
@@ -181,17 +199,21 @@ class RemoteStorage:
             try:
                 return request()
             except (*FINAL, RefusedError) as error:
-                raise self._error(name, error) from None
+                raise self._error(name, error, advice=advice_of(error)) from None
             except Exception as error:  # noqa: BLE001 (every protocol has its own, and the last is raised)
                 pause = retry.pause(attempt)
                 if attempt == retry.attempts or time.monotonic() - began + pause > retry.total:
-                    raise self._error(name, error, f", at attempt {attempt}, the last") from None
-                if attempt == 4:
-                    warnings.warn(f"{self._where(name)}: {text_of(error)}; trying again", stacklevel=2)
+                    last = f", at attempt {attempt}, the last"
+                    raise self._error(name, error, last, NO_ANSWER) from None
+                if attempt == 4 and time.monotonic() - self._told >= TOLD_EVERY:
+                    self._told = time.monotonic()
+                    warnings.warn(
+                        f"{self._where(name)}: {text_of(error)}; trying again", Notice, stacklevel=2
+                    )
             self.retries += 1
             time.sleep(pause)
 
-    def _error(self, name: str, error: Exception, more: str = "") -> Exception:
+    def _error(self, name: str, error: Exception, more: str = "", advice: str = "") -> Exception:
         """The error to raise: OSError with the URL, of the kind that local files would give."""
         if isinstance(error, EOFError):
             return error
@@ -199,7 +221,9 @@ class RemoteStorage:
         for kind, number in ((FileNotFoundError, errno.ENOENT), (PermissionError, errno.EACCES)):
             code = number if isinstance(error, kind) else code
         what = "no such file" if code == errno.ENOENT else text_of(error)
-        return OSError(code or errno.EIO, what + more, self._where(name))
+        raised = OSError(code or errno.EIO, what + more, self._where(name))
+        raised.advice = advice  # type: ignore[attr-defined]
+        return raised
 
     def _where(self, name: str) -> str:
         return public(join(self.root, name))

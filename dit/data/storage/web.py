@@ -6,7 +6,7 @@ import re
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
-from dit.data.storage.remote import RefusedError, RemoteStorage, join, truncated
+from dit.data.storage.remote import NO_RANGES, RefusedError, RemoteStorage, join, truncated
 
 T = TypeVar("T")
 
@@ -47,7 +47,8 @@ class HttpStorage(RemoteStorage):
             self._check(answer)
             whole = answer.status == 200 and offset == 0 and answer.content_length == length
             if answer.status != 206 and not whole:
-                raise RefusedError(f"the server ignores byte ranges ({answer.status} for a part of the file)")
+                what = f"the server ignores byte ranges ({answer.status} for a part of the file)"
+                raise RefusedError(what, NO_RANGES)
             if start not in (None, offset):
                 raise OSError(f"the answer begins at byte {start}, not {offset}")
             for buffer in buffers:

@@ -2,9 +2,11 @@
 
 import dataclasses
 import io
+import os
 import pickle
 import shutil
 import tarfile
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -330,12 +332,42 @@ def changed(**members: bytes | None):
     return [*good(0), *good(1), *((f"2.{e.replace('_', '.')}", d) for e, d in third.items() if d is not None)]
 
 
+def labelled(data: bytes, first: bytes | None = None) -> list[tuple[str, bytes]]:
+    """Two samples with labels in JSON."""
+    both = (as_json(label=0) if first is None else first, data)
+    return [m for i, d in enumerate(both) for m in ((f"{i}.npy", npy(array_of(i))), (f"{i}.json", d))]
+
+
+def wrong_type(descr: bytes) -> bytes:
+    return npy(array_of(0)).replace(b"<f2", descr)
+
+
 REFUSED = {
     "no label": (changed(cls=None), "sample '2' has no .cls"),
     "no array": (changed(npy=None), "sample '2' has no .npy"),
-    "a label that is a word": (changed(cls=b"cat"), "2.cls: no label: invalid literal"),
-    "a label below -1": (changed(cls=b"-2"), "'2' has a label below -1"),
+    "a label that is a word": (
+        changed(cls=b"cat"),
+        "2.cls: no label: expected a class number below 1000000, or -1, got b'cat'",
+    ),
+    "a label below -1": (changed(cls=b"-2"), "2.cls: no label"),
     "a huge label": (changed(cls=b"9" * 30), "2.cls: no label"),
+    "the number of an image": (changed(cls=b"1000000"), "2.cls: no label: expected a class number below"),
+    "a label with an underscore": (changed(cls=b"1_0"), "2.cls: no label"),
+    "a first label that is huge": ([("0.npy", npy(array_of(0))), ("0.cls", b"5000000")], "0.cls: no label"),
+    "a label of 2 MiB": (changed(cls=b" " * (2 << 20)), "'2.cls' of 2097152 bytes is no label"),
+    "an image's number in JSON": (labelled(as_json(label=10**12)), "1.json: no label: .* below 1000000"),
+    "the first number in JSON": (labelled(as_json(label=0), as_json(label=10**12)), "0.json: no label"),
+    "a truth value in JSON": (labelled(as_json(label=True)), "1.json: no label"),
+    "deep JSON": (labelled(b"[" * 200_000), "1.json: no label: not JSON: maximum recursion"),
+    "deep JSON first": (labelled(as_json(label=0), b"[" * 200_000), "sample '0': .json: not JSON: max"),
+    "broken JSON first": (labelled(as_json(label=0), b'{"label'), "'0': .json: not JSON: .*--label=none"),
+    "JSON of 2 MiB first": (labelled(as_json(label=0), bytes(2 << 20)), "json: 2097152 bytes, expected at"),
+    "JSON labels from somewhere on": (
+        labelled(as_json(label=0), b"{}"),
+        "from byte [0-9]+ on: '1.json', but the first sample has no label",
+    ),
+    "an unknown type": (changed(npy=wrong_type(b"<f3")), "2.npy: cannot use an npy header of .*'<f3'"),
+    "an unknown type first": ([("0.npy", wrong_type(b"zzz"))], "sample '0': .npy: cannot use an npy header"),
     "another shape": (
         changed(npy=npy(array_of(0)[:, :2])),
         r"float16 \(2, 2, 3\), expected float16 \(2, 3, 3\)",
@@ -445,6 +477,67 @@ def test_a_tar_that_says_it_is_huge(tmp_path):
         index([str(shard)], tmp_path, CODEC, IndexOptions())
 
 
+def sparse_tar(path: Path, members: list[tuple[str, int]]) -> Path:
+    """A tar of members of so many zeros, which take no room on disk."""
+    with open(path, "wb") as file:
+        for name, size in members:
+            info = tarfile.TarInfo(name)
+            info.size = size
+            file.write(info.tobuf(tarfile.GNU_FORMAT))
+            file.truncate(file.tell() + size)
+            file.seek(size, os.SEEK_CUR)
+        file.truncate(file.tell() + 1024)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("members", "words"),
+    [
+        ([(f"{i}.jpg", 1 << 20) for i in range(100)], "no member ends in one of npy"),
+        ([("0.mp4", 3 << 30)], "no member ends in one of npy"),
+        ([("0.npy", 3 << 30)], f"the sample '0': .npy: {3 << 30} bytes, expected at most"),
+        ([("0.npy", 0), ("0.json", 3 << 30)], f"the sample '0': .json: {3 << 30} bytes, expected at most"),
+    ],
+    ids=["many", "a film", "an array", "a label"],
+)
+def test_shards_that_hold_much_are_not_held_whole(tmp_path, members, words):
+    shard = sparse_tar(tmp_path / "a.tar", members)
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match=f"a.tar: .*{words}"):
+            index([str(shard)], tmp_path, CODEC, IndexOptions())
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_huge_members_of_later_samples_are_not_read(tmp_path):
+    write_tar(tmp_path / "a.tar", good(0))
+    for members, words in (
+        ([("1.npy", 3 << 30)], "too many at once"),
+        ([("1.npy", 0), ("1.cls", 3 << 30)], f"'1.cls' of {3 << 30} bytes is no label"),
+    ):
+        sparse_tar(tmp_path / "b.tar", members)
+        read = []
+        with pytest.raises(DataError, match=f"b.tar: .*{words}"):
+            index(find_shards(str(tmp_path)), tmp_path, CODEC, IndexOptions(), read.append)
+        assert sum(read) < 16 << 20
+
+
+def test_a_big_file_that_is_no_label_is_left_alone(tmp_path):
+    """Where the label is another file, or there are none."""
+    sample = lambda i: [*good(i), (f"{i}.json", b"[" * (2 << 20))]  # noqa: E731
+    write_tar(tmp_path / "a.tar", sample(0) + sample(1))
+    for label, unlabelled in (("auto", 0), ("none", 2)):
+        made = index([str(tmp_path / "a.tar")], tmp_path / f"to-{label}", CODEC, IndexOptions(label=label))
+        assert (made.samples, made.unlabelled) == (2, unlabelled)
+
+
+def test_a_shard_that_is_gone(tmp_path):
+    with pytest.raises(DataError, match=r"gone.tar: cannot be read: No such file"):
+        index([str(tmp_path / "gone.tar")], tmp_path, CODEC, IndexOptions())
+
+
 def test_a_tar_that_was_cut_off_or_packed(tmp_path):
     shard = write_shards(tmp_path, [5])[0]
     whole = shard.read_bytes()
@@ -497,7 +590,10 @@ def test_options_that_are_refused(options, words):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"classes": ("a",)}, "a label 4, with 1 classes"),
+        (
+            {"classes": ("a",)},
+            "latents-000.tar: the sample 'sample0001' has the label 1, with 1 classes",
+        ),
         ({"extension": "x.npy"}, "choose one with --extension"),
         ({"flipped": "flip.npy"}, "sample 'sample0000' has no .flip.npy"),
         ({"array": "moments"}, r"has 1 channels, the codec has 2"),

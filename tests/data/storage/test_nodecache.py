@@ -83,7 +83,7 @@ def counted(folder) -> int:
 @settings(max_examples=60)
 @given(
     reads=st.lists(st.tuples(st.integers(0, 2), st.integers(0, len(SIZES) - 1)), min_size=30, max_size=60),
-    limit=st.integers(1, 30_000),
+    limit=st.integers(3584, 30_000),
     restarts=st.sets(st.integers(0, 59), max_size=3),
 )
 def test_any_reads_by_any_readers_under_any_limit(source, truth, reads, limit, restarts):
@@ -101,7 +101,7 @@ def test_any_reads_by_any_readers_under_any_limit(source, truth, reads, limit, r
             if index in model:
                 hits += 1
                 model.move_to_end(index)
-            elif size <= limit:
+            else:
                 while sum(model.values()) + size > limit:
                     model.popitem(last=False)
                 model[index] = size
@@ -173,11 +173,11 @@ def test_another_process_and_another_copy_find_the_blocks(source, truth, folder,
         assert (reader.cache_stats.hits, reader.cache_stats.misses) == (1, 0)
 
 
-def test_a_block_larger_than_the_limit_is_not_kept(source, truth, folder):
-    limit = max(b.bytes for b in source.blocks) - 1
-    reader = reader_of(source, folder, limit)
-    assert same(reader.read(0), truth[0])
-    assert files(folder) == []
+def test_a_limit_that_is_less_than_a_block(source, folder):
+    most = max(b.bytes for b in source.blocks)
+    with pytest.raises(ConfigError, match=rf"is {most - 1} bytes, and a block of .* has {most}; raise it"):
+        reader_of(source, folder, most - 1)
+    assert not folder.exists()
 
 
 def test_without_a_folder_there_is_no_cache(source):
@@ -277,20 +277,24 @@ def test_a_damaged_source_is_blamed_and_not_kept(source, tmp_path, folder):
     for _ in range(2):
         with pytest.raises(BlockError, match=r"shard-000000\.tar: record .*altered"):
             reader.read(0)
-    assert not folder.exists()
+    assert files(folder) == []
     assert (reader.cache_stats.misses, reader.cache_stats.damaged) == (2, 0)
 
 
 # --- folders that cannot be used ---------------------------------------------------------------------------
 
 
-def test_a_folder_that_cannot_be_made_is_said_once(source, truth, tmp_path):
+def test_a_folder_that_cannot_be_made_is_refused(source, tmp_path):
     (tmp_path / "file").write_bytes(b"")
-    reader = reader_of(source, tmp_path / "file" / "cache")
-    with pytest.warns(UserWarning, match="no blocks are kept there from now on: Not a directory") as warned:
-        assert all(same(reader.read(index), truth[index]) for index in (0, 1, 0))
-    assert len(warned) == 1
-    assert (reader.cache_stats.misses, reader.cache_stats.stored) == (3, 0)
+    with pytest.raises(
+        ConfigError, match=r"data.cache.folder = .*/cache cannot be used: Not a directory; give a"
+    ):
+        reader_of(source, tmp_path / "file" / "cache")
+
+
+def test_a_variable_that_is_not_set_is_refused(source):
+    with pytest.raises(ConfigError, match=r"a variable in it is not set \(it gives \$NOT_SET_HERE/cache\)"):
+        reader_of(source, "$NOT_SET_HERE/cache")
 
 
 def test_a_disk_that_is_full_is_said_once(source, truth, folder):

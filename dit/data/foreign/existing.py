@@ -1,0 +1,73 @@
+"""What is there already when shards are to be indexed: an index of the same, or shards that need none."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from dit.data import DataError
+from dit.data.codecs.base import Codec
+from dit.data.foreign.index import IndexOptions, UnknownCodec, shard_name
+from dit.data.manifest import FILE, Manifest
+from dit.data.storage.files import AnyStorage
+from dit.data.storage.remote import is_remote
+
+
+def refuse_encoded(shards: list[str]) -> None:
+    """DataError for shards of a data set that tools/encode.py wrote, which has a manifest."""
+    for folder in dict.fromkeys(os.path.dirname(shard) for shard in shards if not is_remote(shard)):
+        if not os.path.isfile(os.path.join(folder, FILE)):
+            continue
+        manifest = Manifest.load(folder)
+        ours = {manifest.path(i) for i in range(len(manifest.shards))}
+        if manifest.foreign is None and ours.intersection(shards):
+            raise DataError(f"{folder} has a manifest already: use it as it is")
+
+
+def already(
+    shards: list[str], out: str | os.PathLike[str], codec: Codec | UnknownCodec, options: IndexOptions
+) -> Manifest | None:
+    """The index in the folder `out` of these shards with these options, judged by names, bytes and options; or None.
+
+    Raises DataError where there is another one.
+    """
+    folder = Path(out).resolve()
+    if not (folder / FILE).exists():
+        return None
+    found, storage = Manifest.load(folder), AnyStorage(str(folder))
+    same = [shard.name for shard in found.shards] == [shard_name(shard, folder) for shard in shards]
+    if same and _chosen(found, codec, options) and all(storage.size(s.name) == s.bytes for s in found.shards):
+        return found
+    raise DataError(
+        f"{folder / FILE} exists already, of other shards or options: remove it or choose another folder"
+    )
+
+
+def _chosen(found: Manifest, codec: Codec | UnknownCodec, options: IndexOptions) -> bool:
+    """Whether an index has all that these options say."""
+    foreign = found.foreign
+    if foreign is None:
+        return False
+    label = {"auto": foreign.label, "none": None}.get(options.label, options.label)
+    said = (
+        foreign.spread,
+        foreign.scale,
+        foreign.flipped,
+        foreign.label,
+        found.array,
+        found.dtype,
+        found.codec,
+    )
+    asked = (
+        options.spread,
+        options.scale,
+        options.flipped,
+        label,
+        options.array,
+        options.dtype,
+        codec.identity(),
+    )
+    free = [(options.extension, foreign.array), (options.classes, found.classes)]
+    if any(given not in (None, has) for given, has in [*free, (options.image_size, found.image_size)]):
+        return False
+    return said == asked and found.block <= options.block
