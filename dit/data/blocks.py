@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import tarfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -23,8 +25,9 @@ from dit.data.records import (
     xxh3_of,
 )
 from dit.data.storage.cached import CachedStorage, with_cache
-from dit.data.storage.files import State, Storage, describe, open_storage
+from dit.data.storage.files import LocalStorage, State, Storage, describe, open_storage
 from dit.data.storage.nodecache import CacheStats, NodeCacheConfig
+from dit.data.storage.pieces import Pieces
 from dit.data.storage.remote import public
 
 
@@ -34,6 +37,49 @@ class BlockError(DataError):
     def __init__(self, what: str, text: str):
         self.what = what
         super().__init__(text)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where what is not in a record's big arrays goes: `rest` bytes of memory.
+
+    samples, bytes: of the record. sizes: bytes of each big array. heads: for each, where in `rest` what stands before
+    it is: padding and headers. tail: where what stands after the last begins: padding, and from `members` on the
+    members of labels and ids.
+    """
+
+    samples: int
+    bytes: int
+    sizes: tuple[int, ...]
+    heads: tuple[tuple[int, int], ...]
+    tail: int
+    members: int
+    rest: int
+
+    @classmethod
+    def of(cls, samples: int, sample_bytes: list[int]) -> Layout:
+        """Of a record of so many samples of so many bytes in each big array."""
+        sizes = tuple(samples * size for size in sample_bytes)
+        padding = [member_bytes(size) - HEAD - size for size in sizes]
+        heads, start = [], 0
+        for before in (0, *padding[:-1]):
+            heads.append((start, start + before + HEAD))
+            start += before + HEAD
+        members, small = start + padding[-1], 2 * member_bytes(8 * samples)
+        return cls(
+            samples, sum(sizes) + members + small, sizes, tuple(heads), start, members, members + small
+        )
+
+    def piece(self, rest: np.ndarray, start: int, stop: int) -> Pieces:
+        """Bytes [start, stop) of `rest`."""
+        return Pieces(np.array([[rest.ctypes.data + start, stop - start]], np.uint64))
+
+    def small(self, rest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Labels and ids, (n,) each."""
+        first = self.members + HEAD
+        second = first + member_bytes(8 * self.samples)
+        label = np.frombuffer(rest, np.int64, self.samples, first)
+        return label, np.frombuffer(rest, np.uint64, self.samples, second)
 
 
 class BlockReader:
@@ -62,6 +108,8 @@ class BlockReader:
         self._sample_bytes = [math.prod(manifest.shape) * dtype.itemsize for dtype in self.big.values()]
         self._verified: dict[int, State] = {}  # block -> state of its shard
         self._lock = threading.Lock()
+        self._scratch = threading.local()
+        self._layouts: dict[int, Layout] = {}  # by samples
 
     def open_storage(self, root: str) -> Storage:
         """Where the shards lie."""
@@ -76,6 +124,11 @@ class BlockReader:
     def block_bytes(self) -> int:
         """Bytes that the samples of a full block take in memory."""
         return self.manifest.block * sum(self._sample_bytes)
+
+    def distrust(self) -> None:
+        """Check every block again when it is read next."""
+        with self._lock:
+            self._verified.clear()
 
     def read(self, index: int) -> dict[str, np.ndarray]:
         """Block `index`: {"moments" or "latents": (n, *shape), "label": (n,) int64, "id": (n,) uint64}.
@@ -92,31 +145,77 @@ class BlockReader:
 
         Returns (label, id). Raises DataError with the shard, the record and the place in the file.
         """
-        return self.scatter(index, [[r.reshape(-1).view(np.uint8).data] for r in rows])
-
-    def scatter(self, index: int, bodies: list[list[memoryview]]) -> tuple[np.ndarray, np.ndarray]:
-        """Read block `index`; for each of `big`, its bytes go to the pieces of memory in `bodies`, one after another.
-
-        Returns (label, id). Raises DataError with the shard, the record and the place in the file.
-        """
-        block, small = self.manifest.blocks[index], member_bytes(8 * self.manifest.blocks[index].samples)
-        sizes = [block.samples * size for size in self._sample_bytes]
-        whole = sum(member_bytes(size) for size in sizes) + 2 * small
-        if [sum(map(len, body)) for body in bodies] != sizes or block.bytes != whole:
-            raise self.fault(
-                index, f"{block.samples} samples take {whole} bytes: the manifest contradicts itself"
+        layout = self._layout(index)
+        if tuple(row.nbytes for row in rows) != layout.sizes:
+            raise ValueError(
+                f"memory for {[row.nbytes for row in rows]} bytes, block {index} has {layout.sizes}"
             )
-        padding = [member_bytes(size) - HEAD - size for size in sizes]
-        heads = [bytearray(pad + HEAD) for pad in (0, *padding[:-1])]  # what stands before each body
-        tail = bytearray(padding[-1] + 2 * small)
-        parts = [p for head, body in zip(heads, bodies, strict=True) for p in (memoryview(head), *body)]
-        parts.append(memoryview(tail))
-        self.receive(
-            index, parts, lambda: self._check(index, [h[-HEAD:] for h in heads], sizes, tail[padding[-1] :])
-        )
-        label = np.frombuffer(tail, np.int64, block.samples, padding[-1] + HEAD)
-        identity = np.frombuffer(tail, np.uint64, block.samples, padding[-1] + small + HEAD)
-        return label, identity
+        rest = np.empty(layout.rest, np.uint8)
+        parts: list[memoryview] = []
+        for row, (start, stop) in zip(rows, layout.heads, strict=True):
+            parts += [rest[start:stop].data, row.reshape(-1).view(np.uint8).data]
+        self.receive(index, [*parts, rest[layout.tail :].data], lambda: self._check(index, layout, rest))
+        return layout.small(rest)
+
+    def scatter(self, index: int, bodies: list[Pieces]) -> tuple[np.ndarray, np.ndarray]:
+        """As `read_into`, the bytes of each big array to pieces of memory in turn.
+
+        A file's block is checked in memory that stays in the processor's cache, and then read again, once, to its
+        pieces: no copy by hand is as fast as the system's.
+        """
+        found = self._scatter_known(index, bodies)
+        if found is not None:
+            with self._lock:
+                self.reads += 1
+            return found
+        rows = self._scratch_rows(index)
+        found = self.read_into(index, *rows)
+        again = self._scatter_known(index, bodies)
+        if again is None:
+            for body, row in zip(bodies, rows, strict=True):
+                body.fill(row)
+        return again or found
+
+    def _scatter_known(self, index: int, bodies: list[Pieces]) -> tuple[np.ndarray, np.ndarray] | None:
+        """None where the block has to be checked, or cannot be read like that."""
+        if (
+            index not in self._verified
+            or self.verify != "first"
+            or not isinstance(self.storage, LocalStorage)
+        ):
+            return None
+        block, layout = self.manifest.blocks[index], self._layout(index)
+        rest = np.empty(layout.rest, np.uint8)
+        parts = [
+            p
+            for body, head in zip(bodies, layout.heads, strict=True)
+            for p in (layout.piece(rest, *head), body)
+        ]
+        pieces = Pieces.joined(*parts, layout.piece(rest, layout.tail, layout.rest))
+        with self._explained(index):
+            state = self.storage.scatter(self.manifest.shards[block.shard].name, block.offset, pieces)
+        if state != self._verified[index]:
+            return None
+        return layout.small(rest)
+
+    def _layout(self, index: int) -> Layout:
+        """How a block's record is laid out. BlockError where the manifest gives it another length."""
+        block = self.manifest.blocks[index]
+        if block.samples not in self._layouts:
+            self._layouts[block.samples] = Layout.of(block.samples, self._sample_bytes)
+        layout = self._layouts[block.samples]
+        if block.bytes != layout.bytes:
+            raise self.fault(
+                index, f"{block.samples} samples take {layout.bytes} bytes: the manifest contradicts itself"
+            )
+        return layout
+
+    def _scratch_rows(self, index: int) -> list[np.ndarray]:
+        """Memory of this thread for a block's big arrays."""
+        most, n = self.manifest.block, self.manifest.blocks[index].samples
+        if not hasattr(self._scratch, "rows"):
+            self._scratch.rows = [np.empty((most, *self.manifest.shape), t) for t in self.big.values()]
+        return [rows[:n] for rows in self._scratch.rows]
 
     def receive(self, index: int, parts: list[memoryview], check: Callable[[], None] = lambda: None) -> None:
         """Read the record's bytes into the parts. Bytes not known to be good are hashed, and `check` is called."""
@@ -133,9 +232,14 @@ class BlockReader:
     def fetch(self, index: int, buffers: list[memoryview]) -> State:
         """Read the record's bytes into the buffers; returns the file's state. Raises BlockError."""
         block = self.manifest.blocks[index]
-        name = self.manifest.shards[block.shard].name
+        with self._explained(index):
+            return self.storage.read(self.manifest.shards[block.shard].name, block.offset, buffers)
+
+    @contextlib.contextmanager
+    def _explained(self, index: int) -> Iterator[None]:
+        """Errors of the storage as those of a block."""
         try:
-            return self.storage.read(name, block.offset, buffers)
+            yield
         except EOFError as error:
             raise self.fault(index, str(error)) from None
         except OSError as error:
@@ -147,18 +251,20 @@ class BlockReader:
         if found != expected:
             raise self.fault(index, f"altered: its xxh3 is {found}, the manifest has {expected}")
 
-    def _check(self, index: int, heads: list[bytearray], sizes: list[int], tail: bytearray) -> None:
-        """That a record is built as the manifest says. tail: the members after the big ones."""
+    def _check(self, index: int, layout: Layout, rest: np.ndarray) -> None:
+        """That a record is built as the manifest says. rest: what is not in its big arrays, (layout.rest,) bytes."""
         n, names = self.manifest.blocks[index].samples, []
-        shape = (n, *self.manifest.shape)
+        shape, data = (n, *self.manifest.shape), rest.tobytes()
         try:
-            for head, size, dtype in zip(heads, sizes, self.big.values(), strict=True):
-                info = tarfile.TarInfo.frombuf(bytes(head[:TAR_BLOCK]), "utf-8", "strict")
-                found = parse_npy_header(bytes(head[TAR_BLOCK:]))
+            for (_, stop), size, dtype in zip(layout.heads, layout.sizes, self.big.values(), strict=True):
+                head = data[stop - HEAD : stop]
+                info = tarfile.TarInfo.frombuf(head[:TAR_BLOCK], "utf-8", "strict")
+                found = parse_npy_header(head[TAR_BLOCK:])
                 if found != (dtype, shape, NPY_HEADER) or info.size != NPY_HEADER + size:
                     raise ValueError(f"'{info.name}' is {found[0]} of {found[1]}, not {dtype} of {shape}")
                 names.append(info.name)
-            arrays = {name: parse_npy(data) for name, data in parse_members(memoryview(tail))}
+            members = parse_members(memoryview(data)[layout.members :])
+            arrays = {name: parse_npy(member) for name, member in members}
         except (ValueError, tarfile.TarError) as error:
             raise self.fault(index, f"not what the manifest describes: {error}") from None
         key, names = names[0].split(".")[0], [*names, *arrays]

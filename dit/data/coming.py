@@ -10,6 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dit.data.memory import Memory
+from dit.data.storage.pieces import Pieces
+
 
 @dataclass
 class Rows:
@@ -32,15 +35,17 @@ class Rows:
 class Coming:
     """A rank's share of steps [s, s + depth): the big arrays step by step, the small ones in a ring of `depth` steps.
 
-    big: {name: (shape, dtype)} of a sample in a batch. rows: the rank's slots. pin: page-locked memory, for GPUs.
+    big: {name: (shape, dtype)} of a sample in a batch. rows: the rank's slots. memory: where the big arrays come from.
     label, id, view: (depth, rows) int64; valid: (depth, rows) bool. Of step s at s % depth.
     """
 
-    def __init__(self, big: dict[str, tuple[tuple[int, ...], torch.dtype]], rows: int, depth: int, pin: bool):
-        self.big, self.rows, self.depth, self.pin = big, rows, depth, pin
+    def __init__(
+        self, big: dict[str, tuple[tuple[int, ...], torch.dtype]], rows: int, depth: int, memory: Memory
+    ):
+        self.big, self.rows, self.depth, self.memory = big, rows, depth, memory
         self.unit = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in big.items()}  # bytes
         self.frames: dict[int, dict[str, Tensor]] = {}
-        self._bytes: dict[str, dict[int, memoryview]] = {name: {} for name in big}
+        self._address = {name: np.zeros(depth, np.int64) for name in big}
         self._spare = threading.local()  # memory of each thread for what nobody wants
         self.label, self.id = np.empty((depth, rows), np.int64), np.empty((depth, rows), np.int64)
         self.view, self.valid = np.zeros((depth, rows), np.int64), np.ones((depth, rows), bool)
@@ -48,38 +53,54 @@ class Coming:
     def add(self, step: int, view: np.ndarray | int) -> None:
         """Make room for a step whose samples are to be taken in these views, (rows,)."""
         self.frames[step] = {
-            name: torch.empty((self.rows, *shape), dtype=dtype, pin_memory=self.pin)
-            for name, (shape, dtype) in self.big.items()
+            name: self.memory.empty((self.rows, *shape), dtype) for name, (shape, dtype) in self.big.items()
         }
         for name, tensor in self.frames[step].items():
-            self._bytes[name][step] = tensor.numpy().reshape(-1).view(np.uint8).data
+            self._address[name][step % self.depth] = tensor.data_ptr()
         self.view[step % self.depth], self.valid[step % self.depth] = view, True
 
     def pop(self, step: int) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
         """The big and the small arrays of a step, which is forgotten."""
-        for held in self._bytes.values():
-            del held[step]
         small = {
             name: getattr(self, name)[step % self.depth].copy() for name in ("label", "id", "view", "valid")
         }
         return self.frames.pop(step), small
 
-    def body(self, name: str, rows: Rows, samples: int, views: int) -> list[memoryview]:
-        """Memory for the bytes of a block's array of samples x views, in turn: wanted ones go to their batch."""
-        unit, held = self.unit[name], self._bytes[name]
-        view = self.view[rows.step % self.depth, rows.slot] if views > 1 else 0
-        place = (rows.row * views + view) * unit  # (m,) of the first wanted byte
-        begins = (rows.slot * unit).tolist()
-        wanted = [
-            held[step][begin : begin + unit] for step, begin in zip(rows.step.tolist(), begins, strict=True)
-        ]
-        return _between(wanted, place, unit, self._spare_bytes(name, samples * views * unit))
+    def body(self, name: str, rows: Rows, samples: int, views: int) -> Pieces:
+        """Memory for the bytes of a block's array of samples x views, in turn: wanted ones go to their batch.
 
-    def _spare_bytes(self, name: str, size: int) -> memoryview:
-        held = self._spare.__dict__.setdefault(name, bytearray())
-        if len(held) < size:
-            held = self._spare.__dict__[name] = bytearray(size)
-        return memoryview(held)[:size]
+        It stays until every read of these steps has ended, or this object goes.
+        """
+        unit, at = self.unit[name], rows.step % self.depth
+        view = self.view[at, rows.slot] if views > 1 else 0
+        place = (rows.row * views + view) * unit  # (m,) of the first wanted byte
+        size = samples * views * unit
+        address = self._address[name][at] + rows.slot * unit
+        if len(place) * unit == size:  # all of it is wanted
+            whole = np.full((len(place), 2), unit, np.uint64)
+            whole[:, 0] = address
+            return Pieces(whole)
+        # what lies between, (m + 1,)
+        before, after = np.concatenate([[0], place + unit]), np.concatenate([place, [size]])
+        gap = after > before
+        shift = np.cumsum(gap)  # (m + 1,) pieces of it up to here
+        vectors = np.empty((len(place) + shift[-1], 2), np.uint64)
+        mine = np.arange(len(place)) + shift[:-1]
+        vectors[mine, 0], vectors[mine, 1] = address, unit
+        gaps = np.flatnonzero(gap)
+        spare = gaps + shift[gaps] - 1
+        vectors[spare, 0], vectors[spare, 1] = (
+            self._nowhere(name, size) + before[gaps],
+            (after - before)[gaps],
+        )
+        return Pieces(vectors)
+
+    def _nowhere(self, name: str, size: int) -> int:
+        """The address of so many bytes of this thread's memory for what nobody wants."""
+        held: np.ndarray | None = self._spare.__dict__.get(name)
+        if held is None or held.nbytes < size:
+            held = self._spare.__dict__[name] = np.empty(size, np.uint8)
+        return held.ctypes.data
 
     def blank(self, rows: Rows) -> None:
         """Zeros without a label in the place of samples that cannot be had."""
@@ -88,16 +109,3 @@ class Coming:
                 tensor[slot].zero_()
         at = rows.step % self.depth
         self.label[at, rows.slot], self.id[at, rows.slot], self.valid[at, rows.slot] = -1, -1, False
-
-
-def _between(wanted: list[memoryview], place: np.ndarray, unit: int, spare: memoryview) -> list[memoryview]:
-    """Pieces of `unit` bytes that belong at (m,) ascending places, with parts of `spare` for what lies between."""
-    before = np.append(0, place + unit)  # where each gap begins
-    after = np.append(place, len(spare))  # and ends
-    gaps = np.flatnonzero(after > before)
-    body, done = [], 0
-    for i, start, stop in zip(gaps.tolist(), before[gaps].tolist(), after[gaps].tolist(), strict=True):
-        body += wanted[done:i]
-        body.append(spare[start:stop])
-        done = i
-    return body + wanted[done:]

@@ -10,6 +10,7 @@ import math
 from collections import defaultdict, deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TypeAlias
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from dit.data.blocks import BlockError, BlockReader
 from dit.data.coming import Coming, Rows
+from dit.data.memory import Memory
 from dit.data.order import Order, Window
 from dit.data.quarantine import Quarantine
 from dit.rng import Draws, Purpose
@@ -51,16 +53,16 @@ class Source:
     @property
     def window_steps(self) -> int:
         """Steps that a window reaches into at most."""
-        order = self.order
-        samples = min(order.window * int(order.sizes.max()), order.lane_length)
-        return -(-samples // order.per_lane) + 1
+        order, last = self.order, self.order.lanes - 1  # which is not larger than the others
+        samples = min(order.window * order.most, order.lane_length(0))
+        return min(-(-samples // order.per_lane(last)), order.steps_per_epoch) + 1
 
     def lanes(self, first: int, last: int) -> list[Lane]:
         """Its lanes that slots [first, last) of the global batch lie in."""
-        k, found = self.order.per_lane, []
+        found = []
         for index in range(self.order.lanes):
-            start = self.offset + index * k
-            low, high = max(first - start, 0), min(last - start, k)
+            start = self.offset + self.order.slots[index]
+            low, high = max(first - start, 0), min(last - start, self.order.per_lane(index))
             if low < high:
                 found.append(Lane(self, index, low, high, start - first))
         return found
@@ -98,12 +100,13 @@ class Filler:
         pin: bool,
         quarantine: Quarantine,
     ):
-        self.sources, self.seed, self.global_batch, self.pin = sources, seed, global_batch, pin
+        self.sources, self.seed, self.global_batch = sources, seed, global_batch
+        self._memory = Memory(pin)
         self.slots = torch.arange(*slots)
         self.quarantine = quarantine
         self.lanes = [lane for source in sources for lane in source.lanes(*slots)]
-        # of each lane: slots a step, and which of them are this rank's
-        self._k = np.array([lane.source.order.per_lane for lane in self.lanes])
+        # of each lane: slots a step, and which of them are this rank's; arrays, as there may be 64 lanes a step
+        self._k = np.array([lane.source.order.per_lane(lane.index) for lane in self.lanes])
         self._low = np.array([lane.low for lane in self.lanes])
         self._high = np.array([lane.high for lane in self.lanes])
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="dit-read")
@@ -129,7 +132,7 @@ class Filler:
             lane.opened.clear()
         self._step: int | None = None  # the only one that may come next
         self._made = -1  # last step that there is room for
-        self._coming = Coming(self._big, len(self.slots), self.depth(self._ahead), self.pin)
+        self._coming = Coming(self._big, len(self.slots), self.depth(self._ahead), self._memory)
         # positions of each lane: where its first window ends, where its last does, up to where it has been read
         self._leave, self._reach, self._ready = (np.full(len(self.lanes), -1) for _ in range(3))
 
@@ -163,13 +166,21 @@ class Filler:
         reads: Reads = []
         window = order.window_at(lane.index, start)
         lane.opened.append((window, reads))
-        step, slot = np.divmod(np.arange(window.start, window.stop), order.per_lane)
-        mine = np.flatnonzero((slot >= lane.low) & (slot < lane.high) & (step >= now))
-        mine = mine[np.lexsort((window.row[mine], window.block[mine]))]
-        block, epoch = window.block[mine], window.start // order.lane_length
-        for part in np.split(mine, np.flatnonzero(np.diff(block)) + 1) if len(mine) else ():
-            rows = Rows(window.row[part], step[part], slot[part] + lane.slot)
-            wanted[lane.source.number, epoch, int(window.block[part[0]])].append((rows, reads))
+        n, k = window.stop - window.start, order.per_lane(lane.index)
+        # by block and row; with its place below it each key is unique, and sorts faster than pairs do
+        places = (window.block * order.most + window.row) * n + np.arange(n)
+        places.sort()
+        places %= n
+        step, slot = np.divmod(places + window.start, k)
+        if lane.high - lane.low < k or window.start < now * k:  # only some of it
+            mine = (slot >= lane.low) & (slot < lane.high) & (step >= now)
+            places, step, slot = places[mine], step[mine], slot[mine]
+        block, row, slot = window.block[places], window.row[places], slot + lane.slot
+        epoch = window.start // order.lane_length(lane.index)
+        cuts = [0, *(np.flatnonzero(np.diff(block)) + 1).tolist(), len(block)] if len(block) else []
+        for a, b in pairwise(cuts):
+            rows = Rows(row[a:b], step[a:b], slot[a:b])
+            wanted[lane.source.number, epoch, int(block[a])].append((rows, reads))
 
     def _start(self, now: int, wanted: Wanted) -> None:
         """Make room for the steps that are reached, and read: a block that several windows need once."""

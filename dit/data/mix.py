@@ -63,18 +63,22 @@ class Mixture:
                         f"data.mix: {first.root} and {other.root} differ in {name}{shown}; encode both with the same "
                         "codec and options"
                     )
+            if first.eps and (first.mean, first.std) != (other.mean, other.std):
+                raise DataError(
+                    f"data.mix: {first.root} and {other.root} are pairs of models that see other normalisations; mix "
+                    "pairs of one model"
+                )
 
     def shares(self, global_batch: int) -> list[tuple[Manifest, int]]:
         """Each data set with its slots of a global batch: the fractions, rounded by largest remainders."""
         exact = np.array([fraction * global_batch for _, fraction in self.parts])
         counts = np.floor(exact + 1e-9).astype(int)
-        for i in np.argsort(counts - exact, kind="stable")[: global_batch - counts.sum()]:
-            counts[i] += 1
+        counts[np.argsort(counts - exact, kind="stable")[: global_batch - counts.sum()]] += 1
         for (manifest, fraction), count in zip(self.parts, counts.tolist(), strict=True):
             if not count:
                 raise ConfigError(
-                    f"data.mix: {manifest.root} would fill {fraction:.2g} of a global batch of {global_batch}, less "
-                    "than a slot; raise its weight or the batch"
+                    f"data.mix: {manifest.root} would fill {fraction * global_batch:.2g} slots of a global batch of "
+                    f"{global_batch}; raise its weight or the batch"
                 )
         return [(m, n) for (m, _), n in zip(self.parts, counts.tolist(), strict=True)]
 

@@ -2,9 +2,9 @@
 
 An epoch permutes the blocks and rotates each (it begins at a random row, so that what is left out at the end is not
 the same every epoch even in one block); of their concatenation the first S * B samples are used (S = N // B steps of
-B slots) and cut into `lanes` equal stretches. Lane l fills slots [l * B/L, (l + 1) * B/L) of every step, in the
-order of its stretch with the samples of every `window` consecutive block pieces mixed. Ranks do not occur: a rank
-reads the lanes, or the part of one, that its slots belong to.
+B slots) and cut into `lanes` stretches, in proportion to the lanes' slots: B/L each, or one more. A lane fills its
+slots of every step in the order of its stretch, with the samples of every `window` consecutive block pieces mixed.
+Ranks do not occur: a rank reads the lanes, or the part of one, that its slots belong to.
 """
 
 from __future__ import annotations
@@ -24,9 +24,14 @@ T = TypeVar("T")
 _KEY_CHUNK = 4096  # sort keys are made this many at a time: one call costs the same for 10 and for 1000
 
 
-def effective_lanes(global_batch: int, lanes: int) -> int:
-    """The largest divisor of the global batch not above `lanes`."""
-    return next(d for d in range(min(lanes, global_batch), 0, -1) if global_batch % d == 0)
+def lane_slots(global_batch: int, lanes: int) -> list[int]:
+    """Where each lane's slots begin in the global batch, and where the last one's end.
+
+    As many lanes as there are slots at most; their sizes differ by one slot at most, the larger ones first.
+    """
+    lanes = min(lanes, global_batch)
+    size, more = divmod(global_batch, lanes)
+    return [lane * size + min(lane, more) for lane in range(lanes + 1)]
 
 
 def rank_slots(global_batch: int, rank: int, size: int) -> tuple[int, int]:
@@ -65,17 +70,16 @@ class Order:
             if value < 1:
                 raise ConfigError(f"{name} is {value}, expected at least 1")
         self.sizes = np.asarray(sizes, np.int64)
-        self.samples = int(self.sizes.sum())
+        self.most, self.samples = int(self.sizes.max()), int(self.sizes.sum())
         if global_batch > self.samples:
             raise ConfigError(
                 f"a global batch of {global_batch} is larger than the data set of {self.samples} samples: "
                 f"an epoch would have no step; take at most {self.samples}"
             )
         self.seed, self.global_batch, self.window = seed, global_batch, window
-        self.lanes = effective_lanes(global_batch, lanes)
-        self.per_lane = global_batch // self.lanes  # slots of a step that a lane fills
+        self.slots = lane_slots(global_batch, lanes)  # where each lane's begin
+        self.lanes = len(self.slots) - 1
         self.steps_per_epoch = self.samples // global_batch
-        self.lane_length = self.steps_per_epoch * self.per_lane  # samples of a lane in an epoch
         self._epochs: OrderedDict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = OrderedDict()
         self._keys: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
 
@@ -83,10 +87,19 @@ class Order:
         """The epoch a step belongs to."""
         return step // self.steps_per_epoch
 
+    def per_lane(self, lane: int) -> int:
+        """Slots of a step that a lane fills."""
+        return self.slots[lane + 1] - self.slots[lane]
+
+    def lane_length(self, lane: int) -> int:
+        """Samples of a lane in an epoch."""
+        return self.steps_per_epoch * self.per_lane(lane)
+
     def locate(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """(block, row) of every slot of a step, (B,) int64 each."""
         found = [
-            self._take(lane, step * self.per_lane, (step + 1) * self.per_lane) for lane in range(self.lanes)
+            self._take(lane, step * self.per_lane(lane), (step + 1) * self.per_lane(lane))
+            for lane in range(self.lanes)
         ]
         block, row = (np.concatenate(parts) for parts in zip(*found, strict=True))
         return block, row
@@ -103,16 +116,16 @@ class Order:
 
     def window_at(self, lane: int, position: int) -> Window:
         """The window that holds a lane's position; positions count on through the epochs."""
-        epoch, inside = divmod(position, self.lane_length)
+        epoch, inside = divmod(position, self.lane_length(lane))
         order, ends, shift = self._blocks(epoch)
-        low, high = lane * self.lane_length, (lane + 1) * self.lane_length  # the lane's stretch
+        low, high = (self.steps_per_epoch * slot for slot in self.slots[lane : lane + 2])  # its stretch
         first = _piece(ends, low)
         piece = first + (_piece(ends, low + inside) - first) // self.window * self.window
         last = min(piece + self.window, len(order))
         start, stop = max(low, int(ends[piece])), min(high, int(ends[last]))
         mixed = start + np.argsort(self._sort_keys(epoch, start, stop), kind="stable")  # (n,)
         which = np.searchsorted(ends, mixed, side="right") - 1  # (n,) place of the block in the epoch
-        moved = epoch * self.lane_length - low
+        moved = epoch * self.lane_length(lane) - low
         pieces = tuple(order[piece : _piece(ends, stop - 1) + 1].tolist())
         block = order[which]
         row = (mixed - ends[which] + shift[block]) % self.sizes[block]
@@ -149,6 +162,11 @@ class Order:
         ]
         keys = parts[0] if len(parts) == 1 else np.concatenate(parts)
         return keys[start - first * _KEY_CHUNK : stop - first * _KEY_CHUNK]
+
+
+def _mixed(keys: np.ndarray) -> np.ndarray:
+    """The stable argsort of n < 2^31 keys in [0, 2^32): with its place below it each is unique, and sorts fast."""
+    return np.sort(keys << 31 | np.arange(len(keys))) & (2**31 - 1)
 
 
 def _piece(ends: np.ndarray, place: int) -> int:

@@ -43,11 +43,12 @@ def neighbour_steps(order: Order, epoch: int = 0) -> np.ndarray:
     ends = np.concatenate([[0], np.cumsum(order.sizes)])
     step = np.full(order.samples, -1)
     for lane in range(order.lanes):
-        position, stop = epoch * order.lane_length, (epoch + 1) * order.lane_length
+        length = order.lane_length(lane)
+        position, stop = epoch * length, (epoch + 1) * length
         while position < stop:
             window = order.window_at(lane, position)
             place = np.arange(window.start, window.stop)
-            step[ends[window.block] + window.row] = place // order.per_lane
+            step[ends[window.block] + window.row] = place // order.per_lane(lane)
             position = window.stop
     there = (step[:-1] >= 0) & (step[1:] >= 0)
     there[ends[1:-1] - 1] = False  # the last row of a block and the first of the next

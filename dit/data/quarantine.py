@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 from dit.data import DataError
 from dit.data.blocks import BlockError
@@ -32,11 +32,10 @@ class Quarantine:
                 raise error if not self.budget else _over(error, known, self.budget)
             self.reasons[data_set, block] = str(error)
 
-    def load(self, blocks: Iterable[tuple[int, int]]) -> None:
-        """Blocks that a checkpoint says are broken: they stay so, whatever the files hold now."""
+    def load(self, reasons: Mapping[tuple[int, int], str]) -> None:
+        """Blocks that another rank found broken, or a checkpoint says are: they stay so, whatever files hold now."""
         with self._lock:
-            for data_set, block in blocks:
-                self.reasons.setdefault((data_set, block), "quarantined by the checkpoint")
+            self.reasons = {**reasons, **self.reasons}
 
 
 def _over(error: BlockError, known: dict[tuple[int, int], str], budget: int) -> DataError:

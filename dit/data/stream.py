@@ -137,6 +137,11 @@ class Stream:
         """What the batches that are being filled take at most: steps a window reaches into x samples a step."""
         return self._filler.depth(ahead) * len(self.slots) * self._filler.row_bytes
 
+    def forget(self) -> None:
+        """Let go of all batches that are being filled, and of the reads that wait; the next batch begins anew."""
+        with self._lock:
+            self._filler.forget()
+
     def close(self) -> None:
         """End the reading threads; the stream is of no use afterwards."""
         self._filler.close()
@@ -171,7 +176,8 @@ class Stream:
         def work() -> None:
             try:
                 for step in steps:
-                    batch = self.batch(step, ahead=prefetch)
+                    ahead = prefetch if stop_step is None else min(prefetch, stop_step - 1 - step)
+                    batch = self.batch(step, ahead)
                     if stopped.is_set():
                         return
                     made.put(batch)
@@ -192,6 +198,7 @@ class Stream:
                 with contextlib.suppress(queue.Empty):
                     made.get(timeout=0.01)
             thread.join()
+            self.forget()
 
 
 def _sources(
@@ -206,8 +213,9 @@ def _sources(
     found, offset, first_id = [], 0, 0
     for number, (manifest, share) in enumerate(mixture.shares(global_batch)):
         sizes = [b.samples for b in manifest.blocks]
-        part_lanes = max(1, round(lanes * share / global_batch))
-        order = Order(sizes, seed + (number << 48), share, part_lanes, window)
+        order = Order(
+            sizes, seed + (number << 48), share, max(1, round(lanes * share / global_batch)), window
+        )
         label_of = np.append(mixture.label_of(manifest), -1)
         found.append(Source(number, reader(manifest), order, offset, label_of, first_id))
         offset, first_id = offset + share, first_id + manifest.names.count

@@ -16,7 +16,7 @@ from dit.data import DataError
 from dit.data.blocks import BlockReader
 from dit.data.manifest import Manifest
 from dit.data.records import HEAD, TAR_BLOCK, npy_header, pack, parse_members, parse_npy
-from dit.data.storage.files import read_exactly
+from dit.data.storage.pieces import Pieces
 from tests.data.helpers import write_dataset
 
 
@@ -164,7 +164,26 @@ def test_a_short_read_goes_on(manifest, tmp_path):
     file.write_bytes(bytes(range(100)))
     parts = [memoryview(bytearray(n)) for n in (3, 0, 50, 7)]
     with file.open("rb") as opened:
-        read_exactly(opened.fileno(), list(parts), 10)
+        Pieces.over(parts).read(opened.fileno(), 10)
         assert b"".join(parts) == bytes(range(10, 70))
         with pytest.raises(EOFError, match="ended at byte 100"):
-            read_exactly(opened.fileno(), list(parts), 60)
+            Pieces.over(parts).read(opened.fileno(), 60)
+
+
+def test_a_file_that_changes_right_after_its_block_was_checked(manifest, monkeypatch):
+    """The second read, straight to the batches, is not of what was checked then: the checked bytes go there."""
+    reader = BlockReader(manifest)
+    expected = BlockReader(manifest).read(0)["moments"]
+    second = reader.storage.scatter
+
+    def altered(*args):
+        state = second(*args)
+        rows[...] = 0  # whatever it is now
+        return ("another", *state[1:])
+
+    rows = np.empty_like(expected)
+    monkeypatch.setattr(reader.storage, "scatter", altered)
+    reader.storage.read = lambda name, offset, buffers: second(name, offset, Pieces.over(buffers))
+    reader.scatter(0, [Pieces.of(rows)])
+    assert np.array_equal(rows, expected)
+    assert reader.reads == 1

@@ -117,6 +117,18 @@ def test_what_the_mixture_is(sets):
     assert whole.digest in digests
 
 
+@pytest.mark.parametrize("share", [179, 77, 167, 251])
+def test_any_share_keeps_its_lanes(tmp_path, share):
+    """Also one that no number of lanes divides: its part of a batch comes from many blocks."""
+    made = write_dataset(tmp_path / "set", [4] * 256)
+    stream = Stream(Mixture(((made, share / 256), (made, 1 - share / 256))), 0, 256)
+    order = stream.order
+    stream.close()
+    assert order.global_batch == share
+    assert order.lanes == round(64 * share / 256)
+    assert len(set(order.locate(0)[0].tolist())) >= order.lanes
+
+
 def test_data_sets_that_do_not_fit(sets, tmp_path):
     other = write_dataset(tmp_path / "other", [4, 4], codec={"name": "another"})
     with pytest.raises(DataError, match="differ in codec"):
@@ -136,7 +148,7 @@ def test_weights_and_repeats_do_not_mix(sets, shares):
 
 def test_a_share_of_less_than_a_slot(sets):
     mixture = mixed((sets[0], {"weight": 99}), (sets[1], {"weight": 1}))
-    with pytest.raises(ConfigError, match="less than a slot"):
+    with pytest.raises(ConfigError, match=r"would fill 0\.2 slots"):
         Stream(mixture, 0, 20)
 
 

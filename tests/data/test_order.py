@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit.config import ConfigError
-from dit.data.order import Order, effective_lanes, rank_slots
+from dit.data.order import Order, lane_slots, rank_slots
 from dit.rng import Draws, Purpose, permutation
 
 
@@ -31,9 +31,8 @@ def pairs(order, steps):
 
 def reference_epoch(sizes, seed, global_batch, lanes, window, epoch):
     """The same order, straight from the words of the data contract: {(step in epoch, slot): (block, row)}."""
-    lanes = max(d for d in range(1, lanes + 1) if global_batch % d == 0)
     steps = sum(sizes) // global_batch
-    k = global_batch // lanes
+    owner = sorted(slot % min(lanes, global_batch) for slot in range(global_batch))  # dealt in turn
     bits = Draws(seed, epoch, torch.arange(len(sizes)), 1).bits(Purpose.ROTATION, 1)[:, 0].tolist()
     first = [bit * size // 2**32 for bit, size in zip(bits, sizes, strict=True)]
     places = [
@@ -42,8 +41,9 @@ def reference_epoch(sizes, seed, global_batch, lanes, window, epoch):
         for i in range(sizes[b])
     ]
     found = {}
-    for lane in range(lanes):
-        stretch = list(range(lane * steps * k, (lane + 1) * steps * k))
+    for lane in range(min(lanes, global_batch)):
+        slot, k = owner.index(lane), owner.count(lane)
+        stretch = list(range(slot * steps, (slot + k) * steps))
         touched = list(dict.fromkeys(places[p][0] for p in stretch))  # the lane's block pieces
         mixed = []
         for w in range(0, len(touched), window):
@@ -52,7 +52,7 @@ def reference_epoch(sizes, seed, global_batch, lanes, window, epoch):
             keys = words[torch.arange(len(inside)), torch.tensor(inside) % 4].tolist()
             mixed += [p for _, p in sorted(zip(keys, inside, strict=True))]
         for i, p in enumerate(mixed):
-            found[i // k, lane * k + i % k] = places[p]
+            found[i // k, slot + i % k] = places[p]
     return found
 
 
@@ -98,12 +98,16 @@ def test_windows_tile_a_lane_and_touch_no_more_than_their_blocks(given_order, po
         assert set(window.block.tolist()) == set(window.pieces)
         assert len(window.pieces) <= order.window
         assert order.window_at(lane, window.stop).start == window.stop
-        assert window.start // order.lane_length == (window.stop - 1) // order.lane_length
+        assert window.start // order.lane_length(lane) == (window.stop - 1) // order.lane_length(lane)
 
 
 @given(st.integers(1, 500), st.integers(1, 80))
-def test_effective_lanes_is_the_largest_divisor_within(batch, lanes):
-    assert effective_lanes(batch, lanes) == max(d for d in range(1, lanes + 1) if batch % d == 0)
+def test_lanes_share_the_slots_evenly(batch, lanes):
+    slots = lane_slots(batch, lanes)
+    sizes = np.diff(slots).tolist()
+    assert (slots[0], slots[-1], len(sizes)) == (0, batch, min(lanes, batch))
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] - sizes[-1] <= 1
 
 
 @given(st.integers(1, 64), st.integers(1, 16))

@@ -1,0 +1,35 @@
+"""tools/bench.py: the table and the figures."""
+
+import json
+
+import pytest
+
+from tests.commands import execute
+
+
+@pytest.mark.slow
+def test_loader(tmp_path):
+    done = execute(
+        "bench.py", "loader", f"--folder={tmp_path / 'data'}", "--samples=1000", "--plain=200", "--repeats=1",
+        "--batch=64", f"--json_file={tmp_path / 'found.json'}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for words in (
+        "memory map",
+        "plain webdataset",
+        "first epoch",
+        "over 80 epochs",
+        "resumed / fresh",
+        "4 rank(s)",
+    ):
+        assert words in done.stdout
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["protocol"]["samples"] == 1000
+    assert found["figures"]["of memory map"]["median"] > 0
+
+
+def test_sizes_are_checked_first():
+    done = execute("bench.py", "loader", "--samples=10", "--plain=20")
+    assert done.returncode == 1
+    assert "at most samples" in done.stderr
+    assert "Traceback" not in done.stderr
