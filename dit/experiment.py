@@ -125,6 +125,10 @@ class Experiment(RunConfig):
         """Parameters, FLOPs and memory of the model on these data."""
         return cost(self.model, manifest.input_size, manifest.channels, len(manifest.classes))
 
+    def open_codec(self, manifest: Manifest, device: torch.device) -> Codec:
+        """What decodes the pictures that training draws. Raises as `open_codec` of dit.train.latents does."""
+        return open_codec(self.codec, manifest.codec, f"{self.data.name}/manifest.json", device)
+
     def norm(self, manifest: Manifest) -> LatentNorm:
         """The latents' normalisation."""
         return latent_norm(manifest, self.latents.norm)
@@ -132,7 +136,7 @@ class Experiment(RunConfig):
     def _hooks(self, manifest: Manifest, norm: LatentNorm, task: LatentTask, world: World) -> list[Hook]:
         hooks = held_out_hook(self, manifest, task, world)
         if self.sample.every:
-            codec = open_codec(self.codec, manifest.codec, f"{self.data.name}/manifest.json", world.device)
+            codec = self.open_codec(manifest, world.device)
             agreed, device = latent_contract(manifest, norm), world.device
             opener = Checkpoints(
                 self.objective.path, agreed, self.run_dir, "ema", device, self.train.precision

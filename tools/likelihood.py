@@ -25,6 +25,7 @@ from dit.data import DataError
 from dit.data.blocks import BlockReader
 from dit.data.codecs.codec import check_same_codec
 from dit.data.manifest import Manifest
+from dit.data.readers import open_reader
 from dit.evals.protocol import protocol_hash
 from dit.experiment import Trained
 from dit.files import write_atomically
@@ -134,7 +135,7 @@ def measure(
     model, objective = trained.model.requires_grad_(False), trained.experiment.objective
     network = with_precision(model, world.device, precision)
     denoise = Denoiser(network, objective.path, objective.prediction)
-    reader, found = BlockReader(manifest), {}
+    reader, found = open_reader(manifest), {}
     starts = range(0, total, batch_size)[world.rank :: world.size]
     for start in tqdm(starts, unit="batch", disable=not world.is_main, desc=LIKELIHOODS.name_of(spec.method)):
         index = torch.arange(start, min(start + batch_size, total))

@@ -8,9 +8,10 @@ from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch
+
 from dit.cli import run
 from dit.configfile import load
-from dit.data.manifest import Manifest
 from dit.dist import World
 from dit.experiment import Experiment
 from dit.train import run_dir
@@ -38,8 +39,10 @@ def main(
 
 def report(cfg: Experiment) -> str:
     """What the run will cost, computed from the config and the data's manifest; refuses what training would."""
-    world, manifest = World.from_env(), Manifest.load(cfg.data.path)
+    world, manifest = World.from_env(), cfg.data.open().manifest
     held_out_hook(cfg, manifest, cfg.task(manifest, world), world)
+    if cfg.sample.every:
+        cfg.open_codec(manifest, torch.device("cpu"))
     run_dir.compare(Path(cfg.run_dir) / run_dir.CONFIG, cfg)
     cost, train = cfg.cost(manifest), cfg.train
     micro, local = train.micro(world), train.local_batch(world)

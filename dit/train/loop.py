@@ -26,6 +26,7 @@ from dit.train.fragments import Engine
 from dit.train.hooks import Hook
 from dit.train.meters import Meters, RunLog
 from dit.train.optim import OptimConfig
+from dit.train.quarantine import SharedQuarantine
 from dit.train.settings import CheckpointConfig, TrainConfig
 from dit.train.task import Samples, Task, batch_samples, loss_of
 
@@ -68,7 +69,8 @@ class Loop:
         self.world = self.engine.world
         self.step = 0  # steps done
         self.skipped_in_a_row = 0
-        self.reported: set[tuple[int, int]] = set()  # blocks in quarantine that were spoken of
+        self.quarantine = SharedQuarantine(self.stream.quarantine, self.say)
+        self.batches: Any = None  # of the stream, under way
         self.meters = Meters(self.engine.device)
         self.micro = self.train.micro(self.world)
 
@@ -83,7 +85,7 @@ class Loop:
         meta = found.meta
         self.check_config(meta["config"], str(found.path))
         self._check_data(found)
-        self.stream.quarantine.load(tuple(block) for block in meta.get("quarantine", ()))
+        self.quarantine.load(meta["quarantine"])
         dist.together(
             lambda: checkpoint.load_into(found, self.engine.fragments(), self.ema.pieces, self.engine.module)
         )
@@ -107,27 +109,11 @@ class Loop:
             "meters": self.meters.state(),
             "probe": {"precision": self.train.precision, **self._probe_losses()},
             "world_size": self.world.size,
-            "quarantine": self._quarantined(),
+            "quarantine": self.quarantine.agree(self._stop_reading),
         }
         folder = self.run_dir / "checkpoints"
         checkpoint.save(folder, self.step, self.engine.fragments(), self.ema.pieces, self.engine.module, meta)
         dist.on_main(lambda: checkpoint.prune(folder, self.saving.keep, self.step))
-
-    def _quarantined(self) -> list[tuple[int, int]]:
-        """Blocks that any rank could not read, as (data set, block); TrainingError beyond the budget. Collective."""
-        quarantine = self.stream.quarantine
-        known: dict[tuple[int, int], str] = {}
-        for reasons in dist.gather_objects(quarantine.reasons):
-            known |= reasons
-        for block in known.keys() - self.reported:
-            self.say(f"quarantined, its samples are left out: {known[block]}")
-        self.reported |= known.keys()
-        if len(known) > quarantine.budget:
-            raise TrainingError(
-                f"{len(known)} blocks cannot be read, data.max_quarantined = {quarantine.budget}:\n  "
-                + "\n  ".join(list(known.values())[:10])
-            )
-        return sorted(known)
 
     @torch.no_grad()
     def _probe_losses(self) -> dict[str, float]:
@@ -199,19 +185,27 @@ class Loop:
         finally:
             bar.close()
             log.close()
+            self.stream.close()
 
     def _batches(self) -> Iterator[Batch]:
         """Batches from the next step to the last, timing how long each is waited for."""
-        batches: Any = self.stream.iterate(self.step, self.train.steps, self.prefetch)
         try:
             self.meters.reset_clock()
             while self.step < self.train.steps:
+                if self.batches is None:
+                    self.batches = self.stream.iterate(self.step, self.train.steps, self.prefetch)
                 asked = time.perf_counter()
-                batch = next(batches)
+                batch = next(self.batches)
                 self.meters.wait_seconds += time.perf_counter() - asked
                 yield batch
         finally:
-            batches.close()
+            self._stop_reading()
+
+    def _stop_reading(self) -> None:
+        """Forget batches that were read ahead."""
+        if self.batches is not None:
+            self.batches.close()
+            self.batches = None
 
     def train_step(self, batch: Batch) -> None:
         """One step: draw, forward and backward by micro-batches, update, average."""
@@ -285,7 +279,7 @@ class Loop:
                 "mfu": mfu,
                 "updates": self.engine.updates,
                 "skipped": self.engine.skipped,
-                **({"quarantined": len(self._quarantined())} if self.stream.quarantine.budget else {}),
+                **({"quarantined": len(self.quarantine.known())} if self.stream.quarantine.budget else {}),
             },
         )
         return float(row["loss"] or 0.0)

@@ -50,7 +50,11 @@ class Meters:
         """Add one micro-batch, by its samples: how the batch was cut does not show."""
         count = len(loss.per_sample)
         present = loss.mean.new_full((), float(count)) if loss.valid is None else loss.valid.sum()
-        terms = {"loss": count * loss.mean.detach().float(), "count": present.float()}
+        terms = {
+            "loss": count * loss.mean.detach().float(),
+            "count": present.float(),
+            "slots": loss.mean.new_full((), float(count)).float(),
+        }
         if loss.t is not None:
             terms["quarters"] = sums_by_quarter(loss)
         terms |= {f"metric/{name}": count * value.detach().float() for name, value in loss.metrics.items()}
@@ -95,7 +99,8 @@ class Meters:
         """The interval's figures, after which a new one starts; collective.
 
         steps, samples: since the last call, on the clock. Keys as in metrics.jsonl; loss_q1..q4 are the means over
-        t in [0, 1/4), ..., [3/4, 1], None where no t fell there.
+        t in [0, 1/4), ..., [3/4, 1], None where no t fell there. Losses are means over the samples that are not
+        missing; the tasks' own metrics are over all slots, missing ones (zeros) too.
         """
         sums, batch_hash = self._reduced(), self._reduced_hash()
         elapsed = max(1e-9, time.perf_counter() - self._since - self._paused)
@@ -104,7 +109,9 @@ class Meters:
         for i, (total, n) in enumerate(sums["quarters"].T.tolist() if "quarters" in sums else ()):
             row[f"loss_q{i + 1}"] = total / n if n else None
         row |= {
-            n.removeprefix("metric/"): float(v) / count for n, v in sums.items() if n.startswith("metric/")
+            n.removeprefix("metric/"): float(v) / float(sums["slots"])
+            for n, v in sums.items()
+            if n.startswith("metric/")
         }
         row |= {"images_per_s": samples / elapsed, "step_ms": 1e3 * elapsed / max(1, steps)}
         row |= {"data_wait": self.wait_seconds / elapsed, "batch_hash": batch_hash}

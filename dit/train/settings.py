@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from dit.config import ConfigError, config
+from dit.config import ConfigError, Problem, config
 from dit.data.mix import Mixture, PartConfig
 from dit.data.storage.nodecache import NodeCacheConfig
 from dit.dist import World
@@ -86,17 +86,13 @@ class DataConfig:
     """Where the shards lie and in what order they are read. The order depends on seed, lanes and window alone."""
 
     path: str | None = None  # folder or URL with a manifest.json, written by tools/encode.py
-    mix: tuple[
-        PartConfig, ...
-    ] = ()  # or several: [{path: A, weight: 3}, {path: B, weight: 1}]; or with repeat
+    mix: tuple[PartConfig, ...] = ()  # or several: [{path: A, weight: 3}, {path: B, weight: 1}], or repeat
     val: str | None = None  # held-out shards of the same codec, for the held-out loss
-    lanes: int = 64  # data sequences; the largest divisor of the global batch up to this is used
+    lanes: int = 64  # data sequences that a batch is filled from, evenly; as many as its samples at most
     window: int = 2  # blocks a lane shuffles over
     prefetch: int = 4  # batches made ahead
     readers: int = 2  # threads a rank that read blocks
-    max_quarantined: int = (
-        0  # blocks that may be unreadable; their samples keep their slots and count for nothing
-    )
+    max_quarantined: int = 0  # blocks that may be unreadable: their samples then count for nothing
     cache: NodeCacheConfig = NodeCacheConfig()
 
     def __post_init__(self) -> None:
@@ -105,8 +101,13 @@ class DataConfig:
                 raise ConfigError(f"data.{name} must be at least 1, got {getattr(self, name)}")
         if self.max_quarantined < 0:
             raise ConfigError(f"data.max_quarantined must be at least 0, got {self.max_quarantined}")
-        if bool(self.path) == bool(self.mix):
-            raise ConfigError("data needs a path, or a mix of several data sets, and not both")
+        if self.path and self.mix:
+            twice = Problem(("path",), "is set, and data.mix too; add --data.path=null")
+            raise ConfigError(
+                problems=[twice, Problem(("mix",), "is set, and data.path too; or add --data.mix=[]")]
+            )
+        if not self.path and not self.mix:
+            raise ConfigError("data needs a path, or a mix of several data sets")
 
     @property
     def name(self) -> str:

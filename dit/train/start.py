@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from dit.config import to_dict
 from dit.data.manifest import Manifest
 from dit.data.mix import Mixture
 from dit.data.quarantine import Quarantine
+from dit.data.storage.remote import public
 from dit.data.stream import Stream
 from dit.dist import World
 from dit.model.cost import peak_flops
@@ -52,11 +53,16 @@ def train(cfg: RunConfig, make_parts: Callable[[Manifest, World], Parts]) -> Non
         torch.set_num_threads(cfg.train.threads)
     with dist.session() as world:
         loop = build(cfg, make_parts, world)
+        if len(loop.stream.sources) > 1:
+            loop.say(f"each batch of {cfg.train.global_batch}: {_shares(loop.stream)}")
         with run_dir.locked(loop.run_dir, world):
             if loop.resume() and loop.step >= cfg.train.steps:
                 loop.say(f"{cfg.run_dir} has done its {cfg.train.steps} steps; raise train.steps to go on")
                 return
             loop.run()
+            missing = loop.quarantine.known()
+            if missing:
+                loop.say(f"left out: {_left_out(loop.stream, missing)}")
             loop.say(f"done: {loop.step} steps; everything is in {loop.run_dir}")
 
 
@@ -98,6 +104,18 @@ def build(cfg: RunConfig, make_parts: Callable[[Manifest, World], Parts], world:
         hooks=parts.hooks,
         prefetch=cfg.data.prefetch,
     )
+
+
+def _left_out(stream: Stream, blocks: Iterable[tuple[int, int]]) -> str:
+    """How much of the data is in quarantine."""
+    found = list(blocks)
+    lost = sum(stream.sources[n].reader.manifest.blocks[block].samples for n, block in found)
+    whole = sum(source.order.samples for source in stream.sources)
+    return f"{lost} of {whole} samples ({lost / whole:.2%}), in {len(found)} block(s) that cannot be read"
+
+
+def _shares(stream: Stream) -> str:
+    return ", ".join(f"{s.order.global_batch} from {public(s.reader.manifest.root)}" for s in stream.sources)
 
 
 def stored_shape(manifest: Manifest) -> tuple[int, ...]:

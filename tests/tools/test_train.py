@@ -157,6 +157,8 @@ def test_dry_run_tells_the_cost_and_trains_nothing(
             "no multiple of",
         ),
         (["--val.every=1", "--data.val=nowhere"], "nowhere"),
+        (["--sample.every=5", "--codec=null"], "nothing says where it is"),
+        (["--sample.every=5", "--codec={name: vae, path: /nowhere}"], "/nowhere/config.json is missing"),
     ],
 )
 def test_a_dry_run_refuses_what_training_would(

@@ -15,7 +15,8 @@ from dit import dist
 from dit.data import DataError
 from dit.data.manifest import Manifest
 from dit.train.checkpoint import CheckpointError
-from dit.train.loop import Loop, TrainingError
+from dit.train.loop import Loop
+from dit.train.quarantine import QuarantineError
 from tests.data.helpers import flip_byte
 from tests.data.storage.http_server import serving
 from tests.datasets import Digits
@@ -59,20 +60,42 @@ def test_the_same_on_one_rank_and_two(digits: Digits, broken: Path, ranks: Serve
     assert column(tmp_path / "two", "quarantined")[-1] == 1
 
 
+def test_what_was_left_out_is_said_at_the_end(
+    digits: Digits, broken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    go(quarantined(digits, tmp_path / "run", broken, engine="local"))
+    said = capsys.readouterr().out
+    assert "quarantined, its samples are left out" in said
+    assert "left out: 16 of 160 samples (10.00%), in 1 block(s)" in said
+
+
 def test_what_is_missing_weighs_nothing(digits: Digits, broken: Path, tmp_path: Path) -> None:
-    """Gradients are those of the samples that are there, over the whole batch's count; the loss is their mean."""
+    """The loss is the mean of the samples that are there; the gradient is theirs, over the count of all slots."""
     given = quarantined(digits, tmp_path / "run", broken, engine="local", train={"micro_batch": None})
     loop = built(given)
     step = next(s for s in range(STEPS) if not loop.stream.batch(s).whole)
     batch = loop.stream.batch(step)
-    seen = list(_losses(loop, step))
+    per_sample, valid = next(_losses(loop, step)), batch.valid
+    assert valid is not None
+    ((per_sample * valid).sum() / BATCH).backward()
+    expected = {n: p.grad.clone() for n, p in loop.engine.module.named_parameters() if p.grad is not None}
+    loop.engine.module.zero_grad()
+    seen: dict[str, torch.Tensor] = {}
+    stepped = loop.engine.step
+
+    def step_and_look(lr: float) -> bool:
+        seen.update(
+            {n: p.grad.clone() for n, p in loop.engine.module.named_parameters() if p.grad is not None}
+        )
+        return stepped(lr)
+
+    loop.engine.step = step_and_look  # type: ignore[method-assign]
     loop.step = step
     loop.train_step(batch)
-    (per_sample,) = seen
-    valid = batch.valid
-    assert valid is not None
+    assert seen.keys() == expected.keys()
+    assert all(torch.allclose(seen[n], expected[n], rtol=1e-5, atol=1e-8) for n in expected)
     row = loop.meters.take(1, BATCH)
-    assert row["loss"] == pytest.approx(float(per_sample[valid].mean()), rel=1e-6)
+    assert row["loss"] == pytest.approx(float(per_sample.detach()[valid].mean()), rel=1e-6)
     loop.stream.close()
 
 
@@ -84,7 +107,7 @@ def _losses(loop: Loop, step: int) -> Iterator[torch.Tensor]:
     batch = loop.stream.batch(step)
     draws = Draws(loop.seed, step, batch.slots, loop.train.global_batch)
     samples, _ = batch_samples(batch, loop.task, draws, loop.engine.device)
-    yield loop.task.loss(loop.engine, samples).per_sample.detach()
+    yield loop.task.loss(loop.engine, samples).per_sample
 
 
 def test_a_block_in_quarantine_stays_there_when_the_file_is_mended(
@@ -104,24 +127,62 @@ def test_a_block_in_quarantine_stays_there_when_the_file_is_mended(
 
 def test_the_budget_is_of_all_ranks_together(digits: Digits, ranks: Server, tmp_path: Path) -> None:
     """Each rank meets blocks of its own; together they are more than allowed."""
-    folder = shutil.copytree(digits.moments, tmp_path / "broken")
-    manifest = Manifest.load(folder)
-    for block in manifest.blocks:
-        flip_byte(manifest.path(block.shard), block.offset + 5000)
-    found = ranks.run(2, _beyond, quarantined(digits, tmp_path / "run", folder, 9, train={"steps": 1}))
+    found = ranks.run(2, _beyond, quarantined(digits, tmp_path / "run", digits.moments, 9))
     assert all("10 blocks cannot be read, data.max_quarantined = 9" in text for text in found)
 
 
 def _beyond(given: dict[str, Any]) -> str:
-    """Reads only as much as makes the ranks exceed the budget together, not one of them alone."""
     loop = built(given)
     rank = dist.World.from_env().rank
-    loop.stream.quarantine.reasons |= {(0, 5 * rank + i): "unreadable" for i in range(5)}
+    loop.stream.quarantine.load({(0, 5 * rank + i): "unreadable" for i in range(5)})
     try:
         loop.save()
-    except TrainingError as error:
+    except QuarantineError as error:
         return str(error)
     return ""
+
+
+def test_a_lower_budget_is_noticed_before_anything_is_trained(
+    digits: Digits, broken: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    go(quarantined(digits, run, broken, engine="local", train={"steps": 10}))
+    with pytest.raises(QuarantineError, match=r"1 blocks cannot be read.*= 0:\n.*shard-\d+.tar: record"):
+        go(quarantined(digits, run, broken, 0, engine="local"))
+    assert column(run, "step")[-1] == 10
+
+
+def test_a_fault_that_one_rank_saw_once_holds_for_all_after_a_checkpoint(
+    digits: Digits, ranks: Server, tmp_path: Path
+) -> None:
+    """So a resume from there is the unbroken run, though the file is whole."""
+    given = quarantined(digits, tmp_path / "run", digits.moments, 5, checkpoint={"every": 5})
+    ranks.run(2, _with_a_fault, given)
+    hashes = column(tmp_path / "run", "batch_hash")
+    assert column(tmp_path / "run", "quarantined")[-1] == 1
+    for step in (5, 10):
+        run = shutil.copytree(tmp_path / "run", tmp_path / f"from-{step}")
+        for path in (run / "checkpoints").iterdir():
+            if path.name > at_step(run, step).name:
+                shutil.rmtree(path)
+        ranks.run(2, go, given | {"run_dir": str(run)})
+        assert column(run, "batch_hash") == hashes
+
+
+def _with_a_fault(given: dict[str, Any]) -> None:
+    """The first read of one block fails, on rank 0 alone."""
+    loop = built(given)
+    reader = loop.stream.sources[0].reader
+    fetch, failed = reader.fetch, []
+
+    def once(index: int, buffers: list[memoryview]) -> Any:
+        if not failed and dist.World.from_env().is_main:
+            failed.append(index)
+            raise reader.fault(index, "a cable was loose")
+        return fetch(index, buffers)
+
+    reader.fetch = once  # type: ignore[method-assign]
+    loop.run()
 
 
 # --- mixtures ----------------------------------------------------------------------------------------------

@@ -98,7 +98,8 @@ def two_ranks_after_a_resume() -> dict:
     rank = World.from_env().rank
     meters = Meters(CPU)
     meters.load_state(
-        {"sums": {"loss": 6.0, "count": 2.0, "metric/drop": 1.0}, "batch_hash": 2**63 - 1}, rank == 0
+        {"sums": {"loss": 6.0, "count": 2.0, "slots": 2.0, "metric/drop": 1.0}, "batch_hash": 2**63 - 1},
+        rank == 0,
     )
     meters.add(loss([1.0 + rank], [0.3 * rank]))
     meters.add_hash(torch.tensor([1 + rank]))
