@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from dit.config import Registry, annotation_at, class_at, did_you_mean, is_many, keys_of, parts_of, to_dict
 from dit.dist import World
-from dit.errors import Notice, UserError
+from dit.errors import Notice, Stopped, UserError
 
 Command = Callable[..., Any]
 
@@ -46,7 +46,7 @@ def run(
     argv: list[str] | None = None,
     choices: Mapping[str, Registry[Any]] | None = None,
 ) -> None:
-    """Check argv, then let Fire call the function. Ends the process with 0, 1 (failed) or 2 (wrong usage).
+    """Check argv, then let Fire call the function. Ends the process with 0, 1 (failed), 2 (usage) or 75 (stopped).
 
     config: the config class whose keys `--help` lists, for functions that take overrides. choices: flags whose
     values are members of a registry, which `--help` lists with their fields.
@@ -67,6 +67,8 @@ def run(
     except BrokenPipeError:  # what is printed is piped to a command that has read enough, such as head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
         raise SystemExit(1) from None
+    except Stopped as stopped:
+        raise SystemExit(stopped.status) from None
     except (UserError, OSError) as error:
         _fail(str(error), 1)
     except KeyboardInterrupt:

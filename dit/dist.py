@@ -8,21 +8,26 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as td
 from torch import Tensor
 
-from dit.errors import UserError
+from dit.errors import Stopped, UserError
 
 T = TypeVar("T")
 
+# By which schedulers ask a job to end in good order, before they end it themselves.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _LAUNCHERS = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
 
 
@@ -103,6 +108,26 @@ def session(timeout: timedelta = timedelta(minutes=10)) -> Iterator[World]:
         if not launched:
             for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
                 os.environ.pop(name, None)
+
+
+@contextlib.contextmanager
+def on_signals(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Have SIGNALS handled inside (in the main thread, where alone they can be), and as before afterwards.
+
+    Once Stopped was raised they do nothing any more: a launcher passes them on to ranks that are just leaving.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handle) for number in SIGNALS}
+    try:
+        yield
+    except Stopped:
+        before = dict.fromkeys(SIGNALS, signal.SIG_IGN)
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def free_port() -> int:

@@ -1,8 +1,14 @@
-"""The one base of errors that are for the user, and of warnings: the command line prints their text alone."""
+"""What ends or accompanies a command: errors and warnings whose text alone is printed, and stops in good order."""
 
 
 class Notice(UserWarning):
     """Something that does not stop the work, and that its user should know: a command prints its text, on one line."""
+
+
+class Stopped(Exception):
+    """The run was asked to end, has saved and has said so. It goes on when the same command is started again."""
+
+    status = 75  # that the command line exits with: EX_TEMPFAIL of sysexits.h, "try again"
 
 
 class UserError(ValueError):

@@ -4,7 +4,11 @@
 #SBATCH --job-name=dit
 #SBATCH --output=slurm-%j.out
 #SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=USR1@180
 set -euo pipefail
+
+STOPPED=75 # exit status of a run that a signal stopped, saved, and that wants to go on
 
 usage() {
     cat <<'USAGE'
@@ -13,7 +17,9 @@ sbatch [SBATCH OPTIONS] launch/multinode.sh tools/encode.py IMAGES OUT [--flag=v
 
 Starts tools/train.py, or the program that comes first (*.py, from the checkout), with the given arguments, one
 SLURM task per rank (srun; no torchrun, no ssh). Submit it from the checkout; the checkout and the run directory
-(or OUT) must be on a file system that all nodes share. The same command again resumes. Examples:
+(or OUT) must be on a file system that all nodes share. The same command again resumes. So does the job itself: USR1
+comes 180 s before the time limit (--signal=USR1@N: another time), the run saves at the next step, and the job queues
+again; as it does when a node fails. TERM to the ranks (preemption) saves likewise. Examples:
 
   sbatch --nodes=4 --gpus-per-node=8 --ntasks-per-node=8 --cpus-per-task=12 --time=24:00:00 \
       launch/multinode.sh configs/imagenet256/b2_rectified_flow.yaml --run_dir=/shared/runs/a
@@ -29,6 +35,7 @@ each other's GPUs. Inside salloc, `launch/multinode.sh CONFIG ...` starts in tha
   DIT_ENTRY=file           the program to start instead of tools/train.py (absolute, or from the checkout)
   MASTER_PORT=n            rank 0's port; default 10000 + job id modulo 20000
   OMP_NUM_THREADS=n        threads per rank, at most the task's cores (which is the default)
+  REQUEUE=0                do not queue again after a signal; the job ends with status 75
   DRY_RUN=1                print what would run, and stop
 USAGE
 }
@@ -138,4 +145,14 @@ if [[ $dry_run != 0 ]]; then
 fi
 echo "job $SLURM_JOB_ID (restart ${SLURM_RESTART_COUNT:-0}): ${SLURM_NTASKS:-$SLURM_JOB_NUM_NODES} ranks on $SLURM_JOB_NODELIST," \
     "rendezvous $MASTER_ADDR:$MASTER_PORT, $OMP_NUM_THREADS threads each"
-exec "${command[@]}"
+# TERM to this script itself: SLURM ends the job (cancelled, preempted), and decides whether it queues again.
+terminated=0
+trap 'terminated=1' TERM
+status=0
+"${command[@]}" || status=$?
+if ((status == STOPPED && terminated == 0)) && [[ ${REQUEUE:-1} != 0 ]]; then
+    echo "job $SLURM_JOB_ID was stopped by a signal and has saved: it queues again"
+    scontrol requeue "$SLURM_JOB_ID" && sleep 60 # which ends this script
+    echo "launch/multinode.sh: job $SLURM_JOB_ID cannot be queued again; submit the same command to go on" >&2
+fi
+exit "$status"

@@ -16,6 +16,8 @@ from torch.distributed.elastic.multiprocessing.api import SignalException  # noq
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure  # noqa: E402
 from torch.distributed.run import main  # noqa: E402
 
+from dit.errors import Stopped  # noqa: E402
+
 
 def ended(rank: int, failure: ProcessFailure) -> str:
     """How a rank ended."""
@@ -34,6 +36,8 @@ def run() -> int:
     try:
         main()
     except ChildFailedError as error:
+        if error.get_first_failure()[1].exitcode == Stopped.status:
+            return Stopped.status
         print(f"launch/local.sh: {ended(*error.get_first_failure())}", file=sys.stderr, flush=True)
         return 1
     except SignalException as error:

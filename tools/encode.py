@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -27,6 +28,7 @@ from dit.data.encoding.parts import images_done
 from dit.data.sources.crops import CROPS
 from dit.data.sources.images import ImageSource, check_spec, open_source, unlabelled_note
 from dit.data.sources.parquet import Columns
+from dit.errors import Stopped
 
 PATIENCE = 60  # seconds until a rank says that it waits for one which nobody takes over from
 
@@ -119,16 +121,21 @@ def _checked(
 
 @contextlib.contextmanager
 def _interruptible(out: Path, world: dist.World) -> Iterator[None]:
-    """Ctrl-C ends with what is done, said once."""
+    """Ctrl-C, or a scheduler's signal, ends with what is done, said once."""
     try:
-        yield
-    except KeyboardInterrupt:
+        with dist.on_signals(_stop):
+            yield
+    except (KeyboardInterrupt, Stopped) as ended:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun passes it on, to those who have it already
         done = images_done(out)
         kept = f"{done} images are done and kept" if done else "nothing is done yet"
         if world.is_main:
             print(f"interrupted: {kept}; start the same command again to go on", file=sys.stderr, flush=True)
-        raise SystemExit(130) from None
+        raise SystemExit(Stopped.status if isinstance(ended, Stopped) else 130) from None
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise Stopped
 
 
 def _encode(source: ImageSource, codec: Codec, out: str, options: EncodeOptions, world: dist.World) -> None:

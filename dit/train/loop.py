@@ -17,7 +17,7 @@ from tqdm import tqdm
 from dit import dist
 from dit.config import flatten
 from dit.data.stream import Batch, Stream
-from dit.errors import UserError
+from dit.errors import Stopped, UserError
 from dit.rng import Draws
 from dit.train import checkpoint
 from dit.train.checkpoint import CheckpointError
@@ -28,6 +28,7 @@ from dit.train.meters import Meters, RunLog
 from dit.train.optim import OptimConfig
 from dit.train.quarantine import SharedQuarantine
 from dit.train.settings import CheckpointConfig, TrainConfig
+from dit.train.stop import stop_request
 from dit.train.task import Samples, Task, batch_samples, loss_of
 
 PROBE_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}  # relative
@@ -151,7 +152,10 @@ class Loop:
     # --- training ---
 
     def run(self) -> None:
-        """Train to train.steps, logging, saving and calling hooks on the way; collective."""
+        """Train to train.steps, logging, saving and calling hooks on the way; collective.
+
+        Raises Stopped where a signal asked for it, after the step's checkpoint.
+        """
         log = RunLog(self.run_dir, self.step, self.world.is_main)
         bar = tqdm(
             total=self.train.steps,
@@ -160,22 +164,13 @@ class Loop:
             disable=not self.world.is_main,
             smoothing=0.05,
         )
-        logged = self.step
+        self._logged = self.step
         try:
-            for batch in self._batches():
-                self.train_step(batch)
-                last = self.step == self.train.steps
-                bar.update()
-                if self.step % self.train.log_every == 0:
-                    bar.set_postfix(loss=f"{self._log(log, self.step - logged):.4f}", refresh=False)
-                    logged = self.step
-                paused = time.perf_counter()
-                for hook in self.hooks:
-                    if hook.every and (self.step % hook.every == 0 or last):
-                        hook(self.step, self.engine, self.ema, log)
-                if self.step % self.saving.every == 0 or last:
-                    self.save()
-                self.meters.pause(time.perf_counter() - paused)
+            with stop_request(self.world) as stop:
+                for batch in self._batches():
+                    self.train_step(batch)
+                    bar.update()
+                    self._after_step(log, bar, stop.agreed())
         except KeyboardInterrupt:
             self.say(
                 f"interrupted after step {self.step}; the same command goes on from the last checkpoint (one is saved "
@@ -186,6 +181,25 @@ class Loop:
             bar.close()
             log.close()
             self.stream.close()
+
+    def _after_step(self, log: RunLog, bar: tqdm[Any], stopped: bool) -> None:
+        """Log, call hooks and save, as is due. stopped: save first, as little time may be left, and raise Stopped."""
+        last = self.step == self.train.steps
+        if self.step % self.train.log_every == 0:
+            bar.set_postfix(loss=f"{self._log(log, self.step - self._logged):.4f}", refresh=False)
+            self._logged = self.step
+        paused = time.perf_counter()
+        if stopped:
+            self.save()
+        for hook in self.hooks:
+            if hook.every and (self.step % hook.every == 0 or last):
+                hook(self.step, self.engine, self.ema, log)
+        if not stopped and (self.step % self.saving.every == 0 or last):
+            self.save()
+        self.meters.pause(time.perf_counter() - paused)
+        if stopped and not last:
+            self.say(f"stopped by a signal: step {self.step} is saved, and the same command goes on")
+            raise Stopped
 
     def _batches(self) -> Iterator[Batch]:
         """Batches from the next step to the last, timing how long each is waited for."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from dit.data.quarantine import Quarantine
 from dit.data.storage.remote import public
 from dit.data.stream import Stream
 from dit.dist import World
+from dit.errors import Stopped
 from dit.model.cost import peak_flops
 from dit.train import checkpoint, run_dir
 from dit.train.checkpoint import CheckpointError, Reader
@@ -51,7 +53,7 @@ def train(cfg: RunConfig, make_parts: Callable[[Manifest, World], Parts]) -> Non
     """Train, or go on training, in cfg.run_dir. Collective: every rank of the job calls it."""
     if cfg.train.threads:
         torch.set_num_threads(cfg.train.threads)
-    with dist.session() as world:
+    with dist.session() as world, _leaving_together():
         loop = build(cfg, make_parts, world)
         if len(loop.stream.sources) > 1:
             loop.say(f"each batch of {cfg.train.global_batch}: {_shares(loop.stream)}")
@@ -64,6 +66,16 @@ def train(cfg: RunConfig, make_parts: Callable[[Manifest, World], Parts]) -> Non
             if missing:
                 loop.say(f"left out: {_left_out(loop.stream, missing)}")
             loop.say(f"done: {loop.step} steps; everything is in {loop.run_dir}")
+
+
+@contextlib.contextmanager
+def _leaving_together() -> Iterator[None]:
+    """A rank that ends with a status that is not 0 may make its launcher end the others: none does before all can."""
+    try:
+        yield
+    except Stopped:
+        dist.barrier()
+        raise
 
 
 def build(cfg: RunConfig, make_parts: Callable[[Manifest, World], Parts], world: World) -> Loop:

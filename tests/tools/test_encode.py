@@ -153,6 +153,24 @@ def test_a_killed_command_goes_on(tmp_path, capsys):
     assert Manifest.load(tmp_path / "out").samples == 500
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_it_with_what_is_done(tmp_path, number):
+    words = command("encode.py", FLAGS[0], tmp_path / "out", *FLAGS[1:], "--batch_size=1")
+    asked = subprocess.Popen(
+        words, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    while not list(tmp_path.glob("out.partial/parts/*.json")):
+        assert asked.poll() is None
+        time.sleep(0.001)
+    asked.send_signal(number)
+    _, said = asked.communicate(timeout=60)
+    assert asked.returncode == (130 if number == signal.SIGINT else 75)
+    assert "images are done and kept; start the same command again to go on" in said
+    assert "Traceback" not in said
+    main("digits:test", str(tmp_path / "out"), codec="pixels", image_size=8, block=32, batch_size=1)
+    assert Manifest.load(tmp_path / "out").samples == 500
+
+
 def test_help_names_codecs_and_crops():
     done = execute("encode.py", "--help")
     assert done.returncode == 0
