@@ -19,10 +19,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Self
 
+from dit.dist import free_port
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo", "scancel", "unshare")
 SBIN = ("/usr/sbin", "/sbin")
 APART = ("--uts", "--ipc", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
-PORT = 21817  # of the controller; nodes have the next ones
 
 CONF = """
 ClusterName=dit
@@ -132,10 +133,9 @@ class Cluster:
         (self.folder / "hosts").write_text(
             "127.0.0.1 localhost\n" + "".join(f"{address} {name}\n" for name, address in self.nodes.items())
         )
-        conf = CONF.format(host=socket.gethostname().split(".")[0], port=PORT, folder=self.folder)
+        conf = CONF.format(host=socket.gethostname().split(".")[0], port=free_port(), folder=self.folder)
         nodes = [
-            NODE.format(name=name, address=address, port=PORT + i)
-            for i, (name, address) in enumerate(self.nodes.items(), 1)
+            NODE.format(name=name, address=address, port=free_port()) for name, address in self.nodes.items()
         ]
         (self.folder / "slurm.conf").write_text(conf + "".join(nodes))
         key = self.folder / "munge.key"
