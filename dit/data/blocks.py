@@ -178,11 +178,8 @@ class BlockReader:
 
     def _scatter_known(self, index: int, bodies: list[Pieces]) -> tuple[np.ndarray, np.ndarray] | None:
         """None where the block has to be checked, or cannot be read like that."""
-        if (
-            index not in self._verified
-            or self.verify != "first"
-            or not isinstance(self.storage, LocalStorage)
-        ):
+        known = self._verified.get(index)
+        if known is None or self.verify != "first" or not isinstance(self.storage, LocalStorage):
             return None
         block, layout = self.manifest.blocks[index], self._layout(index)
         rest = np.empty(layout.rest, np.uint8)
@@ -194,9 +191,7 @@ class BlockReader:
         pieces = Pieces.joined(*parts, layout.piece(rest, layout.tail, layout.rest))
         with self._explained(index):
             state = self.storage.scatter(self.manifest.shards[block.shard].name, block.offset, pieces)
-        if state != self._verified[index]:
-            return None
-        return layout.small(rest)
+        return layout.small(rest) if state == known else None
 
     def _layout(self, index: int) -> Layout:
         """How a block's record is laid out. BlockError where the manifest gives it another length."""

@@ -18,7 +18,7 @@ from tests.train.runs import Values, column, go, values
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 150
+STEPS = 300  # ten seconds and more: SLURM looks for jobs to preempt every two
 
 
 def settings(digits: Digits, run_dir: Path, every: int) -> Values:
