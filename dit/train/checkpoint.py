@@ -136,12 +136,14 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def prune(directory: Path, keep: int, step: int) -> None:
+def prune(directory: Path, keep: int, step: int, keep_every: int = 0) -> None:
     """Remove all but the newest `keep` checkpoints up to `step`, the one just saved; 0 keeps all. Called by rank 0.
 
-    Those beyond it are broken ones that were passed over: they must not count instead of a good one.
+    Those beyond it are broken ones that were passed over: they must not count instead of a good one. keep_every: the
+    steps that are its multiples stay too.
     """
-    for path in [p for p in _candidates(directory) if _step_of(p) <= step][keep:] if keep else ():
+    old = [p for p in _candidates(directory) if _step_of(p) <= step][keep:] if keep else []
+    for path in [p for p in old if not keep_every or _step_of(p) % keep_every]:
         try:
             doomed = path.rename(path.with_suffix(".partial"))  # so that half of one is never taken for one
             shutil.rmtree(doomed)

@@ -114,7 +114,7 @@ class Loop:
         }
         folder = self.run_dir / "checkpoints"
         checkpoint.save(folder, self.step, self.engine.fragments(), self.ema.pieces, self.engine.module, meta)
-        dist.on_main(lambda: checkpoint.prune(folder, self.saving.keep, self.step))
+        dist.on_main(lambda: checkpoint.prune(folder, self.saving.keep, self.step, self.saving.keep_every))
 
     @torch.no_grad()
     def _probe_losses(self) -> dict[str, float]:

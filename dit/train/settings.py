@@ -60,10 +60,18 @@ class CheckpointConfig:
 
     every: int = 1000  # steps
     keep: int = 3  # newest ones kept; 0 = all
+    keep_every: int = 0  # steps; those saved at its multiples are kept as well, for good; 0 = none
 
     def __post_init__(self) -> None:
-        if self.every < 1 or self.keep < 0:
-            raise ConfigError("checkpoint.every must be at least 1 and checkpoint.keep at least 0")
+        if self.every < 1 or self.keep < 0 or self.keep_every < 0:
+            raise ConfigError(
+                "checkpoint.every must be at least 1, checkpoint.keep and keep_every at least 0"
+            )
+        if self.keep_every % self.every:
+            raise ConfigError(
+                f"checkpoint.keep_every = {self.keep_every} is no multiple of checkpoint.every = {self.every}: most of "
+                "its steps would not be saved"
+            )
 
 
 @config

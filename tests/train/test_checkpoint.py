@@ -238,6 +238,15 @@ def test_prune_keeps_the_newest(three: Path, keep: int, left: list[int]) -> None
     assert sorted(p.name for p in three.iterdir()) == [f"step-{s:08d}" for s in left]
 
 
+@pytest.mark.parametrize(
+    ("keep", "keep_every", "left"),
+    [(1, 20, [20, 30]), (1, 10, [10, 20, 30]), (2, 40, [20, 30]), (0, 20, [10, 20, 30])],
+)
+def test_multiples_of_keep_every_stay(three: Path, keep: int, keep_every: int, left: list[int]) -> None:
+    checkpoint.prune(three, keep, 30, keep_every)
+    assert [p.name for p in sorted(three.iterdir())] == [f"step-{step:08d}" for step in left]
+
+
 def test_copies_that_somebody_made_are_neither_checkpoints_nor_pruned(three: Path) -> None:
     for name in ("step-00000030.best", "step-00000099-copy", "best"):
         shutil.copytree(at_step_in(three, 30), three / name)

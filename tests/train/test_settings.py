@@ -49,6 +49,8 @@ def test_a_micro_batch_that_does_not_divide_the_share_is_refused() -> None:
         {"train": {"precision": "fp16"}},
         {"checkpoint": {"every": 0}},
         {"checkpoint": {"keep": -1}},
+        {"checkpoint": {"keep_every": -1}},
+        {"checkpoint": {"every": 10, "keep_every": 15}},
         {"data": {"lanes": 0}},
         {"data": {"window": 0}},
         {"data": {"prefetch": 0}},
