@@ -164,11 +164,6 @@ class Order:
         return keys[start - first * _KEY_CHUNK : stop - first * _KEY_CHUNK]
 
 
-def _mixed(keys: np.ndarray) -> np.ndarray:
-    """The stable argsort of n < 2^31 keys in [0, 2^32): with its place below it each is unique, and sorts fast."""
-    return np.sort(keys << 31 | np.arange(len(keys))) & (2**31 - 1)
-
-
 def _piece(ends: np.ndarray, place: int) -> int:
     """Which block, counted in the epoch's order, holds a place of the concatenation."""
     return int(np.searchsorted(ends, place, side="right")) - 1
