@@ -28,7 +28,9 @@ from dit.files import sync
 from dit.flow.objective import Objective
 from dit.interop.weights import Arguments, Count, StateDict, WeightsError, infer, network
 from dit.model.dit import DiT
-from dit.train import checkpoint
+from dit.train import saver
+from dit.train.checkpoint import State
+from dit.train.ema import MAIN
 from dit.train.fragments import Fragment
 from dit.train.run_dir import CONFIG
 
@@ -144,7 +146,7 @@ def to_run(source: str | Path, out: str | Path, format: Format, choices: Choices
     pieces = [Fragment(n, tuple(w.shape), 0, live[n].view(-1)) for n, w in ema.items() if n != "position"]
     averages = [ema[piece.name].view(-1) for piece in pieces]
     shutil.rmtree(partial, ignore_errors=True)
-    checkpoint.save(partial / "checkpoints", 0, pieces, averages, network(ema, kept), meta)
+    saver.save(partial / "checkpoints", 0, State(pieces, {MAIN: averages}, network(ema, kept)), meta)
     write_yaml(partial / CONFIG, experiment)
     partial.rename(folder)
     sync(folder.absolute().parent)

@@ -1,35 +1,29 @@
-"""Checkpoints that survive a kill at any moment and load at any number of ranks and any ZeRO stage.
+"""Checkpoints that load at any number of ranks and any ZeRO stage: what is in one, finding, reading, keeping them.
 
-One safetensors file per rank holds that rank's fragments, addressed by parameter name and offset. A checkpoint is
-written into `<name>.partial`, every file flushed to disk, checksummed and listed in `meta.json`, marked COMPLETE
-and renamed; a directory without COMPLETE is not a checkpoint. Works on fragments; knows nothing of engines.
+One safetensors file per rank holds that rank's fragments, addressed by parameter name and offset; `meta.json` lists the
+files with their checksums; a directory without COMPLETE is not a checkpoint. `dit.train.saver` writes them. Works on
+fragments; knows nothing of engines.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dit import dist
-from dit.dist import PeerError
 from dit.errors import UserError
-from dit.files import sync
 from dit.train.fragments import ADAM_STATE, Fragment
 
-KINDS = ("model", "ema", *ADAM_STATE)
+EXPORT = "dit"  # key of an exported file's metadata
 _PREFIX = "step-"
 _NAME = re.compile(rf"{_PREFIX}\d{{8,}}")  # a copy that somebody made beside it is not ours
 
@@ -50,90 +44,68 @@ class Checkpoint:
         """Steps done when it was saved."""
         return int(self.meta["step"])
 
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """The sets of weights that it holds."""
+        return tuple(self.meta.get("weights", ("model", "ema")))
 
-# --- writing -----------------------------------------------------------------------------------------------
+    @property
+    def is_sharded(self) -> bool:
+        """Whether it is a checkpoint of a run, and not one set of weights that was exported."""
+        return "buffers" not in self.meta
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What it holds of every parameter that is trained."""
+        return (*self.weights, *ADAM_STATE)
 
 
-def save(
-    directory: Path,
-    step: int,
-    fragments: list[Fragment],
-    ema: list[Tensor],
-    module: nn.Module,
-    meta: dict[str, Any],
-) -> Path:
-    """Write `directory/step-XXXXXXXX`; collective. Until the last rename, what was there before stays good.
+@dataclass(frozen=True)
+class State:
+    """What of a run goes into a checkpoint, on this rank.
 
-    meta: JSON values, the same on all ranks. Raises CheckpointError on every rank if any rank cannot write.
+    averages: name -> a tensor beside each fragment. module: for its buffers. is_whole: whether the weights and the
+    optimizer's state go with the averages.
     """
-    final = directory / f"{_PREFIX}{step:08d}"
-    partial = directory / f"{final.name}.partial"
-    try:
-        dist.on_main(lambda: _fresh(partial))
-        here = dist.together(lambda: _write_rank(partial, fragments, ema, module))
-        entries = dist.gather_objects(here)
-        dist.on_main(lambda: _finish(partial, final, entries, {**meta, "step": step}))
-    except (OSError, SafetensorError, PeerError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        full = any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
-        raise CheckpointError(
-            f"could not save {final}: {error}. Earlier checkpoints are untouched; "
-            f"{'free space' if full else 'make room for it or mend the directory'} and start the same command again."
-        ) from error
-    return final
+
+    fragments: list[Fragment]
+    averages: Mapping[str, list[Tensor]]
+    module: nn.Module
+    is_whole: bool = True
+
+    def pieces(self) -> Iterator[tuple[Fragment, dict[str, Tensor]]]:
+        """Each fragment with what is kept of it: kind -> (numel,) tensor."""
+        for i, fragment in enumerate(self.fragments):
+            averages = {name: tensors[i] for name, tensors in self.averages.items()}
+            own = {"model": fragment.weight, **fragment.state} if self.is_whole else {}
+            yield fragment, {**own, **averages}
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """The sets of weights among it."""
+        return (*(("model",) if self.is_whole else ()), *self.averages)
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Buffers that belong to the model's state; those made anew from its shapes do not."""
+        kept = self.module.state_dict()
+        return {name: b for name, b in self.module.named_buffers() if name in kept}
 
 
-def _fresh(partial: Path) -> None:
-    for left_over in [p for p in partial.parent.glob("*.partial") if _NAME.fullmatch(p.stem)]:
+# --- keeping ----------------------------------------------------------------------------------------------
+
+
+def path_of(directory: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return directory / f"{_PREFIX}{step:08d}"
+
+
+def fresh(directory: Path, step: int) -> Path:
+    """An empty folder to write the checkpoint of a step into; what was left of unfinished ones is removed."""
+    for left_over in [p for p in directory.glob("*.partial") if _NAME.fullmatch(p.stem)]:
         shutil.rmtree(left_over, ignore_errors=True)
+    partial = path_of(directory, step).with_suffix(".partial")
     partial.mkdir(parents=True)
-
-
-def _write_rank(
-    partial: Path, fragments: list[Fragment], ema: list[Tensor], module: nn.Module
-) -> dict[str, Any]:
-    """Write this rank's file; returns its entry in meta.json."""
-    rank = dist.World.from_env().rank
-    tensors: dict[str, Tensor] = {}
-    for fragment, average in zip(fragments, ema, strict=True):
-        pieces = {"model": fragment.weight, "ema": average, **fragment.state}
-        if fragment.is_owned:
-            tensors.update({f"{kind}/{fragment.name}": _on_cpu(t) for kind, t in pieces.items()})
-    if rank == 0:
-        tensors.update({f"buffer/{name}": _on_cpu(b) for name, b in persistent_buffers(module).items()})
-    path = partial / f"rank-{rank:05d}.safetensors"
-    save_file(tensors, path)
-    sync(path)
-    pieces_of = {f.name: [list(f.shape), f.offset, f.numel] for f in fragments if f.is_owned}
-    return {"file": path.name, "sha256": _sha256(path), "bytes": path.stat().st_size, "fragments": pieces_of}
-
-
-def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """Buffers that belong to the model's state; those made anew from its shapes do not."""
-    kept = module.state_dict()
-    return {name: b for name, b in module.named_buffers() if name in kept}
-
-
-def _on_cpu(tensor: Tensor) -> Tensor:
-    """A copy of its own: safetensors refuses views of one storage."""
-    return tensor.detach().to("cpu", copy=True).contiguous()
-
-
-def _finish(partial: Path, final: Path, entries: list[dict[str, Any]], meta: dict[str, Any]) -> None:
-    text = json.dumps({**meta, "files": entries}, indent=1)
-    for name, content in (("meta.json", text), ("COMPLETE", hashlib.sha256(text.encode()).hexdigest())):
-        (partial / name).write_text(content)
-        sync(partial / name)
-    sync(partial)
-    if final.exists():
-        shutil.rmtree(final)
-    partial.rename(final)
-    sync(final.parent)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return partial
 
 
 def prune(directory: Path, keep: int, step: int, keep_every: int = 0) -> None:
@@ -144,11 +116,21 @@ def prune(directory: Path, keep: int, step: int, keep_every: int = 0) -> None:
     """
     old = [p for p in _candidates(directory) if _step_of(p) <= step][keep:] if keep else []
     for path in [p for p in old if not keep_every or _step_of(p) % keep_every]:
-        try:
-            doomed = path.rename(path.with_suffix(".partial"))  # so that half of one is never taken for one
-            shutil.rmtree(doomed)
-        except OSError as error:  # no reason to stop training: the next save tries again
-            print(f"could not remove the old checkpoint {path}: {error}", flush=True)
+        _remove(path)
+
+
+def discard(directory: Path, beyond: int) -> None:
+    """Remove the checkpoints of steps beyond one: of a course that a run does not take. Called by rank 0."""
+    for path in [p for p in _candidates(directory) if _step_of(p) > beyond]:
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    try:
+        doomed = path.rename(path.with_suffix(".partial"))  # so that half of one is never taken for one
+        shutil.rmtree(doomed)
+    except OSError as error:  # no reason to stop training: the next save tries again
+        print(f"could not remove the old checkpoint {path}: {error}", flush=True)
 
 
 # --- finding and reading -----------------------------------------------------------------------------------
@@ -180,21 +162,27 @@ def read(path: Path, verify: bool = True) -> Checkpoint:
             file = path / entry["file"]
             if not file.is_file() or file.stat().st_size != entry["bytes"]:
                 raise CheckpointError(f"{file}: missing or cut short (expected {entry['bytes']} bytes)")
-            if verify and _sha256(file) != entry["sha256"]:
+            if verify and sha256(file) != entry["sha256"]:
                 raise CheckpointError(f"{file}: its content does not match its checksum")
     except OSError as error:
         raise CheckpointError(f"{path}: not a complete checkpoint: {error}") from None
     return Checkpoint(path, meta)
 
 
-def latest(directory: Path, report: Any = print) -> Checkpoint | None:
+def sha256(path: Path) -> str:
+    """Of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def latest(directory: Path, report: Any = print, up_to: int | None = None) -> Checkpoint | None:
     """The newest good checkpoint below `directory`; a broken one is named through `report` and passed over.
 
     None where there never was one; an error where all that are there are broken, because starting afresh would
-    overwrite them.
+    overwrite them. up_to: of this step or an earlier one.
     """
     broken = []
-    for path in _candidates(directory):
+    for path in [p for p in _candidates(directory) if up_to is None or _step_of(p) <= up_to]:
         try:
             return read(path)
         except CheckpointError as error:
@@ -208,8 +196,10 @@ def latest(directory: Path, report: Any = print) -> Checkpoint | None:
 
 
 def resolve(run_or_checkpoint: str | Path) -> Checkpoint:
-    """A run directory's newest good checkpoint, or the one checkpoint named."""
+    """A run directory's newest good checkpoint, or the one checkpoint named, or weights that were exported."""
     path = Path(run_or_checkpoint)
+    if path.is_file():
+        return exported(path)
     if (path / "meta.json").is_file():
         return read(path)
     found = latest(path / "checkpoints") if (path / "checkpoints").is_dir() else None
@@ -218,6 +208,21 @@ def resolve(run_or_checkpoint: str | Path) -> Checkpoint:
             f"{path}: no checkpoint here; expected RUN/checkpoints/step-*/COMPLETE or one such directory"
         )
     return found
+
+
+def exported(path: Path) -> Checkpoint:
+    """One set of weights in a safetensors file, as `dit.train.export` writes it. CheckpointError if it is none."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = json.loads((file.metadata() or {})[EXPORT])
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: no weights that tools/convert.py export wrote ({type(error).__name__}: {error}); expected a run "
+            "directory, a checkpoint in one, or such a file"
+        ) from None
+    parameters = {n: [s, 0, torch.Size(s).numel()] for n, s in shapes.items() if n not in meta["buffers"]}
+    return Checkpoint(path, {**meta, "files": [{"file": "", "fragments": parameters}]})
 
 
 class Reader:
@@ -241,7 +246,7 @@ class Reader:
         for start, length, i in sorted(set(self._pieces.get(name, []))):
             low, high = max(offset + filled, start), min(offset + numel, start + length)
             if low < high and low == offset + filled:
-                piece = self._slice(i, f"{kind}/{name}")
+                piece = self._slice(i, f"{kind}/{name}" if self.checkpoint.is_sharded else name)
                 out[filled : filled + high - low] = piece[low - start : high - start]
                 filled += high - low
         if filled != numel:
@@ -265,31 +270,34 @@ class Reader:
 
     def buffers(self) -> dict[str, Tensor]:
         """The model's buffers."""
-        keys = [k for k in self._files[0].keys() if k.startswith("buffer/")]  # noqa: SIM118 (safe_open is no dict)
-        return {k.removeprefix("buffer/"): self._files[0].get_tensor(k) for k in keys}
+        file, plain = self._files[0], self.checkpoint.meta.get("buffers")
+        if plain is not None:
+            return {name: file.get_tensor(name) for name in plain}
+        keys = [k for k in file.keys() if k.startswith("buffer/")]  # noqa: SIM118 (safe_open is no dict)
+        return {k.removeprefix("buffer/"): file.get_tensor(k) for k in keys}
 
     def state_dict(self, kind: str) -> dict[str, Tensor]:
-        """The whole model's weights ("model" or "ema") with its buffers, for load_state_dict."""
-        if kind not in ("model", "ema"):
-            raise CheckpointError(f"weights must be 'ema' or 'model', got '{kind}'")
+        """The whole model's weights ("model", "ema" or another average) with its buffers, for load_state_dict."""
+        weights = self.checkpoint.weights
+        if kind not in weights:
+            raise CheckpointError(
+                f"{self.checkpoint.path} holds the weights {', '.join(weights)}; got '{kind}'"
+            )
         return {**{name: self.whole(kind, name) for name in self.shapes}, **self.buffers()}
 
 
 @torch.no_grad()
-def load_into(
-    checkpoint: Checkpoint, fragments: Iterable[Fragment], ema: list[Tensor], module: nn.Module
-) -> None:
-    """Fill fragments, their optimizer state, the EMA and buffers from a checkpoint of any topology."""
+def load_into(checkpoint: Checkpoint, state: State) -> None:
+    """Fill fragments, their optimizer state, averages and buffers from a checkpoint of any topology."""
     reader = Reader(checkpoint)
-    for fragment, average in zip(fragments, ema, strict=True):
+    for fragment, pieces in state.pieces():
         if reader.shapes.get(fragment.name) != fragment.shape:
             raise CheckpointError(
                 f"{checkpoint.path}: parameter {fragment.name} is {reader.shapes.get(fragment.name)} there and "
                 f"{fragment.shape} in this model"
             )
-        targets = {"model": fragment.weight, "ema": average, **fragment.state}
-        for kind, target in targets.items():
+        for kind, target in pieces.items():
             target.copy_(reader.elements(kind, fragment.name, fragment.offset, fragment.numel))
     saved = reader.buffers()
-    for name, buffer in persistent_buffers(module).items():
+    for name, buffer in state.buffers().items():
         buffer.copy_(saved[name])

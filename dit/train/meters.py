@@ -125,13 +125,31 @@ class RunLog:
 
     def __init__(self, run_dir: Path, step: int, is_main: bool):
         """step: steps done; whatever was logged beyond it (by a run that was killed later) is cut off."""
-        self.path, self.held_out_path = run_dir / "metrics.jsonl", run_dir / "held_out.jsonl"
+        self.run_dir, self.path, self.held_out_path = (
+            run_dir,
+            run_dir / "metrics.jsonl",
+            run_dir / "held_out.jsonl",
+        )
         self._writer: SummaryWriter | None = None
         if is_main:
-            for path in (self.path, self.held_out_path):
-                if path.is_file():
-                    truncate(path, step)
-            self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+            self._open(step)
+
+    def _open(self, step: int) -> None:
+        for path in (self.path, self.held_out_path):
+            if path.is_file():
+                truncate(path, step)
+        self._writer = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=step + 1)
+
+    def cut(self, step: int) -> None:
+        """Take back what was logged beyond a step."""
+        if self._writer is not None:
+            self._writer.close()
+            self._open(step)
+
+    def point(self, step: int, name: str, value: float) -> None:
+        """A point on a curve of TensorBoard alone."""
+        if self._writer is not None:
+            self._writer.add_scalar(name, value, step)
 
     def scalars(self, step: int, row: dict[str, Any]) -> None:
         """One line in metrics.jsonl and a point on each curve."""
@@ -180,6 +198,8 @@ def _group(name: str) -> str:
         "updates": "optim",
         "skipped": "optim",
         "samples": "optim",
+        "spikes": "optim",
+        "returned": "optim",
     }
     groups |= {f"loss_q{i + 1}": "loss_by_t" for i in range(QUARTERS)}
     return f"{groups.get(name, 'train')}/{name}"

@@ -9,6 +9,7 @@ from dit.data.mix import Mixture, PartConfig
 from dit.data.storage.nodecache import NodeCacheConfig
 from dit.dist import World
 from dit.train.ema import EmaConfig
+from dit.train.faults import FaultsConfig
 from dit.train.optim import OptimConfig
 
 
@@ -61,6 +62,7 @@ class CheckpointConfig:
     every: int = 1000  # steps
     keep: int = 3  # newest ones kept; 0 = all
     keep_every: int = 0  # steps; those saved at its multiples are kept as well, for good; 0 = none
+    background: bool = True  # write while training goes on, from a copy in the host's memory
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.keep < 0 or self.keep_every < 0:
@@ -149,6 +151,7 @@ class RunConfig:
     optim: OptimConfig = OptimConfig()
     ema: EmaConfig = EmaConfig()
     train: TrainConfig = TrainConfig()
+    faults: FaultsConfig = FaultsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     zero: ZeroConfig = ZeroConfig()
     val: ValConfig = ValConfig()
@@ -164,8 +167,9 @@ class RunConfig:
 # data.path, data.mix and codec are here because the identity of the data and of their codec is in the manifests,
 # whose digest checkpoints hold, as they hold the sha256 of perceptual.weights.
 OPERATIONAL = (
-    "run_dir", "engine", "zero", "checkpoint", "sample", "val", "codec", "data.path",
+    "run_dir", "engine", "zero", "checkpoint", "faults", "sample", "val", "codec", "data.path",
     "data.mix", "data.val", "data.prefetch", "data.readers", "data.max_quarantined", "data.cache",
     "train.steps", "train.micro_batch", "train.log_every", "train.max_skipped", "train.compile", "train.threads",
+    "ema.snapshot_every",
     "model.checkpoint_blocks", "classifier.checkpoint_blocks", "perceptual.weights",
 )  # fmt: skip

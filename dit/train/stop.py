@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -18,35 +18,30 @@ import torch.distributed as td
 from dit.dist import World, on_signals
 
 
-class StopRequest:
-    """Whether any rank was asked to end. Nobody waits for the answer.
+class RankFlags:
+    """Small numbers of all ranks, of which the greatest counts. Nobody waits for the answer.
 
-    The flags of a step are added up while the next one is computed (over gloo, beside whatever the devices do), and so
-    are known one step later.
+    The numbers of a step are compared while the next one is computed (over gloo, beside whatever the devices do), and
+    so are known one step later.
     """
 
     def __init__(self, world: World):
         """Collective."""
-        self.heard: signal.Signals | None = None  # on this rank
         several = world.size > 1 and td.is_initialized()
         self._group: Any = td.new_group(backend="gloo") if several else None
-        self._flag = torch.zeros(1, dtype=torch.int64)
-        self._work: Any = None  # the adding up of the last step's flags
+        self._posted = torch.zeros(0)
+        self._work: Any = None  # the comparison of the last step's numbers
 
-    def hear(self, number: int, frame: FrameType | None) -> None:
-        """As a signal's handler."""
-        self.heard = signal.Signals(number)
-
-    def agreed(self) -> bool:
-        """Once after every step, on every rank: whether any rank had heard a signal by the step before."""
+    def exchange(self, *mine: int) -> Sequence[int]:
+        """Once after every step, on every rank: for each number the greatest of the step before; 0 at first."""
         if self._group is None:
-            return self.heard is not None
-        found = False
+            return mine
+        found = [0] * len(mine)
         if self._work is not None:
             self._work.wait()
-            found = bool(self._flag.item())
-        self._flag = torch.tensor([int(self.heard is not None)])
-        self._work = td.all_reduce(self._flag, td.ReduceOp.MAX, group=self._group, async_op=True)
+            found = self._posted.tolist()
+        self._posted = torch.tensor(mine)
+        self._work = td.all_reduce(self._posted, td.ReduceOp.MAX, group=self._group, async_op=True)
         return found
 
     def close(self) -> None:
@@ -56,12 +51,30 @@ class StopRequest:
                 self._work.wait()
 
 
+class StopRequest:
+    """Whether this rank was asked to end."""
+
+    def __init__(self) -> None:
+        self.heard: signal.Signals | None = None
+
+    def hear(self, number: int, frame: FrameType | None) -> None:
+        """As a signal's handler."""
+        self.heard = signal.Signals(number)
+
+
 @contextlib.contextmanager
-def stop_request(world: World) -> Iterator[StopRequest]:
-    """One that hears the signals inside. Collective."""
-    request = StopRequest(world)
+def stop_request() -> Iterator[StopRequest]:
+    """One that hears the signals inside."""
+    request = StopRequest()
     with on_signals(request.hear):
-        try:
-            yield request
-        finally:
-            request.close()
+        yield request
+
+
+@contextlib.contextmanager
+def rank_flags(world: World) -> Iterator[RankFlags]:
+    """Collective."""
+    flags = RankFlags(world)
+    try:
+        yield flags
+    finally:
+        flags.close()

@@ -168,7 +168,7 @@ def test_out_is_a_new_folder_and_there_whole_or_not_at_all(file: Path, monkeypat
     def full(*arguments: object) -> None:
         raise OSError("no space")
 
-    monkeypatch.setattr(convert.checkpoint, "_write_rank", full)
+    monkeypatch.setattr(convert.saver, "_write", full)
     with pytest.raises(CheckpointError, match="no space"):
         to_run(file, file.parent / "other", FacebookDiT(), HEADS)
     assert not (file.parent / "other").exists()

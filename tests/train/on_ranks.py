@@ -72,19 +72,20 @@ def _look(given: Values, out: Path) -> dict[str, Any]:
     found["fragments are the weights"] = same(weights, assembled(loop, live(loop)))
     found["average differs from weights"] = not same(weights, averages)
     with torch.no_grad():
-        probe = float(loop.task.loss(loop.engine, loop.probe).mean)
+        probe = float(loop.task.loss(loop.engine, loop.samples).mean)
     with contextlib.suppress(ZeroDivisionError), loop.ema.swapped_in(), torch.no_grad():
         found["model has the average inside"] = same(full_weights(loop), averages)
-        inside = float(loop.task.loss(loop.engine, loop.probe).mean)
+        inside = float(loop.task.loss(loop.engine, loop.samples).mean)
         raise ZeroDivisionError  # leaving by an error restores too
     found["average computes something else"] = inside != probe
     found["fragments restored"] = same(weights, assembled(loop, live(loop)))
     found["weights restored"] = same(weights, full_weights(loop))
     found["average restored"] = same(averages, assembled(loop, loop.ema.pieces))
     with torch.no_grad():
-        found["probe restored"] = probe == float(loop.task.loss(loop.engine, loop.probe).mean)
-    loop.run_dir = out
+        found["probe restored"] = probe == float(loop.task.loss(loop.engine, loop.samples).mean)
+    loop.saver.folder = out / "checkpoints"
     loop.save()
+    loop.complete()
     return found
 
 
@@ -104,14 +105,14 @@ def _steps(loop: Loop, steps: int) -> list[dict[str, Any]]:
         applied = loop.engine.updates > updates
         if applied:
             for name, w in after.items():
-                average[name].lerp_(w, 1 - loop.ema.decay)
+                average[name].lerp_(w, 1 - loop.ema.cfg.decay)
         now = assembled(loop, loop.ema.pieces)
         found.append(
             {
                 "applied": applied,
                 "grad_norm": loop.engine.grad_norm(),
                 "skipped": loop.engine.skipped,
-                "in a row": loop.skipped_in_a_row,
+                "in a row": loop.faults.skipped_in_a_row,
                 "weights changed": not same(weights, after),
                 "average changed": not same(held, now),
                 "average is the reference": same(now, average),

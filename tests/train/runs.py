@@ -16,7 +16,7 @@ from dit import dist
 from dit.config import from_dict, merge
 from dit.experiment import Experiment
 from dit.train import checkpoint
-from dit.train.checkpoint import KINDS, Reader
+from dit.train.checkpoint import Reader
 from dit.train.loop import Loop
 from dit.train.start import build, train
 from tests.datasets import Digits
@@ -83,8 +83,9 @@ def at_step(run_dir: Path, step: int) -> Path:
 
 def state(folder: Path) -> dict[str, Tensor]:
     """Everything in a checkpoint, whole: "model/blocks.0...", "ema/...", "exp_avg/..."."""
-    reader = Reader(checkpoint.read(folder))
-    found = {f"{kind}/{name}": reader.whole(kind, name) for kind in KINDS for name in reader.shapes}
+    there = checkpoint.read(folder)
+    reader = Reader(there)
+    found = {f"{kind}/{name}": reader.whole(kind, name) for kind in there.kinds for name in reader.shapes}
     return found | {f"buffer/{name}": b for name, b in reader.buffers().items()}
 
 

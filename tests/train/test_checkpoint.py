@@ -20,10 +20,11 @@ from torch import nn
 from dit import dist
 from dit.dist import World
 from dit.train import checkpoint
-from dit.train.checkpoint import KINDS, CheckpointError, Reader
-from dit.train.ema import Ema
+from dit.train.checkpoint import CheckpointError, Reader, State
+from dit.train.ema import Ema, EmaConfig
 from dit.train.local import LocalEngine
 from dit.train.optim import OptimConfig
+from dit.train.saver import save
 from tests.datasets import Digits
 from tests.ranks import RanksFailed, Server
 from tests.train.on_ranks import resave
@@ -36,7 +37,7 @@ class Small:
     def __init__(self, value: float = 0.0, width: int = 3):
         self.module = nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width))
         self.engine = LocalEngine(self.module, OptimConfig(), World())
-        self.ema = Ema(self.engine, 0.5)
+        self.ema = Ema(self.engine, EmaConfig(decay=0.5))
         self.fill(value)
 
     def fill(self, value: float) -> None:
@@ -49,10 +50,13 @@ class Small:
 
     def save(self, folder: Path, step: int) -> Path:
         meta = {"note": f"of step {step}"}
-        return checkpoint.save(folder, step, self.engine.fragments(), self.ema.pieces, self.module, meta)
+        return save(folder, step, self.state(), meta)
+
+    def state(self) -> State:
+        return State(self.engine.fragments(), self.ema.averages, self.module)
 
     def load(self, found: checkpoint.Checkpoint) -> None:
-        checkpoint.load_into(found, self.engine.fragments(), self.ema.pieces, self.module)
+        checkpoint.load_into(found, self.state())
 
 
 def holds(folder: Path, value: float) -> bool:
@@ -115,7 +119,7 @@ def test_weights_load_into_a_plain_module(tmp_path: Path) -> None:
         module.load_state_dict(reader.state_dict(kind))
         assert float(module[0].weight.detach().min()) == value
         assert float(module[1].running_mean[0]) == 3.125
-    with pytest.raises(CheckpointError, match="weights must be 'ema' or 'model', got 'emma'"):
+    with pytest.raises(CheckpointError, match="holds the weights model, ema; got 'emma'"):
         reader.state_dict("emma")
 
 
@@ -141,7 +145,7 @@ def test_parameters_of_another_shape_or_name_are_refused(tmp_path: Path) -> None
         Small(width=4).load(found)
     other = LocalEngine(nn.Linear(3, 3), OptimConfig(), World())
     with pytest.raises(CheckpointError, match="parameter weight is None there"):
-        checkpoint.load_into(found, other.fragments(), Ema(other, 0.5).pieces, other.module)
+        checkpoint.load_into(found, State(other.fragments(), Ema(other, EmaConfig()).averages, other.module))
 
 
 @pytest.mark.parametrize("kind", ["ema", "exp_avg", "model"])
@@ -426,6 +430,6 @@ def test_files_hold_each_element_once(sharded: Callable[[int], Path]) -> None:
         shapes = {name: shape for entry in entries for name, (shape, _, _) in entry["fragments"].items()}
         stored = [sum(t.numel() for t in load_file(found.path / entry["file"]).values()) for entry in entries]
         assert sum(listed) == sum(torch.Size(shape).numel() for shape in shapes.values())
-        assert stored == [len(KINDS) * numel for numel in listed]
+        assert stored == [len(found.kinds) * numel for numel in listed]
         assert (min(listed) == 0) == (stage == 0)
         assert found.meta["world_size"] == 2

@@ -52,7 +52,7 @@ def test_closed_form() -> None:
     """Of weights 1, 2, 3 after a start at 0: the sum of (1 - d) d^(n - i) w_i."""
     module = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.zeros_(module.weight)
-    ema = Ema(LocalEngine(module, OptimConfig(), World()), decay=0.5)
+    ema = Ema(LocalEngine(module, OptimConfig(), World()), EmaConfig(decay=0.5))
     for value in (1.0, 2.0, 3.0):
         module.weight.data.fill_(value)
         ema.update()
@@ -65,5 +65,5 @@ def test_closed_form() -> None:
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, 1.5])
 def test_a_decay_out_of_range_is_refused(decay: float) -> None:
-    with pytest.raises(ConfigError, match=r"ema.decay must be in \[0, 1\)"):
+    with pytest.raises(ConfigError, match=r"ema.decay and ema.also must be in \[0, 1\)"):
         from_dict(EmaConfig, {"decay": decay})

@@ -12,7 +12,7 @@ import pytest
 from dit import dist
 from dit.dist import SIGNALS
 from dit.errors import Stopped
-from dit.train.stop import stop_request
+from dit.train.stop import rank_flags, stop_request
 from tests.datasets import Digits
 from tests.ranks import RanksFailed, Server
 from tests.train.runs import STEPS, at_step, column, differing, go, state, values
@@ -21,10 +21,10 @@ from tests.train.runs import STEPS, at_step, column, differing, go, state, value
 @pytest.mark.parametrize("number", SIGNALS)
 def test_one_rank_alone_hears_it_at_once(number: signal.Signals) -> None:
     before = signal.getsignal(number)
-    with stop_request(dist.World()) as stop:
-        assert not stop.agreed()
+    with stop_request() as stop, rank_flags(dist.World()) as flags:
+        assert flags.exchange(stop.heard is not None) == (False,)
         os.kill(os.getpid(), number)
-        assert stop.agreed()
+        assert flags.exchange(stop.heard is not None) == (True,)
         assert stop.heard == number
     assert signal.getsignal(number) == before
 
@@ -33,7 +33,7 @@ def test_once_stopped_no_signal_ends_it_otherwise() -> None:
     """A launcher may tell the ranks that are still leaving to end."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     try:
-        with pytest.raises(Stopped), stop_request(dist.World()):
+        with pytest.raises(Stopped), stop_request():
             raise Stopped
         os.kill(os.getpid(), signal.SIGTERM)  # nothing happens
     finally:
@@ -41,21 +41,21 @@ def test_once_stopped_no_signal_ends_it_otherwise() -> None:
             signal.signal(number, handler)
 
 
-def heard_by(one: int, at: int) -> list[bool]:
-    """What agreed() says on this rank in eight steps, where rank `one` gets a signal before step `at`."""
-    with dist.session() as world, stop_request(world) as stop:
+def heard_by(one: int, at: int) -> list[list[int]]:
+    """What is agreed on this rank in eight steps, where rank `one` gets a signal before step `at`, and its rank."""
+    with dist.session() as world, stop_request() as stop, rank_flags(world) as flags:
         said = []
         for step in range(8):
             if (world.rank, step) == (one, at):
                 os.kill(os.getpid(), signal.SIGUSR1)
             time.sleep(0.01 * world.rank)  # ranks are not in step
-            said.append(stop.agreed())
+            said.append(list(flags.exchange(stop.heard is not None, world.rank)))
         return said
 
 
 def test_all_ranks_hear_of_it_at_the_same_step(ranks: Server) -> None:
     found = ranks.run(3, heard_by, 2, 3)
-    assert found == [[False] * 4 + [True] * 4] * 3  # a step after rank 2 did
+    assert found == [[[0, 0]] + [[0, 2]] * 3 + [[1, 2]] * 4] * 3  # a step after rank 2 did
 
 
 def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(

@@ -1,0 +1,199 @@
+"""What of a run outlives its process: its checkpoints, resuming from them, and going back to one behind a fault."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from dit import dist
+from dit.config import flatten
+from dit.data.stream import Stream
+from dit.train import checkpoint
+from dit.train.checkpoint import Checkpoint, CheckpointError, State
+from dit.train.ema import Ema
+from dit.train.faults import Fault, Faults, FaultsConfig, TrainingError
+from dit.train.fragments import Engine
+from dit.train.hooks import Hook
+from dit.train.meters import Meters, RunLog
+from dit.train.optim import OptimConfig
+from dit.train.probe import Probe
+from dit.train.quarantine import SharedQuarantine
+from dit.train.saver import ALL, Saver
+from dit.train.settings import CheckpointConfig, TrainConfig
+from dit.train.task import Samples, Task
+
+
+@dataclass
+class PersistentRun:
+    """A run's parts, and what of it lasts: checkpoints, resuming, going back. Every method is collective.
+
+    identity: JSON values that go into every checkpoint (config, data contract, code version).
+    check_config: refuses (by an error) to go on with a checkpoint of another config, given that and its name.
+    samples: a fixed synthetic batch whose loss a checkpoint records and a load must find again.
+    flops_per_image: of a training step. peak_flops: of all ranks' devices together, or None.
+    """
+
+    seed: int
+    train: TrainConfig
+    optim: OptimConfig
+    saving: CheckpointConfig
+    guard: FaultsConfig
+    engine: Engine
+    ema: Ema
+    task: Task
+    stream: Stream
+    run_dir: Path
+    identity: dict[str, Any]
+    samples: Samples
+    check_config: Callable[[Mapping[str, Any], str], object]
+    flops_per_image: float
+    peak_flops: float | None
+    from_scratch: bool = True
+    prefetch: int = 4  # batches
+    hooks: list[Hook] = field(default_factory=list)
+    log: RunLog = field(init=False)  # from run() on
+
+    def __post_init__(self) -> None:
+        self.world = self.engine.world
+        self.step = 0  # steps done
+        self.quarantine = SharedQuarantine(self.stream.quarantine, self.say)
+        self.batches: Any = None  # of the stream, under way
+        self.meters = Meters(self.engine.device)
+        self.micro = self.train.micro(self.world)
+        self.probe = Probe(self.task, self.engine, self.ema, self.samples, self.train.precision)
+        self.faults = Faults(self.guard, self.train.max_skipped, self.run_dir, self.world.rank)
+        self.folder = self.run_dir / "checkpoints"
+        self.saver = Saver(self.folder, self.saving)
+        self.snapshots = Saver(self.run_dir / "snapshots", ALL)
+
+    def resume(self) -> bool:
+        """Go on from the run directory's newest good checkpoint; False where there is none. Collective."""
+        found = self._latest()
+        if found is None:
+            return False
+        self.check_config(found.meta["config"], str(found.path))
+        self._check_data(found)
+        self._restore(found)
+        self.probe.check(found)
+        self.say(f"resuming {self.run_dir} at step {self.step}")
+        return True
+
+    def _latest(self, up_to: int | None = None) -> Checkpoint | None:
+        """rank 0 finds and verifies for all: file systems may not show every rank the same."""
+        return dist.on_main(lambda: checkpoint.latest(self.folder, self.say, up_to))
+
+    def _restore(self, found: Checkpoint) -> None:
+        meta = found.meta
+        self.quarantine.load(meta["quarantine"])
+        dist.together(lambda: checkpoint.load_into(found, self._state()))
+        self.engine.sync_weights()
+        self.engine.set_updates(meta["updates"])
+        self.engine.skipped = meta["skipped"]
+        self.step = found.step
+        self.faults.load(meta.get("faults", {}))  # not there: as at the start
+        self.meters.load_state(meta["meters"], self.world.is_main)
+
+    def _state(self) -> State:
+        return State(self.engine.fragments(), self.ema.averages, self.engine.module)
+
+    def save(self) -> None:
+        """Have a checkpoint of the steps done written; `saver.wait()` completes it. Collective.
+
+        TrainingError where the weights compute nothing any more, unless the run goes back.
+        """
+        losses = self.probe.losses()
+        fault = self.faults.watch_weights(losses, self.step)
+        if fault is not None:
+            self.mend(fault)  # which saves, or raises
+            return
+        meta = {
+            **self.identity,
+            "updates": self.engine.updates,
+            "skipped": self.engine.skipped,
+            "faults": self.faults.state(),
+            "samples": self.samples_seen(),
+            "meters": self.meters.state(),
+            "probe": self.probe.record(losses),
+            "world_size": self.world.size,
+            "quarantine": self.quarantine.agree(self.stop_reading),
+        }
+        self.saver.begin(self.step, self._state(), meta)
+        if not self.saving.background:
+            self.saver.wait()
+
+    def save_snapshot(self) -> None:
+        """The averages that any other can be made of later."""
+        averages = State(self.engine.fragments(), self.ema.powers, self.engine.module, is_whole=False)
+        self.snapshots.begin(self.step, averages, {**self.identity, "updates": self.engine.updates})
+
+    def samples_seen(self) -> int:
+        left_out = sum(last - first + 1 for first, last in self.faults.left_out)
+        return (self.step - left_out) * self.train.global_batch
+
+    def mend(self, fault: Fault) -> bool:
+        """Whether the run went back behind a fault; where it may not or cannot, it stops, or only says so."""
+        found = None
+        if self.faults.may_return:
+            self.complete()
+            found = self._latest(fault.good)
+        if found is not None:
+            self._go_back(found, fault)
+            return True
+        if fault.is_fatal:
+            self.complete()
+            raise TrainingError(fault.why)
+        self.say(fault.why)
+        return False
+
+    def _go_back(self, found: Checkpoint, fault: Fault) -> None:
+        """Take the checkpoint's state, and go on with the step after this one: those between are left out."""
+        step, returned = self.step, self.faults.returned + 1
+        self.stop_reading()
+        for folder in (self.folder, self.snapshots.folder):
+            dist.on_main(lambda folder=folder: checkpoint.discard(folder, found.step))  # type: ignore[misc]
+        self._restore(found)
+        self.faults.leave_out(found.step + 1, step, returned)
+        self.step = self._logged = step
+        self.log.cut(found.step)
+        self.say(
+            f"{fault.why}\nwent back to {found.path} by itself ({returned} of faults.returns = {self.guard.returns}) "
+            f"and leaves out steps {found.step + 1} to {step}"
+        )
+        self.save()
+        self.saver.wait()  # so that the same command goes on here, and does not meet it again
+
+    def _check_data(self, found: checkpoint.Checkpoint) -> None:
+        """Refuse data, statistics or a codec that are not the checkpoint's."""
+        there, here = ({k: d[k] for k in ("data", "contract")} for d in (found.meta, self.identity))
+        before, now = flatten(there), flatten(json.loads(json.dumps(here)))
+        rows = [
+            f"  {k}: {before.get(k)!r} there, {now.get(k)!r} here"
+            for k in sorted({*before, *now})
+            if before.get(k) != now.get(k)
+        ]
+        if rows:
+            raise CheckpointError(
+                f"{found.path} was trained on other data than the ones given:\n" + "\n".join(rows) + "\n"
+                "Set data.path (or data.mix) to the data of this run, or another run_dir to start a new one."
+            )
+
+    def complete(self) -> None:
+        """Wait for what is being written."""
+        self.saver.wait()
+        self.snapshots.wait()
+
+    def stop_reading(self) -> None:
+        """Forget batches that were read ahead."""
+        if self.batches is not None:
+            self.batches.close()
+            self.batches = None
+
+    def say(self, text: str) -> None:
+        """Print on rank 0, beside a progress bar."""
+        if self.world.is_main:
+            tqdm.write(text)
