@@ -1,10 +1,10 @@
-"""Weights of other projects in, and out again: `python tools/convert.py facebook-dit|sit WEIGHTS OUT`."""
+"""Weights of other projects in, and out again, and one file of a run's: `python tools/convert.py COMMAND ...`."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -14,11 +14,12 @@ from dit.data.codecs.codec import parse_codec
 from dit.interop.convert import Choices, Converted, from_run, to_run
 from dit.interop.facebook_dit import FacebookDiT
 from dit.interop.sit import PathName, PredictionName, SiT
+from dit.train.export import export as write_export
 
 Heads = Annotated[int | None, "attention heads; none = those of S, B, L or XL, by the width"]
 Classes = Annotated[int | None, "classes; none = the label table's rows but the null one"]
 Scale = Annotated[float | None, "latents were multiplied with it; none = the codec's own, or 0.18215"]
-Weights = Annotated[Literal["ema", "model"], "which weights"]
+Weights = Annotated[str, "which weights: ema, model, or another average, as ema_0.999"]
 
 
 def facebook_dit(
@@ -87,6 +88,29 @@ def to_sit(
     )
 
 
+def export(
+    run_or_ckpt: Annotated[str, "a run directory or one checkpoint in it"],
+    out: Annotated[str, "a new .safetensors file"],
+    *,
+    weights: Weights = "ema",
+    width: Annotated[
+        float | None,
+        "an average of this width (sigma_rel), made of the run's snapshots; none = as it was kept",
+    ] = None,
+) -> None:
+    """One set of weights as one file that tools/sample.py takes: the model's own names, and what it was trained as.
+
+    Averages of any width can be made after training with ema.power and ema.snapshot_every (EDM2's post-hoc EMA).
+    """
+    written, off = write_export(run_or_ckpt, out, weights, width)
+    how = (
+        f"the {written.kind} weights"
+        if off is None
+        else f"an average of width {width:g} (profile off by {off:.2%})"
+    )
+    print(f"{out}: {how} of step {written.meta['step']}")
+
+
 def _choices(codec_keys: dict[str, str], **given: float | None) -> Choices:
     codec = to_dict(parse_codec({"name": "vae"}, codec_keys)) if codec_keys else None
     return from_dict(Choices, {**given, "codec": codec})
@@ -106,7 +130,13 @@ def _report(done: Converted) -> None:
     print(f"Sample from it: python tools/sample.py {done.folder} --out=SAMPLES{codec}")
 
 
-COMMANDS = {"facebook-dit": facebook_dit, "sit": sit, "to-facebook-dit": to_facebook_dit, "to-sit": to_sit}
+COMMANDS = {
+    "facebook-dit": facebook_dit,
+    "sit": sit,
+    "to-facebook-dit": to_facebook_dit,
+    "to-sit": to_sit,
+    "export": export,
+}
 
 if __name__ == "__main__":
     run(COMMANDS)

@@ -59,7 +59,7 @@ def main(
     unconditional: Annotated[bool, "drop every label, else log p(data | label)"] = False,
     seed: Annotated[int, "of probes, noise and posterior draws; sample i has its own"] = 0,
     batch_size: Annotated[int, "samples at a time and rank"] = 64,
-    weights: Annotated[Literal["ema", "model"], "which weights"] = "ema",
+    weights: Annotated[str, "which weights: ema, model, or another average, as ema_0.999"] = "ema",
     precision: Annotated[Literal["run", "fp32", "bf16"], "of matrix products; run = as in training"] = "fp32",
     **method_keys: str,
 ) -> None:

@@ -51,7 +51,7 @@ def main(
     shift: Annotated[float | None, "time shift of the grid, the same as --grid.shift; 1 = none"] = None,
     seed: Annotated[int, "of the noise; image i has its own"] = 0,
     batch_size: Annotated[int, "images at a time and rank"] = 64,
-    weights: Annotated[Literal["ema", "model"], "which weights"] = "ema",
+    weights: Annotated[str, "which weights: ema, model, or another average, as ema_0.999"] = "ema",
     precision: Annotated[Literal["run", "fp32", "bf16"], "of matrix products; run = as in training"] = "run",
     **solver_grid_codec_keys: str,
 ) -> None:

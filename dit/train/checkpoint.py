@@ -136,6 +136,11 @@ def _remove(path: Path) -> None:
 # --- finding and reading -----------------------------------------------------------------------------------
 
 
+def snapshots(directory: Path) -> list[Checkpoint]:
+    """Every checkpoint below `directory`, oldest first. Raises CheckpointError if one is broken."""
+    return [read(path) for path in reversed(_candidates(directory))]
+
+
 def _candidates(directory: Path) -> list[Path]:
     """Directories that have a checkpoint's final name, broken ones too, newest first."""
     found = [p for p in directory.glob(f"{_PREFIX}*") if _NAME.fullmatch(p.name)]
@@ -246,7 +251,7 @@ class Reader:
         for start, length, i in sorted(set(self._pieces.get(name, []))):
             low, high = max(offset + filled, start), min(offset + numel, start + length)
             if low < high and low == offset + filled:
-                piece = self._slice(i, f"{kind}/{name}" if self.checkpoint.is_sharded else name)
+                piece = self._slice(i, f"{kind}/{name}")
                 out[filled : filled + high - low] = piece[low - start : high - start]
                 filled += high - low
         if filled != numel:
@@ -265,6 +270,9 @@ class Reader:
 
     def whole(self, kind: str, name: str) -> Tensor:
         """A tensor in its full shape."""
+        if not self.checkpoint.is_sharded:
+            found: Tensor = self._files[0].get_tensor(name)
+            return found
         shape = self.shapes[name]
         return self.elements(kind, name, 0, torch.Size(shape).numel()).view(shape)
 

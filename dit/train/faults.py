@@ -134,17 +134,15 @@ class Faults:
             is_fatal=False,
         )
 
-    def watch_weights(self, losses: Mapping[str, float], step: int) -> Fault | None:
-        """Before saving. losses: of the probe, by weights."""
-        bad = [kind for kind, value in losses.items() if not math.isfinite(value)]
-        if not bad:
+    def watch_weights(self, complaint: str | None, step: int) -> Fault | None:
+        """Before saving. complaint: what is wrong with the weights."""
+        if complaint is None:
             return None
         return Fault(
             step - self.skipped_in_a_row - 1,
-            f"after step {step} the {' and '.join(bad)} weights compute no finite loss any more: a number in them, or "
-            "in the optimizer's state, is not finite. Nothing was saved; the same command goes on from the last "
-            f"checkpoint. With --faults.returns=1 a run goes back by itself; a lower optim.lr or "
-            "train.precision=fp32 may keep it from happening.",
+            f"after step {step} {complaint}. Nothing was saved; the same command goes on from the last checkpoint. "
+            "With --faults.returns=1 a run goes back by itself; a lower optim.lr or train.precision=fp32 may keep them "
+            "finite.",
         )
 
     def _dump(self, folder: str, step: int, content: dict[str, Any]) -> None:

@@ -107,7 +107,7 @@ class PersistentRun:
         TrainingError where the weights compute nothing any more, unless the run goes back.
         """
         losses = self.probe.losses()
-        fault = self.faults.watch_weights(losses, self.step)
+        fault = self.faults.watch_weights(self.probe.apart(losses), self.step)
         if fault is not None:
             self.mend(fault)  # which saves, or raises
             return

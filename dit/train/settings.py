@@ -81,7 +81,7 @@ class InitConfig:
     """Start a new run from another's weights. To go on with a run, start the same command again instead."""
 
     from_: str | None = None  # run directory or checkpoint
-    weights: Literal["ema", "model"] = "ema"
+    weights: str = "ema"  # or model, or another average that is there, as ema_0.999
 
 
 @config

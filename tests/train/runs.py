@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,15 @@ def column(run_dir: Path, name: str) -> list[Any]:
 def at_step(run_dir: Path, step: int) -> Path:
     """The folder of a checkpoint."""
     return run_dir / "checkpoints" / f"step-{step:08d}"
+
+
+def forked(run: Path, step: int, folder: Path) -> Path:
+    """A copy of a run as it was when a checkpoint had just been written."""
+    shutil.copytree(run, folder)
+    for path in (folder / "checkpoints").iterdir():
+        if path.name > at_step(folder, step).name:
+            shutil.rmtree(path)
+    return folder
 
 
 def state(folder: Path) -> dict[str, Tensor]:

@@ -10,14 +10,19 @@ import torch
 
 from dit.config import ConfigError, from_dict
 from dit.dist import World
+from dit.train import checkpoint
+from dit.train.checkpoint import CheckpointError, Reader
 from dit.train.ema import Ema, EmaConfig
+from dit.train.export import of_width
 from dit.train.local import LocalEngine
 from dit.train.optim import OptimConfig
+from dit.train.posthoc import power_of
 from tests.datasets import Digits
 from tests.ranks import Server
 from tests.train.conftest import Poisoned
 from tests.train.on_ranks import steps_beside_reference
-from tests.train.runs import values
+from tests.train.runs import STEPS as STEPS_OF_A_RUN
+from tests.train.runs import at_step, forked, go, state, values
 
 STEPS = 5
 
@@ -67,3 +72,89 @@ def test_closed_form() -> None:
 def test_a_decay_out_of_range_is_refused(decay: float) -> None:
     with pytest.raises(ConfigError, match=r"ema.decay and ema.also must be in \[0, 1\)"):
         from_dict(EmaConfig, {"decay": decay})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"also": [0.9, 1.0]}, r"must be in \[0, 1\), got 1.0"),
+        ({"also": [0.9, 0.9]}, "ema.also has a value twice"),
+        ({"power": [0.3]}, r"a width is above 0 and below 0.289, got 0.3"),
+        ({"snapshot_every": 10, "power": [0.1]}, r"at least two widths: set ema.power: \[0.05, 0.1\]"),
+        ({"snapshot_every": -1}, "ema.snapshot_every must be at least 0"),
+    ],
+)
+def test_averages_that_mean_nothing_are_refused(wrong: dict, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        from_dict(EmaConfig, wrong)
+
+
+# --- several, and those made afterwards --------------------------------------------------------------------
+
+SEVERAL = {"decay": 0.9, "also": [0.5, 0.99], "power": [0.05, 0.1], "snapshot_every": 2}
+
+
+@pytest.fixture(scope="module")
+def several(digits: Digits, ranks: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two ranks at stage 2, all checkpoints kept, killed by nobody."""
+    run_dir = tmp_path_factory.mktemp("several")
+    sections = {"ema": SEVERAL, "checkpoint": {"every": 1, "keep": 0}, "zero": {"stage": 2}}
+    ranks.run(2, go, values(digits, run_dir, **sections))
+    return run_dir
+
+
+def saved(run_dir: Path, kind: str) -> list[torch.Tensor]:
+    """A parameter as it is in the checkpoint of each step."""
+    readers = [Reader(checkpoint.read(at_step(run_dir, step))) for step in range(1, STEPS_OF_A_RUN + 1)]
+    return [reader.whole(kind, "blocks.0.attention.qkv.weight").double() for reader in readers]
+
+
+def test_every_decay_is_an_average_of_its_own(several: Path) -> None:
+    """From each checkpoint's weights and the average one step before."""
+    weights = saved(several, "model")
+    for kind, decay in {"ema": 0.9, "ema_0.5": 0.5, "ema_0.99": 0.99}.items():
+        averages = saved(several, kind)
+        for before, now, weight in zip(averages, averages[1:], weights[1:], strict=False):
+            assert torch.allclose(now, decay * before + (1 - decay) * weight, atol=1e-8)
+
+
+def test_power_averages_weigh_all_steps_by_their_profile(several: Path) -> None:
+    """After n updates: the sum over i of ((i/n)^(g+1) - ((i-1)/n)^(g+1)) w_i."""
+    weights = torch.stack(saved(several, "model"))
+    for width in (0.05, 0.1):
+        average = saved(several, f"power_{width}")
+        for n in (1, 2, 7, STEPS_OF_A_RUN):
+            shares = np.diff((np.arange(n + 1) / n) ** (power_of(width) + 1))
+            expected = torch.einsum("n,nij->ij", torch.from_numpy(shares), weights[:n])
+            assert torch.allclose(average[n - 1], expected, atol=1e-7), (width, n)
+
+
+def test_any_width_is_made_of_the_snapshots(several: Path) -> None:
+    weights = torch.stack(saved(several, "model"))
+    for width, most in ((0.07, 0.03), (0.1, 1e-5), (0.15, 0.03)):
+        made, off = of_width(several, width)
+        n = STEPS_OF_A_RUN
+        shares = np.diff((np.arange(n + 1) / n) ** (power_of(width) + 1))
+        expected = torch.einsum("n,nij->ij", torch.from_numpy(shares), weights)
+        spread = float((weights[-1] - expected).norm())
+        found = made.tensors["blocks.0.attention.qkv.weight"].double()
+        assert off < most
+        assert float((found - expected).norm()) < 3 * most * spread, width
+        assert (made.kind, made.meta["step"], made.meta["width"]) == ("ema", n, width)
+
+
+def test_they_come_back_with_a_checkpoint(digits: Digits, several: Path, tmp_path: Path) -> None:
+    run = forked(several, 10, tmp_path / "run")
+    sections = {"ema": SEVERAL, "checkpoint": {"every": 1, "keep": 0}, "engine": "local"}
+    go(values(digits, run, **sections))
+    a, b = state(at_step(run, STEPS_OF_A_RUN)), state(at_step(several, STEPS_OF_A_RUN))
+    assert {name.split("/")[0] for name in a} >= {"ema_0.5", "ema_0.99", "power_0.05", "power_0.1"}
+    assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a)
+    assert len(list((run / "snapshots").iterdir())) == STEPS_OF_A_RUN // 2
+
+
+def test_without_snapshots_there_is_nothing_to_make_them_of(reference: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"has no averages to make others of; train with --ema.power"):
+        of_width(reference, 0.1)
+    with pytest.raises(ConfigError, match=r"the width must be above 0 and below 0.289, got 0.5"):
+        of_width(reference, 0.5)

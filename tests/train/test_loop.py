@@ -31,6 +31,7 @@ from tests.train.runs import (
     column,
     differing,
     flip_bit,
+    forked,
     go,
     metrics,
     rewrite_tensors,
@@ -44,15 +45,6 @@ SPEEDS = ("images_per_s", "step_ms", "data_wait", "mfu")
 
 def without_speeds(run_dir: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in SPEEDS} for row in metrics(run_dir)]
-
-
-def forked(run: Path, step: int, folder: Path) -> Path:
-    """A copy of a run as it was when a checkpoint had just been written."""
-    shutil.copytree(run, folder)
-    for path in (folder / "checkpoints").iterdir():
-        if path.name > at_step(folder, step).name:
-            shutil.rmtree(path)
-    return folder
 
 
 def relative(found: list[float], expected: list[float]) -> float:
