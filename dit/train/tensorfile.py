@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -53,13 +54,14 @@ def write_tensors(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest, written = hashlib.sha256(), 0
-    with path.open("wb") as file:
+    with path.open("wb") as file, ThreadPoolExecutor(1, "sha256") as beside:
         parts = [memoryview(len(text).to_bytes(8, "little")), memoryview(text)]
         for view in [*parts, *(_bytes(tensors[name]) for name in order)]:
             for at in range(0, len(view), _CHUNK):
                 piece = view[at : at + _CHUNK]
+                hashed = beside.submit(digest.update, piece)
                 file.write(piece)
-                digest.update(piece)
+                hashed.result()
             written += len(view)
         file.flush()
         os.fsync(file.fileno())
