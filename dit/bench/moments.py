@@ -1,0 +1,108 @@
+"""When to kill a run, and what it is doing then: moments drawn before anything runs, and a start seen from outside."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from dit.bench.launched import POLL, Launched, last_logged
+
+STARTING = 0.3  # of the kills fall before the first step of their start
+USED = 0.75  # of the steps that are left shall be done by the starts that are left to be killed
+
+
+@dataclass(frozen=True)
+class Aim:
+    """A kill, as drawn before anything runs. moment: in [0, 1), of the time that `during` takes. ranks: those hit."""
+
+    during: Literal["start", "steps"]
+    moment: float
+    ranks: tuple[int, ...]
+
+
+def aims(kills: int, size: int, seed: int) -> list[Aim]:
+    """`kills` of them at `size` ranks: STARTING of them during a start, half of them at one rank alone."""
+    draws = np.random.default_rng(seed)
+    starting = draws.permutation(kills) < round(STARTING * kills)
+    alone = draws.permutation(kills) % 2 == 0
+    moments, ranks = draws.random(kills), draws.integers(size, size=kills)
+    return [
+        Aim(
+            "start" if starting[i] else "steps",
+            float(moments[i]),
+            (int(ranks[i]),) if alone[i] else tuple(range(size)),
+        )
+        for i in range(kills)
+    ]
+
+
+def window(steps_left: int, kills_left: int, every: int) -> float:
+    """Steps after a start's first one over which a kill is spread, so that the kills that are left fit into the run.
+
+    A start killed d steps after its first keeps d + 1 steps, less every / 2 on average that no checkpoint holds.
+    At most half of what is left, as the steps may be quicker than they were.
+    """
+    progress = USED * steps_left / (kills_left * (1 - STARTING))
+    return float(min(2 * (progress + every / 2 - 1), steps_left / 2))
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds from the ranks' birth to the first step logged, and from one step to the next, checkpoints included."""
+
+    start: float
+    step: float
+
+
+class Watch:
+    """A start of a run that goes on at step `resumes`, seen from outside."""
+
+    def __init__(self, job: Launched, run_dir: Path, resumes: int, steps: int):
+        """Before anything of it is written."""
+        self.job, self.run_dir, self.resumes, self.steps = job, run_dir, resumes, steps
+        self._file = last_logged(run_dir)[0]
+        self._partial = self._partials()
+
+    def logged(self) -> int:
+        """The last step that this start has logged; the step it resumes at where it has logged none."""
+        file, step = last_logged(self.run_dir)
+        return step if file != self._file and step > self.resumes else self.resumes
+
+    def moment(self, aim: Aim, pace: Pace, span: float) -> float:
+        """Wait for the moment of a kill; returns the seconds since the ranks were there. Raises Ended.
+
+        It comes earlier where the run is two steps from its end.
+        """
+        self.job.wait_for_ranks()
+        born = time.monotonic()
+        if aim.during == "steps":
+            self.job.until(lambda: self.logged() > self.resumes or None, "its first step")
+        due = time.monotonic() + aim.moment * (pace.start if aim.during == "start" else span * pace.step)
+
+        def come() -> bool | None:
+            return time.monotonic() > due - POLL / 2 or self.logged() >= self.steps - 2 or None
+
+        self.job.until(come, "its kill")
+        return time.monotonic() - born
+
+    def phase(self) -> str:
+        """What the run is doing: start, steps, saving (a checkpoint), removing (an old one)."""
+        ours = {name for name, _ in self._partials() - self._partial}
+        if ours:
+            newest = max((p.name for p in (self.run_dir / "checkpoints").glob("step-*[0-9]")), default="")
+            return "saving" if max(ours) > newest else "removing"
+        return "steps" if self.logged() > self.resumes else "start"
+
+    def _partials(self) -> set[tuple[str, int]]:
+        """Unfinished checkpoints, and when each last changed: a start clears away what others have left."""
+        found = set()
+        for path in (self.run_dir / "checkpoints").glob("*.partial"):
+            try:
+                found.add((path.name, path.stat().st_ctime_ns))
+            except FileNotFoundError:  # finished, or cleared away, just now
+                continue
+        return found
