@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -91,17 +92,12 @@ def figures(rows: Sequence[Row], reference: Sequence[Row], chain: Sequence[Link]
     problems += figure_problems(rows, reference, ("batch_hash", "lr", "updates", "skipped"))
     there = {row["step"]: row for row in reference}
 
-    def most(name: str, first: int, last: int) -> float:
-        pairs = [
-            (row[name], there[row["step"]][name])
-            for row in rows
-            if first < row["step"] <= last and row["step"] in there
-        ]
-        return max((abs(ours - theirs) / abs(theirs) for ours, theirs in pairs), default=0.0)
+    def most(name: str, link: Link) -> float:
+        mine = [row for row in rows if link.first < row["step"] <= link.last and row["step"] in there]
+        return max((_relative(row[name], there[row["step"]][name]) for row in mine), default=0.0)
 
     found = [
-        {**asdict(k), "loss": most("loss", k.first, k.last), "grad_norm": most("grad_norm", k.first, k.last)}
-        for k in chain
+        {**asdict(link), "loss": most("loss", link), "grad_norm": most("grad_norm", link)} for link in chain
     ]
     for link in found:
         if not link["loss"] <= BOUND:
@@ -110,6 +106,13 @@ def figures(rows: Sequence[Row], reference: Sequence[Row], chain: Sequence[Link]
                 f"differs by {link['loss']:.3g} relative (at most {BOUND:g})"
             )
     return {"problems": problems, "links": found, "loss": max(link["loss"] for link in found)}
+
+
+def _relative(ours: float | None, theirs: float | None) -> float:
+    """Of a difference; infinite where one is not finite, which metrics.jsonl has as null."""
+    if ours is None or theirs is None or not math.isfinite(ours - theirs):
+        return math.inf
+    return abs(ours - theirs) / abs(theirs)
 
 
 def table(found: dict[str, Any]) -> str:

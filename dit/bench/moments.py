@@ -9,30 +9,37 @@ from typing import Literal
 
 import numpy as np
 
-from dit.bench.launched import POLL, Launched, last_logged
+from dit.bench.launched import Launched, last_logged
 
-STARTING = 0.3  # of the kills fall before the first step of their start
+STARTING = 0.25  # of the kills fall between the ranks' birth and their first step
+SAVING = 0.2  # of them from the beginning of a start's first checkpoint on; the others anywhere after its first step
+POLL = 0.001  # seconds: a checkpoint is written in some ten
 USED = 0.75  # of the steps that are left shall be done by the starts that are left to be killed
+
+During = Literal["start", "steps", "saving"]
 
 
 @dataclass(frozen=True)
 class Aim:
     """A kill, as drawn before anything runs. moment: in [0, 1), of the time that `during` takes. ranks: those hit."""
 
-    during: Literal["start", "steps"]
+    during: During
     moment: float
     ranks: tuple[int, ...]
 
 
 def aims(kills: int, size: int, seed: int) -> list[Aim]:
-    """`kills` of them at `size` ranks: STARTING of them during a start, half of them at one rank alone."""
+    """`kills` of them at `size` ranks, STARTING and SAVING of them during those, half of them at one rank alone."""
     draws = np.random.default_rng(seed)
-    starting = draws.permutation(kills) < round(STARTING * kills)
+    starting, saving = round(STARTING * kills), round(SAVING * kills)
+    counts: dict[During, int] = {"start": starting, "saving": saving, "steps": kills - starting - saving}
+    during = [name for name, count in counts.items() for _ in range(count)]
+    order = draws.permutation(kills)
     alone = draws.permutation(kills) % 2 == 0
     moments, ranks = draws.random(kills), draws.integers(size, size=kills)
     return [
         Aim(
-            "start" if starting[i] else "steps",
+            during[order[i]],
             float(moments[i]),
             (int(ranks[i]),) if alone[i] else tuple(range(size)),
         )
@@ -46,16 +53,17 @@ def window(steps_left: int, kills_left: int, every: int) -> float:
     A start killed d steps after its first keeps d + 1 steps, less every / 2 on average that no checkpoint holds.
     At most half of what is left, as the steps may be quicker than they were.
     """
-    progress = USED * steps_left / (kills_left * (1 - STARTING))
+    progress = USED * steps_left / (kills_left * (1 - STARTING - SAVING))
     return float(min(2 * (progress + every / 2 - 1), steps_left / 2))
 
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds from the ranks' birth to the first step logged, and from one step to the next, checkpoints included."""
+    """Seconds: from the ranks' birth to the first step logged, from one step to the next, writing a checkpoint."""
 
     start: float
-    step: float
+    steps: float
+    saving: float
 
 
 class Watch:
@@ -79,23 +87,53 @@ class Watch:
         """
         self.job.wait_for_ranks()
         born = time.monotonic()
-        if aim.during == "steps":
-            self.job.until(lambda: self.logged() > self.resumes or None, "its first step")
-        due = time.monotonic() + aim.moment * (pace.start if aim.during == "start" else span * pace.step)
-
-        def come() -> bool | None:
-            return time.monotonic() > due - POLL / 2 or self.logged() >= self.steps - 2 or None
-
-        self.job.until(come, "its kill")
+        if aim.during != "start":
+            self.job.until(lambda: self.logged() > self.resumes or None, "its first step", POLL)
+        if aim.during == "saving":
+            self.job.until(
+                lambda: self._ends() or self.phase() == "saving" or None, "its first checkpoint", POLL
+            )
+        takes = {"start": pace.start, "steps": span * pace.steps, "saving": pace.saving}
+        due = time.monotonic() + aim.moment * takes[aim.during]
+        self.job.until(lambda: self._ends() or time.monotonic() > due or None, "its kill", POLL)
         return time.monotonic() - born
+
+    def pace(self) -> Pace:
+        """Of a run that nobody disturbs, to its last step. Raises Ended."""
+        self.job.wait_for_ranks()
+        born = time.monotonic()
+        first = self.job.until(lambda: self.logged() or None, "the first step", POLL)
+        began = seen = time.monotonic()
+        saving, saves = 0.0, set()
+
+        def last() -> bool | None:
+            nonlocal seen, saving
+            before, seen = seen, time.monotonic()
+            if self.phase() == "saving":
+                saving += seen - before
+                saves.add(max(self._ours(), default=""))
+            return self.logged() >= self.steps or None
+
+        self.job.until(last, "the last step", POLL)
+        return Pace(
+            began - born, (time.monotonic() - began) / max(1, self.steps - first), saving / max(1, len(saves))
+        )
+
+    def _ends(self) -> bool | None:
+        """Whether the run is about to be done."""
+        return self.logged() >= self.steps - 2 or None
 
     def phase(self) -> str:
         """What the run is doing: start, steps, saving (a checkpoint), removing (an old one)."""
-        ours = {name for name, _ in self._partials() - self._partial}
+        ours = self._ours()
         if ours:
             newest = max((p.name for p in (self.run_dir / "checkpoints").glob("step-*[0-9]")), default="")
             return "saving" if max(ours) > newest else "removing"
         return "steps" if self.logged() > self.resumes else "start"
+
+    def _ours(self) -> set[str]:
+        """Unfinished checkpoints that this start writes or removes."""
+        return {name for name, _ in self._partials() - self._partial}
 
     def _partials(self) -> set[tuple[str, int]]:
         """Unfinished checkpoints, and when each last changed: a start clears away what others have left."""

@@ -1,9 +1,9 @@
 """The kill test: SIGKILLs at random moments of a run's life, the same command after each, and the same run at the end.
 
-An undisturbed run of the same command comes first: it says what must come out, and how long a start and a step take
-on this machine. A kill hits one rank alone, which launch/local.sh then has to notice, or all of them. Its moment is
-uniform in the time from the ranks' birth to their first step, or uniform in a time after that first step; while a
-checkpoint is being written is as likely as that takes time.
+An undisturbed run of the same command comes first: it says what must come out, and how long a start, a step and a
+checkpoint take on this machine. A kill hits one rank alone, which launch/local.sh then has to notice, or all of them.
+Its moment is uniform in one of three times: from the ranks' birth to their first step, some steps from there on, or
+while the start's first checkpoint is written. What the run was really doing is looked at right before the kill.
 """
 
 from __future__ import annotations
@@ -100,18 +100,11 @@ class Bench:
             return Pace(**json.loads(kept.read_text()))
         if run_dir.exists():
             raise UserError(f"{run_dir} was interrupted: remove {self.folder}, or give another --folder")
-        with Launched(
-            self._words("undisturbed"), self.cfg.ranks, self.folder / "logs" / "undisturbed.log"
-        ) as job:
-            job.wait_for_ranks()
-            born = time.monotonic()
-            first = job.until(lambda: last_logged(run_dir)[1] or None, "the first step")
-            began = time.monotonic()
-            job.until(lambda: last_logged(run_dir)[1] == self.cfg.steps or None, "the last step")
-            seconds = (time.monotonic() - began) / (self.cfg.steps - first)
+        log = self.folder / "logs" / "undisturbed.log"
+        with Launched(self._words("undisturbed"), self.cfg.ranks, log) as job:
+            pace = Watch(job, run_dir, 0, self.cfg.steps).pace()
             if status := job.end():
                 raise UserError(f"the undisturbed run failed (exit status {status}): {job.tail()}")
-        pace = Pace(began - born, seconds)
         kept.write_text(json.dumps(asdict(pace)))
         return pace
 
@@ -217,8 +210,9 @@ def table(found: dict[str, Any]) -> str:
     rows += [
         f"{found['starts']} starts did {found['steps_done']} steps; the last kill left the checkpoint of step "
         f"{last['checkpoint']}",
-        f"a start takes {pace['start']:.1f} s to its first step, a step {1e3 * pace['step']:.0f} ms; after a kill all "
-        f"had ended within {end['median']:.1f} s ({end['most']:.1f} s at most)",
+        f"a start takes {pace['start']:.1f} s to its first step, a step {1e3 * pace['steps']:.0f} ms, a checkpoint "
+        f"{1e3 * pace['saving']:.0f} ms; after a kill all had ended within {end['median']:.1f} s (at most "
+        f"{end['most']:.1f} s)",
         f"{found['tensors']} tensors and every logged figure compared: {verdict}",
     ]
     return "\n".join(rows)
