@@ -144,29 +144,29 @@ class Launched:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for process in [*self.ranks, *self._children().values()]:
+        self.launcher.send_signal(signal.SIGSTOP)  # or it starts ranks while others are looked for
+        for process in {*self.ranks, *self._children()}:
             if process.lives():
-                self.kill([process])
+                with contextlib.suppress(ProcessLookupError):  # it has ended just now
+                    os.kill(process.pid, signal.SIGKILL)
         self.launcher.kill()
         self.launcher.wait()
 
-    def _children(self) -> dict[int, Process]:
-        """rank -> process, of those that the launcher has started and that live."""
-        found = {}
+    def _children(self) -> list[Process]:
+        """The processes that the launcher has started and that live."""
+        found = []
         for pid in [int(p.name) for p in Path("/proc").glob("[0-9]*")]:
             stat = _stat(pid)
             if stat is not None and stat[1] == self.launcher.pid and stat[0] not in "ZX":
-                rank = _rank(pid)
-                if rank is not None:
-                    found[rank] = Process(pid, stat[2])
+                found.append(Process(pid, stat[2]))
         return found
 
     def wait_for_ranks(self) -> None:
         """Until all ranks are there. Raises Ended."""
 
         def all_there() -> list[Process] | None:
-            found = self._children()
-            return [found[r] for r in range(self.size)] if len(found) == self.size else None
+            found = {_rank(process.pid): process for process in self._children()}
+            return [found[r] for r in range(self.size)] if found.keys() >= set(range(self.size)) else None
 
         self.ranks = self.until(all_there, f"{self.size} ranks", poll=10 * POLL)
 
@@ -190,12 +190,12 @@ class Launched:
                 raise UserError(f"nothing happened for {PATIENCE:g} s before {what}: {self.tail()}")
             time.sleep(poll)
 
-    @staticmethod
-    def kill(processes: Iterable[Process]) -> None:
-        """SIGKILL, one right after the other."""
-        for process in processes:
-            with contextlib.suppress(ProcessLookupError):  # its launcher has just ended it
-                os.kill(process.pid, signal.SIGKILL)
+    def kill(self, ranks: Iterable[int]) -> None:
+        """SIGKILL, one right after the other. Raises Ended where one has ended by itself."""
+        for rank in ranks:
+            if not self.ranks[rank].lives():
+                raise Ended(f"rank {rank} ended before its kill: {self.tail()}")
+            os.kill(self.ranks[rank].pid, signal.SIGKILL)
 
     def end(self) -> int:
         """Wait until the launcher and every rank have ended: the launcher's exit status. Raises UserError."""

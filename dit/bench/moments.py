@@ -72,6 +72,9 @@ class Watch:
     def __init__(self, job: Launched, run_dir: Path, resumes: int, steps: int):
         """Before anything of it is written."""
         self.job, self.run_dir, self.resumes, self.steps = job, run_dir, resumes, steps
+        self.started: float | None = (
+            None  # seconds from the ranks' birth to the first step, where that was seen
+        )
         self._file = last_logged(run_dir)[0]
         self._partial = self._partials()
 
@@ -83,27 +86,30 @@ class Watch:
     def moment(self, aim: Aim, pace: Pace, span: float) -> float:
         """Wait for the moment of a kill; returns the seconds since the ranks were there. Raises Ended.
 
-        It comes earlier where the run is two steps from its end.
+        It comes at the latest with the first step, where it was to be before it, or two steps before the run's end.
         """
         self.job.wait_for_ranks()
         born = time.monotonic()
         if aim.during != "start":
-            self.job.until(lambda: self.logged() > self.resumes or None, "its first step", POLL)
+            self.job.until(self._steps, "its first step", POLL)
+            self.started = time.monotonic() - born
         if aim.during == "saving":
             self.job.until(
                 lambda: self._ends() or self.phase() == "saving" or None, "its first checkpoint", POLL
             )
         takes = {"start": pace.start, "steps": span * pace.steps, "saving": pace.saving}
         due = time.monotonic() + aim.moment * takes[aim.during]
-        self.job.until(lambda: self._ends() or time.monotonic() > due or None, "its kill", POLL)
+        late = self._steps if aim.during == "start" else self._ends
+        self.job.until(lambda: late() or time.monotonic() > due or None, "its kill", POLL)
         return time.monotonic() - born
 
     def pace(self) -> Pace:
         """Of a run that nobody disturbs, to its last step. Raises Ended."""
         self.job.wait_for_ranks()
         born = time.monotonic()
-        first = self.job.until(lambda: self.logged() or None, "the first step", POLL)
-        began = seen = time.monotonic()
+        self.job.until(self._steps, "the first step", POLL)
+        first, began = self.logged(), time.monotonic()
+        seen = began
         saving, saves = 0.0, set()
 
         def last() -> bool | None:
@@ -118,6 +124,10 @@ class Watch:
         return Pace(
             began - born, (time.monotonic() - began) / max(1, self.steps - first), saving / max(1, len(saves))
         )
+
+    def _steps(self) -> bool | None:
+        """Whether it has logged a step."""
+        return self.logged() > self.resumes or None
 
     def _ends(self) -> bool | None:
         """Whether the run is about to be done."""

@@ -13,7 +13,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,7 +70,11 @@ class Bench:
         for _ in kills:
             progress()
         for number, aim in enumerate(planned[len(kills) :], len(kills)):
-            kills.append(self._kill(number, aim, pace, kills[-1]["checkpoint"] if kills else None))
+            start = next(
+                (k["started"] for k in reversed(kills) if k["started"]), pace.start
+            )  # the first one is cold
+            before = kills[-1]["checkpoint"] if kills else None
+            kills.append(self._kill(number, aim, replace(pace, start=start), before))
             with self._log.open("a") as file:
                 file.write(json.dumps(kills[-1]) + "\n")
             progress()
@@ -123,31 +127,33 @@ class Bench:
             watch = Watch(job, run_dir, before or 0, cfg.steps)
             try:
                 seconds = watch.moment(aim, pace, span)
-                found = watch.phase()  # right before, or it would be another
-                job.kill([job.ranks[rank] for rank in aim.ranks])
-                killed = time.monotonic()
-                status = job.end()
+                phase = watch.phase()  # right before, or it would be another
+                job.kill(aim.ranks)
             except Ended as error:
                 raise UserError(self._too_early(number, error)) from None
+            killed = time.monotonic()
+            status = job.end()
             ended = time.monotonic() - killed
-        record = {
+        step, problems = self._look(number, before)
+        lines = len(read_lines(run_dir / "history.jsonl")) - history
+        if lines != 1 and (phase != "start" or lines != 0):
+            problems.append(f"history.jsonl has {lines} new lines of one start")
+        if status == 0:
+            problems.append("launch/local.sh ended with status 0 after its ranks were killed")
+        return {
             "kill": number,
             **asdict(aim),
             "window_steps": round(span, 2),
             "seconds": round(seconds, 3),
-            "phase": found,
+            "started": watch.started,
+            "phase": phase,
             "resumed_at": before,
             "logged": watch.logged(),
             "status": status,
             "end_seconds": round(ended, 2),
+            "checkpoint": step,
+            "problems": problems,
         }
-        step, problems = self._look(number, before)
-        lines = len(read_lines(run_dir / "history.jsonl")) - history
-        if lines != 1 and (found != "start" or lines not in (0, 1)):
-            problems.append(f"history.jsonl has {lines} new lines of one start")
-        if status == 0:
-            problems.append("launch/local.sh ended with status 0 after its ranks were killed")
-        return {**record, "checkpoint": step, "problems": problems}
 
     def _look(self, number: int, before: int | None) -> tuple[int | None, list[str]]:
         """(newest loadable checkpoint's step, what is wrong with what is there)."""

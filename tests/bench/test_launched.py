@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dit.bench import launched
-from dit.bench.launched import Launched, Process, claim, last_logged, launch_to_end, read_lines
+from dit.bench.launched import Ended, Launched, Process, claim, last_logged, launch_to_end, read_lines
 from dit.errors import UserError
 
 
@@ -37,10 +37,12 @@ def test_the_ranks_are_found_and_one_killed_ends_the_other(program, tmp_path):
         )
         assert [process.pid for process in job.ranks] == [int(pid) for pid in told]
         assert all(process.lives() for process in job.ranks)
-        job.kill(job.ranks[1:])
+        job.kill([1])
         assert job.end() == 1
         assert not any(process.lives() for process in job.ranks)
         assert "rank 1 was killed by SIGKILL" in job.tail()
+        with pytest.raises(Ended, match="rank 0 ended before its kill"):
+            job.kill([0])
 
 
 def test_leaving_kills_what_is_left(program, tmp_path):
@@ -50,7 +52,7 @@ def test_leaving_kills_what_is_left(program, tmp_path):
     ]
     with contextlib.suppress(ZeroDivisionError), Launched(words, 2, tmp_path / "log") as job:
         job.until(lambda: job.log.read_text().count("on") == 2 or None, "both")
-        ranks = list(job._children().values())
+        ranks = job._children()
         raise ZeroDivisionError
     assert len(ranks) == 2
     assert not any(rank.lives() for rank in ranks)

@@ -116,7 +116,7 @@ def test_a_start_that_fails_is_told_from_one_that_was_killed(copied):
     (copied.folder / "kills.jsonl").write_text("")
     for shard in (copied.folder / "data").glob("*.tar"):
         shard.write_bytes(b"")
-    with pytest.raises(UserError, match=r"(?s)start 0 failed before it was killed: .*shard-000000.tar"):
+    with pytest.raises(UserError, match=r"(?s)start 0 failed before it was killed: .*shard-\d+.tar"):
         copied.run()
 
 
