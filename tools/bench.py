@@ -22,6 +22,7 @@ from dit.config import from_dict, to_dict
 from dit.errors import UserError
 
 EPOCHS = 80  # the shortest run that is usual on ImageNet: 400,000 steps of 256
+SHOWN = 20  # of the problems that a benchmark finds
 ENOUGH = {"repeats": 5, "samples": 100_000}  # for which the bounds are stated
 
 
@@ -161,7 +162,9 @@ def _conclude(how: dict[str, Any], found: dict[str, Any], json_file: str | None)
     if json_file:
         Path(json_file).write_text(json.dumps({"protocol": how, "figures": found}, indent=1) + "\n")
     if found["problems"]:
-        raise UserError("this is not as promised:\n" + "\n".join(f"  {p}" for p in found["problems"]))
+        shown, more = found["problems"][:SHOWN], len(found["problems"]) - SHOWN
+        rows = [*shown, *([f"and {more} more; --json_file has them all"] if more > 0 else [])]
+        raise UserError("this is not as promised:\n" + "\n".join(f"  {row}" for row in rows))
 
 
 if __name__ == "__main__":

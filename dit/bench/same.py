@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
-from dit.train.checkpoint import KINDS, Checkpoint, Reader
+from dit.train.checkpoint import Checkpoint, Reader
 
 Row = dict[str, Any]
 FIGURES = ("batch_hash", "loss", "grad_norm", "lr", "samples", "updates", "skipped")  # what is not a speed
-META = ("step", "updates", "skipped", "samples", "meters", "probe", "data", "contract")
+OF_THE_PLACE = (
+    "config",
+    "files",
+)  # of the meta data: where the run lies, and checksums of what is compared itself
 
 
 def step_problems(rows: Sequence[Row], steps: int) -> list[str]:
@@ -56,15 +60,23 @@ def checkpoint_problems(ours: Checkpoint, reference: Checkpoint) -> tuple[int, l
             found.append(f"checkpoint: {name} differs")
     found += [
         f"checkpoint: {key} is {ours.meta.get(key)!r}, undisturbed {reference.meta.get(key)!r}"
-        for key in META
+        for key in sorted({*ours.meta, *reference.meta} - {*OF_THE_PLACE})
         if ours.meta.get(key) != reference.meta.get(key)
     ]
     return len(a), found
 
 
 def _tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    reader = Reader(checkpoint)
-    found = {f"{kind}/{name}": reader.whole(kind, name) for kind in KINDS for name in reader.shapes}
+    """Everything that the ranks' files hold, whole."""
+    reader, kinds = Reader(checkpoint), set()
+    for entry in checkpoint.meta["files"]:
+        with safe_open(checkpoint.path / entry["file"], framework="pt") as file:
+            kinds |= {key.partition("/")[0] for key in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+    found = {
+        f"{kind}/{name}": reader.whole(kind, name)
+        for kind in sorted(kinds - {"buffer"})
+        for name in reader.shapes
+    }
     return found | {f"buffer/{name}": tensor for name, tensor in reader.buffers().items()}
 
 

@@ -183,8 +183,14 @@ class Bench:
         killed, calm = self.folder / "killed", self.folder / "undisturbed"
         rows, reference = (read_lines(d / "metrics.jsonl") for d in (killed, calm))
         tensors, found = checkpoint_problems(*(checkpoint.resolve(d) for d in (killed, calm)))
-        found = [f"kill {k['kill']}: {problem}" for k in kills for problem in k["problems"]] + found
-        found += step_problems(rows, self.cfg.steps) + figure_problems(rows, reference) + leftovers(killed)
+        of_kills = [f"kill {k['kill']}: {problem}" for k in kills for problem in k["problems"]]
+        of_log = step_problems(rows, self.cfg.steps) + figure_problems(rows, reference)
+        found = [*of_kills, *leftovers(killed), *of_log, *found]
+        resumed = sum(1 for k in kills if k["checkpoint"] is not None)  # each by the start that follows
+        if not resumed:
+            found.append(
+                "no kill came after the first checkpoint: nothing was resumed; take more kills or steps"
+            )
         done = sum(max(0, k["logged"] - (k["resumed_at"] or 0)) for k in kills)
         done += self.cfg.steps - (kills[-1]["checkpoint"] or 0)
         return {
@@ -195,6 +201,7 @@ class Bench:
             },
             "tensors": tensors,
             "starts": len(kills) + 1,
+            "resumed": resumed,
             "steps_done": done,
             "pace": asdict(pace),
             "end_seconds": {
@@ -214,8 +221,8 @@ def table(found: dict[str, Any]) -> str:
     last, pace, end = found["kills"][-1], found["pace"], found["end_seconds"]
     verdict = f"{len(found['problems'])} problems" if found["problems"] else "as if nobody had disturbed it"
     rows += [
-        f"{found['starts']} starts did {found['steps_done']} steps; the last kill left the checkpoint of step "
-        f"{last['checkpoint']}",
+        f"{found['starts']} starts, {found['resumed']} of them from a checkpoint, did {found['steps_done']} steps; the "
+        f"last kill left the checkpoint of step {last['checkpoint']}",
         f"a start takes {pace['start']:.1f} s to its first step, a step {1e3 * pace['steps']:.0f} ms, a checkpoint "
         f"{1e3 * pace['saving']:.0f} ms; after a kill all had ended within {end['median']:.1f} s (at most "
         f"{end['most']:.1f} s)",

@@ -55,6 +55,7 @@ def test_a_run_that_is_killed_ends_as_if_it_were_not(done):
     assert found["starts"] == KILLS + 1
     assert [row["step"] for row in metrics(bench.folder / "killed")] == list(range(1, STEPS + 1))
     assert found["steps_done"] >= STEPS
+    assert found["resumed"] == sum(k["checkpoint"] is not None for k in found["kills"]) > 0
     assert [k["kill"] for k in found["kills"]] == list(range(KILLS))
     assert sorted(len(k["ranks"]) for k in found["kills"]) == [1, 1, 2, 2]
     assert {k["during"] for k in found["kills"]} == {"start", "steps", "saving"}
