@@ -16,7 +16,6 @@ from dit.bench.same import (
 from dit.train import checkpoint
 from tests.train.runs import rewrite_tensors, sign
 
-
 KINDS = ("model", "ema", "exp_avg", "exp_avg_sq")
 
 
