@@ -1,4 +1,4 @@
-"""Speed figures, each a ratio of contenders that take turns in one run: `python tools/bench.py loader`."""
+"""Benchmarks: `python tools/bench.py loader` (speed, in turns), `kills` and `elastic` (what a run survives)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from tqdm import tqdm
 
+from dit.bench import elastic as elastic_bench
 from dit.bench import loader as loader_bench
+from dit.bench import survival
 from dit.bench.turns import Spread, protocol
 from dit.cli import run
 from dit.config import from_dict, to_dict
+from dit.errors import UserError
 
 EPOCHS = 80  # the shortest run that is usual on ImageNet: 400,000 steps of 256
+SHOWN = 20  # of the problems that a benchmark finds
 ENOUGH = {"repeats": 5, "samples": 100_000}  # for which the bounds are stated
 
 
@@ -101,5 +105,67 @@ def _print_loader(figures: dict[str, Any], enough: bool) -> None:
     )
 
 
+def kills(
+    *,
+    kills: Annotated[int, "SIGKILLs, each followed by the same command again"] = 100,
+    steps: Annotated[int, "of the run"] = 300,
+    every: Annotated[int, "steps between checkpoints"] = 5,
+    ranks: Annotated[int, "processes, on the CPU"] = 2,
+    stage: Annotated[int, "of ZeRO"] = 2,
+    seed: Annotated[int, "of the moments, and of who is hit"] = 0,
+    folder: Annotated[
+        str | None, "where it works; the same command goes on there; a temporary one if not given"
+    ] = None,
+    json_file: Annotated[str | None, "write the figures and every kill here too"] = None,
+) -> None:
+    """SIGKILLs at random moments of a real run, of one rank or all: the run at the end is the undisturbed one's.
+
+    Weights, average and optimizer bit for bit, every step logged once with the same batch_hash and loss, and after
+    every kill a checkpoint that can be loaded. 8 to 12 s a kill; exit status 1 where anything differs.
+    """
+    sizes = {"kills": kills, "steps": steps, "every": every, "ranks": ranks, "stage": stage, "seed": seed}
+    cfg = from_dict(survival.SurvivalBench, sizes)
+    how = protocol(**to_dict(cfg))
+    with tempfile.TemporaryDirectory() as temporary, tqdm(total=cfg.kills, unit="kill") as bar:
+        found = survival.Bench(Path(folder or temporary), cfg).run(bar.update)
+    print(survival.table(found))
+    _conclude(how, found, json_file)
+
+
+def elastic(
+    *,
+    steps: Annotated[int, "of the run"] = 50,
+    ranks: Annotated[tuple[int, ...], "of each link"] = (1, 2, 4, 2),
+    stages: Annotated[tuple[int, ...], "of ZeRO, of each link"] = (1, 3, 2, 0),
+    lr: Annotated[float, "learning rate"] = 1e-4,
+    folder: Annotated[
+        str | None, "where it works; the same command goes on there; a temporary one if not given"
+    ] = None,
+    json_file: Annotated[str | None, "write the figures here too"] = None,
+) -> None:
+    """One run over several numbers of ranks and ZeRO stages, in fp32: its losses beside an unbroken run's on one rank.
+
+    The same batch_hash at every step and losses within 1e-5 relative, or exit status 1.
+    """
+    sizes = {"steps": steps, "ranks": ranks, "stages": stages, "lr": lr}
+    cfg = from_dict(elastic_bench.ElasticBench, sizes)
+    how = protocol(**to_dict(cfg))
+    with tempfile.TemporaryDirectory() as temporary, tqdm(total=1 + len(cfg.ranks), unit="start") as bar:
+        found = elastic_bench.run(Path(folder or temporary), cfg, bar.update)
+    print(elastic_bench.table(found))
+    _conclude(how, found, json_file)
+
+
+def _conclude(how: dict[str, Any], found: dict[str, Any], json_file: str | None) -> None:
+    """Print how it was measured, write the figures, and fail where they are not what was promised."""
+    print(json.dumps(how))
+    if json_file:
+        Path(json_file).write_text(json.dumps({"protocol": how, "figures": found}, indent=1) + "\n")
+    if found["problems"]:
+        shown, more = found["problems"][:SHOWN], len(found["problems"]) - SHOWN
+        rows = [*shown, *([f"and {more} more; --json_file has them all"] if more > 0 else [])]
+        raise UserError("this is not as promised:\n" + "\n".join(f"  {row}" for row in rows))
+
+
 if __name__ == "__main__":
-    run({"loader": loader})
+    run({"loader": loader, "kills": kills, "elastic": elastic})

@@ -33,3 +33,18 @@ def test_sizes_are_checked_first():
     assert done.returncode == 1
     assert "at most samples" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (("kills", "--ranks=3"), "ranks must divide the global batch of 32"),
+        (("elastic", "--ranks=1,2"), "as many ranks as stages"),
+    ],
+)
+def test_settings_of_survival_are_checked_first(words, complaint, tmp_path):
+    done = execute("bench.py", *words, f"--folder={tmp_path / 'none'}")
+    assert done.returncode == 1
+    assert complaint in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "none").exists()
