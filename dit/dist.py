@@ -7,6 +7,7 @@ SLURM_LOCALID) all end in the same `World` and, inside `session()`, in one torch
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import socket
@@ -23,6 +24,7 @@ import torch.distributed as td
 from torch import Tensor
 
 from dit.errors import Stopped, UserError
+from dit.join import JoinError, Meeting, patience, ranks_text
 
 T = TypeVar("T")
 
@@ -79,6 +81,7 @@ class World:
 def session(timeout: timedelta = timedelta(minutes=10)) -> Iterator[World]:
     """Join the process group (gloo on CPU, NCCL on GPUs), and leave it whatever happens.
 
+    timeout: of a collective. Ranks that do not come at all are named sooner, by a JoinError (DIT_JOIN_SECONDS).
     Leaving matters: a gloo thread that outlives the interpreter aborts one exit in ten.
     """
     world = World.from_env()
@@ -94,7 +97,7 @@ def session(timeout: timedelta = timedelta(minutes=10)) -> Iterator[World]:
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(free_port())
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    td.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    _init_group("nccl" if device.type == "cuda" else "gloo", world, launched, timeout)
     try:
         yield world
     except RuntimeError as error:
@@ -108,6 +111,47 @@ def session(timeout: timedelta = timedelta(minutes=10)) -> Iterator[World]:
         if not launched:
             for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
                 os.environ.pop(name, None)
+
+
+def _init_group(backend: str, world: World, launched: bool, timeout: timedelta) -> None:
+    """Find the other ranks, within dit.join.patience(), and connect to them. Raises JoinError.
+
+    Not where nobody launched this process, nor under torchrun, whose agents meet before their ranks start.
+    """
+    if not launched or "TORCHELASTIC_RUN_ID" in os.environ:
+        td.init_process_group(backend, timeout=timeout)
+        return
+    try:
+        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    except (KeyError, ValueError):
+        raise JoinError("MASTER_ADDR and MASTER_PORT must name rank 0's node and a port of it") from None
+    nodes = tuple(os.environ.get("DIT_NODES", "").split())
+    store = Meeting(world.rank, world.size, node_name(), _job_and_restart(), *place, nodes).join()
+    store.set_timeout(timeout)
+    try:
+        td.init_process_group(
+            backend,
+            store=store,
+            rank=world.rank,
+            world_size=world.size,
+            timeout=timedelta(seconds=patience()),
+        )
+    except RuntimeError as error:
+        raise JoinError(
+            f"all {world.size} ranks are there, but rank {world.rank} on {node_name()} cannot connect to the others: "
+            f"{error}. Each rank is reached at the address that its node's name resolves to, or that of the interface "
+            "which GLOO_SOCKET_IFNAME names; any port must be open between nodes"
+        ) from error
+    set_timeout = (
+        getattr(td, "set_timeout", None) or td.distributed_c10d._set_pg_timeout
+    )  # its name in older ones
+    set_timeout(timeout)
+
+
+def _job_and_restart() -> str:
+    """The same on all ranks of a job's step, and another one when the job starts again; "" without SLURM."""
+    names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+    return ".".join(os.environ.get(name, "") for name in names).strip(".")
 
 
 @contextlib.contextmanager
@@ -152,6 +196,11 @@ def cores() -> int:
     return max(1, min(here, whole // max(int(part.partition("(")[0]) for part in tasks.split(","))))
 
 
+def node_name() -> str:
+    """This machine's name: SLURM's for the node, else the host's."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
 def job_name() -> str:
     """SLURM's job id and restart count where there is a job, else the host's name: for logs."""
     job, restarts = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "0")
@@ -171,12 +220,12 @@ def barrier() -> None:
         td.barrier()
 
 
-def gather_objects(value: T) -> list[T]:
-    """Every rank's value, on every rank."""
+def gather_objects(value: T, group: Any = None) -> list[T]:
+    """Every rank's value, on every rank. group: all ranks, over another backend than the job's."""
     if not td.is_initialized() or td.get_world_size() == 1:
         return [value]
     values: list[Any] = [None] * td.get_world_size()
-    td.all_gather_object(values, value)
+    td.all_gather_object(values, value, group=group)
     return values
 
 
@@ -190,12 +239,12 @@ def on_main(action: Callable[[], T]) -> T:
         try:
             box[0] = action()
         except Exception as caught:  # noqa: BLE001 (raised again below, on every rank)
-            error, box[1] = caught, str(caught)
+            error, box[1] = caught, f"rank 0 on {node_name()} failed: {caught}"
     td.broadcast_object_list(box, src=0)
     if error is not None:
         raise error
     if box[1] is not None:
-        raise PeerError(f"rank 0 failed: {box[1]}")
+        raise PeerError(box[1])
     return box[0]  # type: ignore[no-any-return]
 
 
@@ -210,18 +259,23 @@ def together(action: Callable[[], T]) -> T:
         result = action()
     except Exception as caught:  # noqa: BLE001 (raised again below, on every rank)
         error = caught
-    failures = [
-        (r, e) for r, e in enumerate(gather_objects(None if error is None else str(error))) if e is not None
-    ]
+    mine = None if error is None else (node_name(), str(error))
+    failed = {rank: found for rank, found in enumerate(gather_objects(mine)) if found is not None}
     if error is not None:
         raise error
-    if failures:
-        raise PeerError(f"rank {failures[0][0]} failed: {failures[0][1]}")
+    if failed:
+        rank, (node, text) = next(iter(failed.items()))
+        more = f" (as did {ranks_text(set(failed) - {rank})})" if len(failed) > 1 else ""
+        raise PeerError(f"rank {rank} on {node} failed{more}: {text}")
     return result  # type: ignore[return-value]
 
 
+@functools.cache
 def code_version() -> str:
-    """The package's version and, in a git checkout, the commit (with a plus where files were changed)."""
+    """The package's version and, in a git checkout, the commit (with a plus where files were changed).
+
+    As it was when this process first asked: that is what it has loaded.
+    """
     from dit import __version__
 
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Start an experiment on this machine: one rank per GPU, or NPROC ranks on the CPU.
 set -euo pipefail
+# shellcheck disable=SC2034
+me=launch/local.sh entry="" arguments=() # set in common.sh
 
 usage() {
     cat <<'USAGE'
@@ -20,11 +22,6 @@ Several machines: launch/multinode.sh.
 USAGE
 }
 
-die() {
-    echo "launch/local.sh: $*" >&2
-    exit 2
-}
-
 case ${1:-} in
 -h | --help)
     usage
@@ -37,18 +34,10 @@ case ${1:-} in
 esac
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-entry=${DIT_ENTRY:-tools/train.py}
-if [[ -z ${DIT_ENTRY:-} && $1 == *.py ]]; then
-    entry=$1
-    shift
-fi
-[[ $entry == /* ]] || entry=$root/$entry
-[[ -f $entry ]] || die "there is no $entry; the first argument or DIT_ENTRY names the program to start"
-
-if [[ -z ${PYTHON:-} ]]; then
-    PYTHON=$root/.venv/bin/python
-    [[ -x $PYTHON ]] || PYTHON=python3
-fi
+# shellcheck source=/dev/null
+source "$root/launch/common.sh"
+choose_entry "$@"
+choose_python
 command -v "$PYTHON" >/dev/null || die "$PYTHON does not run; \`make install\` builds .venv, or set PYTHON"
 
 if [[ -z ${NPROC:-} ]]; then
@@ -69,7 +58,7 @@ export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} # the code that runs is this 
 # ranks.py is torchrun without its own traceback of ranks that fail. --standalone: it finds a free port;
 # --local-addr: also where this machine's name does not resolve.
 command=("$PYTHON" "$root/launch/ranks.py" --standalone --local-addr=127.0.0.1
-    --nnodes=1 "--nproc-per-node=$NPROC" "$entry" "$@")
+    --nnodes=1 "--nproc-per-node=$NPROC" "$entry" "${arguments[@]}")
 if [[ ${DRY_RUN:-0} != 0 ]]; then
     printf 'OMP_NUM_THREADS=%q PYTHONPATH=%q' "$OMP_NUM_THREADS" "$PYTHONPATH"
     printf ' %q' "${command[@]}"

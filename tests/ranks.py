@@ -105,13 +105,29 @@ class Server:
 
     def start(self, size: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Job:
         """Begin function(*args, **kwargs) on `size` ranks. It must be importable by name, all values picklable."""
+        return self._start(size, True, function, args, kwargs)
+
+    def start_apart(self, size: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Job:
+        """As start, but the processes have not joined a group: to look at how they do, or at one that does not."""
+        return self._start(size, False, function, args, kwargs)
+
+    def _start(
+        self,
+        size: int,
+        joined: bool,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Job:
         port = dist.free_port()
         processes, pipes, logs = [], [], []
         for rank in range(size):
             here, there = self._context.Pipe(duplex=False)
             log = self._folder / f"job-{len(self._jobs):04d}-rank-{rank}.log"
             process = self._context.Process(
-                target=_rank, args=(rank, size, port, there, str(log), function, args, kwargs), daemon=True
+                target=_rank,
+                args=(rank, size, port, there, str(log), joined, function, args, kwargs),
+                daemon=True,
             )
             process.start()
             there.close()
@@ -142,6 +158,7 @@ def _rank(
     port: int,
     pipe: Connection,
     log: str,
+    joined: bool,
     function: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -154,7 +171,7 @@ def _rank(
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     try:
-        with dist.session():
+        with dist.session() if joined else contextlib.nullcontext():
             result = ("ok", function(*args, **kwargs), "")
     except BaseException as error:  # noqa: BLE001 (sent to the test, which raises it)
         result = (type(error).__name__, str(error), traceback.format_exc())

@@ -165,7 +165,7 @@ def test_a_failure_on_one_rank_is_raised_on_all(ranks: Server) -> None:
     with pytest.raises(RanksFailed) as failed:
         ranks.run(2, _fail_on_rank_1)
     assert failed.value.errors == {
-        0: ("PeerError", "rank 1 failed: the disk is full"),
+        0: ("PeerError", f"rank 1 on {dist.node_name()} failed: the disk is full"),
         1: ("OSError", "the disk is full"),
     }
 

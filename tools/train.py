@@ -16,6 +16,7 @@ from dit.dist import World
 from dit.experiment import Experiment
 from dit.train import run_dir
 from dit.train.hooks import held_out_hook
+from dit.train.preflight import alone as check_alone
 from dit.train.start import device_peak, train
 
 
@@ -23,6 +24,7 @@ def main(
     config: Annotated[str, "a YAML file, see configs/"],
     *,
     dry_run: Annotated[bool, "print parameters, FLOPs, memory and hours, and train nothing"] = False,
+    preflight: Annotated[bool, "check nodes, network, data and disk, and train nothing"] = False,
     **overrides: str,
 ) -> None:
     """Train in run_dir, or resume what is there.
@@ -33,6 +35,8 @@ def main(
     cfg = load(Experiment, config, overrides)
     if dry_run:
         print(report(cfg))
+    elif preflight:
+        check_alone(cfg, lambda manifest: cfg.cost(manifest).parameters.trainable)
     else:
         train(cfg, cfg.make_parts)
 

@@ -22,7 +22,7 @@ from dit.data.stream import Stream
 from dit.dist import World
 from dit.errors import Stopped
 from dit.model.cost import peak_flops
-from dit.train import checkpoint, run_dir
+from dit.train import checkpoint, preflight, run_dir
 from dit.train.checkpoint import CheckpointError, Reader
 from dit.train.ema import Ema
 from dit.train.fragments import Engine
@@ -54,6 +54,7 @@ def train(cfg: RunConfig, make_parts: Callable[[Manifest, World], Parts]) -> Non
     if cfg.train.threads:
         torch.set_num_threads(cfg.train.threads)
     with dist.session() as world, _leaving_together():
+        preflight.check(cfg, world)
         loop = build(cfg, make_parts, world)
         if len(loop.stream.sources) > 1:
             loop.say(f"each batch of {cfg.train.global_batch}: {_shares(loop.stream)}")
@@ -88,6 +89,8 @@ def build(cfg: RunConfig, make_parts: Callable[[Manifest, World], Parts], world:
     parts = dist.together(lambda: make_parts(manifest, world))
     dist.together(lambda: _initialise(parts.module, cfg))
     stream = dist.together(lambda: _stream(cfg, mixture, world))
+    trainable = sum(p.numel() for p in parts.module.parameters() if p.requires_grad)
+    dist.on_main(lambda: preflight.space(cfg, trainable))
     folder = run_dir.claim(cfg, world)
     engine = _engine(cfg, parts, world, cfg.train.local_batch(world) // micro)
     identity = {

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-LOCAL, MULTINODE = ROOT / "launch/local.sh", ROOT / "launch/multinode.sh"
+LOCAL, MULTINODE, SWEEP = (ROOT / "launch" / name for name in ("local.sh", "multinode.sh", "sweep.sh"))
 SCRIPTS = pytest.mark.parametrize("script", [LOCAL, MULTINODE], ids=lambda p: p.name)
+ALL = pytest.mark.parametrize("script", sorted((ROOT / "launch").glob("*.sh")), ids=lambda p: p.name)
 CORES = len(os.sched_getaffinity(0))
 LAUNCHER = (
     "SLURM_",
@@ -28,6 +29,9 @@ LAUNCHER = (
     "NPROC",
     "DRY_RUN",
     "TORCHELASTIC",
+    "CONTAINER",
+    "PREFLIGHT",
+    "LIMIT",
 )
 
 
@@ -49,16 +53,16 @@ def entry(tmp_path: Path) -> str:
     return str(path)
 
 
-# --- both --------------------------------------------------------------------------------------------------
+# --- all --------------------------------------------------------------------------------------------------
 
 
-@SCRIPTS
+@ALL
 def test_bash_can_read_it(script):
-    assert os.access(script, os.X_OK)
+    assert os.access(script, os.X_OK) == (script.name != "common.sh")
     subprocess.run(["bash", "-n", script], check=True)
 
 
-@SCRIPTS
+@ALL
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_shellcheck_finds_nothing(script):
     found = subprocess.run(["shellcheck", script], capture_output=True, text=True, check=False)
@@ -267,6 +271,66 @@ def test_multinode_port_can_be_chosen(entry, slurm_path):
     assert settings(run(MULTINODE, "c.yaml", **env))[0]["MASTER_PORT"] == "4711"
 
 
+def test_multinode_tells_the_ranks_which_nodes_there_are(entry, slurm_path, tmp_path):
+    """For the message that nobody came from one."""
+    srun = Path(slurm_path.split(os.pathsep)[0]) / "srun"
+    srun.write_text('#!/bin/sh\necho "nodes: $DIT_NODES"\n')
+    srun.chmod(0o755)
+    done = run(MULTINODE, "c.yaml", DIT_ENTRY=entry, PATH=slurm_path, **JOB)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "nodes: n7 n8"
+
+
+@pytest.mark.parametrize(("value", "words"), [("1", ["--preflight"]), ("0", [])])
+def test_multinode_preflight(entry, value, words):
+    env = {"DIT_ENTRY": entry, "DRY_RUN": "1", "PREFLIGHT": value}
+    _, command = settings(run(MULTINODE, "c.yaml", "--a=b", **env))
+    assert command[-3 - len(words) :] == [entry, "c.yaml", "--a=b", *words]
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        ("nvcr.io#nvidia/pytorch:25.01-py3", ["--container-image=nvcr.io#nvidia/pytorch:25.01-py3"]),
+        ("images/a b.sqsh", ["--container-image={cwd}/images/a b.sqsh"]),  # a file: its whole path
+        ("centos", ["--container-image=centos"]),
+    ],
+)
+@pytest.mark.parametrize("more", [None, "/data:/data,/scratch/me:/scratch"])
+def test_multinode_in_a_container_of_pyxis(entry, tmp_path, image, words, more):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/a b.sqsh").touch()
+    env = {"DIT_ENTRY": entry, "DRY_RUN": "1", "CONTAINER": image, "PYTHON": ""}
+    env |= {"CONTAINER_MOUNTS": more} if more else {}
+    done = run(MULTINODE, "c.yaml", cwd=tmp_path, **env)
+    _, command = settings(done)
+    mounts = [f"{ROOT}:{ROOT}", f"{tmp_path}:{tmp_path}", *([more] if more else [])]
+    inside = [f"--container-mounts={','.join(mounts)}", f"--container-workdir={tmp_path}"]
+    assert command[0] == "srun"
+    assert command[3:6] == [words[0].format(cwd=tmp_path), *inside]
+    assert command[6] == "env"
+    assert command[8:] == ["python3", entry, "c.yaml"]
+
+
+@pytest.mark.parametrize("image", ["torch.sif", "docker://pytorch/pytorch:latest", "oras://a/b", "box"])
+def test_multinode_in_a_container_of_apptainer(entry, tmp_path, image):
+    (tmp_path / "box").mkdir()  # a folder, apptainer's sandbox
+    env = {"DIT_ENTRY": entry, "DRY_RUN": "1", "CONTAINER": image, "CONTAINER_MOUNTS": "/d:/d"}
+    _, command = settings(run(MULTINODE, "c.yaml", cwd=tmp_path, **env, PYTHON="/opt/python"))
+    at = command.index("apptainer")
+    assert not [word for word in command[:at] if word.startswith("--container")]
+    mounts = f"--bind={ROOT}:{ROOT},{tmp_path}:{tmp_path},/d:/d"
+    name = str(tmp_path / image) if image == "box" else image
+    assert command[at : at + 6] == ["apptainer", "exec", "--nv", mounts, f"--pwd={tmp_path}", name]
+    assert command[at + 6] == "env"
+    assert command[at + 8 :] == ["/opt/python", entry, "c.yaml"]
+
+
+def test_multinode_mounts_the_checkout_once(entry):
+    _, command = settings(run(MULTINODE, "c.yaml", DIT_ENTRY=entry, DRY_RUN="1", CONTAINER="x"))
+    assert f"--container-mounts={ROOT}:{ROOT}" in command
+
+
 def test_multinode_tells_of_idle_gpus(entry, slurm_path):
     env = JOB | {"DIT_ENTRY": entry, "DRY_RUN": "1", "PATH": slurm_path, "SLURM_GPUS_ON_NODE": "4"}
     assert "4 GPUs but 1 tasks" in run(MULTINODE, "c.yaml", **env).stderr
@@ -285,3 +349,159 @@ def test_multinode_finds_the_checkout_from_the_spool_directory(entry, slurm_path
     lost = run(spool, "c.yaml", cwd=tmp_path, **env, SLURM_SUBMIT_DIR=str(tmp_path))
     assert lost.returncode == 2
     assert f"{tmp_path} is not the checkout" in lost.stderr
+
+
+# --- @FILE and sweep.sh ------------------------------------------------------------------------------------
+
+RUNS = r"""# rates
+configs/digits.yaml --run_dir=runs/a --optim.lr=1e-3
+
+  configs/digits.yaml --run_dir 'runs/b c' --x='q"u o\te $(not)' --w="it's \"\\ \n" --y=a\ b '' # trailing
+tools/train_vae.py configs/digits_vae.yaml --z='$HOME' --run_dir=runs/d#1"""
+WORDS = [
+    ["tools/train.py", "configs/digits.yaml", "--run_dir=runs/a", "--optim.lr=1e-3"],
+    [
+        "tools/train.py",
+        "configs/digits.yaml",
+        "--run_dir",
+        "runs/b c",
+        '--x=q"u o\\te $(not)',
+        "--w=it's \"\\ \\n",
+        "--y=a b",
+        "",
+    ],
+    ["tools/train_vae.py", "configs/digits_vae.yaml", "--z=$HOME", "--run_dir=runs/d#1"],
+]
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    path = tmp_path / "sweep.txt"
+    path.write_text(RUNS)
+    return path
+
+
+def test_sweep_dry_run_shows_what_each_element_would_run(sweep):
+    before = sorted(ROOT.iterdir())
+    done = run(SWEEP, "--nodes=2", "--comment=a b", str(sweep), DRY_RUN="1", LIMIT="2")
+    assert (done.returncode, done.stderr) == (0, "")
+    submit, *elements = done.stdout.splitlines()
+    *options, script, kept = shlex.split(submit)
+    assert options == [
+        "sbatch", "--array=1-3%2", "--output=slurm-%A_%a.out", "--nodes=2", "--comment=a b",
+    ]  # fmt: skip
+    assert script == str(MULTINODE)
+    assert kept.startswith(f"@{ROOT}/sweep-")
+    for number, (element, (tool, *words)) in enumerate(zip(elements, WORDS, strict=True), 1):
+        assert element.startswith(f"{number}: srun ")
+        assert shlex.split(element)[-len(words) - 2 :] == [sys.executable, str(ROOT / tool), *words]
+    assert sorted(ROOT.iterdir()) == before
+
+
+def test_sweep_submits_a_copy(sweep, tmp_path):
+    """What a stand-in for sbatch gets; a real one is in tests/slurm."""
+    sbatch = tmp_path / "bin/sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text('#!/bin/sh\nprintf "%s\\n" "$DIT_ROOT" "$@"\nexit ${STATUS:-0}\n')
+    sbatch.chmod(0o755)
+    env = {"PATH": f"{sbatch.parent}{os.pathsep}{os.environ['PATH']}"}
+    done = run(SWEEP, str(sweep), cwd=tmp_path, **env, DIT_ENTRY=f"{ROOT}/tools/train.py")
+    assert done.returncode == 2  # a config is not found from here
+    assert "line 2: there is no config file configs/digits.yaml" in done.stderr
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    done = run(SWEEP, str(sweep), cwd=tmp_path, **env)
+    assert done.returncode == 0, done.stderr
+    (kept,) = tmp_path.glob("sweep-*.txt")
+    root, *words = done.stdout.splitlines()
+    assert root == str(ROOT)
+    assert words == ["--array=1-3", "--output=slurm-%A_%a.out", str(MULTINODE), f"@{kept}"]
+    assert len(kept.read_text().splitlines()) == 3
+    assert "3 runs" in done.stderr
+    kept.unlink()
+    failed = run(SWEEP, str(sweep), cwd=tmp_path, **env, STATUS="3")
+    assert failed.returncode == 3
+    assert not list(tmp_path.glob("sweep-*.txt"))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "has no runs"),
+        ("# configs/digits.yaml --run_dir=a\n", "has no runs"),
+        ("configs/digits.yaml", "line 1: has no --run_dir"),
+        ("\nconfigs/digts.yaml --run_dir=a", "line 2: there is no config file configs/digts.yaml"),
+        ("tools/train_vea.py c.yaml --run_dir=a", f"line 1: there is no {ROOT}/tools/train_vea.py"),
+        (
+            "configs/digits.yaml --run_dir=a/../b\n\nconfigs/digits.yaml --run_dir b/",
+            f"line 3: has the same run_dir as line 1: {ROOT}/b",
+        ),
+        ("configs/digits.yaml --run_dir=$HOME/a", "line 1: variables are not expanded"),
+        ('configs/digits.yaml --run_dir="$HOME"', "line 1: variables are not expanded"),
+        ("configs/digits.yaml --run_dir=`a`", "line 1: variables are not expanded"),
+        ("configs/digits.yaml --run_dir='a", "quotes come in pairs"),
+        ('configs/digits.yaml --run_dir="a', "a double quote is not closed"),
+        ("configs/digits.yaml --run_dir=a \\", "quotes come in pairs"),
+    ],
+)
+def test_sweep_refuses_a_file(tmp_path, text, says):
+    (tmp_path / "sweep.txt").write_text(text)
+    done = run(SWEEP, str(tmp_path / "sweep.txt"), DRY_RUN="1")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("launch/sweep.sh: ")
+    assert says in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "env", "says"),
+    [
+        (["no.txt"], {}, "there is no no.txt"),
+        (["{file}", "--nodes=2"], {}, "the last argument is the FILE of runs, not --nodes=2"),
+        (["--array=1-3", "{file}"], {}, "--array=1-3: the array is FILE's runs"),
+        (["-a1-3", "{file}"], {}, "the array is FILE's runs"),
+        (["{file}"], {"LIMIT": "0"}, "LIMIT=0 is not a number of elements"),
+    ],
+)
+def test_sweep_refuses_arguments(sweep, arguments, env, says):
+    done = run(SWEEP, *(a.format(file=sweep) for a in arguments), DRY_RUN="1", **env)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert says in done.stderr
+
+
+def test_sweep_help():
+    for flag in ("--help", "-h"):
+        done = run(SWEEP, flag)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "launch/sweep.sh [SBATCH OPTIONS] FILE" in done.stdout
+    assert run(SWEEP).returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "index", "says"),
+    [
+        (["@{file}"], None, "@FILE is for job arrays"),
+        (["@no.txt"], "1", "there is no no.txt"),
+        (["@{file}"], "9", "has no run in line 9"),
+        (["@{file}", "--x=1"], "2", "nothing may follow"),
+    ],
+)
+def test_multinode_refuses_a_line(sweep, arguments, index, says):
+    env = {"DRY_RUN": "1"} | ({"SLURM_ARRAY_TASK_ID": index} if index else {})
+    done = run(MULTINODE, *(a.format(file=sweep) for a in arguments), **env)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert says in done.stderr
+
+
+def test_an_element_queues_itself_again_and_not_the_array(entry, slurm_path, tmp_path):
+    """By the name that SLURM has for an element: the number alone may be that of the whole array."""
+    folder = Path(slurm_path.split(os.pathsep)[0])
+    (folder / "srun").write_text("#!/bin/sh\nexit 75\n")
+    (folder / "sleep").write_text("#!/bin/sh\n")
+    (folder / "scontrol").write_text(
+        f'#!/bin/sh\n[ "$1" = show ] && printf "n7\\nn8\\n" || echo "$*" >>{tmp_path}/requeued\n'
+    )
+    for name in ("srun", "sleep"):
+        (folder / name).chmod(0o755)
+    env = JOB | {"DIT_ENTRY": entry, "PATH": slurm_path}
+    run(MULTINODE, "c.yaml", **env)
+    run(MULTINODE, "c.yaml", **env, SLURM_ARRAY_JOB_ID="123400", SLURM_ARRAY_TASK_ID="3")
+    assert (tmp_path / "requeued").read_text() == "requeue 123456\nrequeue 123400_3\n"

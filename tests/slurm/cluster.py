@@ -7,6 +7,7 @@ node. The controller and the clients run outside, on the network that all share.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -15,13 +16,24 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Self
 
 from dit.dist import free_port
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo", "scancel", "unshare")
+PROGRAMS = (
+    "munged",
+    "slurmctld",
+    "slurmd",
+    "sbatch",
+    "srun",
+    "scontrol",
+    "sinfo",
+    "scancel",
+    "unshare",
+    "nsenter",
+)
 SBIN = ("/usr/sbin", "/sbin")
 APART = ("--uts", "--ipc", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
 
@@ -175,6 +187,16 @@ class Cluster:
         self._daemons[name].kill()
         self._daemons[name].wait()
         until(lambda: self.states()[name].startswith("down"), 60, self.log)
+
+    @contextlib.contextmanager
+    def hidden(self, name: str, folder: Path) -> Iterator[None]:
+        """On this node an empty file system lies over a folder, inside."""
+        there = ["nsenter", f"--mount=/proc/{self._daemons[name].pid}/ns/mnt"]
+        self.call(*there, "mount", "-t", "tmpfs", "tmpfs", folder)
+        try:
+            yield
+        finally:
+            self.call(*there, "umount", folder)
 
     def wait_idle(self, seconds: float = 60) -> None:
         """Until every node waits for work; one that crashed is taken back, as an administrator would."""

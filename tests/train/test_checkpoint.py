@@ -333,7 +333,7 @@ def test_a_rank_that_cannot_write_fails_all_and_harms_nothing(ranks: Server, tmp
         assert f"could not save {tmp_path / 'step-00000002'}" in text
         assert "File too large" in text
         assert "Earlier checkpoints are untouched" in text
-    assert "rank 1 failed" in failed.value.errors[0][1]
+    assert f"rank 1 on {dist.node_name()} failed" in failed.value.errors[0][1]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000001"]
     assert holds(tmp_path / "step-00000001", 1)
 
