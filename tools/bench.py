@@ -13,8 +13,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from tqdm import tqdm
 
+from dit.bench import draws as draws_bench
 from dit.bench import elastic as elastic_bench
 from dit.bench import loader as loader_bench
+from dit.bench import saving as saving_bench
 from dit.bench import survival
 from dit.bench.turns import Spread, protocol
 from dit.cli import run
@@ -105,6 +107,51 @@ def _print_loader(figures: dict[str, Any], enough: bool) -> None:
     )
 
 
+def checkpoint(
+    *,
+    parameters: Annotated[int, "of the model; 16 bytes each in a checkpoint"] = 33_000_000,
+    repeats: Annotated[int, "turns of each contender"] = 5,
+    folder: Annotated[str | None, "the disk to write to; a temporary folder if not given"] = None,
+    json_file: Annotated[str | None, "write the figures here too"] = None,
+) -> None:
+    """Seconds to save and load a checkpoint beside a plain write of as many bytes; how long training stands still."""
+    cfg = from_dict(saving_bench.SavingBench, {"parameters": parameters, "repeats": repeats})
+    how = protocol(**to_dict(cfg))
+    with (
+        tempfile.TemporaryDirectory(dir=folder) as place,
+        tqdm(total=saving_bench.turns(cfg), unit="turn") as bar,
+    ):
+        found = saving_bench.run(Path(place), cfg, bar.update)
+    enough = repeats >= ENOUGH["repeats"]
+    print(f"{found['bytes'] / 2**20:.0f} MiB, seconds")
+    for name, seconds in found["seconds"].items():
+        print(f"{name:28s} {Spread(**seconds)}")
+    _print_bound("save / plain write", found["save / plain write"], 1.5, enough, most=True)
+    _print_bound("stall / save", found["stall / save"], 0.2, enough, most=True)
+    _conclude(how, found, json_file)
+
+
+def draws(
+    *,
+    size: Annotated[str, "of the model: S, B, L, XL"] = "S",
+    batch: Annotated[int, "samples a step"] = 8,
+    repeats: Annotated[int, "turns of each contender"] = 5,
+    precision: Annotated[str, "of the step: fp32 or bf16"] = "fp32",
+    json_file: Annotated[str | None, "write the figures here too"] = None,
+) -> None:
+    """The random numbers of a training step (posterior, eps, t, label drop, fingerprint) as a share of the step."""
+    sizes = {"size": size, "batch": batch, "repeats": repeats, "precision": precision}
+    cfg = from_dict(draws_bench.DrawsBench, sizes)
+    how = protocol(**to_dict(cfg))
+    with tqdm(total=draws_bench.turns(cfg), unit="turn") as bar:
+        found = draws_bench.run(cfg, bar.update)
+    for name, ms in found["ms"].items():
+        print(f"{name:28s} {Spread(**ms)} ms a step")
+    bound = 0.01 if torch.cuda.is_available() else 0.03
+    _print_bound("draws / step", found["draws / step"], bound, repeats >= ENOUGH["repeats"], most=True)
+    _conclude(how, found, json_file)
+
+
 def kills(
     *,
     kills: Annotated[int, "SIGKILLs, each followed by the same command again"] = 100,
@@ -161,11 +208,12 @@ def _conclude(how: dict[str, Any], found: dict[str, Any], json_file: str | None)
     print(json.dumps(how))
     if json_file:
         Path(json_file).write_text(json.dumps({"protocol": how, "figures": found}, indent=1) + "\n")
-    if found["problems"]:
-        shown, more = found["problems"][:SHOWN], len(found["problems"]) - SHOWN
+    problems = found.get("problems", [])
+    if problems:
+        shown, more = problems[:SHOWN], len(problems) - SHOWN
         rows = [*shown, *([f"and {more} more; --json_file has them all"] if more > 0 else [])]
         raise UserError("this is not as promised:\n" + "\n".join(f"  {row}" for row in rows))
 
 
 if __name__ == "__main__":
-    run({"loader": loader, "kills": kills, "elastic": elastic})
+    run({"loader": loader, "checkpoint": checkpoint, "draws": draws, "kills": kills, "elastic": elastic})

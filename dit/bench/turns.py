@@ -85,6 +85,7 @@ def protocol(**settings: Any) -> dict[str, Any]:
         "code": code_version(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
         "numpy": version("numpy"),
         "cores": len(os.sched_getaffinity(0)),
         "load_at_start": round(os.getloadavg()[0], 2),

@@ -48,3 +48,20 @@ def test_settings_of_survival_are_checked_first(words, complaint, tmp_path):
     assert complaint in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "sizes", "words"),
+    [
+        ("checkpoint", ("--parameters=1100000",), ("16 MiB", "plain write", "stall / save")),
+        ("draws", ("--size=nano", "--batch=2"), ("draws", "step", "draws / step")),
+    ],
+)
+def test_figures_of_few_turns_are_not_judged(tmp_path, command, sizes, words):
+    json_file = tmp_path / "found.json"
+    done = execute("bench.py", command, *sizes, "--repeats=2", f"--json_file={json_file}")
+    assert done.returncode == 0, done.stderr
+    assert all(word in done.stdout for word in words)
+    assert ": met" not in done.stdout
+    assert ": missed" not in done.stdout
+    assert json.loads(json_file.read_text())["protocol"]["repeats"] == 2
