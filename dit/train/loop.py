@@ -30,6 +30,7 @@ from dit.train.quarantine import SharedQuarantine
 from dit.train.settings import CheckpointConfig, TrainConfig
 from dit.train.stop import stop_request
 from dit.train.task import Samples, Task, batch_samples, loss_of
+from dit.train.watch import Watch
 
 PROBE_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}  # relative
 
@@ -74,6 +75,7 @@ class Loop:
         self.batches: Any = None  # of the stream, under way
         self.meters = Meters(self.engine.device)
         self.micro = self.train.micro(self.world)
+        self.watch = Watch(self.world, self.train.hang_timeout, self.run_dir)
 
     # --- resume and save ---
 
@@ -101,6 +103,7 @@ class Loop:
 
     def save(self) -> None:
         """Write a checkpoint of the steps done; collective."""
+        self.watch.at("save", self.step)
         meta = {
             **self.identity,
             "updates": self.engine.updates,
@@ -165,8 +168,9 @@ class Loop:
             smoothing=0.05,
         )
         self._logged = self.step
+        self.watch.at("data", self.step)
         try:
-            with stop_request(self.world) as stop:
+            with self.watch, stop_request(self.world) as stop:
                 for batch in self._batches():
                     self.train_step(batch)
                     bar.update()
@@ -193,6 +197,7 @@ class Loop:
             self.save()
         for hook in self.hooks:
             if hook.every and (self.step % hook.every == 0 or last):
+                self.watch.at("hook", self.step)
                 hook(self.step, self.engine, self.ema, log)
         if not stopped and (self.step % self.saving.every == 0 or last):
             self.save()
@@ -208,9 +213,11 @@ class Loop:
             while self.step < self.train.steps:
                 if self.batches is None:
                     self.batches = self.stream.iterate(self.step, self.train.steps, self.prefetch)
+                self.watch.at("data", self.step)
                 asked = time.perf_counter()
                 batch = next(self.batches)
                 self.meters.wait_seconds += time.perf_counter() - asked
+                self.watch.at("step", self.step)
                 yield batch
         finally:
             self._stop_reading()
