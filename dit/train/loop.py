@@ -235,7 +235,8 @@ class Loop:
         self.meters.add_hash(fingerprints)
         losses = []
         for micro in samples.micro_batches(self.micro):
-            loss = loss_of(self.task, self.engine, micro)
+            with self.meters.forward.timing():
+                loss = loss_of(self.task, self.engine, micro)
             self.engine.backward(loss.mean)
             self.meters.add(loss)
             losses.append(loss)
