@@ -10,6 +10,7 @@ import re
 import signal
 import socket
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -218,18 +219,22 @@ def test_rank_0_waits_for_the_last_to_leave_but_not_for_ever(ranks: Server, tmp_
 def suspended_together(folder: str) -> int:
     """All ranks of a job are stopped for longer than the limit, as a scheduler does that lends their nodes."""
     (Path(folder) / f"pid-{os.getpid()}").touch()
-    return watched(folder, None, "", "", ("step", LIMIT / 2))
+    return watched(folder, None, "", "", ("hook", LIMIT + 2))
 
 
-def test_a_job_that_was_suspended_as_a_whole_goes_on(ranks: Server, tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_job_that_was_suspended_as_a_whole_goes_on(ranks: Server, tmp_path: Path, first: int) -> None:
+    """Whichever rank wakes first: the others were not late."""
     job = ranks.start(2, suspended_together, str(tmp_path))
     until(lambda: len(list(tmp_path.glob("pid-*"))) == 2)
     time.sleep(0.5)
-    for process in job.processes:
-        os.kill(process.pid, signal.SIGSTOP)
-    time.sleep(LIMIT + 1)
-    for process in job.processes:
-        os.kill(process.pid, signal.SIGCONT)
+    pids = [job.processes[first].pid, job.processes[1 - first].pid]
+    for pid in pids[::-1]:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(LIMIT)
+    for pid in pids:
+        os.kill(pid, signal.SIGCONT)
+        time.sleep(0.2)
     assert job.wait(60) == [STEPS - 1] * 2
     assert not (tmp_path / "hang").exists()
 
@@ -241,17 +246,19 @@ def with_strangers(folder: str) -> int:
     with watch, contextlib.ExitStack() as stack:
         if world.is_main:
             port = watch._thread._server.getsockname()[1]  # type: ignore[union-attr]
-            for words in (
-                b"",
-                b"GET / HTTP/1.1\r\n\r\n",
-                json.dumps({"token": "?", "rank": 1}).encode() + b"\n",
-            ):
+            me = json.dumps({"token": "?", **asdict(watch._post.member()), "rank": 1}).encode() + b"\n"
+            for words in (b"", b"GET / HTTP/1.1\r\n\r\n", me):
                 stranger = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
                 stranger.sendall(words)
+                if words == me:
+                    stranger.shutdown(socket.SHUT_WR)
         for step in range(STEPS):
             watch.at("step", step)
             dist.all_sum(torch.ones(1))
             time.sleep(0.2)
+        assert watch._thread is not None
+        assert watch._thread.is_alive()
+        assert watch._thread.verdict is None
     return step
 
 
