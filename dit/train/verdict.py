@@ -108,7 +108,8 @@ class Judge:
 
     def _stalled(self, there: list[Member], now: float) -> Verdict | None:
         """The ranks that are furthest behind, if none of them has moved for the limit and none may rest there."""
-        behind = [m for m in there if m.place == min(o.place for o in there)]
+        last = min((m.place for m in there), default=(0, 0))
+        behind = [m for m in there if m.place == last]
         seconds = min((now - m.since for m in behind), default=0.0)
         if seconds <= self.stall or not all(PHASES[m.phase].is_limited and m.step > m.began for m in behind):
             return None

@@ -28,6 +28,9 @@ from dit.train.watchers import PATIENCE, Hub, Post, Spoke, Watcher
 from dit.train.wire import connect, listener
 
 CONNECT_SECONDS = 60.0
+GRACE = (
+    10.0  # seconds: after a Ctrl-C gloo needs 7 until its groups are gone, and only then the others notice
+)
 FOLDER = "hang"  # in the run directory: each rank's stacks
 
 
@@ -50,7 +53,8 @@ class Watch:
         silence = min(60.0, stall / 2) if math.isfinite(stall) else stall
         beat = min(5.0, max(0.2, silence / 10))
         self.world = world
-        self._post = Post(world.rank, beat, Judge(silence, stall, slack=2 * beat), run_dir / FOLDER)
+        judge = Judge(silence, stall, slack=2 * beat)
+        self._post = Post(world.rank, beat, min(GRACE, stall), judge, run_dir / FOLDER)
         self._thread: Watcher | None = None
 
     def at(self, phase: str, step: int) -> None:

@@ -18,21 +18,20 @@ from dit.train.verdict import PHASES, Judge, Member, Verdict, failed
 from dit.train.wire import Message, Wire
 
 PATIENCE = 5.0  # seconds that a rank that leaves waits for the others' watches, at most
-GRACE = (
-    5.0  # seconds for a connection to break in the training thread, which then ends the process in good order
-)
-LINGER = 1.0  # seconds for the same where none breaks
+LINGER = 1.0  # seconds for the others to take the verdict
 
 
 @dataclass
 class Post:
     """What a rank's two threads share. place: (steps done, phase), of which the training thread keeps track.
 
-    beat: seconds between two words to rank 0. folder: for the stacks.
+    beat: seconds between two words to rank 0. grace: seconds for a broken connection to show in the training thread,
+    which then ends the process in good order. folder: for the stacks.
     """
 
     rank: int
     beat: float
+    grace: float
     judge: Judge
     folder: Path
     place: tuple[int, str] = (0, "data")
@@ -87,7 +86,7 @@ class Watcher(threading.Thread):
         self._judged.set()
         while not self._leaving.is_set():
             self.listen_on(0.1)
-            if time.monotonic() - told > (GRACE if verdict.breaks else LINGER):
+            if time.monotonic() - told > (self.post.grace if verdict.breaks else LINGER):
                 words = threading.Thread(target=self._last_words, args=(verdict,), daemon=True)
                 words.start()
                 words.join(PATIENCE)  # a file system that hangs may be the very cause
@@ -220,7 +219,11 @@ class Hub(Watcher):
         """Listen until there is a verdict, or None: until all have left in good order."""
         left = math.inf
         while True:
-            self._serve(min(self.post.beat, 0.5))
+            turn = time.monotonic() + min(self.post.beat, 0.5)  # to judge after every word would take a core
+            while time.monotonic() < turn and not self._leaving.is_set() and self._failure is None:
+                self._serve(max(0.0, turn - time.monotonic()))
+            if self._leaving.is_set() and self._whose:
+                self._serve(0.1)
             now = self.clock.now()
             self._me.move(*self.post.place, now)
             self._me.left = self._leaving.is_set() and self._failure is None
