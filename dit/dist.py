@@ -101,7 +101,7 @@ def session(timeout: timedelta = timedelta(minutes=10)) -> Iterator[World]:
     try:
         yield world
     except RuntimeError as error:
-        if "gloo" in str(error) or isinstance(error, td.DistError):  # what a rank sees of another's end
+        if is_broken_connection(error):
             raise PeerError(
                 f"the connection to another rank broke: see that rank's message ({error})"
             ) from error
@@ -152,6 +152,13 @@ def _job_and_restart() -> str:
     """The same on all ranks of a job's step, and another one when the job starts again; "" without SLURM."""
     names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
     return ".".join(os.environ.get(name, "") for name in names).strip(".")
+
+
+def is_broken_connection(error: BaseException) -> bool:
+    """Whether this is what a rank sees of another's end."""
+    if not isinstance(error, RuntimeError) or isinstance(error, PeerError):
+        return False
+    return "gloo" in str(error) or isinstance(error, td.DistError)
 
 
 @contextlib.contextmanager

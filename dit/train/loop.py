@@ -31,15 +31,16 @@ class Loop(PersistentRun):
         self._logged = self.step
         start, steps = self.step, self.train.steps
         bar = tqdm(total=steps, initial=start, unit="step", disable=not self.world.is_main, smoothing=0.05)
+        self.watch.at("data", self.step)
         try:
-            with stop_request() as stop, rank_flags(self.world) as flags:
+            with self.watch, stop_request() as stop, rank_flags(self.world) as flags:
                 for batch in self._batches():
                     fault = self.train_step(batch)
                     bar.update()
                     asked = stop.heard is not None
                     told = flags.exchange(asked, self.saver.progress(), self.snapshots.progress())
                     self._after_step(bar, fault, *told)
-            self.complete()
+                self.complete()
         except KeyboardInterrupt:
             self.say(
                 f"interrupted after step {self.step}; the same command goes on from the last checkpoint (one is saved "
@@ -80,6 +81,7 @@ class Loop(PersistentRun):
             self.complete()
         for hook in self.hooks:
             if hook.every and (self.step % hook.every == 0 or last):
+                self.watch.at("hook", self.step)
                 hook(self.step, self.engine, self.ema, self.log)
         if self.ema.cfg.snapshot_every and self.step % self.ema.cfg.snapshot_every == 0:
             self.save_snapshot()
@@ -95,9 +97,11 @@ class Loop(PersistentRun):
             while self.step < self.train.steps:
                 if self.batches is None:
                     self.batches = self.stream.iterate(self.step, self.train.steps, self.prefetch)
+                self.watch.at("data", self.step)
                 asked = time.perf_counter()
                 batch = next(self.batches)
                 self.meters.wait_seconds += time.perf_counter() - asked
+                self.watch.at("step", self.step)
                 yield batch
         finally:
             self.stop_reading()
@@ -109,7 +113,8 @@ class Loop(PersistentRun):
         self.meters.add_hash(fingerprints)
         losses = []
         for micro in samples.micro_batches(self.micro):
-            loss = loss_of(self.task, self.engine, micro)
+            with self.meters.forward.timing():
+                loss = loss_of(self.task, self.engine, micro)
             self.engine.backward(guarded(loss, self.guard.max_loss))
             self.meters.add(loss)
             losses.append(loss)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -19,6 +23,67 @@ from dit.files import write_atomically
 from dit.flow.objective import Loss
 
 _MASK63 = (1 << 63) - 1
+# Figures of a row that tell how fast the machine was; all others are the same in every repetition of a run.
+SPEEDS = (
+    "images_per_s", "step_ms", "mfu", "forward_ms", "forward_ms_max", "slowest_rank", "data_wait", "data_wait_max"
+)  # fmt: skip
+
+
+class HostTimer:
+    """How long something took in all, by this process's clock."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+
+    @contextlib.contextmanager
+    def timing(self) -> Iterator[None]:
+        """Count what is inside."""
+        begun = time.perf_counter()
+        yield
+        self._seconds += time.perf_counter() - begun
+
+    def take(self) -> float:
+        """Seconds since the last call."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+
+class DeviceTimer:
+    """The same by the GPU's clock. Nothing waits for it but `take`."""
+
+    def __init__(self) -> None:
+        self._pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []  # recorded
+        self._spare: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextlib.contextmanager
+    def timing(self) -> Iterator[None]:
+        """Count what is launched inside."""
+        begin, end = self._spare.pop() if self._spare else (_event(), _event())
+        begin.record()
+        yield
+        end.record()
+        self._pairs.append((begin, end))
+
+    def take(self) -> float:
+        """Seconds since the last call."""
+        if self._pairs:
+            self._pairs[-1][1].synchronize()
+        milliseconds = math.fsum(begin.elapsed_time(end) for begin, end in self._pairs)
+        self._spare, self._pairs = self._spare + self._pairs, []
+        return 1e-3 * milliseconds
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a rank tells the others of its interval. Seconds."""
+
+    batch_hash: int
+    forward: float
+    wait: float
 
 
 class Meters:
@@ -26,6 +91,8 @@ class Meters:
 
     def __init__(self, device: torch.device):
         self.device = device
+        # of forward passes: at ZeRO stages 0 to 2 nothing in them waits for another rank, as backward passes do
+        self.forward = DeviceTimer() if device.type == "cuda" else HostTimer()
         self._sums: dict[str, Tensor] = {}
         self.batch_hash = 0  # sum mod 2^63 of this rank's slots' fingerprints
         self.reset_clock()
@@ -36,6 +103,7 @@ class Meters:
         self._sums = {}
         self.batch_hash = 0
         self.wait_seconds = 0.0
+        self.forward.take()
 
     def reset_clock(self) -> None:
         """Count time from now (after compiling, sampling or saving, which are not training)."""
@@ -69,7 +137,7 @@ class Meters:
         """What a checkpoint between two logged steps must keep; collective."""
         return {
             "sums": {k: v.tolist() for k, v in self._reduced().items()},
-            "batch_hash": self._reduced_hash(),
+            "batch_hash": _total(dist.gather_objects(self.batch_hash)),
         }
 
     def load_state(self, state: dict[str, Any], is_main: bool) -> None:
@@ -92,17 +160,17 @@ class Meters:
         pieces = flat.split([p.numel() for p in parts])
         return {n: p.view(shapes[n]).cpu() for n, p in zip(names, pieces, strict=True)}
 
-    def _reduced_hash(self) -> int:
-        return sum(dist.gather_objects(self.batch_hash)) & _MASK63
-
     def take(self, steps: int, samples: int) -> dict[str, float | int | None]:
         """The interval's figures, after which a new one starts; collective.
 
         steps, samples: since the last call, on the clock. Keys as in metrics.jsonl; loss_q1..q4 are the means over
         t in [0, 1/4), ..., [3/4, 1], None where no t fell there. Losses are means over the samples that are not
-        missing; the tasks' own metrics are over all slots, missing ones (zeros) too.
+        missing; the tasks' own metrics are over all slots, missing ones (zeros) too. forward_ms is the median over
+        ranks of the time of a step's forward passes, forward_ms_max that of slowest_rank; data_wait is rank 0's,
+        data_wait_max the longest of all ranks.
         """
-        sums, batch_hash = self._reduced(), self._reduced_hash()
+        sums = self._reduced()
+        reports = dist.gather_objects(Report(self.batch_hash, self.forward.take(), self.wait_seconds))
         elapsed = max(1e-9, time.perf_counter() - self._since - self._paused)
         count = max(1.0, float(sums["count"]))  # none where every sample was missing
         row: dict[str, float | int | None] = {"loss": float(sums["loss"]) / count}
@@ -114,10 +182,18 @@ class Meters:
             if n.startswith("metric/")
         }
         row |= {"images_per_s": samples / elapsed, "step_ms": 1e3 * elapsed / max(1, steps)}
-        row |= {"data_wait": self.wait_seconds / elapsed, "batch_hash": batch_hash}
+        row |= {"data_wait": self.wait_seconds / elapsed, "batch_hash": _total(r.batch_hash for r in reports)}
+        forward = [1e3 * r.forward / max(1, steps) for r in reports]
+        row |= {"forward_ms": median(forward), "forward_ms_max": max(forward)}
+        row |= {"slowest_rank": forward.index(max(forward))}
+        row |= {"data_wait_max": max(r.wait for r in reports) / elapsed}
         self.clear()
         self.reset_clock()
         return row
+
+
+def _total(hashes: Iterable[int]) -> int:
+    return sum(hashes) & _MASK63
 
 
 class RunLog:
@@ -191,7 +267,7 @@ def _finite(value: Any) -> Any:
 
 def _group(name: str) -> str:
     """TensorBoard's tab of a scalar: health first, then speed, then the loss by time."""
-    groups = {"images_per_s": "speed", "step_ms": "speed", "mfu": "speed", "data_wait": "speed"}
+    groups = dict.fromkeys(SPEEDS, "speed")
     groups |= {
         "lr": "optim",
         "grad_norm": "optim",

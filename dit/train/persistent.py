@@ -26,6 +26,7 @@ from dit.train.quarantine import SharedQuarantine
 from dit.train.saver import ALL, Saver
 from dit.train.settings import CheckpointConfig, TrainConfig
 from dit.train.task import Samples, Task
+from dit.train.watch import Watch
 
 
 @dataclass
@@ -65,6 +66,7 @@ class PersistentRun:
         self.batches: Any = None  # of the stream, under way
         self.meters = Meters(self.engine.device)
         self.micro = self.train.micro(self.world)
+        self.watch = Watch(self.world, self.train.hang_timeout, self.run_dir)
         self.probe = Probe(self.task, self.engine, self.ema, self.samples, self.train.precision)
         self.faults = Faults(self.guard, self.train.max_skipped, self.run_dir, self.world.rank)
         self.folder = self.run_dir / "checkpoints"
@@ -106,6 +108,7 @@ class PersistentRun:
 
         TrainingError where the weights compute nothing any more, unless the run goes back.
         """
+        self.watch.at("save", self.step)
         losses = self.probe.losses()
         fault = self.faults.watch_weights(self.probe.apart(losses), self.step)
         if fault is not None:
@@ -184,6 +187,7 @@ class PersistentRun:
 
     def complete(self) -> None:
         """Wait for what is being written."""
+        self.watch.at("save", self.step)
         self.saver.wait()
         self.snapshots.wait()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from dit.config import ConfigError, Problem, config
@@ -24,6 +25,9 @@ class TrainConfig:
     log_every: int = 10  # steps
     max_skipped: int = 20  # updates skipped in a row before the run stops
     threads: int | None = None  # torch CPU threads a rank; null = as the environment says
+    # Seconds without progress in a step, or in waiting for its data, after which the ranks that hold the others up are
+    # named and the run ends. A rank that is not heard of is named after half of it, or 60 s. null = never.
+    hang_timeout: float | None = 300.0
 
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch", "log_every", "max_skipped"):
@@ -32,6 +36,10 @@ class TrainConfig:
         for name in ("micro_batch", "threads"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"train.{name} must be at least 1 or null, got {getattr(self, name)}")
+        if self.hang_timeout is not None and not 1.0 <= self.hang_timeout < math.inf:
+            raise ConfigError(
+                f"train.hang_timeout must be at least 1 second, or null for never; got {self.hang_timeout}"
+            )
 
     def local_batch(self, world: World) -> int:
         """Samples a rank takes a step. Raises ConfigError where they cannot be shared out evenly."""
@@ -170,6 +178,6 @@ OPERATIONAL = (
     "run_dir", "engine", "zero", "checkpoint", "faults", "sample", "val", "codec", "data.path",
     "data.mix", "data.val", "data.prefetch", "data.readers", "data.max_quarantined", "data.cache",
     "train.steps", "train.micro_batch", "train.log_every", "train.max_skipped", "train.compile", "train.threads",
-    "ema.snapshot_every",
+    "train.hang_timeout", "ema.snapshot_every",
     "model.checkpoint_blocks", "classifier.checkpoint_blocks", "perceptual.weights",
 )  # fmt: skip

@@ -20,6 +20,7 @@ from dit.data.encoding.encode import EncodeOptions, encode
 from dit.data.sources.images import open_source
 from dit.train.checkpoint import CheckpointError
 from dit.train.loop import TrainingError
+from dit.train.meters import SPEEDS
 from tests.datasets import Digits, altered, first
 from tests.ranks import Job, RanksFailed, Server
 from tests.train.conftest import Poisoned
@@ -40,7 +41,6 @@ from tests.train.runs import (
 )
 
 Sharded = Callable[[int], Path]
-SPEEDS = ("images_per_s", "step_ms", "data_wait", "mfu")
 
 
 def without_speeds(run_dir: Path) -> list[dict[str, Any]]:

@@ -115,6 +115,49 @@ def test_ranks_add_up(ranks: Server) -> None:
         assert (row["loss_q1"], row["loss_q2"], row["loss_q3"]) == (1.0, 2.0, None)
 
 
+@pytest.mark.parametrize(
+    "device", [CPU, pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)], ids=["cpu", "gpu"]
+)
+def test_forward_passes_are_timed_by_the_step(device: torch.device) -> None:
+    meters = Meters(device)
+    a = torch.ones(512, 512, device=device)
+    a @ a  # loads what it needs
+    with meters.forward.timing():
+        a @ a
+    meters.clear()  # what was before does not count
+    begun = time.perf_counter()
+    for _ in range(4):
+        with meters.forward.timing():
+            for _ in range(20):
+                a @ a
+    meters.add(loss([1.0]))
+    row = meters.take(steps=2, samples=2)
+    assert 0 < 2 * row["forward_ms"] <= 1e3 * (time.perf_counter() - begun)
+    assert row["forward_ms"] == row["forward_ms_max"]
+    assert row["slowest_rank"] == 0
+    meters.add(loss([1.0]))
+    assert meters.take(1, 1)["forward_ms"] == 0
+
+
+def one_slow_rank() -> dict:
+    rank = World.from_env().rank
+    meters = Meters(CPU)
+    with meters.forward.timing():
+        time.sleep((0.02, 0.2, 0.04)[rank])
+    meters.wait_seconds = (0.0, 0.0, 0.1)[rank]
+    meters.add(loss([1.0]))
+    return meters.take(steps=2, samples=2)
+
+
+def test_the_slowest_rank_and_the_longest_wait_are_told(ranks: Server) -> None:
+    row = ranks.run(3, one_slow_rank)[0]
+    assert row["slowest_rank"] == 1
+    assert 100 <= row["forward_ms_max"] < 150
+    assert 20 <= row["forward_ms"] < 45  # the median
+    seconds = 2e-3 * row["step_ms"]
+    assert (row["data_wait"], row["data_wait_max"]) == (0.0, pytest.approx(0.1 / seconds))
+
+
 # --- files -------------------------------------------------------------------------------------------------
 
 

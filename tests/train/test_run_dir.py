@@ -38,7 +38,14 @@ def test_a_new_one_gets_its_config_in_full(tmp_path: Path) -> None:
 
 
 OPERATIONAL_CHANGES = {
-    "train": {"steps": 20, "micro_batch": 4, "log_every": 1, "max_skipped": 2, "threads": 1},
+    "train": {
+        "steps": 20,
+        "micro_batch": 4,
+        "log_every": 1,
+        "max_skipped": 2,
+        "threads": 1,
+        "hang_timeout": 9,
+    },
     "zero": {"stage": 3},
     "checkpoint": {"every": 5, "keep": 1},
     "engine": "local",
