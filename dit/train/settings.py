@@ -10,6 +10,7 @@ from dit.data.storage.nodecache import NodeCacheConfig
 from dit.dist import World
 from dit.train.ema import EmaConfig
 from dit.train.optim import OptimConfig
+from dit.train.zero import ZeroConfig
 
 
 @config
@@ -23,6 +24,7 @@ class TrainConfig:
     log_every: int = 10  # steps
     max_skipped: int = 20  # updates skipped in a row before the run stops
     threads: int | None = None  # torch CPU threads a rank; null = as the environment says
+    freeze: tuple[str, ...] = ()  # names of parameters that are not trained, with * and ?: ["blocks.0.*"]
 
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch", "log_every", "max_skipped"):
@@ -80,13 +82,6 @@ class InitConfig:
 
     from_: str | None = None  # run directory or checkpoint
     weights: Literal["ema", "model"] = "ema"
-
-
-@config
-class ZeroConfig:
-    """How DeepSpeed shards optimizer state (1), gradients (2), parameters (3) over the ranks; 0 = nothing."""
-
-    stage: Literal[0, 1, 2, 3] = 2
 
 
 @config
@@ -158,6 +153,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.val.every and self.data.val is None:
             raise ConfigError("val.every is set, but data.val (a folder of held-out shards) is not")
+        if self.engine == "local" and (self.zero.offload != "none" or self.zero.hpz > 1):
+            raise ConfigError("zero.offload and zero.hpz are DeepSpeed's: leave them out, or engine: local")
 
 
 # A change of these is taken and recorded; a change of any other key would make it another run and is refused.
