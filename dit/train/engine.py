@@ -41,16 +41,16 @@ deepspeed_logger.setLevel(logging.ERROR)
 
 
 def deepspeed_config(
-    zero: ZeroConfig, optim: OptimConfig, sizes: tuple[int, int, int], precision: str, bucket: int
+    zero: ZeroConfig, optim: OptimConfig, sizes: tuple[int, int, int], precision: str, numbers: int
 ) -> dict[str, Any]:
-    """DeepSpeed's own configuration. sizes: (global batch, micro-batch, accumulation). bucket: numbers in one."""
+    """DeepSpeed's own configuration. sizes: (global batch, micro-batch, accumulation). numbers: that are trained."""
     global_batch, micro_batch, accumulation = sizes
     made: dict[str, Any] = {
         "train_batch_size": global_batch,
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": (optim.clip or 0.0) if zero.stage else 0.0,  # stage 0: GuardedAdamW clips
-        "zero_optimization": _sharding(zero, bucket),
+        "zero_optimization": _sharding(zero, numbers),
         "torch_autocast": {"enabled": precision == "bf16", "dtype": "bfloat16"},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW for the CPU is as quick, and needs no C++ build
@@ -64,16 +64,22 @@ def deepspeed_config(
     return made
 
 
-def _sharding(zero: ZeroConfig, bucket: int) -> dict[str, Any]:
+def _sharding(zero: ZeroConfig, numbers: int) -> dict[str, Any]:
     """The section zero_optimization."""
     made: dict[str, Any] = {
         "stage": zero.stage,
-        "reduce_bucket_size": bucket,  # DeepSpeed's own, 5e8, would take 2 GB a dtype, used or not
-        "allgather_bucket_size": bucket,
+        "reduce_bucket_size": min(
+            BUCKET, numbers
+        ),  # DeepSpeed's own, 5e8, would take 2 GB a dtype, used or not
+        "allgather_bucket_size": min(BUCKET, numbers),
+        "use_multi_rank_bucket_allreduce": False,  # a reduce to each owner: half the bytes of an all-reduce for all
     }
     if zero.stage == 3:
         # Eager stage 3 with the memory-efficient linear gives wrong gradients under selective checkpointing.
         made |= {"memory_efficient_linear": False, "stage3_param_persistence_threshold": 0}
+        # By DeepSpeed's own figures a model of less than 1e9 parameters stays gathered from the forward to the backward
+        # pass, and sharding saves nothing; so it does where more than a block is fetched ahead. See dit/bench/wire.py.
+        made |= {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": min(BUCKET, numbers // 64)}
         made["zero_hpz_partition_size"] = zero.hpz
     host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if zero.offload != "none":
@@ -132,7 +138,7 @@ class DeepSpeedEngine:
         self._engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
-            config=deepspeed_config(zero, optim, sizes, precision, min(BUCKET, trained)),
+            config=deepspeed_config(zero, optim, sizes, precision, trained),
         )
         self._fragments: list[Fragment] | None = None
 
