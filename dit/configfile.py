@@ -21,6 +21,7 @@ from dit.config import (
     class_at,
     flatten,
     from_dict,
+    is_many,
     merge,
     parts_of,
     to_dict,
@@ -80,6 +81,11 @@ def _from_text(cls: type, key: tuple[str, ...], text: str, values: Mapping[str, 
     parent = class_at(cls, key[:-1], values)
     hint = annotation_at(parent, key[-1]) if parent else None
     plain = {p for p in parts_of(hint) if isinstance(p, type)}
+    if (
+        str in plain and not plain & {int, float, bool} and is_many(hint)
+    ):  # as typed: YAML reads * as an alias
+        inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+        return [part.strip().strip("\"'") for part in inner.split(",") if part.strip()]
     if str in plain and not plain & {int, float, bool}:
         return None if text in ("null", "None") and type(None) in plain else text
     if "," in text and not text.startswith(("[", "{")):

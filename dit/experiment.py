@@ -22,7 +22,7 @@ from dit.dist import World
 from dit.flow.objective import Objective
 from dit.flow.path import Path as NoisePath
 from dit.flow.predict import Endpoints
-from dit.model.cost import Cost, cost
+from dit.model.cost import Cost, Memory, cost
 from dit.model.dit import MODELS, DiTConfig
 from dit.sample.denoise import DenoiseFn, Denoiser, with_precision
 from dit.sample.generate import Sampler, SamplerSpec, check_classes, image_grid, labels_for
@@ -39,6 +39,7 @@ from dit.train.latents import (
     latent_contract,
     open_codec,
 )
+from dit.train.optim import freeze
 from dit.train.settings import RunConfig, TrainConfig
 from dit.train.start import Parts
 from dit.train.task import LatentTask
@@ -106,6 +107,7 @@ class Experiment(RunConfig):
             contract=latent_contract(manifest, norm),
             hooks=self._hooks(manifest, norm, task, world),
             leaf_modules=tuple({type(b) for b in module.blocks}),
+            memory=lambda stage, frozen: self.memory(manifest, world, stage, frozen),
         )
 
     def task(self, manifest: Manifest, world: World) -> LatentTask:
@@ -124,6 +126,22 @@ class Experiment(RunConfig):
     def cost(self, manifest: Manifest) -> Cost:
         """Parameters, FLOPs and memory of the model on these data."""
         return cost(self.model, manifest.input_size, manifest.channels, len(manifest.classes))
+
+    def memory(self, manifest: Manifest, world: World, stage: int, frozen: int = 0) -> Memory:
+        """What a rank holds at a ZeRO stage. frozen: numbers in parameters that are not trained."""
+        return self.cost(manifest).memory(
+            self.train.micro(world),
+            zero_stage=stage,
+            world_size=world.size,
+            precision=self.train.precision,
+            frozen=frozen,
+        )
+
+    def frozen(self, manifest: Manifest) -> int:
+        """Numbers in parameters that train.freeze keeps from training; ConfigError where a pattern fits none."""
+        with torch.device("meta"):
+            module = self.model.build(manifest.input_size, manifest.channels, len(manifest.classes))
+        return freeze(module, self.train.freeze)
 
     def open_codec(self, manifest: Manifest, device: torch.device) -> Codec:
         """What decodes the pictures that training draws. Raises as `open_codec` of dit.train.latents does."""

@@ -21,6 +21,7 @@ class Train:
     micro: int | None = None
     compile: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
+    names: tuple[str, ...] = ()
 
 
 @config
@@ -169,6 +170,10 @@ def test_an_overridden_fault_is_no_fault(write) -> None:
         ("train.lr", "1e-4", 1e-4),
         ("train.betas", "0.5,0.6", (0.5, 0.6)),
         ("train.betas", "[0.5, 0.6]", (0.5, 0.6)),
+        ("train.names", "*.bias", ("*.bias",)),
+        ("train.names", "[*.bias, 1e3]", ("*.bias", "1e3")),
+        ("train.names", "['a', \"b.*\"]", ("a", "b.*")),
+        ("train.names", "[]", ()),
         ("train.micro", "null", None),
         ("train.micro", "8", 8),
         ("train.compile", "true", True),

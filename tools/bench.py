@@ -1,4 +1,4 @@
-"""Benchmarks: `python tools/bench.py loader` (speed, in turns), `kills` and `elastic` (what a run survives)."""
+"""Benchmarks: speed, as ratios of contenders that take turns in one run, and what a run survives (kills, elastic)."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from dit.bench import elastic as elastic_bench
 from dit.bench import loader as loader_bench
 from dit.bench import saving as saving_bench
 from dit.bench import survival
+from dit.bench import zero as zero_bench
 from dit.bench.turns import Spread, protocol
 from dit.cli import run
 from dit.config import from_dict, to_dict
@@ -217,3 +218,43 @@ def _conclude(how: dict[str, Any], found: dict[str, Any], json_file: str | None)
 
 if __name__ == "__main__":
     run({"loader": loader, "checkpoint": checkpoint, "draws": draws, "kills": kills, "elastic": elastic})
+
+
+def zero(
+    *,
+    width: Annotated[int, "of the DiT"] = 192,
+    depth: Annotated[int, "blocks"] = 12,
+    heads: Annotated[int, "of the attention"] = 3,
+    batch: Annotated[int, "samples a step, over all ranks"] = 32,
+    accumulation: Annotated[int, "micro-batches a rank and step"] = 1,
+    steps: Annotated[int, "steps a turn"] = 4,
+    repeats: Annotated[int, "turns of each contender"] = 5,
+    json_file: Annotated[str | None, "write the figures here too"] = None,
+) -> None:
+    """ZeRO stages 0-3 against torch's DistributedDataParallel, on 2 and 4 gloo ranks of this machine's CPU, in fp32.
+
+    Bytes that each rank sends a step, by the ring's formula for the collectives that were seen, beside those of the
+    ZeRO paper; seconds a step, and their ratio to DDP's in the same turn.
+    """
+    sizes = {"width": width, "depth": depth, "heads": heads, "batch": batch, "accumulation": accumulation}
+    cfg = from_dict(zero_bench.ZeroBench, {**sizes, "steps": steps, "repeats": repeats})
+    how = protocol(**to_dict(cfg))
+    with tqdm(total=len(cfg.ranks), unit="size") as bar:
+        figures = zero_bench.run(cfg, bar.update)
+    for size, rows in figures.items():
+        print(
+            f"{size} ranks   {'sent, MB':>9s} {'formula':>9s} {'ratio':>6s} {'ms a step':>26s} {'of DDP':>22s}"
+        )
+        for name, row in rows.items():
+            sent, expected = row["sent_bytes"], row["formula_bytes"]
+            ms = Spread(*(1e3 * row["step_seconds"][key] for key in ("median", "low", "high")))
+            print(
+                f"{name:9s} {sent / 1e6:9.2f} {expected / 1e6:9.2f} {sent / expected:6.3f} {ms!s:>26s} "
+                f"{Spread(**row['of_ddp'])!s:>22s}"
+            )
+    _conclude(how, figures, json_file)
+
+
+if __name__ == "__main__":
+    commands = {"loader": loader, "checkpoint": checkpoint, "draws": draws, "zero": zero}
+    run({**commands, "kills": kills, "elastic": elastic})

@@ -18,6 +18,7 @@ from dit.train import run_dir
 from dit.train.hooks import held_out_hook
 from dit.train.preflight import alone as check_alone
 from dit.train.start import device_peak, train
+from dit.train.zero import Device, choose
 
 
 def main(
@@ -51,8 +52,11 @@ def report(cfg: Experiment) -> str:
     cost, train = cfg.cost(manifest), cfg.train
     micro, local = train.micro(world), train.local_batch(world)
     peak, images = device_peak(world.device) * world.size, train.steps * train.global_batch
-    memory = cost.memory(micro, zero_stage=cfg.zero.stage, world_size=world.size, precision=train.precision)
-    total, activations = memory.total / 2**30, memory.activations / 2**30
+    cfg.zero.check(world)
+    frozen, device = cfg.frozen(manifest), Device.smallest(world)
+    zero = choose(cfg.zero, lambda stage: cfg.memory(manifest, world, stage, frozen), device)
+    memory = cfg.memory(manifest, world, zero.stage, frozen)
+    need, activations = zero.zero.needs(memory, zero.stage, device) / 2**30, memory.activations / 2**30
     table, half, fifth = (
         cost.parameters.position,
         cost.hours(images, peak, 0.5),
@@ -61,12 +65,14 @@ def report(cfg: Experiment) -> str:
     gflop, flop = cost.training_flops / 1e9, cost.training_flops * images
     macs, forward = cost.multiply_adds / 1e9, cost.forward_flops / 1e9
     rows = {
-        "parameters": f"{cost.parameters.trainable:,} trained (+ {table:,} in the position table)",
+        "parameters": f"{cost.parameters.trainable - frozen:,} trained (+ {table:,} in the position table"
+        + (f", {frozen:,} frozen)" if frozen else ")"),
         "forward": f"{macs:.3f} G multiply-adds an image = {forward:.3f} GFLOP",
         "training": f"{gflop:.3f} GFLOP an image, {flop:.3g} in all",
         "data": f"{manifest.samples:,} samples of {manifest.shape}, {images / manifest.samples:.1f} epochs",
         "batch": f"{train.global_batch} = {world.size} ranks x {micro} x {local // micro} accumulated",
-        "memory": f"{total:.2f} GiB a rank, of it activations {activations:.2f}",
+        "memory": f"{need:.2f} GiB a rank, of it activations {activations:.2f}",
+        **({"sharding": zero.why} if zero.why else {}),
         "peak": f"{peak / 1e12:.2f} TFLOP/s over {world.size} device(s)",
         "hours": f"{half:.3g} at 50% MFU, {fifth:.3g} at 20%",
     }

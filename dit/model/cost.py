@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -127,12 +127,14 @@ class Cost:
         world_size: int = 1,
         precision: str = "fp32",
         ema: bool = True,
+        frozen: int = 0,
     ) -> Memory:
         """Bytes on one rank at the end of a forward pass of `micro_batch` images, gradients allocated.
 
-        Stage 1 shares the optimizer's and the EMA's state, 2 also gradients, 3 also parameters. For eager
-        execution; compiled blocks keep less. Not counted: communication buckets, the blocks that stage 3 has
-        gathered, kernels' work space, the allocator's fragments.
+        Stage 1 shares the optimizer's and the EMA's state, 2 also gradients, 3 also parameters. `frozen`
+        parameters have no gradients and no optimizer's state. For eager execution; compiled blocks keep less. Not
+        counted: communication buckets, the blocks that stage 3 has gathered, kernels' work space, the allocator's
+        fragments.
         """
         if precision not in PRECISIONS:
             raise ConfigError(f"unknown precision '{precision}'{did_you_mean(precision, PRECISIONS)}")
@@ -141,18 +143,14 @@ class Cost:
                 "expected a ZeRO stage of 0 to 3, a world size of 1 or more and a micro-batch of 0 or more, "
                 f"got {zero_stage}, {world_size} and {micro_batch}"
             )
-        bytes_ = 4 * self.parameters.trainable  # every state is in float32
-        share = -(-bytes_ // world_size)
-        shared = share if zero_stage >= 1 else bytes_
         linear = self.dims.depth * self.block.linear_parameters
-        return Memory(
-            parameters=(share if zero_stage >= 3 else bytes_) + 4 * self.parameters.position,
-            gradients=share if zero_stage >= 2 else bytes_,
-            master=share if zero_stage >= 1 else 0,
-            optimizer=2 * shared,
-            ema=shared if ema else 0,
-            copies=PRECISIONS[precision].copies * linear if zero_stage < 3 else 0,
-            activations=micro_batch * self._activations(PRECISIONS[precision]),
+        kept = PRECISIONS[precision]
+        states = state_memory(self.parameters.trainable, zero_stage, world_size, ema, frozen)
+        return replace(
+            states,
+            parameters=states.parameters + 4 * self.parameters.position,
+            copies=kept.copies * linear if zero_stage < 3 else 0,
+            activations=micro_batch * self._activations(kept),
         )
 
     def _activations(self, precision: Precision) -> int:
@@ -193,6 +191,26 @@ def cost(cfg: DiTConfig, input_size: int | tuple[int, int], channels: int, num_c
         + 2 * d * d
         + t * d * patch_out,
         checkpoint_blocks=cfg.checkpoint_blocks,
+    )
+
+
+def state_memory(
+    parameters: int, zero_stage: int, world_size: int, ema: bool = True, frozen: int = 0
+) -> Memory:
+    """Bytes on one rank that any model of so many parameters takes, `frozen` of them; nothing of activations."""
+    every, trained = 4 * parameters, 4 * (parameters - frozen)  # every state is in float32
+
+    def share(bytes_: int, stage: int) -> int:
+        return -(-bytes_ // world_size) if zero_stage >= stage else bytes_
+
+    return Memory(
+        parameters=share(every, 3),
+        gradients=share(trained, 2),
+        master=share(trained, 1) if zero_stage >= 1 else 0,
+        optimizer=2 * share(trained, 1),
+        ema=share(trained, 1) + share(every - trained, 3) if ema else 0,
+        copies=0,
+        activations=0,
     )
 
 

@@ -23,7 +23,7 @@ class Fragment:
 
     name, shape: of the whole parameter. offset: of the first element, in the flattened parameter.
     weight: (numel,) fp32, a view of the master copy: writing to it changes the master.
-    state: the optimizer's tensors for the same elements, views likewise.
+    state: the optimizer's tensors for the same elements, views likewise; none of a frozen parameter.
     is_owned: whether this rank writes it to checkpoints (replicas on other ranks do not).
     """
 
@@ -65,7 +65,7 @@ class Engine(Protocol):
         """Norm of the last step's whole gradient before clipping; inf or nan where the update was skipped."""
 
     def fragments(self) -> list[Fragment]:
-        """This rank's pieces of the trainable parameters, in an order that does not change."""
+        """This rank's pieces of all parameters, frozen ones too, in an order that does not change."""
 
     def sync_weights(self) -> None:
         """Make the model compute with the fragments' weights as they are now."""
@@ -95,7 +95,16 @@ def whole_parameters(
             state = ensure_adam_state(optimizer, p)
             views = {key: state[key].view(-1) for key in ADAM_STATE}
             found.append(Fragment(name, tuple(p.shape), 0, p.detach().view(-1), views, is_owned))
-    return found
+    return found + frozen_parameters(module, is_owned)
+
+
+def frozen_parameters(module: nn.Module, is_owned: bool = True) -> list[Fragment]:
+    """Those parameters of an unsharded model that are not trained: they have no optimizer's state."""
+    return [
+        Fragment(name, tuple(p.shape), 0, p.detach().view(-1), is_owned=is_owned)
+        for name, p in module.named_parameters()
+        if not p.requires_grad
+    ]
 
 
 def set_adam_step(optimizer: torch.optim.Optimizer, updates: int) -> None:

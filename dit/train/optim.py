@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
+import fnmatch
 import math
+import re
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
-from dit.config import ConfigError, Registry, config
+from dit.config import ConfigError, Registry, config, did_you_mean
 
 
 class Schedule:
@@ -68,6 +72,32 @@ class OptimConfig:
         if updates < self.warmup:
             return self.lr * (updates + 1) / self.warmup
         return self.lr * self.schedule.factor((updates - self.warmup) / max(1, total - self.warmup))
+
+
+def freeze(module: nn.Module, patterns: tuple[str, ...]) -> int:
+    """Stop training the parameters whose names fit a pattern; returns how many numbers they hold.
+
+    ConfigError where a pattern fits none, or nothing is left to train.
+    """
+    named = dict(module.named_parameters())
+    chosen: set[str] = set()
+    for pattern in patterns:
+        fitting = fnmatch.filter(named, pattern)
+        if not fitting:
+            raise ConfigError(f"train.freeze: no parameter fits '{pattern}'{_nearest(pattern, named)}")
+        chosen.update(fitting)
+    if chosen and not any(p.requires_grad for name, p in named.items() if name not in chosen):
+        raise ConfigError(f"train.freeze: {list(patterns)} fit every parameter, and nothing is left to train")
+    for name in chosen:
+        named[name].requires_grad_(False)
+    return sum(named[name].numel() for name in chosen)
+
+
+def _nearest(pattern: str, names: Iterable[str]) -> str:
+    """What a pattern may have meant: a name, or the modules that there are."""
+    modules = {name[: dot.start()] + ".*" for name in names for dot in re.finditer(r"\.", name)}
+    near = difflib.get_close_matches(pattern, [*names, *sorted(modules)], n=1, cutoff=0.6)
+    return did_you_mean(pattern, near or {name.partition(".")[0] + ".*" for name in names})
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

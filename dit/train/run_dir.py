@@ -22,11 +22,11 @@ from dit.train.settings import OPERATIONAL, RunConfig
 CONFIG = "config.yaml"
 
 
-def claim(cfg: RunConfig, world: World) -> Path:
+def claim(cfg: RunConfig, world: World, facts: Mapping[str, Any] | None = None) -> Path:
     """Make the run directory, or check that what is there is this run. Collective.
 
     Raises ConfigError showing every identity key that differs. Operational changes are taken: config.yaml is
-    rewritten and history.jsonl tells when and what.
+    rewritten and history.jsonl tells when and what. facts: what else the line about this start shall hold.
     """
     run_dir = Path(cfg.run_dir)
 
@@ -37,6 +37,7 @@ def claim(cfg: RunConfig, world: World) -> Path:
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "code": dist.code_version(),
             "ranks": world.size,
+            **(facts or {}),
         }
         with (run_dir / "history.jsonl").open("a") as file:  # first, so that no change goes unrecorded
             file.write(json.dumps({**start, "on": dist.job_name(), "changes": changes}) + "\n")

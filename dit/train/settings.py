@@ -12,6 +12,7 @@ from dit.dist import World
 from dit.train.ema import EmaConfig
 from dit.train.faults import FaultsConfig
 from dit.train.optim import OptimConfig
+from dit.train.zero import ZeroConfig
 
 
 @config
@@ -28,6 +29,7 @@ class TrainConfig:
     # Seconds without progress in a step, or in waiting for its data, after which the ranks that hold the others up are
     # named and the run ends. A rank that is not heard of is named after half of it, or 60 s. null = never.
     hang_timeout: float | None = 300.0
+    freeze: tuple[str, ...] = ()  # names of parameters that are not trained, with * and ?: ["blocks.0.*"]
 
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch", "log_every", "max_skipped"):
@@ -90,13 +92,6 @@ class InitConfig:
 
     from_: str | None = None  # run directory or checkpoint
     weights: str = "ema"  # or model, or another average that is there, as ema_0.999
-
-
-@config
-class ZeroConfig:
-    """How DeepSpeed shards optimizer state (1), gradients (2), parameters (3) over the ranks; 0 = nothing."""
-
-    stage: Literal[0, 1, 2, 3] = 2
 
 
 @config
@@ -169,6 +164,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.val.every and self.data.val is None:
             raise ConfigError("val.every is set, but data.val (a folder of held-out shards) is not")
+        if self.engine == "local" and (self.zero.offload != "none" or self.zero.hpz > 1):
+            raise ConfigError("zero.offload and zero.hpz are DeepSpeed's: leave them out, or engine: local")
 
 
 # A change of these is taken and recorded; a change of any other key would make it another run and is refused.

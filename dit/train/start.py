@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from dit.data.storage.remote import public
 from dit.data.stream import Stream
 from dit.dist import World
 from dit.errors import Stopped
-from dit.model.cost import peak_flops
+from dit.model.cost import Memory, peak_flops, state_memory
 from dit.train import checkpoint, preflight, run_dir
 from dit.train.checkpoint import CheckpointError, Reader
 from dit.train.ema import Ema
@@ -29,8 +30,10 @@ from dit.train.fragments import Engine
 from dit.train.hooks import Hook
 from dit.train.local import LocalEngine
 from dit.train.loop import Loop
+from dit.train.optim import freeze
 from dit.train.settings import RunConfig
 from dit.train.task import Task, synthetic_samples
+from dit.train.zero import Choice, Device, choose
 
 
 @dataclass
@@ -39,6 +42,7 @@ class Parts:
 
     contract: JSON values that travel with every checkpoint (latent statistics, codec, ...).
     flops_per_image: of a training step. leaf_modules: see DeepSpeedEngine.
+    memory: (ZeRO stage, numbers in frozen parameters) -> what a rank holds; None: all but the activations is counted.
     """
 
     module: nn.Module
@@ -47,6 +51,7 @@ class Parts:
     contract: dict[str, Any] = field(default_factory=dict)
     hooks: list[Hook] = field(default_factory=list)
     leaf_modules: tuple[type[nn.Module], ...] = ()
+    memory: Callable[[int, int], Memory] | None = None
 
 
 def train(cfg: RunConfig, make_parts: Callable[[Manifest, World], Parts]) -> None:
@@ -88,11 +93,12 @@ def build(cfg: RunConfig, make_parts: Callable[[Manifest, World], Parts], world:
     torch.manual_seed(cfg.seed)
     parts = dist.together(lambda: make_parts(manifest, world))
     dist.together(lambda: _initialise(parts.module, cfg))
+    zero = dist.together(lambda: _sharding(cfg, parts, world))
     stream = dist.together(lambda: _stream(cfg, mixture, world))
     trainable = sum(p.numel() for p in parts.module.parameters() if p.requires_grad)
     dist.on_main(lambda: preflight.space(cfg, trainable))
-    folder = run_dir.claim(cfg, world)
-    engine = _engine(cfg, parts, world, cfg.train.local_batch(world) // micro)
+    folder = run_dir.claim(cfg, world, {"zero.stage": zero.why or zero.stage})
+    engine = _engine(cfg, parts, world, zero, cfg.train.local_batch(world) // micro)
     identity = {
         "config": to_dict(cfg),
         "data": {"digest": manifest.digest, "samples": manifest.samples, "classes": list(manifest.classes)},
@@ -167,7 +173,24 @@ def _initialise(module: nn.Module, cfg: RunConfig) -> None:
         raise CheckpointError(f"init.from: {source.path} does not fit this model: {error}") from None
 
 
-def _engine(cfg: RunConfig, parts: Parts, world: World, accumulation: int) -> Engine:
+def _sharding(cfg: RunConfig, parts: Parts, world: World) -> Choice:
+    """Freeze what is to be frozen and decide on the ZeRO stage. Collective."""
+    frozen = freeze(parts.module, cfg.train.freeze)
+    cfg.zero.check(world)
+    numbers = sum(p.numel() for p in parts.module.parameters())
+
+    def memory(stage: int) -> Memory:
+        if parts.memory is None:
+            return state_memory(numbers, stage, world.size, frozen=frozen)
+        return parts.memory(stage, frozen)
+
+    found = choose(cfg.zero, memory, Device.smallest(world))
+    if found.why and world.is_main:
+        print(found.why, flush=True)
+    return found
+
+
+def _engine(cfg: RunConfig, parts: Parts, world: World, zero: Choice, accumulation: int) -> Engine:
     if cfg.engine == "local":
         return LocalEngine(
             parts.module, cfg.optim, world, accumulation=accumulation, precision=cfg.train.precision
@@ -178,7 +201,7 @@ def _engine(cfg: RunConfig, parts: Parts, world: World, accumulation: int) -> En
         parts.module,
         cfg.optim,
         world,
-        zero=cfg.zero,
+        zero=zero.zero,
         global_batch=cfg.train.global_batch,
         accumulation=accumulation,
         precision=cfg.train.precision,
@@ -192,6 +215,7 @@ def device_peak(device: torch.device) -> float:
     return known or _measured_peak(device)
 
 
+@functools.cache
 def _measured_peak(device: torch.device, size: int = 1024, repeats: int = 5) -> float:
     """FLOP/s of the best of some square fp32 matrix products (0.1 s on a CPU core)."""
     a = torch.ones(size, size, device=device)

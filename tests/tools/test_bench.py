@@ -65,3 +65,26 @@ def test_figures_of_few_turns_are_not_judged(tmp_path, command, sizes, words):
     assert ": met" not in done.stdout
     assert ": missed" not in done.stdout
     assert json.loads(json_file.read_text())["protocol"]["repeats"] == 2
+
+
+@pytest.mark.slow
+def test_zero(tmp_path):
+    done = execute(
+        "bench.py", "zero", "--width=64", "--depth=8", "--heads=2", "--batch=8", "--repeats=1", "--steps=1",
+        f"--json_file={tmp_path / 'found.json'}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "of DDP" in done.stdout
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["protocol"]["ranks"] == [2, 4]
+    for rows in found["figures"].values():
+        assert list(rows) == ["DDP", "stage 0", "stage 1", "stage 2", "stage 3"]
+        for row in rows.values():  # the bound that P3 states
+            assert row["sent_bytes"] == pytest.approx(row["formula_bytes"], rel=0.1)
+            assert row["of_ddp"]["median"] > 0
+
+
+def test_a_batch_that_cannot_be_shared_is_refused_first():
+    done = execute("bench.py", "zero", "--batch=6")
+    assert done.returncode == 1
+    assert "a batch of 6 cannot be shared by 4 ranks" in done.stderr

@@ -81,6 +81,8 @@ def test_deepspeed_is_the_default_and_is_quiet(config: Path, tmp_path: Path) -> 
         (["--train.global_batch=1000"], 1, "1000 is larger than the data set of 160 samples"),
         (["--train.micro_batch=5"], 1, "does not divide"),
         (["--init.from=nowhere"], 1, "nowhere: no checkpoint here"),
+        (["--train.freeze=[block.0.*]"], 1, "did you mean blocks.0.*?"),
+        (["--zero.stage=3", "--zero.hpz=2"], 1, "zero.hpz = 2 does not divide 1 ranks"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_starts(
@@ -147,6 +149,20 @@ def test_dry_run_tells_the_cost_and_trains_nothing(
     assert f"{flops * 32_000:.3g} in all" in rows["training"]
     assert not (tmp_path / "run").exists()
     assert to_dict(cfg)["train"]["steps"] != 1000
+
+
+def test_dry_run_tells_which_stage_would_be_taken_and_what_is_frozen(
+    digits: Digits, config: Path, tmp_path: Path, capsys
+) -> None:
+    words = ("--zero.stage=auto", "--train.freeze=*.bias,blocks.0.mlp.*")
+    assert call(tools.train.main, config, "--dry_run", *words) == 0
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert "zero.stage: 0, nothing sharded, fits: stage 0 needs 0.0 GiB of" in rows["sharding"]
+    module = experiment(values(digits, tmp_path)).model.build(8, 4, 10)
+    named = dict(module.named_parameters())
+    frozen = sum(p.numel() for n, p in named.items() if n.endswith(".bias") or n.startswith("blocks.0.mlp."))
+    assert f"{sum(p.numel() for p in named.values()) - frozen:,} trained" in rows["parameters"]
+    assert f"{frozen:,} frozen" in rows["parameters"]
 
 
 @pytest.mark.parametrize(

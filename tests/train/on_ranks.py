@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dit import dist
+from dit.train.fragments import Fragment
 from dit.train.loop import Loop
 from tests.train.runs import Values, built
 
@@ -22,15 +24,17 @@ def full_weights(loop: Loop) -> dict[str, Tensor]:
         return {name: p.detach().clone() for name, p in loop.engine.module.named_parameters()}
 
 
-def assembled(loop: Loop, pieces: list[Tensor]) -> dict[str, Tensor]:
-    """Pieces that lie beside the engine's fragments, of all ranks, as whole parameters.
+def assembled(
+    loop: Loop, pieces: list[Tensor], chosen: Callable[[Fragment], bool] = lambda f: True
+) -> dict[str, Tensor]:
+    """Pieces that lie beside the engine's fragments, of all ranks, as whole parameters; of the chosen fragments.
 
     ValueError where the ranks' fragments leave a gap or overlap.
     """
     mine = [
         (f.name, f.shape, f.offset, piece.clone())
         for f, piece in zip(loop.engine.fragments(), pieces, strict=True)
-        if f.is_owned
+        if f.is_owned and chosen(f)
     ]
     whole: dict[str, Tensor] = {}
     covered: dict[str, Tensor] = {}

@@ -92,10 +92,12 @@ def forked(run: Path, step: int, folder: Path) -> Path:
 
 
 def state(folder: Path) -> dict[str, Tensor]:
-    """Everything in a checkpoint, whole: "model/blocks.0...", "ema/...", "exp_avg/..."."""
+    """Everything in a checkpoint, whole: "model/blocks.0...", "ema/...", "exp_avg/..." (of trained parameters)."""
     there = checkpoint.read(folder)
     reader = Reader(there)
-    found = {f"{kind}/{name}": reader.whole(kind, name) for kind in there.kinds for name in reader.shapes}
+    held = {key for file in folder.glob("rank-*.safetensors") for key in load_file(file)}
+    named = [(kind, name) for kind in there.kinds for name in reader.shapes if f"{kind}/{name}" in held]
+    found = {f"{kind}/{name}": reader.whole(kind, name) for kind, name in named}
     return found | {f"buffer/{name}": b for name, b in reader.buffers().items()}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from dit.train.optim import (
     GuardedAdamW,
     OptimConfig,
     adamw_arguments,
+    freeze,
     parameter_groups,
     set_lr,
 )
@@ -155,3 +157,41 @@ def test_a_guarded_step_is_torchs_adamw_after_torchs_clipping(clip: float | None
         assert not guarded.overflow
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
+# --- frozen parameters -------------------------------------------------------------------------------------
+
+
+def network() -> nn.Module:
+    return nn.Sequential(
+        OrderedDict(blocks=nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2)), output=nn.Linear(2, 1))
+    )
+
+
+def test_patterns_choose_what_is_frozen() -> None:
+    module = network()
+    assert freeze(module, ("blocks.0.*", "*.bias")) == 3 * 2 + 3 + 2 + 1
+    trained = {name for name, p in module.named_parameters() if p.requires_grad}
+    assert trained == {"blocks.1.weight", "output.weight"}
+    assert sum(len(group["params"]) for group in parameter_groups(module, 0.1)) == 2
+    assert freeze(network(), ()) == 0
+
+
+@pytest.mark.parametrize(
+    ("pattern", "says"),
+    [
+        ("block.0.*", r"no parameter fits 'block.0.\*'; did you mean blocks.0.\*\?"),
+        ("output.wieght", r"did you mean output.weight\?"),
+        ("zzz", r"valid here: blocks.\*, output.\*"),
+    ],
+)
+def test_a_pattern_that_fits_nothing_is_refused(pattern: str, says: str) -> None:
+    module = network()
+    with pytest.raises(ConfigError, match=says):
+        freeze(module, ("blocks.1.*", pattern))
+    assert all(p.requires_grad for p in module.parameters())
+
+
+def test_something_has_to_be_trained() -> None:
+    with pytest.raises(ConfigError, match="nothing is left to train"):
+        freeze(network(), ("*",))

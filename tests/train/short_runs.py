@@ -1,0 +1,70 @@
+"""A few steps of many runs, one after the other in one job: starting a job costs more than the steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit.train.fragments import ADAM_STATE
+from dit.train.loop import Loop
+from tests.train.on_ranks import assembled, full_weights
+from tests.train.runs import Values, built
+
+
+@dataclass(frozen=True)
+class Short:
+    """What some steps left. states: "model/name", "exp_avg/name", ...; weights: as the forward pass sees them.
+
+    state_dtypes: of master weights and Adam's moments. applied: whether each step's update was.
+    """
+
+    losses: list[float]
+    norms: list[float]
+    states: dict[str, Tensor]
+    weights: dict[str, Tensor]
+    state_dtypes: set[torch.dtype]
+    state_devices: set[str]
+    applied: list[bool]
+
+
+def short_runs(runs: list[Values], steps: int) -> list[Short]:
+    """The first `steps` steps of each; nothing but config.yaml is written."""
+    return [_short(built(given), steps) for given in runs]
+
+
+def _short(loop: Loop, steps: int) -> Short:
+    losses, norms, applied = [], [], []
+    for step in range(steps):
+        updates = loop.engine.updates
+        loop.train_step(loop.stream.batch(step))
+        row: dict[str, Any] = loop.meters._reduced()
+        losses.append(float(row["loss"]))
+        loop.meters.clear()
+        norms.append(loop.engine.grad_norm())
+        applied.append(loop.engine.updates == updates + 1)
+    loop.stream.close()
+    pieces = [t for f in loop.engine.fragments() for t in (f.weight, *f.state.values())]
+    return Short(
+        losses,
+        norms,
+        states(loop),
+        full_weights(loop),
+        {t.dtype for t in pieces},
+        {t.device.type for t in pieces},
+        applied,
+    )
+
+
+def states(loop: Loop) -> dict[str, Tensor]:
+    """Master weights, averages and Adam's moments of all ranks, whole; nothing where a parameter is frozen."""
+    fragments = loop.engine.fragments()
+    kinds = {"model": [f.weight for f in fragments], "ema": loop.ema.pieces}
+    found = {f"{kind}/{name}": t for kind, p in kinds.items() for name, t in assembled(loop, p).items()}
+    empty = torch.zeros(0)
+    for kind in ADAM_STATE:
+        whole = assembled(loop, [f.state.get(kind, empty) for f in fragments], lambda f: bool(f.state))
+        found |= {f"{kind}/{name}": t for name, t in whole.items()}
+    return found
