@@ -153,6 +153,41 @@ def draws(
     _conclude(how, found, json_file)
 
 
+def zero(
+    *,
+    width: Annotated[int, "of the DiT"] = 192,
+    depth: Annotated[int, "blocks"] = 12,
+    heads: Annotated[int, "of the attention"] = 3,
+    batch: Annotated[int, "samples a step, over all ranks"] = 32,
+    accumulation: Annotated[int, "micro-batches a rank and step"] = 1,
+    steps: Annotated[int, "steps a turn"] = 4,
+    repeats: Annotated[int, "turns of each contender"] = 5,
+    json_file: Annotated[str | None, "write the figures here too"] = None,
+) -> None:
+    """ZeRO stages 0-3 against torch's DistributedDataParallel, on 2 and 4 gloo ranks of this machine's CPU, in fp32.
+
+    Bytes that each rank sends a step, by the ring's formula for the collectives that were seen, beside those of the
+    ZeRO paper; seconds a step, and their ratio to DDP's in the same turn.
+    """
+    sizes = {"width": width, "depth": depth, "heads": heads, "batch": batch, "accumulation": accumulation}
+    cfg = from_dict(zero_bench.ZeroBench, {**sizes, "steps": steps, "repeats": repeats})
+    how = protocol(**to_dict(cfg))
+    with tqdm(total=len(cfg.ranks), unit="size") as bar:
+        figures = zero_bench.run(cfg, bar.update)
+    for size, rows in figures.items():
+        print(
+            f"{size} ranks   {'sent, MB':>9s} {'formula':>9s} {'ratio':>6s} {'ms a step':>26s} {'of DDP':>22s}"
+        )
+        for name, row in rows.items():
+            sent, expected = row["sent_bytes"], row["formula_bytes"]
+            ms = Spread(*(1e3 * row["step_seconds"][key] for key in ("median", "low", "high")))
+            print(
+                f"{name:9s} {sent / 1e6:9.2f} {expected / 1e6:9.2f} {sent / expected:6.3f} {ms!s:>26s} "
+                f"{Spread(**row['of_ddp'])!s:>22s}"
+            )
+    _conclude(how, figures, json_file)
+
+
 def kills(
     *,
     kills: Annotated[int, "SIGKILLs, each followed by the same command again"] = 100,
@@ -214,45 +249,6 @@ def _conclude(how: dict[str, Any], found: dict[str, Any], json_file: str | None)
         shown, more = problems[:SHOWN], len(problems) - SHOWN
         rows = [*shown, *([f"and {more} more; --json_file has them all"] if more > 0 else [])]
         raise UserError("this is not as promised:\n" + "\n".join(f"  {row}" for row in rows))
-
-
-if __name__ == "__main__":
-    run({"loader": loader, "checkpoint": checkpoint, "draws": draws, "kills": kills, "elastic": elastic})
-
-
-def zero(
-    *,
-    width: Annotated[int, "of the DiT"] = 192,
-    depth: Annotated[int, "blocks"] = 12,
-    heads: Annotated[int, "of the attention"] = 3,
-    batch: Annotated[int, "samples a step, over all ranks"] = 32,
-    accumulation: Annotated[int, "micro-batches a rank and step"] = 1,
-    steps: Annotated[int, "steps a turn"] = 4,
-    repeats: Annotated[int, "turns of each contender"] = 5,
-    json_file: Annotated[str | None, "write the figures here too"] = None,
-) -> None:
-    """ZeRO stages 0-3 against torch's DistributedDataParallel, on 2 and 4 gloo ranks of this machine's CPU, in fp32.
-
-    Bytes that each rank sends a step, by the ring's formula for the collectives that were seen, beside those of the
-    ZeRO paper; seconds a step, and their ratio to DDP's in the same turn.
-    """
-    sizes = {"width": width, "depth": depth, "heads": heads, "batch": batch, "accumulation": accumulation}
-    cfg = from_dict(zero_bench.ZeroBench, {**sizes, "steps": steps, "repeats": repeats})
-    how = protocol(**to_dict(cfg))
-    with tqdm(total=len(cfg.ranks), unit="size") as bar:
-        figures = zero_bench.run(cfg, bar.update)
-    for size, rows in figures.items():
-        print(
-            f"{size} ranks   {'sent, MB':>9s} {'formula':>9s} {'ratio':>6s} {'ms a step':>26s} {'of DDP':>22s}"
-        )
-        for name, row in rows.items():
-            sent, expected = row["sent_bytes"], row["formula_bytes"]
-            ms = Spread(*(1e3 * row["step_seconds"][key] for key in ("median", "low", "high")))
-            print(
-                f"{name:9s} {sent / 1e6:9.2f} {expected / 1e6:9.2f} {sent / expected:6.3f} {ms!s:>26s} "
-                f"{Spread(**row['of_ddp'])!s:>22s}"
-            )
-    _conclude(how, figures, json_file)
 
 
 if __name__ == "__main__":
