@@ -134,6 +134,7 @@ class Experiment(RunConfig):
             zero_stage=stage,
             world_size=world.size,
             precision=self.train.precision,
+            averages=self.ema.count,
             frozen=frozen,
         )
 

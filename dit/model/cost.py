@@ -126,7 +126,7 @@ class Cost:
         zero_stage: int = 0,
         world_size: int = 1,
         precision: str = "fp32",
-        ema: bool = True,
+        averages: int = 1,
         frozen: int = 0,
     ) -> Memory:
         """Bytes on one rank at the end of a forward pass of `micro_batch` images, gradients allocated.
@@ -145,7 +145,7 @@ class Cost:
             )
         linear = self.dims.depth * self.block.linear_parameters
         kept = PRECISIONS[precision]
-        states = state_memory(self.parameters.trainable, zero_stage, world_size, ema, frozen)
+        states = state_memory(self.parameters.trainable, zero_stage, world_size, averages, frozen)
         return replace(
             states,
             parameters=states.parameters + 4 * self.parameters.position,
@@ -195,7 +195,7 @@ def cost(cfg: DiTConfig, input_size: int | tuple[int, int], channels: int, num_c
 
 
 def state_memory(
-    parameters: int, zero_stage: int, world_size: int, ema: bool = True, frozen: int = 0
+    parameters: int, zero_stage: int, world_size: int, averages: int = 1, frozen: int = 0
 ) -> Memory:
     """Bytes on one rank that any model of so many parameters takes, `frozen` of them; nothing of activations."""
     every, trained = 4 * parameters, 4 * (parameters - frozen)  # every state is in float32
@@ -208,7 +208,7 @@ def state_memory(
         gradients=share(trained, 2),
         master=share(trained, 1) if zero_stage >= 1 else 0,
         optimizer=2 * share(trained, 1),
-        ema=share(trained, 1) + share(every - trained, 3) if ema else 0,
+        ema=averages * (share(trained, 1) + share(every - trained, 3)),
         copies=0,
         activations=0,
     )

@@ -21,9 +21,7 @@ class EmaConfig:
 
     decay: float = 0.9999  # per update
     also: tuple[float, ...] = ()  # more decays: each is an average more, "ema_0.999" for 0.999
-    power: tuple[
-        float, ...
-    ] = ()  # widths (sigma_rel) of power-function averages, "power_0.05"; EDM2 has 0.05, 0.1
+    power: tuple[float, ...] = ()  # widths (sigma_rel) of power-function averages; EDM2 takes 0.05, 0.1
     snapshot_every: int = 0  # steps; keep the power-function averages in RUN/snapshots for good; 0 = never
 
     def __post_init__(self) -> None:

@@ -32,12 +32,8 @@ class TrainingError(UserError):
 class FaultsConfig:
     """What counts as a fault in the numbers, and whether a run mends it by itself."""
 
-    max_loss: float | None = (
-        None  # a sample's loss above which its step's update is skipped; null = any finite one
-    )
-    spike: float | None = (
-        None  # a logged loss above so many times the median of those before it is a fault; null = none
-    )
+    max_loss: float | None = None  # a sample's loss above which its step's update is skipped; null = none
+    spike: float | None = None  # a logged loss so many times the median before it is a fault; null = none
     window: int = 20  # logged losses that median is of; none is judged before there are so many
     returns: int = 0  # times that a run goes back by itself, and leaves out the steps from there to the fault
 

@@ -26,9 +26,8 @@ class TrainConfig:
     log_every: int = 10  # steps
     max_skipped: int = 20  # updates skipped in a row before the run stops
     threads: int | None = None  # torch CPU threads a rank; null = as the environment says
-    # Seconds without progress in a step, or in waiting for its data, after which the ranks that hold the others up are
-    # named and the run ends. A rank that is not heard of is named after half of it, or 60 s. null = never.
-    hang_timeout: float | None = 300.0
+    # The ranks that hold the others up are named, and the run ends. A rank that is not heard of is after half as long.
+    hang_timeout: float | None = 300.0  # seconds without progress in a step or in its data; null = no limit
     freeze: tuple[str, ...] = ()  # names of parameters that are not trained, with * and ?: ["blocks.0.*"]
 
     def __post_init__(self) -> None:

@@ -181,7 +181,7 @@ def _sharding(cfg: RunConfig, parts: Parts, world: World) -> Choice:
 
     def memory(stage: int) -> Memory:
         if parts.memory is None:
-            return state_memory(numbers, stage, world.size, frozen=frozen)
+            return state_memory(numbers, stage, world.size, cfg.ema.count, frozen)
         return parts.memory(stage, frozen)
 
     found = choose(cfg.zero, memory, Device.smallest(world))

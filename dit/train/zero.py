@@ -15,13 +15,13 @@ from dit.config import ConfigError, config
 from dit.dist import World
 from dit.model.cost import Memory
 
-BUCKET = (
-    50_000_000  # gradients that are communicated at once, at most: 200 MB, so that the next ones are computed
-)
-USABLE = (
-    0.9  # share of the memory; kernels' work space, the allocator's fragments and the driver take the rest
-)
+# Gradients that are communicated at once, at most: 200 MB, so that the next ones are computed meanwhile.
+BUCKET = 50_000_000
+# Share of the memory; kernels' work space, the allocator's fragments and the driver take the rest.
+USABLE = 0.9
 Stage = Literal[0, 1, 2, 3]
+Offload = Literal["none", "optimizer", "all"]
+Communication = Literal["auto", "fp32", "bf16"]
 STAGES: tuple[Stage, ...] = (0, 1, 2, 3)
 
 
@@ -30,18 +30,9 @@ class ZeroConfig:
     """How DeepSpeed shards optimizer state (1), gradients (2), parameters (3) over the ranks; 0 = nothing."""
 
     stage: Literal[0, 1, 2, 3, "auto"] = 2  # auto = the lowest that fits in memory
-    offload: Literal["none", "optimizer", "all"] = (
-        "none"  # to host memory: master weights, Adam's and EMA's state;
-    )
-    # all = parameters too (stage 3)
-    hpz: int = (
-        1  # ranks that hold a second copy of stage 3's parameters among them, usually those of a node (arXiv
-    )
-    # 2306.10209, section 3.2): the backward pass then gathers within it; 1 = none
-    communication: Literal["auto", "fp32", "bf16"] = (
-        "auto"  # dtype that gradients are added up in between ranks;
-    )
-    # auto = bf16 for linear layers under train.precision bf16, which stage 3 then gathers in it too, else fp32
+    offload: Offload = "none"  # to host memory: optimizer = master weights, Adam, EMA; all = parameters too
+    hpz: int = 1  # ranks, a node's, that hold a second copy of stage 3's parameters (arXiv 2306.10209, 3.2); 1 = none
+    communication: Communication = "auto"  # dtype of gradients on the wire; auto = bf16 where precision is
 
     def __post_init__(self) -> None:
         if self.hpz < 1:

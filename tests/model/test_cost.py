@@ -150,7 +150,8 @@ def test_states_are_shared_stage_by_stage():
         got = (memory.parameters, memory.gradients, memory.master, memory.optimizer, memory.ema)
         assert got == parts
         assert memory.total == sum(parts)
-    assert estimate.memory(0, ema=False).ema == 0
+    assert estimate.memory(0, averages=0).ema == 0
+    assert estimate.memory(0, averages=3).ema == 3 * estimate.memory(0).ema
 
 
 @pytest.mark.parametrize(
