@@ -18,6 +18,7 @@ from dit.sample.generate import Sampler, SamplerSpec
 from tests.commands import call, execute
 from tests.datasets import Digits
 from tests.interop.reference import TINY, weights
+from tests.train.runs import go, values
 
 DRAW = ("--num_samples=3", "--classes=0,3", "--num_steps=2", "--cfg_scale=2")
 READERS = {"facebook-dit": facebook_dit.from_state_dict, "sit": sit.from_state_dict}
@@ -158,6 +159,30 @@ def test_as_a_command(file: Path) -> None:
     done = execute("convert.py", "sit", file, "2024", "--num_heads=4", cwd=file.parent)
     assert done.returncode == 0, done.stderr
     assert (file.parent / "2024" / "checkpoints" / "step-00000000" / "COMPLETE").is_file()
+
+
+def test_an_exported_file_draws_the_same_images_and_so_can_an_average_made_afterwards(
+    digits: Digits, tmp_path: Path, capsys
+) -> None:
+    run_dir = tmp_path / "run"
+    ema = {"decay": 0.9, "also": [0.5], "power": [0.05, 0.1], "snapshot_every": 2}
+    go(values(digits, run_dir, engine="local", train={"steps": 4}, ema=ema))
+    for words in ((), ("--weights=ema_0.5",), ("--width=0.08",)):
+        file = tmp_path / f"{len(list(tmp_path.iterdir()))}.safetensors"
+        assert convert("export", run_dir, file, *words) == 0
+    said = capsys.readouterr().out
+    assert "the ema weights of step 4" in said
+    assert "the ema_0.5 weights of step 4" in said
+    assert "an average of width 0.08 (profile off by" in said
+    plain, other, wide = sorted(tmp_path.glob("*.safetensors"))
+    for file, weights_of in ((plain, "ema"), (other, "ema_0.5"), (wide, "ema")):
+        assert call(tools.sample.main, file, *DRAW, f"--weights={weights_of}", f"--out={file}.drawn") == 0
+    assert call(tools.sample.main, run_dir, *DRAW, f"--out={tmp_path / 'drawn'}") == 0
+    drawn = {file: images(Path(f"{file}.drawn")) for file in (plain, other, wide)}
+    assert (drawn[plain] == images(tmp_path / "drawn")).all()
+    assert json.loads(Path(f"{wide}.drawn/spec.json").read_text())["step"] == 4
+    assert convert("export", run_dir, plain) == 1
+    assert "is there already" in capsys.readouterr().err
 
 
 def test_help_lists_what_there_is(capsys) -> None:
