@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -491,17 +492,41 @@ def test_multinode_refuses_a_line(sweep, arguments, index, says):
     assert says in done.stderr
 
 
-def test_an_element_queues_itself_again_and_not_the_array(entry, slurm_path, tmp_path):
-    """By the name that SLURM has for an element: the number alone may be that of the whole array."""
+@pytest.fixture
+def queued(slurm_path, entry, tmp_path) -> Callable[..., str]:
+    """What `scontrol requeue` is called with after ranks that ended with a status."""
     folder = Path(slurm_path.split(os.pathsep)[0])
-    (folder / "srun").write_text("#!/bin/sh\nexit 75\n")
+    log = tmp_path / "requeued"
     (folder / "sleep").write_text("#!/bin/sh\n")
     (folder / "scontrol").write_text(
-        f'#!/bin/sh\n[ "$1" = show ] && printf "n7\\nn8\\n" || echo "$*" >>{tmp_path}/requeued\n'
+        f'#!/bin/sh\n[ "$1" = show ] && printf "n7\\nn8\\n" || echo "$*" >>{log}\n'
     )
-    for name in ("srun", "sleep"):
-        (folder / name).chmod(0o755)
-    env = JOB | {"DIT_ENTRY": entry, "PATH": slurm_path}
-    run(MULTINODE, "c.yaml", **env)
-    run(MULTINODE, "c.yaml", **env, SLURM_ARRAY_JOB_ID="123400", SLURM_ARRAY_TASK_ID="3")
-    assert (tmp_path / "requeued").read_text() == "requeue 123456\nrequeue 123400_3\n"
+
+    def after(status: int, **env: str) -> str:
+        (folder / "srun").write_text(f"#!/bin/sh\nexit {status}\n")
+        for name in ("srun", "sleep"):
+            (folder / name).chmod(0o755)
+        log.write_text("")
+        done = run(MULTINODE, "c.yaml", **JOB, DIT_ENTRY=entry, PATH=slurm_path, **env)
+        assert done.returncode == status
+        return log.read_text()
+
+    return after
+
+
+@pytest.mark.parametrize("status", [75, 143])
+def test_a_job_that_a_signal_ended_queues_again(queued, status):
+    assert queued(status) == "requeue 123456\n"
+    assert queued(status, REQUEUE="0") == ""
+
+
+@pytest.mark.parametrize("status", [0, 1, 137, 138])
+def test_any_other_end_is_the_end(queued, status):
+    """138, the time limit's USR1 before training began: the next start would fare no better."""
+    assert queued(status) == ""
+
+
+def test_an_element_queues_itself_again_and_not_the_array(queued):
+    """By the name that SLURM has for an element: the number alone may be that of the whole array."""
+    array = {"SLURM_ARRAY_JOB_ID": "123400", "SLURM_ARRAY_TASK_ID": "3"}
+    assert queued(75, **array) == "requeue 123400_3\n"

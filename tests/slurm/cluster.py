@@ -77,6 +77,8 @@ PartitionName=high Nodes=ALL State=UP PriorityTier=10 PreemptMode=OFF
 """
 NODE = "NodeName={name} NodeHostname={name} NodeAddr={address} Port={port} CPUs=4 RealMemory=8000 State=UNKNOWN\n"
 
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+
 # What the first process of a node does: its name, its own /etc/hosts and /dev/shm, and then slurmd.
 INIT = """
 set -e
@@ -251,10 +253,15 @@ class Cluster:
 
     def wait(self, number: str, *states: str, seconds: float = 180, restarts: int = 0) -> None:
         """Until the job is in one of these states, having started again at least so many times."""
+        over = [
+            0
+        ]  # looks in a row at which it had ended otherwise: before it is queued again it has, for a moment
 
         def there() -> bool:
             now = self.job(number)
             self._take_back(self.states())
+            over[0] = over[0] + 1 if now["JobState"] in {*ENDED} - {*states} else 0
+            assert over[0] < 50, f"{now}\n{self.log()}"
             return now["JobState"] in states and int(now["Restarts"]) >= restarts
 
         until(there, seconds, lambda: f"{self.job(number)}\n{self.log()}")
