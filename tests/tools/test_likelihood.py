@@ -184,7 +184,7 @@ def test_pixels_have_likelihoods_too(digits: Digits, tmp_path: Path) -> None:
         (["--exact", "--probes=2"], 1, "probes"),
         (["--method.num_steps=3"], 1, "--method.num_steps is given twice"),
         (["--method=bound", "--method.variance=learned"], 1, "learn_sigma"),
-        (["--weights=emma"], 2, "--weights=emma"),
+        (["--weights=emma"], 1, "holds the weights model, ema; got 'emma'"),
         (["--countt=3"], 2, "did you mean count?"),
     ],
 )

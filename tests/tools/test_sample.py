@@ -235,7 +235,7 @@ def test_all_classes_and_no_class(run: Path, tmp_path: Path) -> None:
         (["--num_steps=0"], 1, "num_steps"),
         (["--cfg_scale=-1"], 1, "cfg_scale"),
         (["--solver=hune"], 1, "did you mean heun?"),
-        (["--weights=emma"], 2, "--weights=emma"),
+        (["--weights=emma"], 1, "holds the weights model, ema; got 'emma'"),
         (["--numsamples=3"], 2, "did you mean num_samples?"),
         (["--codec_path=./nowhere"], 1, "nowhere/config.json is missing"),
         (["--solver.etta=1", "--solver=ddim"], 1, "solver.etta: unknown key; did you mean eta?"),

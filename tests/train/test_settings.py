@@ -63,7 +63,6 @@ def test_a_micro_batch_that_does_not_divide_the_share_is_refused() -> None:
         {"zero": {"stage": 4}},
         {"zero": {"stage": True}},
         {"engine": "horovod"},
-        {"init": {"weights": "both"}},
     ],
 )
 def test_impossible_settings_are_refused(bad: dict) -> None:
