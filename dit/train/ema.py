@@ -57,9 +57,9 @@ class Ema:
     def __init__(self, engine: Engine, cfg: EmaConfig):
         self.engine, self.cfg = engine, cfg
         self._live = [f.weight for f in engine.fragments()]
-        decays = {MAIN: cfg.decay, **{f"ema_{decay:g}": decay for decay in cfg.also}}
+        decays = {MAIN: cfg.decay, **{f"ema_{decay}": decay for decay in cfg.also}}
         self._shares = {name: 1 - decay for name, decay in decays.items()}  # of the new weights
-        self._powers = {f"power_{width:g}": power_of(width) for width in cfg.power}
+        self._powers = {f"power_{width}": power_of(width) for width in cfg.power}
         names = (*self._shares, *self._powers)
         self.averages: dict[str, list[Tensor]] = {n: [w.clone() for w in self._live] for n in names}
 

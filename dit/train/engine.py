@@ -66,12 +66,13 @@ def deepspeed_config(
 
 def _sharding(zero: ZeroConfig, numbers: int) -> dict[str, Any]:
     """The section zero_optimization."""
+    bucket = min(
+        BUCKET, -(-numbers // 1024) * 1024
+    )  # DeepSpeed's own, 5e8, would take 2 GB a dtype, used or not
     made: dict[str, Any] = {
         "stage": zero.stage,
-        "reduce_bucket_size": min(
-            BUCKET, numbers
-        ),  # DeepSpeed's own, 5e8, would take 2 GB a dtype, used or not
-        "allgather_bucket_size": min(BUCKET, numbers),
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,  # which must be even
         "use_multi_rank_bucket_allreduce": False,  # a reduce to each owner: half the bytes of an all-reduce for all
     }
     if zero.stage == 3:

@@ -79,16 +79,17 @@ class Faults:
         self.left_out: list[list[int]] = []  # [first, last] steps that were left out then, counted from 1
         self.recent: list[float] = []  # the last logged losses
         self.spikes = 0
-        self.interval: list[
-            tuple[int, list[int]]
-        ] = []  # steps since the last logged one, with this rank's ids
+        self.begun: int | None = None  # the first step since the last logged one
         self.has_skipped = False  # since then
+        self.ids: dict[int, list[int]] = {}  # this rank's by step since then, where spikes are looked for
 
     # --- after a step --------------------------------------------------------------------------------------
 
     def watch_update(self, applied: bool, step: int, ids: Tensor, losses: Sequence[Loss]) -> Fault | None:
         """After step `step` (counted from 1); keeps the ids of samples whose update was skipped. ids: (B,) int64."""
-        self.interval.append((step, ids.tolist()))
+        self.begun = self.begun or step
+        if self.cfg.spike is not None:
+            self.ids[step] = ids.tolist()
         if applied:
             self.skipped_in_a_row = 0
             return None
@@ -112,8 +113,8 @@ class Faults:
 
     def watch_loss(self, loss: float, step: int) -> Fault | None:
         """After a logged step. loss: mean since the last logged one, over all ranks."""
-        steps, self.interval = self.interval, []
-        is_judged, self.has_skipped = not self.has_skipped and math.isfinite(loss), False
+        begun, ids, is_judged = self.begun or step, self.ids, not self.has_skipped and math.isfinite(loss)
+        self._begin_interval()
         if self.cfg.spike is None or not is_judged:
             return None  # what was skipped has changed nothing
         before, self.recent = self.recent, [*self.recent, loss][-self.cfg.window :]
@@ -121,9 +122,9 @@ class Faults:
         if not (usual > 0 and loss > self.cfg.spike * usual):
             return None
         self.spikes += 1
-        self._dump("spikes", step, {"loss": loss, "median": usual, "ids_by_step": dict(steps)})
+        self._dump("spikes", step, {"loss": loss, "median": usual, "ids_by_step": ids})
         return Fault(
-            step - len(steps),
+            begun - 1,
             f"the loss leapt to {loss:.4g} at step {step}, {loss / usual:.3g} times the median of the {len(before)} "
             f"logged before it (faults.spike = {self.cfg.spike:g}). The samples' ids are in {self.run_dir / 'spikes'}. "
             "Lower optim.lr or optim.clip, or let the run leave these steps out (--faults.returns=1).",
@@ -172,6 +173,8 @@ class Faults:
             "returned": self.returned,
             "spikes": self.spikes,
             "left_out": self.left_out,
+            "begun": self.begun,
+            "has_skipped": self.has_skipped,
             "recent": self.recent,
         }
 
@@ -181,4 +184,7 @@ class Faults:
         self.skipped_in_a_row = state["skipped_in_a_row"]
         self.returned, self.left_out = state["returned"], [list(pair) for pair in state["left_out"]]
         self.spikes, self.recent = state["spikes"], list(state["recent"])
-        self.interval, self.has_skipped = [], False
+        self.begun, self.has_skipped, self.ids = state["begun"], state["has_skipped"], {}
+
+    def _begin_interval(self) -> None:
+        self.begun, self.has_skipped, self.ids = None, False, {}

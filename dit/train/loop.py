@@ -27,13 +27,15 @@ class Loop(PersistentRun):
 
         Raises Stopped where a signal asked for it, after the step's checkpoint.
         """
-        self.log = RunLog(self.run_dir, self.step, self.world.is_main)
+        self.log = RunLog(self.run_dir, self.step, self.world.is_main, self.step - self.hooks_are_due)
         self._logged = self.step
         start, steps = self.step, self.train.steps
         bar = tqdm(total=steps, initial=start, unit="step", disable=not self.world.is_main, smoothing=0.05)
         self.watch.at("data", self.step)
         try:
             with self.watch, stop_request() as stop, rank_flags(self.world) as flags:
+                if self.hooks_are_due:
+                    self._show(last=False)
                 for batch in self._batches():
                     fault = self.train_step(batch)
                     bar.update()
@@ -66,29 +68,36 @@ class Loop(PersistentRun):
         last = self.step == self.train.steps
         if fault is None and self.step % self.train.log_every == 0:
             fault = self._log(bar)
-        paused = time.perf_counter()
-        if fault is None or not self.mend(fault):
-            self._save_and_show(last, bool(stopped))
-        self.meters.pause(time.perf_counter() - paused)
-        if stopped and not last:
+        paused, leaving = time.perf_counter(), bool(stopped) and not last
+        if fault is not None and self.mend(fault):
+            self.meters.reset_clock()
+        else:
+            self._save_and_show(last, leaving)
+            self.meters.pause(time.perf_counter() - paused)
+        if leaving:
             self.say(f"stopped by a signal: step {self.step} is saved, and the same command goes on")
             raise Stopped
 
-    def _save_and_show(self, last: bool, stopped: bool) -> None:
-        """What is due after this step. stopped: save first and completely, as little time may be left."""
-        if stopped:
+    def _save_and_show(self, last: bool, leaving: bool) -> None:
+        """What is due after this step. leaving: little time may be left; hooks are the next start's then."""
+        self.hooks_are_due = leaving
+        if not leaving:
+            self._show(last)
+        if self.is_snapshot_due():
+            self.save_snapshot()
+        if leaving or last or self.step % self.saving.every == 0:
+            started = time.perf_counter()
             self.save()
+            self.log.point(self.step, "speed/checkpoint_stall_s", time.perf_counter() - started)
+        if leaving:
             self.complete()
+
+    def _show(self, last: bool) -> None:
+        """Call the hooks that are due."""
         for hook in self.hooks:
             if hook.every and (self.step % hook.every == 0 or last):
                 self.watch.at("hook", self.step)
                 hook(self.step, self.engine, self.ema, self.log)
-        if self.ema.cfg.snapshot_every and self.step % self.ema.cfg.snapshot_every == 0:
-            self.save_snapshot()
-        if not stopped and (self.step % self.saving.every == 0 or last):
-            started = time.perf_counter()
-            self.save()
-            self.log.point(self.step, "speed/checkpoint_stall_s", time.perf_counter() - started)
 
     def _batches(self) -> Iterator[Batch]:
         """Batches from the next step to the last, timing how long each is waited for."""

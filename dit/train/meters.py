@@ -126,8 +126,8 @@ class Meters:
         if loss.t is not None:
             terms["quarters"] = sums_by_quarter(loss)
         terms |= {f"metric/{name}": count * value.detach().float() for name, value in loss.metrics.items()}
-        for name, value in terms.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        for name, value in terms.items():  # float64: the sum is the same wherever a checkpoint cut it in two
+            self._sums[name] = self._sums[name] + value.double() if name in self._sums else value.double()
 
     def add_hash(self, fingerprints: Tensor) -> None:
         """fingerprints: (B,) int64 on the CPU."""
@@ -144,7 +144,9 @@ class Meters:
         """Go on from a checkpoint's sums; rank 0 carries them, whatever the ranks were."""
         self.clear()
         if is_main:
-            self._sums = {k: torch.tensor(v, device=self.device) for k, v in state["sums"].items()}
+            self._sums = {
+                k: torch.tensor(v, dtype=torch.float64, device=self.device) for k, v in state["sums"].items()
+            }
             self.batch_hash = int(state["batch_hash"])
 
     def _reduced(self) -> dict[str, Tensor]:
@@ -152,7 +154,8 @@ class Meters:
         names = sorted({n for found in dist.gather_objects(sorted(self._sums)) for n in found})
         shapes = {n: (2, QUARTERS) if n == "quarters" else () for n in names}
         parts = [
-            self._sums.get(n, torch.zeros(shapes[n], device=self.device)).double().flatten() for n in names
+            self._sums.get(n, torch.zeros(shapes[n], dtype=torch.float64, device=self.device)).flatten()
+            for n in names
         ]
         if not parts:
             return {}
@@ -199,8 +202,11 @@ def _total(hashes: Iterable[int]) -> int:
 class RunLog:
     """RUN/metrics.jsonl and RUN/tensorboard, written by rank 0 alone."""
 
-    def __init__(self, run_dir: Path, step: int, is_main: bool):
-        """step: steps done; whatever was logged beyond it (by a run that was killed later) is cut off."""
+    def __init__(self, run_dir: Path, step: int, is_main: bool, hooks_step: int | None = None):
+        """step: steps done; whatever was logged beyond it (by a run that was killed later) is cut off.
+
+        hooks_step: those whose hooks are done, where they are not as many.
+        """
         self.run_dir, self.path, self.held_out_path = (
             run_dir,
             run_dir / "metrics.jsonl",
@@ -208,19 +214,19 @@ class RunLog:
         )
         self._writer: SummaryWriter | None = None
         if is_main:
-            self._open(step)
+            self._open(step, step if hooks_step is None else hooks_step)
 
-    def _open(self, step: int) -> None:
-        for path in (self.path, self.held_out_path):
+    def _open(self, step: int, hooks_step: int) -> None:
+        for path, last in ((self.path, step), (self.held_out_path, hooks_step)):
             if path.is_file():
-                truncate(path, step)
+                truncate(path, last)
         self._writer = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=step + 1)
 
     def cut(self, step: int) -> None:
         """Take back what was logged beyond a step."""
         if self._writer is not None:
             self._writer.close()
-            self._open(step)
+            self._open(step, step)
 
     def point(self, step: int, name: str, value: float) -> None:
         """A point on a curve of TensorBoard alone."""

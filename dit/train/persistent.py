@@ -72,22 +72,26 @@ class PersistentRun:
         self.folder = self.run_dir / "checkpoints"
         self.saver = Saver(self.folder, self.saving)
         self.snapshots = Saver(self.run_dir / "snapshots", ALL)
+        self.hooks_are_due = (
+            False  # those of the last step done, which a run that was stopped leaves to the next start
+        )
 
     def resume(self) -> bool:
         """Go on from the run directory's newest good checkpoint; False where there is none. Collective."""
-        found = self._latest()
+        # rank 0 finds and verifies for all: file systems may not show every rank the same
+        found = dist.on_main(lambda: checkpoint.latest(self.folder, self.say))
         if found is None:
             return False
         self.check_config(found.meta["config"], str(found.path))
         self._check_data(found)
         self._restore(found)
+        self.hooks_are_due = found.meta.get("hooks_are_due", False)
         self.probe.check(found)
         self.say(f"resuming {self.run_dir} at step {self.step}")
+        taken = dist.on_main(lambda: checkpoint.path_of(self.snapshots.folder, self.step).exists())
+        if self.is_snapshot_due() and not taken:  # the run was killed before it was whole
+            self.save_snapshot()
         return True
-
-    def _latest(self, up_to: int | None = None) -> Checkpoint | None:
-        """rank 0 finds and verifies for all: file systems may not show every rank the same."""
-        return dist.on_main(lambda: checkpoint.latest(self.folder, self.say, up_to))
 
     def _restore(self, found: Checkpoint) -> None:
         meta = found.meta
@@ -109,8 +113,9 @@ class PersistentRun:
         TrainingError where the weights compute nothing any more, unless the run goes back.
         """
         self.watch.at("save", self.step)
-        losses = self.probe.losses()
-        fault = self.faults.watch_weights(self.probe.apart(losses), self.step)
+        state, losses = self._state(), self.probe.losses()
+        complaint = self.probe.spoilt(state) or self.probe.apart(losses)
+        fault = self.faults.watch_weights(complaint, self.step)
         if fault is not None:
             self.mend(fault)  # which saves, or raises
             return
@@ -124,15 +129,22 @@ class PersistentRun:
             "probe": self.probe.record(losses),
             "world_size": self.world.size,
             "quarantine": self.quarantine.agree(self.stop_reading),
+            "hooks_are_due": self.hooks_are_due,
         }
-        self.saver.begin(self.step, self._state(), meta)
+        self.saver.begin(self.step, state, meta)
         if not self.saving.background:
             self.saver.wait()
 
     def save_snapshot(self) -> None:
         """The averages that any other can be made of later."""
+        self.watch.at("save", self.step)
         averages = State(self.engine.fragments(), self.ema.powers, self.engine.module, is_whole=False)
         self.snapshots.begin(self.step, averages, {**self.identity, "updates": self.engine.updates})
+
+    def is_snapshot_due(self) -> bool:
+        """After the last step done."""
+        every = self.ema.cfg.snapshot_every
+        return every > 0 and self.step > 0 and self.step % every == 0
 
     def samples_seen(self) -> int:
         left_out = sum(last - first + 1 for first, last in self.faults.left_out)
@@ -143,7 +155,7 @@ class PersistentRun:
         found = None
         if self.faults.may_return:
             self.complete()
-            found = self._latest(fault.good)
+            found = dist.on_main(lambda: self._before(fault))
         if found is not None:
             self._go_back(found, fault)
             return True
@@ -152,6 +164,14 @@ class PersistentRun:
             raise TrainingError(fault.why)
         self.say(fault.why)
         return False
+
+    def _before(self, fault: Fault) -> Checkpoint | None:
+        """On rank 0: the newest good checkpoint from when all was well."""
+        try:
+            return checkpoint.latest(self.folder, self.say, fault.good)
+        except CheckpointError as error:  # the fault itself is the news
+            self.say(f"there is no way back behind step {fault.good}: {error}")
+            return None
 
     def _go_back(self, found: Checkpoint, fault: Fault) -> None:
         """Take the checkpoint's state, and go on with the step after this one: those between are left out."""

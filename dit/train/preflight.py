@@ -30,7 +30,6 @@ from dit.join import patience, ranks_text
 from dit.train.settings import CheckpointConfig, RunConfig
 from dit.train.site import PreflightError, Site, open_site
 
-BYTES_PER_PARAMETER = 16  # in a checkpoint: weight, average and two moments, fp32 each
 SUMMED = 1 << 18  # numbers that the all-reduce adds up, 8 bytes each
 NFS_PATIENCE = 10.0  # seconds until a file that one node wrote must be seen by another
 
@@ -224,13 +223,14 @@ def _read_a_block(manifest: Manifest, budget: int) -> None:
                 raise
 
 
-def space(cfg: RunConfig, trainable: int) -> str:
-    """Room on disk for the checkpoints to come; called on one rank. trainable: parameters.
+def space(cfg: RunConfig, parameters: int, trained: int) -> str:
+    """Room on disk for the checkpoints to come; called on one rank. parameters: numbers in them; trained: of them.
 
     Raises PreflightError where not one fits, and warns where those that checkpoint.keep asks for do not.
     """
     run = Path(cfg.run_dir).absolute()
-    size, free = trainable * BYTES_PER_PARAMETER, shutil.disk_usage(existing(run)).free
+    numbers = (1 + cfg.ema.count) * parameters + 2 * trained  # weights, averages; two moments
+    size, free = 4 * numbers, shutil.disk_usage(existing(run)).free
     there = len([p for p in (run / "checkpoints").glob("step-*") if p.suffix != ".partial"])
     wanted = max(1, _held_at_most(cfg.checkpoint, cfg.train.steps) - there)
     told = f"{_bytes(free)} free in {existing(run)}, a checkpoint takes {_bytes(size)}"
@@ -270,16 +270,20 @@ def check(cfg: RunConfig, world: World) -> None:
             run(site)
 
 
-def alone(cfg: RunConfig, trainable: Callable[[Manifest], int]) -> None:
+def alone(cfg: RunConfig, parameters: Callable[[Manifest], int]) -> None:
     """Every check, a line each, also after one that failed; nothing is trained. Collective.
 
-    trainable: parameters of the model for the data. Raises PreflightError with what failed.
+    parameters: numbers in those of the model for the data. Raises PreflightError with what failed.
     """
 
     def room(site: Site) -> str:
-        found = site.on_nodes(
-            lambda: space(cfg, trainable(cfg.data.open().manifest)) if site.world.is_main else ""
-        )
+        def look() -> str:
+            if not site.world.is_main:
+                return ""
+            numbers = parameters(cfg.data.open().manifest)
+            return space(cfg, numbers, numbers)
+
+        found = site.on_nodes(look)
         return next(iter(found.values()))
 
     failed = []

@@ -6,9 +6,10 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from dit import dist
-from dit.train.checkpoint import Checkpoint, CheckpointError
+from dit.train.checkpoint import Checkpoint, CheckpointError, State
 from dit.train.ema import Ema
 from dit.train.fragments import Engine
 from dit.train.task import Samples, Task
@@ -35,6 +36,23 @@ class Probe:
             average = task.loss(self.engine, self.samples).mean
         return dist.gather_objects({"model": float(live), "ema": float(average)})
 
+    def spoilt(self, state: State) -> str | None:
+        """Which of a rank's numbers are not finite, also those that the losses do not see yet; or None."""
+        sizes: dict[str, list[Tensor]] = {}
+        for _, kinds in state.pieces():
+            for kind, tensor in kinds.items():
+                sizes.setdefault(kind, []).append(tensor)
+        bad = [
+            kind
+            for kind, tensors in sizes.items()
+            if not math.isfinite(float(torch.stack(torch._foreach_norm(tensors, math.inf)).sum()))
+        ]
+        found = {rank: kinds for rank, kinds in enumerate(dist.gather_objects(bad)) if kinds}
+        if not found:
+            return None
+        text = "; ".join(f"rank {rank}: {', '.join(kinds)}" for rank, kinds in found.items())
+        return f"numbers in the weights, their averages or the optimizer's state are not finite ({text})"
+
     def record(self, losses: list[dict[str, float]]) -> dict[str, str | float]:
         """What a checkpoint keeps of it."""
         return {"precision": self.precision, **losses[0]}
@@ -53,14 +71,11 @@ class Probe:
                     )
 
     def apart(self, losses: list[dict[str, float]]) -> str | None:
-        """What is wrong with these: weights that are no numbers, or ranks that do not hold the same; or None."""
+        """What is wrong with these: weights that compute nothing, or ranks that do not hold the same; or None."""
         for rank, of_rank in enumerate(losses):
             for kind, value in of_rank.items():
                 if not math.isfinite(value):
-                    return (
-                        f"the {kind} weights compute no finite loss any more on rank {rank}: a number in them, or in "
-                        "the optimizer's state, is not finite"
-                    )
+                    return f"the {kind} weights compute no finite loss any more on rank {rank}"
                 if not math.isclose(value, losses[0][kind], rel_tol=TOLERANCE[self.precision]):
                     return (
                         f"the {kind} weights of rank {rank} compute a probe loss of {value:.8g}, those of rank 0 "

@@ -43,8 +43,12 @@ class SharedQuarantine:
 
     def load(self, entries: list[tuple[int, int, str]]) -> None:
         """What a checkpoint holds of it (`agree`), from now on left out whatever the files hold."""
-        self.quarantine.load({(data_set, block): why for data_set, block, why in entries})
-        self._agreed = set(self.known())
+        loaded = {(data_set, block): why for data_set, block, why in entries}
+        self.quarantine.load(loaded)
+        self.known()
+        self._agreed = set(
+            loaded
+        )  # what else a rank knows, of the time before a run went back, is news to the others
 
     def agree(self, stop_reading: Callable[[], object]) -> list[tuple[int, int, str]]:
         """What every rank leaves out from here on, for a checkpoint, so that going on is the same as resuming there.

@@ -20,11 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from dit import dist
-from dit.dist import PeerError
 from dit.files import sync
 from dit.train import checkpoint
 from dit.train.checkpoint import CheckpointError, State
@@ -62,7 +60,7 @@ class Saver:
         self._meta = {**meta, "step": step, "weights": state.weights}
         with self._named():
             self._partial = dist.on_main(lambda: checkpoint.fresh(self.folder, step))
-        copies, pieces, copied = self._copy(state)
+            copies, pieces, copied = dist.together(lambda: self._copy(state))
         self._writing = self._threads.submit(_write, self._partial, copies, pieces, copied)
         self._has_moved = True
 
@@ -95,7 +93,9 @@ class Saver:
             dist.on_main(lambda: None if finishing is None else finishing.result())
 
     def close(self) -> None:
-        """Let this rank's threads end. Not collective: what was begun and not waited for may stay incomplete."""
+        """Let this rank's threads end. Not collective: what one rank of several did not wait for stays incomplete."""
+        if dist.World.from_env().size == 1:
+            self.wait()
         self._threads.shutdown(wait=True)
 
     def _copy(self, state: State) -> tuple[dict[str, Tensor], dict[str, Any], Any]:
@@ -140,7 +140,9 @@ class Saver:
         final = checkpoint.path_of(self.folder, self._step)
         try:
             yield
-        except (OSError, SafetensorError, PeerError) as error:
+        except (OSError, RuntimeError) as error:
+            if dist.is_broken_connection(error):
+                raise
             shutil.rmtree(final.with_suffix(".partial"), ignore_errors=True)
             full = any(os.strerror(n) in str(error) for n in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
             raise CheckpointError(
@@ -164,7 +166,8 @@ def save(folder: Path, step: int, state: State, meta: Mapping[str, Any]) -> Path
 def _write(partial: Path, tensors: dict[str, Tensor], pieces: dict[str, Any], copied: Any) -> dict[str, Any]:
     """Write this rank's file, once `copied`, a CUDA event, has happened; its entry in meta.json."""
     if copied is not None:
-        copied.synchronize()
+        with torch.cuda.device(copied.device):  # a thread's own is GPU 0
+            copied.synchronize()
     path = partial / f"rank-{dist.World.from_env().rank:05d}.safetensors"
     digest, size = write_tensors(path, tensors)
     return {"file": path.name, "sha256": digest, "bytes": size, "fragments": pieces}
@@ -181,7 +184,7 @@ def _finish(
     sync(partial)
     final = partial.with_suffix("")
     if final.exists():
-        shutil.rmtree(final)
+        checkpoint.remove(final)
     partial.rename(final)
     sync(final.parent)
     checkpoint.prune(final.parent, keeping.keep, meta["step"], keeping.keep_every)

@@ -93,10 +93,12 @@ def build(cfg: RunConfig, make_parts: Callable[[Manifest, World], Parts], world:
     torch.manual_seed(cfg.seed)
     parts = dist.together(lambda: make_parts(manifest, world))
     dist.together(lambda: _initialise(parts.module, cfg))
-    zero = dist.together(lambda: _sharding(cfg, parts, world))
+    device = Device.smallest(world)
+    zero = dist.together(lambda: _sharding(cfg, parts, world, device))
     stream = dist.together(lambda: _stream(cfg, mixture, world))
-    trainable = sum(p.numel() for p in parts.module.parameters() if p.requires_grad)
-    dist.on_main(lambda: preflight.space(cfg, trainable))
+    every = sum(p.numel() for p in parts.module.parameters())
+    trained = sum(p.numel() for p in parts.module.parameters() if p.requires_grad)
+    dist.on_main(lambda: preflight.space(cfg, every, trained))
     folder = run_dir.claim(cfg, world, {"zero.stage": zero.why or zero.stage})
     engine = _engine(cfg, parts, world, zero, cfg.train.local_batch(world) // micro)
     identity = {
@@ -173,8 +175,8 @@ def _initialise(module: nn.Module, cfg: RunConfig) -> None:
         raise CheckpointError(f"init.from: {source.path} does not fit this model: {error}") from None
 
 
-def _sharding(cfg: RunConfig, parts: Parts, world: World) -> Choice:
-    """Freeze what is to be frozen and decide on the ZeRO stage. Collective."""
+def _sharding(cfg: RunConfig, parts: Parts, world: World, device: Device) -> Choice:
+    """Freeze what is to be frozen and decide on the ZeRO stage."""
     frozen = freeze(parts.module, cfg.train.freeze)
     cfg.zero.check(world)
     numbers = sum(p.numel() for p in parts.module.parameters())
@@ -184,7 +186,7 @@ def _sharding(cfg: RunConfig, parts: Parts, world: World) -> Choice:
             return state_memory(numbers, stage, world.size, cfg.ema.count, frozen)
         return parts.memory(stage, frozen)
 
-    found = choose(cfg.zero, memory, Device.smallest(world))
+    found = choose(cfg.zero, memory, device)
     if found.why and world.is_main:
         print(found.why, flush=True)
     return found

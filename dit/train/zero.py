@@ -16,7 +16,7 @@ from dit.dist import World
 from dit.model.cost import Memory
 
 # Gradients that are communicated at once, at most: 200 MB, so that the next ones are computed meanwhile.
-BUCKET = 50_000_000
+BUCKET = 50_000 * 1024
 # Share of the memory; kernels' work space, the allocator's fragments and the driver take the rest.
 USABLE = 0.9
 Stage = Literal[0, 1, 2, 3]

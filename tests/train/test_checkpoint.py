@@ -276,6 +276,18 @@ def test_prune_never_counts_a_broken_one_that_was_passed_over(three: Path) -> No
     assert holds(found.path, 25)
 
 
+def test_broken_ones_do_not_count_among_those_that_are_kept(three: Path) -> None:
+    """With keep=2 and the newest but one broken, the two newest good ones stay."""
+    (at_step_in(three, 20) / "COMPLETE").unlink()
+    Small(40).save(three, 40)
+    checkpoint.prune(three, keep=2, step=40)
+    assert sorted(p.name for p in three.iterdir()) == [f"step-{s:08d}" for s in (20, 30, 40)]
+    Small(50).save(three, 50)
+    checkpoint.prune(three, keep=2, step=50)
+    assert checkpoint.latest(three, pytest.fail, up_to=40) is not None
+    assert sorted(p.name for p in three.iterdir()) == [f"step-{s:08d}" for s in (20, 40, 50)]
+
+
 # --- killed ------------------------------------------------------------------------------------------------
 
 

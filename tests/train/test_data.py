@@ -188,6 +188,22 @@ def _with_a_fault(given: dict[str, Any]) -> None:
 # --- mixtures ----------------------------------------------------------------------------------------------
 
 
+def _known_to_one(given: dict[str, Any]) -> list[list[Any]]:
+    """What the ranks agree on where rank 1 found block 7 broken since the checkpoint that it went back to."""
+    loop = built(given)
+    if dist.World.from_env().rank == 1:
+        loop.stream.quarantine.load({(0, 7): "a cable was loose"})
+    loop.quarantine.load([])
+    return [list(entry) for entry in loop.quarantine.agree(lambda: None)]
+
+
+def test_what_one_rank_found_is_not_forgotten_when_the_run_goes_back(
+    digits: Digits, ranks: Server, tmp_path: Path
+) -> None:
+    found = ranks.run(2, _known_to_one, quarantined(digits, tmp_path, digits.moments))
+    assert found == [[[0, 7, "a cable was loose"]]] * 2
+
+
 def mixed(digits: Digits, run: Path, weight: float = 3, **sections: Any) -> dict[str, Any]:
     parts = [{"path": str(digits.moments), "weight": weight}, {"path": str(digits.moments_val), "weight": 1}]
     return values(

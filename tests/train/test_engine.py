@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from dit.config import ConfigError
+from dit.config import ConfigError, from_dict
 from dit.dist import World
 from dit.train.local import LocalEngine
 from dit.train.optim import OptimConfig
+from dit.train.zero import BUCKET, ZeroConfig
 from tests.datasets import Digits
 from tests.ranks import Server
 from tests.train.runs import STEPS, Values, at_step, column, go, state, values
@@ -99,6 +100,22 @@ def test_bf16_is_not_fp32_and_keeps_fp32_weights(reference: Path, bf16_reference
     weights = state(at_step(bf16_reference, STEPS))["model/blocks.0.attention.qkv.weight"]
     rounded = weights.bfloat16().float()
     assert float((weights != rounded).float().mean()) > 0.9
+
+
+# --- what DeepSpeed is told --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("numbers", [1, 7, 1_000_001, 10**10])
+def test_buckets_are_even_and_no_larger_than_they_need_be(stage: int, numbers: int) -> None:
+    """DeepSpeed refuses odd ones, and a model may well have an odd number of parameters."""
+    from dit.train.engine import deepspeed_config
+
+    zero = from_dict(ZeroConfig, {"stage": stage})
+    made = deepspeed_config(zero, OptimConfig(), (8, 4, 1), "fp32", numbers)["zero_optimization"]
+    for key in ("reduce_bucket_size", "allgather_bucket_size"):
+        assert made[key] % 2 == 0
+        assert min(numbers, BUCKET) <= made[key] <= min(numbers + 1024, BUCKET)
 
 
 # --- the local engine and the guarded optimizer ------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,39 @@ def test_weights_that_are_spoilt_are_never_saved_and_the_run_goes_back(
     assert differing(state(at_step(run, STEPS)), state(at_step(expected, STEPS))) == []
 
 
+def spoilt_before_saving(given: Values, step: int) -> None:
+    """Train; a NaN gets into a moment of rank 1 right before the checkpoint of `step`, where no loss shows it yet."""
+    loop = built(given)
+    loop.resume()
+    save = loop.save
+
+    def spoil_and_save() -> None:
+        if loop.step == step and loop.world.rank == 1 and not loop.faults.returned:
+            loop.engine.fragments()[-1].state["exp_avg"][-1] = math.nan
+        save()
+
+    loop.save = spoil_and_save  # type: ignore[method-assign]
+    loop.run()
+
+
+def test_numbers_that_no_loss_shows_yet_are_not_saved_either(
+    digits: Digits, ranks: Server, sharded: Callable[[int], Path], tmp_path: Path
+) -> None:
+    every = {"checkpoint": {"every": 5, "keep": 0}, "zero": {"stage": 2}}
+    given = values(digits, tmp_path / "run", **every)
+    with pytest.raises(RanksFailed) as failed:
+        ranks.run(2, spoilt_before_saving, given, 10)
+    text = failed.value.errors[0][1]
+    assert (
+        "after step 10 numbers in the weights, their averages or the optimizer's state are not finite" in text
+    )
+    assert "(rank 1: exp_avg)" in text
+    assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000005"]
+    ranks.run(2, spoilt_before_saving, merge(given, {"faults": {"returns": 1}}), 10)
+    assert column(tmp_path / "run", "step") == [*range(1, 6), *range(11, 21)]
+    assert column(tmp_path / "run", "batch_hash")[5:] == column(sharded(2), "batch_hash")[10:]
+
+
 def test_without_leave_to_go_back_it_stops_and_the_same_command_goes_on(
     digits: Digits, ranks: Server, sharded: Callable[[int], Path], tmp_path: Path
 ) -> None:
@@ -153,9 +187,8 @@ def test_without_leave_to_go_back_it_stops_and_the_same_command_goes_on(
     with pytest.raises(RanksFailed) as failed:
         ranks.run(2, spoilt_at, given, 13)
     assert {kind for kind, _ in failed.value.errors.values()} == {"TrainingError"}
-    assert (
-        "after step 15 the model weights compute no finite loss any more on rank 0"
-        in failed.value.errors[0][1]
+    assert re.search(
+        r"after step 15 numbers in .* are not finite \(rank 1: model, ema", failed.value.errors[0][1]
     )
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000005", "step-00000010"]
     ranks.run(2, go, given)
@@ -254,6 +287,47 @@ def test_what_was_skipped_is_not_judged(tmp_path: Path) -> None:
     faults.watch_update(False, 4, ids, [loss_of(1.0, 1e9)])
     assert faults.watch_loss(5e8, 4) is None
     assert faults.recent == [1.0, 1.0, 1.0]
+
+
+def test_an_interval_that_a_restart_cut_in_two_is_one(tmp_path: Path) -> None:
+    """What was good ends where the interval begins, and what was skipped in its first half counts."""
+    ids = torch.arange(2)
+    for skipped in (False, True):
+        faults = watched(tmp_path, spike=2, window=3)
+        for step in (10, 20, 30):
+            faults.watch_loss(1.0, step)
+        for step in range(31, 36):
+            faults.watch_update(not (skipped and step == 33), step, ids, [loss_of(1.0, math.nan)])
+        again = watched(tmp_path, spike=2, window=3)
+        again.load(json.loads(json.dumps(faults.state())))
+        for step in range(36, 41):
+            again.watch_update(True, step, ids, [loss_of(1.0, 1.0)])
+        fault = again.watch_loss(9.0, 40)
+        assert (fault is None) is skipped
+        assert fault is None or fault.good == 30
+
+
+def test_a_way_back_that_is_broken_hides_no_spike(
+    digits: Digits, spiky: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With every earlier checkpoint broken it goes on as if it might not go back, and says why."""
+    given = spiky_run(digits, spiky, tmp_path, returns=1) | {"engine": "local"}
+    with dist.session():
+        loop = built(given)
+        mend = loop.mend
+
+        def break_all_and_mend(fault: Any) -> bool:
+            loop.complete()
+            for path in (tmp_path / "checkpoints").iterdir():
+                (path / "COMPLETE").write_text("")
+            return mend(fault)
+
+        loop.mend = break_all_and_mend  # type: ignore[method-assign]
+        loop.run()
+    said = capsys.readouterr().out
+    assert "there is no way back behind step" in said
+    assert "the loss leapt to" in said
+    assert column(tmp_path, "step") == list(range(1, 13))
 
 
 def test_what_it_remembers_comes_back(tmp_path: Path) -> None:

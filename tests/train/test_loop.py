@@ -191,9 +191,7 @@ def test_a_checkpoint_between_two_logged_steps_keeps_their_sums(digits: Digits, 
     forked(whole, 6, run)
     go(values(digits, run, **sections))
     assert column(run, "step") == [4, 8, 12]
-    for a, b in zip(without_speeds(run), without_speeds(whole), strict=True):
-        assert a == pytest.approx(b, rel=1e-12)
-        assert a["batch_hash"] == b["batch_hash"]
+    assert without_speeds(run) == without_speeds(whole)
     assert differing(state(at_step(run, 12)), state(at_step(whole, 12))) == []
 
 

@@ -257,19 +257,19 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_room_for_checkpoints(digits: Digits, small_disk: Path, recwarn: pytest.WarningsRecorder) -> None:
     saving = {"every": 5, "keep": 2}
     cfg = experiment(values(digits, small_disk / "run", checkpoint=saving, train={"steps": 100}))
-    assert "3 to come" in space(cfg, 10_000)  # 3 x 160 kB
+    assert "3 to come" in space(cfg, 10_000, 10_000)  # 3 x 160 kB
     assert not recwarn.list
     with pytest.warns(
         Notice, match=r"1.00 MiB free in .*disk, a checkpoint takes 0.46 MiB: 2 fit, 3 are to come"
     ):
-        space(cfg, 30_000)
+        space(cfg, 30_000, 30_000)
     with pytest.raises(
         PreflightError, match=r"1.00 MiB free in .*disk, a checkpoint takes 1.07 MiB: free space"
     ):
-        space(cfg, 70_000)
+        space(cfg, 70_000, 70_000)
     for step in (5, 10):  # a run that goes on needs one more
         at_step(small_disk / "run", step).mkdir(parents=True)
-    assert "1 to come" in space(cfg, 50_000)
+    assert "1 to come" in space(cfg, 50_000, 50_000)
 
 
 @needs_root

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from dit.dist import World
 from dit.train import checkpoint
@@ -89,16 +90,53 @@ def test_only_when_it_is_whole_an_old_one_goes(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000002"]
 
 
-def test_what_was_not_waited_for_leaves_what_was_there(saver: Saver) -> None:
-    """As when the process ends by an error."""
-    small = Small(1)
+def save_two_and_leave(folder: Path) -> None:
+    small, saver = Small(1), Saver(folder, ALL)
     saver.begin(1, small.state(), {})
     saver.wait()
     saver.begin(2, small.state(), {})
     saver.close()
-    found = checkpoint.latest(saver.folder, report=pytest.fail)
+
+
+@pytest.mark.parametrize(("size", "step"), [(1, 2), (2, 1)])
+def test_an_error_leaves_what_was_there_and_one_rank_alone_ends_what_it_began(
+    ranks: Server, tmp_path: Path, size: int, step: int
+) -> None:
+    ranks.run(size, save_two_and_leave, tmp_path)
+    found = checkpoint.latest(tmp_path, report=pytest.fail)
     assert found is not None
-    assert found.step == 1
+    assert found.step == step
+
+
+def test_one_of_the_same_step_is_replaced_whole(saver: Saver) -> None:
+    """A run that went on from an earlier checkpoint comes to the step of a broken one."""
+    small = Small(1)
+    for value in (1, 2):
+        small.fill(value)
+        saver.begin(7, small.state(), {})
+        saver.wait()
+    assert [p.name for p in saver.folder.iterdir()] == ["step-00000007"]
+    assert holds(saver.folder / "step-00000007", 2)
+    (saver.folder / "step-00000007").rename(saver.folder / "step-00000007.old.partial")  # killed in between
+    saver.begin(8, small.state(), {})
+    saver.wait()
+    assert [p.name for p in saver.folder.iterdir()] == ["step-00000008"]
+
+
+def full_on_one(folder: Path) -> None:
+    """Rank 1 has no memory for the copy: its state has a tensor that cannot be had twice."""
+    small, saver = Small(1), Saver(folder, ALL)
+    state = small.state()
+    if World.from_env().rank == 1:
+        state.averages["ema"][0] = torch.empty(1).expand(2**50)
+    saver.begin(1, state, {})
+
+
+def test_a_rank_that_has_no_memory_for_the_copy_stops_all(ranks: Server, tmp_path: Path) -> None:
+    with pytest.raises(RanksFailed) as failed:
+        ranks.run(2, full_on_one, tmp_path)
+    assert {kind for kind, _ in failed.value.errors.values()} == {"CheckpointError"}
+    assert len(failed.value.errors) == 2
 
 
 def test_a_disk_that_is_full_is_told_at_the_next_step(small_disk: Path) -> None:
@@ -122,13 +160,24 @@ def test_a_disk_that_is_full_is_told_at_the_next_step(small_disk: Path) -> None:
 
 
 def test_what_cannot_be_finished_is_told_too(saver: Saver) -> None:
-    """Something that is no checkpoint has its name, and cannot be removed."""
-    (saver.folder).mkdir()
-    (saver.folder / "step-00000004").write_text("a file")
+    """Somebody has removed what was written."""
     saver.begin(4, Small(1).state(), {})
+    until(saver, WRITTEN)
+    shutil.rmtree(saver.folder / "step-00000004.partial")
     with pytest.raises(CheckpointError, match=r"could not save .*step-00000004.*mend the directory"):
         saver.wait()
-    assert (saver.folder / "step-00000004").read_text() == "a file"
+    saver.begin(5, Small(1).state(), {})
+    saver.wait()
+    assert holds(saver.folder / "step-00000005", 1)
+
+
+def test_something_else_that_has_its_name_is_kept_aside(saver: Saver) -> None:
+    saver.folder.mkdir()
+    (saver.folder / "step-00000004").write_text("a file")
+    saver.begin(4, Small(1).state(), {})
+    saver.wait()
+    assert holds(saver.folder / "step-00000004", 1)
+    assert (saver.folder / "step-00000004.old.partial").read_text() == "a file"
 
 
 def step_and_save(folder: Path) -> int:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dit import dist
 from dit.dist import SIGNALS
 from dit.errors import Stopped
+from dit.train import checkpoint
 from dit.train.stop import rank_flags, stop_request
 from tests.datasets import Digits
 from tests.ranks import RanksFailed, Server
-from tests.train.runs import STEPS, at_step, column, differing, go, state, values
+from tests.train.runs import STEPS, Values, at_step, built, column, differing, go, state, values
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -76,6 +79,45 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(
     assert 5 <= int(saved.name.removeprefix("step-")) < STEPS
     assert "is saved, and the same command goes on" in job.output()
     ranks.run(2, go, given)
+    assert (tmp_path / "held_out.jsonl").read_text() == (sharded(2) / "held_out.jsonl").read_text()
     assert column(tmp_path, "batch_hash") == column(sharded(2), "batch_hash")
     assert column(tmp_path, "loss") == column(sharded(2), "loss")
     assert differing(state(at_step(tmp_path, STEPS)), state(at_step(sharded(2), STEPS))) == []
+
+
+def stopped_at(given: Values, step: int) -> None:
+    """Train, and get a signal on every rank when `step` steps are nearly done."""
+    loop = built(given)
+    loop.resume()
+    train_step = loop.train_step
+
+    def step_and_hear(batch: Any) -> Any:
+        if loop.step == step - 1 - (loop.world.size > 1):  # with several ranks it is agreed on one step later
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return train_step(batch)
+
+    loop.train_step = step_and_hear  # type: ignore[method-assign]
+    loop.run()
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_what_is_due_at_the_step_of_a_stop_is_not_lost(
+    digits: Digits, ranks: Server, hooked: dict, tmp_path: Path, size: int
+) -> None:
+    """A snapshot, a held-out loss and a grid at step 10: the first is taken, the others are the next start's."""
+    ema = {"decay": 0.9, "power": [0.05, 0.1], "snapshot_every": 5}
+    sections = {**hooked, "ema": ema, "zero": {"stage": 2}, "checkpoint": {"every": 100, "keep": 0}}
+    quiet, run = tmp_path / "quiet", tmp_path / "run"
+    ranks.run(size, go, values(digits, quiet, **sections))
+    given = values(digits, run, **sections)
+    with pytest.raises(RanksFailed):
+        ranks.run(size, stopped_at, given, 10)
+    assert [p.name for p in sorted((run / "snapshots").iterdir())] == ["step-00000005", "step-00000010"]
+    assert not (run / "held_out.jsonl").exists()
+    shutil.rmtree(run / "snapshots" / "step-00000010")  # as if it had been killed before that was whole
+    ranks.run(size, go, given)
+    assert (run / "held_out.jsonl").read_text() == (quiet / "held_out.jsonl").read_text()
+    assert [p.name for p in sorted((run / "samples").iterdir())] == ["step-00000010.png", "step-00000020.png"]
+    for step in (5, 10, 15, 20):
+        ours, theirs = (checkpoint.read(f / "snapshots" / f"step-{step:08d}") for f in (run, quiet))
+        assert [e["sha256"] for e in ours.meta["files"]] == [e["sha256"] for e in theirs.meta["files"]]

@@ -110,7 +110,7 @@ def _nudged(loop: Loop) -> tuple[bool, bool]:
             if "table" in fragment.name:
                 fragment.weight.add_(change)
         loop.engine.sync_weights()
-        return float(loop.task.loss(loop.engine, loop.probe).mean)
+        return float(loop.task.loss(loop.engine, loop.samples).mean)
 
     for fragment in loop.engine.fragments():
         fragment.weight.fill_(0.125)  # that adding and subtracting 1 leaves as it was; and no gate is closed
