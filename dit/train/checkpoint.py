@@ -1,8 +1,8 @@
-"""Checkpoints that load at any number of ranks and any ZeRO stage: what is in one, finding, reading, keeping them.
+"""Checkpoints that load at any number of ranks and any ZeRO stage: what is in one, finding and reading them.
 
 One safetensors file per rank holds that rank's fragments, addressed by parameter name and offset; `meta.json` lists the
-files with their checksums; a directory without COMPLETE is not a checkpoint. `dit.train.saver` writes them. Works on
-fragments; knows nothing of engines.
+files with their checksums; a directory without COMPLETE is not a checkpoint. `dit.train.saver` writes them, and
+`dit.train.retention` says which stay. Works on fragments; knows nothing of engines.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from dit.train.fragments import ADAM_STATE, Fragment
 
 EXPORT = "dit"  # key of an exported file's metadata
 _PREFIX = "step-"
-_NAME = re.compile(rf"{_PREFIX}\d{{8,}}")  # a copy that somebody made beside it is not ours
+NAME = re.compile(rf"{_PREFIX}\d{{8,}}")  # a copy that somebody made beside it is not ours
 
 
 class CheckpointError(UserError):
@@ -91,7 +90,7 @@ class State:
         return {name: b for name, b in self.module.named_buffers() if name in kept}
 
 
-# --- keeping ----------------------------------------------------------------------------------------------
+# --- finding and reading -----------------------------------------------------------------------------------
 
 
 def path_of(directory: Path, step: int) -> Path:
@@ -99,72 +98,25 @@ def path_of(directory: Path, step: int) -> Path:
     return directory / f"{_PREFIX}{step:08d}"
 
 
-def fresh(directory: Path, step: int) -> Path:
-    """An empty folder to write the checkpoint of a step into; what was left of unfinished ones is removed."""
-    for left_over in [p for p in directory.glob("*.partial") if _NAME.fullmatch(p.name.partition(".")[0])]:
-        shutil.rmtree(left_over, ignore_errors=True)
-    partial = path_of(directory, step).with_suffix(".partial")
-    partial.mkdir(parents=True)
-    return partial
-
-
-def prune(directory: Path, keep: int, step: int, keep_every: int = 0) -> None:
-    """Remove all but the newest `keep` checkpoints up to `step`, the one just saved; 0 keeps all. Called by rank 0.
-
-    Broken ones do not count instead of good ones, nor do those beyond it, which were passed over. keep_every: the steps
-    that are its multiples stay too.
-    """
-    old = (
-        [p for p in _candidates(directory) if _step_of(p) <= step and _looks_whole(p)][keep:] if keep else []
-    )
-    for path in [p for p in old if not keep_every or _step_of(p) % keep_every]:
-        remove(path)
-
-
-def _looks_whole(path: Path) -> bool:
-    try:
-        read(path, verify=False)
-    except CheckpointError:
-        return False
-    return True
-
-
-def discard(directory: Path, beyond: int) -> None:
-    """Remove the checkpoints of steps beyond one: of a course that a run does not take. Called by rank 0."""
-    for path in [p for p in _candidates(directory) if _step_of(p) > beyond]:
-        remove(path)
-
-
-def remove(path: Path) -> None:
-    """Remove a checkpoint; what cannot be removed is said, and stays."""
-    try:
-        doomed = path.rename(path.with_suffix(".old.partial"))  # so that half of one is never taken for one
-        shutil.rmtree(doomed)
-    except OSError as error:  # no reason to stop training
-        print(f"could not remove the old checkpoint {path}: {error}", flush=True)
-
-
-# --- finding and reading -----------------------------------------------------------------------------------
-
-
 def snapshots(directory: Path) -> list[Checkpoint]:
     """Every checkpoint below `directory`, oldest first. Raises CheckpointError if one is broken."""
-    return [read(path) for path in reversed(_candidates(directory))]
+    return [read(path) for path in reversed(candidates(directory))]
 
 
-def _candidates(directory: Path) -> list[Path]:
+def candidates(directory: Path) -> list[Path]:
     """Directories that have a checkpoint's final name, broken ones too, newest first."""
-    found = [p for p in directory.glob(f"{_PREFIX}*") if _NAME.fullmatch(p.name)]
-    return sorted(found, key=_step_of, reverse=True)
+    found = [p for p in directory.glob(f"{_PREFIX}*") if NAME.fullmatch(p.name)]
+    return sorted(found, key=step_of, reverse=True)
 
 
-def _step_of(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """The step that a checkpoint's name says."""
     return int(path.name.removeprefix(_PREFIX))
 
 
 def exists(directory: Path) -> bool:
     """Whether there is a checkpoint below `directory`, be it broken."""
-    return bool(_candidates(directory))
+    return bool(candidates(directory))
 
 
 def read(path: Path, verify: bool = True) -> Checkpoint:
@@ -198,7 +150,7 @@ def latest(directory: Path, report: Any = print, up_to: int | None = None) -> Ch
     overwrite them. up_to: of this step or an earlier one.
     """
     broken = []
-    for path in [p for p in _candidates(directory) if up_to is None or _step_of(p) <= up_to]:
+    for path in [p for p in candidates(directory) if up_to is None or step_of(p) <= up_to]:
         try:
             return read(path)
         except CheckpointError as error:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from dit import dist
 from dit.config import flatten
 from dit.data.stream import Stream
-from dit.train import checkpoint
+from dit.train import checkpoint, retention
 from dit.train.checkpoint import Checkpoint, CheckpointError, State
 from dit.train.ema import Ema
 from dit.train.faults import Fault, Faults, FaultsConfig, TrainingError
@@ -178,7 +178,7 @@ class PersistentRun:
         step, returned = self.step, self.faults.returned + 1
         self.stop_reading()
         for folder in (self.folder, self.snapshots.folder):
-            dist.on_main(lambda folder=folder: checkpoint.discard(folder, found.step))  # type: ignore[misc]
+            dist.on_main(lambda folder=folder: retention.discard(folder, found.step))  # type: ignore[misc]
         self._restore(found)
         self.faults.leave_out(found.step + 1, step, returned)
         self.step = self._logged = step

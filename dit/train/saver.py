@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dit import dist
 from dit.files import sync
-from dit.train import checkpoint
+from dit.train import checkpoint, retention
 from dit.train.checkpoint import CheckpointError, State
 from dit.train.settings import CheckpointConfig
 from dit.train.tensorfile import write_tensors
@@ -59,7 +59,7 @@ class Saver:
         self._step = step
         self._meta = {**meta, "step": step, "weights": state.weights}
         with self._named():
-            self._partial = dist.on_main(lambda: checkpoint.fresh(self.folder, step))
+            self._partial = dist.on_main(lambda: retention.fresh(self.folder, step))
             copies, pieces, copied = dist.together(lambda: self._copy(state))
         self._writing = self._threads.submit(_write, self._partial, copies, pieces, copied)
         self._has_moved = True
@@ -184,7 +184,7 @@ def _finish(
     sync(partial)
     final = partial.with_suffix("")
     if final.exists():
-        checkpoint.remove(final)
+        retention.remove(final)
     partial.rename(final)
     sync(final.parent)
-    checkpoint.prune(final.parent, keeping.keep, meta["step"], keeping.keep_every)
+    retention.prune(final.parent, keeping.keep, meta["step"], keeping.keep_every)

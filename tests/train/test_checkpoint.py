@@ -19,7 +19,7 @@ from torch import nn
 
 from dit import dist
 from dit.dist import World
-from dit.train import checkpoint
+from dit.train import checkpoint, retention
 from dit.train.checkpoint import CheckpointError, Reader, State
 from dit.train.ema import Ema, EmaConfig
 from dit.train.local import LocalEngine
@@ -238,7 +238,7 @@ def test_resolve_takes_a_run_directory_or_a_checkpoint(three: Path, tmp_path: Pa
 
 @pytest.mark.parametrize(("keep", "left"), [(0, [10, 20, 30]), (1, [30]), (2, [20, 30]), (9, [10, 20, 30])])
 def test_prune_keeps_the_newest(three: Path, keep: int, left: list[int]) -> None:
-    checkpoint.prune(three, keep, step=30)
+    retention.prune(three, keep, step=30)
     assert sorted(p.name for p in three.iterdir()) == [f"step-{s:08d}" for s in left]
 
 
@@ -247,14 +247,14 @@ def test_prune_keeps_the_newest(three: Path, keep: int, left: list[int]) -> None
     [(1, 20, [20, 30]), (1, 10, [10, 20, 30]), (2, 40, [20, 30]), (0, 20, [10, 20, 30])],
 )
 def test_multiples_of_keep_every_stay(three: Path, keep: int, keep_every: int, left: list[int]) -> None:
-    checkpoint.prune(three, keep, 30, keep_every)
+    retention.prune(three, keep, 30, keep_every)
     assert [p.name for p in sorted(three.iterdir())] == [f"step-{step:08d}" for step in left]
 
 
 def test_copies_that_somebody_made_are_neither_checkpoints_nor_pruned(three: Path) -> None:
     for name in ("step-00000030.best", "step-00000099-copy", "best"):
         shutil.copytree(at_step_in(three, 30), three / name)
-    checkpoint.prune(three, keep=1, step=30)
+    retention.prune(three, keep=1, step=30)
     assert sorted(p.name for p in three.iterdir()) == [
         "best",
         "step-00000030",
@@ -269,7 +269,7 @@ def test_prune_never_counts_a_broken_one_that_was_passed_over(three: Path) -> No
     """Resumed at 20 because 30 is broken, saved at 25: with keep=1 it is 25 that must stay."""
     flip_bit(at_step_in(three, 30) / "rank-00000.safetensors")
     Small(25).save(three, 25)
-    checkpoint.prune(three, keep=1, step=25)
+    retention.prune(three, keep=1, step=25)
     found = checkpoint.latest(three)
     assert found is not None
     assert found.step == 25
@@ -280,10 +280,10 @@ def test_broken_ones_do_not_count_among_those_that_are_kept(three: Path) -> None
     """With keep=2 and the newest but one broken, the two newest good ones stay."""
     (at_step_in(three, 20) / "COMPLETE").unlink()
     Small(40).save(three, 40)
-    checkpoint.prune(three, keep=2, step=40)
+    retention.prune(three, keep=2, step=40)
     assert sorted(p.name for p in three.iterdir()) == [f"step-{s:08d}" for s in (20, 30, 40)]
     Small(50).save(three, 50)
-    checkpoint.prune(three, keep=2, step=50)
+    retention.prune(three, keep=2, step=50)
     assert checkpoint.latest(three, pytest.fail, up_to=40) is not None
     assert sorted(p.name for p in three.iterdir()) == [f"step-{s:08d}" for s in (20, 40, 50)]
 
