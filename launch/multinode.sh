@@ -10,8 +10,7 @@ set -euo pipefail
 # shellcheck disable=SC2034
 me=launch/multinode.sh entry="" arguments=() words=() # set in common.sh
 
-STOPPED=75     # exit status of a run that a signal stopped, saved, and that wants to go on
-TERMINATED=143 # of ranks that TERM met while they were starting: there is nothing to save yet
+STOPPED=75 # exit status of a run that a signal stopped, saved, and that wants to go on
 
 usage() {
     cat <<'USAGE'
@@ -186,13 +185,8 @@ terminated=0
 trap 'terminated=1' TERM
 status=0
 "${command[@]}" || status=$?
-case $status in
-"$STOPPED") why="was stopped by a signal and has saved" ;;
-"$TERMINATED") why="was ended by a signal before it trained" ;;
-*) why="" ;;
-esac
-if [[ -n $why && $terminated == 0 && ${REQUEUE:-1} != 0 ]]; then
-    echo "job $job $why: it queues again"
+if ((status == STOPPED && terminated == 0)) && [[ ${REQUEUE:-1} != 0 ]]; then
+    echo "job $job was stopped by a signal and has saved: it queues again"
     scontrol requeue "$job" && sleep 60 # which ends this script
     echo "$me: job $job cannot be queued again; submit the same command to go on" >&2
 fi

@@ -120,6 +120,7 @@ class Cluster:
         self.nodes = {f"n{i}": f"127.0.1.{i}" for i in range(1, nodes + 1)}
         self.folder = Path(tempfile.mkdtemp(prefix="dit-slurm-"))  # short: sockets' paths have a limit
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
+        self._crashed = 0.0  # when a node last did
         self.env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "RANK", "WORLD_SIZE"))}
         self.env |= {"SLURM_CONF": str(self.folder / "slurm.conf")}
         self.env["PATH"] = os.pathsep.join([os.environ["PATH"], *SBIN])
@@ -186,9 +187,21 @@ class Cluster:
 
     def crash(self, name: str) -> None:
         """Kill a node with all that runs on it; returns when the controller has noticed."""
+        self._crashed = time.monotonic()
         self._daemons[name].kill()
         self._daemons[name].wait()
         until(lambda: self.states()[name].startswith("down"), 60, self.log)
+
+    def hold_until_forgotten(self, number: str) -> None:
+        """Keep a job whose node crashed and is back from starting for as long as SLURM may remember.
+
+        What it could not tell the node, that the step's tasks are to end, it says again after 60 s and more: to the
+        tasks that the same job has there by then, be they of its next start. Nodes seldom are back so soon.
+        """
+        self.wait(number, "PENDING")
+        self.call("scontrol", "hold", number)
+        time.sleep(max(0.0, self._crashed + 80 - time.monotonic()))
+        self.call("scontrol", "release", number)
 
     @contextlib.contextmanager
     def hidden(self, name: str, folder: Path) -> Iterator[None]:
