@@ -26,45 +26,12 @@ choose_python() {
     fi
 }
 
-# The words of a line, in `words`, with quotes, backslashes and comments as in a shell. Nothing is expanded; what a
-# shell would have expanded ($, `) has to be quoted.
+# The words of a line, in `words`, with quotes, backslashes and comments as in a shell. Nothing is expanded.
 split_words() {
-    local rest=$1 word="" is_open=0 is_quoted=0
-    local space='^[[:space:]]+' single="^'([^']*)'" plain="^[^[:space:]'\"\\\$\`]+" escape='^\\(.)'
-    local inside='^[^"\\$`]+' escape_inside='^\\(["\$`])' backslash='^\\' # between double quotes
+    local line=${1%%[[:space:]]#*} found
+    [[ $line != \#* ]] || line=""
+    [[ $line != *[\$\`]* ]] || die "variables are not expanded: write their values"
+    found=$(xargs -r printf '%s\n' <<<"$line" 2>/dev/null) || die "quotes come in pairs: look at $line"
     words=()
-    while [[ -n $rest ]]; do
-        if ((is_quoted)); then
-            if [[ $rest == \"* ]]; then
-                is_quoted=0 rest=${rest:1}
-                continue
-            elif [[ $rest =~ $escape_inside ]]; then
-                word+=${BASH_REMATCH[1]}
-            elif [[ $rest =~ $backslash || $rest =~ $inside ]]; then
-                word+=${BASH_REMATCH[0]}
-            else
-                die "variables are not expanded: put single quotes around ${rest:0:20}"
-            fi
-        elif [[ $rest =~ $space ]]; then
-            ((is_open == 0)) || words+=("$word")
-            word="" is_open=0
-        elif [[ $rest == \#* ]] && ((is_open == 0)); then
-            break
-        elif [[ $rest == \"* ]]; then
-            is_quoted=1 is_open=1 rest=${rest:1}
-            continue
-        else
-            if [[ $rest =~ $single || $rest =~ $escape ]]; then
-                word+=${BASH_REMATCH[1]}
-            elif [[ $rest =~ $plain ]]; then
-                word+=${BASH_REMATCH[0]}
-            else
-                die "variables are not expanded, and quotes come in pairs: look at ${rest:0:20}"
-            fi
-            is_open=1
-        fi
-        rest=${rest:${#BASH_REMATCH[0]}}
-    done
-    ((is_quoted == 0)) || die "a double quote is not closed"
-    ((is_open == 0)) || words+=("$word")
+    [[ -z $found ]] || mapfile -t words <<<"$found"
 }
