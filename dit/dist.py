@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -30,6 +31,7 @@ T = TypeVar("T")
 
 # By which schedulers ask a job to end in good order, before they end it themselves.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+FILES = 65536  # open at a time
 _LAUNCHERS = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
 
 
@@ -78,7 +80,7 @@ class World:
 
 
 @contextlib.contextmanager
-def session(timeout: timedelta = timedelta(minutes=10)) -> Iterator[World]:
+def session(timeout: timedelta = timedelta(minutes=30)) -> Iterator[World]:
     """Join the process group (gloo on CPU, NCCL on GPUs), and leave it whatever happens.
 
     timeout: of a collective. Ranks that do not come at all are named sooner, by a JoinError (DIT_JOIN_SECONDS).
@@ -97,6 +99,7 @@ def session(timeout: timedelta = timedelta(minutes=10)) -> Iterator[World]:
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(free_port())
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    _allow_files()
     _init_group("nccl" if device.type == "cuda" else "gloo", world, launched, timeout)
     try:
         yield world
@@ -152,6 +155,14 @@ def _job_and_restart() -> str:
     """The same on all ranks of a job's step, and another one when the job starts again; "" without SLURM."""
     names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
     return ".".join(os.environ.get(name, "") for name in names).strip(".")
+
+
+def _allow_files() -> None:
+    """A rank has connections to every other one, in each group: many more than systems allow unless asked."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def is_broken_connection(error: BaseException) -> bool:

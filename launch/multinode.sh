@@ -106,7 +106,10 @@ contain() {
     else
         options+=("--container-image=$CONTAINER" "--container-mounts=$mounts" "--container-workdir=$PWD")
     fi
-    inside+=(env "OMP_NUM_THREADS=$OMP_NUM_THREADS") # also where the image sets it
+    inside+=(env) # also where the image sets them
+    for name in OMP_NUM_THREADS MASTER_ADDR MASTER_PORT PYTHONPATH; do
+        inside+=("$name=${!name}")
+    done
 }
 
 case ${1:-} in

@@ -33,7 +33,7 @@ class Loop(PersistentRun):
         bar = tqdm(total=steps, initial=start, unit="step", disable=not self.world.is_main, smoothing=0.05)
         self.watch.at("data", self.step)
         try:
-            with self.watch, stop_request() as stop, rank_flags(self.world) as flags:
+            with rank_flags(self.world) as flags, self.watch, stop_request() as stop:
                 if self.hooks_are_due:
                     self._show(last=False)
                 for batch in self._batches():

@@ -68,7 +68,7 @@ def _versions() -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = "absent"
-    return {**found, "dit": dist.code_version()}
+    return {**found, "dit": dist.code_version().removesuffix("+")}  # a file may change while nodes start
 
 
 def devices(site: Site) -> str:
@@ -231,6 +231,7 @@ def space(cfg: RunConfig, parameters: int, trained: int) -> str:
     run = Path(cfg.run_dir).absolute()
     numbers = (1 + cfg.ema.count) * parameters + 2 * trained  # weights, averages; two moments
     size, free = 4 * numbers, shutil.disk_usage(existing(run)).free
+    free += _left_over(run / "checkpoints")  # which goes before anything is written
     there = len([p for p in (run / "checkpoints").glob("step-*") if p.suffix != ".partial"])
     wanted = max(1, _held_at_most(cfg.checkpoint, cfg.train.steps) - there)
     told = f"{_bytes(free)} free in {existing(run)}, a checkpoint takes {_bytes(size)}"
@@ -240,6 +241,11 @@ def space(cfg: RunConfig, parameters: int, trained: int) -> str:
         keep = f"checkpoint.keep = {cfg.checkpoint.keep}, keep_every = {cfg.checkpoint.keep_every}"
         warnings.warn(f"{told}: {free // size} fit, {wanted} are to come ({keep})", Notice, stacklevel=2)
     return f"{told}; {wanted} to come"
+
+
+def _left_over(folder: Path) -> int:
+    """Bytes of what a kill left of unfinished checkpoints."""
+    return sum(f.stat().st_size for p in folder.glob("step-*.partial") for f in p.rglob("*") if f.is_file())
 
 
 def _held_at_most(saving: CheckpointConfig, steps: int) -> int:

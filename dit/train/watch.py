@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-import resource
 import secrets
-import socket
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -72,7 +70,6 @@ class Watch:
         """On rank 0: the host and port where its watch listens, the word that opens it, and rank 0 itself."""
         server = None
         if self.world.size > 1:
-            _allow_files(self.world.size + 512)
             server = listener(self.world.size)
         token, me = secrets.token_hex(16), self._post.member()
         self._thread = Hub(self._post, server, token)
@@ -90,7 +87,7 @@ class Watch:
             wire.send({"token": token, **asdict(self._post.member())})
         except OSError as error:
             raise WatchError(
-                f"rank {self.world.rank} on {socket.gethostname()} cannot reach rank 0's watch at {host}:{port} "
+                f"rank {self.world.rank} on {dist.node_name()} cannot reach rank 0's watch at {host}:{port} "
                 f"({error}): allow connections to all ports between the nodes, which their collectives need as well"
             ) from error
         self._thread = Spoke(self._post, wire, main)
@@ -114,11 +111,3 @@ class Watch:
         if self._thread is not None:
             self._thread.leave(why)
             self._thread = None
-
-
-def _allow_files(count: int) -> None:
-    """A connection to each of a thousand ranks is more open files than many systems allow unless asked."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < count:
-        most = count if hard == resource.RLIM_INFINITY else min(count, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))

@@ -14,6 +14,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from dit import dist
 from dit.train.verdict import PHASES, Judge, Member, Verdict, failed
 from dit.train.wire import Message, Wire
 
@@ -39,7 +40,7 @@ class Post:
     def member(self) -> Member:
         """This rank, for the judge."""
         step, phase = self.place
-        return Member(self.rank, socket.gethostname(), os.getpid(), step, 0.0, step, phase, 0.0)
+        return Member(self.rank, dist.node_name(), os.getpid(), step, 0.0, step, phase, 0.0)
 
 
 class _Clock:
@@ -108,7 +109,7 @@ class Watcher(threading.Thread):
         step, phase = self.post.place
         with (folder / f"rank-{rank:05d}.txt").open("w") as file:
             file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {verdict.text}\n")
-            file.write(f"rank {rank} on {socket.gethostname()}: {PHASES[phase].text} after step {step}\n\n")
+            file.write(f"rank {rank} on {dist.node_name()}: {PHASES[phase].text} after step {step}\n\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
 
@@ -253,7 +254,7 @@ class Hub(Watcher):
                 self._hear(key.fileobj)
 
     def _accept(self, server: socket.socket) -> None:
-        with contextlib.suppress(ConnectionError):  # who asked has gone again
+        with contextlib.suppress(OSError):  # who asked has gone again, or there is no file left for one more
             wire = Wire(server.accept()[0])
             self._whose[wire] = None
             self._selector.register(wire, selectors.EVENT_READ)

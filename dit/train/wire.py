@@ -53,7 +53,7 @@ class Wire:
         *lines, self._begun = (self._begun + data).split(b"\n")
         try:
             messages = [json.loads(line) for line in lines]
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # of a stranger, who may send anything
             raise ConnectionError(f"no JSON: {error}") from None
         if len(self._begun) > LONGEST or not all(isinstance(m, dict) for m in messages):
             raise ConnectionError("not a line of a JSON object")

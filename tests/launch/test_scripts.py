@@ -196,7 +196,7 @@ def test_local_tells_how_a_rank_ended(tmp_path, how, words):
 
 def test_local_passes_a_signal_on(tmp_path):
     program = tmp_path / "wait.py"
-    program.write_text("import time\nprint('here', flush=True)\ntime.sleep(100)\n")
+    program.write_text("import os, time\nos.write(1, b'here\\n')\ntime.sleep(100)\n")
     env = {**os.environ, "DIT_ENTRY": str(program), "NPROC": "2", "PYTHON": sys.executable}
     with subprocess.Popen(
         ["bash", LOCAL, "c.yaml"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
@@ -211,6 +211,7 @@ def test_local_passes_a_signal_on(tmp_path):
 
 # --- multinode.sh ------------------------------------------------------------------------------------------
 
+FORCED = ["OMP_NUM_THREADS", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH"]  # also where an image sets them
 JOB = {"SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "n[7-8]", "SLURM_JOB_NUM_NODES": "2"}
 
 
@@ -310,7 +311,8 @@ def test_multinode_in_a_container_of_pyxis(entry, tmp_path, image, words, more):
     assert command[0] == "srun"
     assert command[3:6] == [words[0].format(cwd=tmp_path), *inside]
     assert command[6] == "env"
-    assert command[8:] == ["python3", entry, "c.yaml"]
+    assert [word.split("=")[0] for word in command[7:11]] == FORCED
+    assert command[11:] == ["python3", entry, "c.yaml"]
 
 
 @pytest.mark.parametrize("image", ["torch.sif", "docker://pytorch/pytorch:latest", "oras://a/b", "box"])
@@ -324,7 +326,8 @@ def test_multinode_in_a_container_of_apptainer(entry, tmp_path, image):
     name = str(tmp_path / image) if image == "box" else image
     assert command[at : at + 6] == ["apptainer", "exec", "--nv", mounts, f"--pwd={tmp_path}", name]
     assert command[at + 6] == "env"
-    assert command[at + 8 :] == ["/opt/python", entry, "c.yaml"]
+    assert [word.split("=")[0] for word in command[at + 7 : at + 11]] == FORCED
+    assert command[at + 11 :] == ["/opt/python", entry, "c.yaml"]
 
 
 def test_multinode_mounts_the_checkout_once(entry):
