@@ -29,6 +29,7 @@ from dit.sample.generate import Sampler, SamplerSpec, check_classes, image_grid,
 from dit.sample.guide import Context, LogitsFn
 from dit.train import checkpoint
 from dit.train.checkpoint import CheckpointError, Reader
+from dit.train.ema import MAIN
 from dit.train.fragments import Engine
 from dit.train.hooks import Hook, SampleGrid, held_out_hook
 from dit.train.latents import (
@@ -199,6 +200,8 @@ class Trained:
     def load(cls, run_or_checkpoint: str, weights: str, device: torch.device) -> Trained:
         """From a run directory (its newest good checkpoint) or one checkpoint. weights: "ema" or "model"."""
         found = checkpoint.resolve(run_or_checkpoint)
+        if not found.is_sharded and weights == MAIN:
+            (weights,) = found.weights  # an exported file has one set, which is what is meant
         try:
             experiment = from_dict(Experiment, found.meta["config"])
         except ConfigError as error:

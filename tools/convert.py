@@ -109,6 +109,11 @@ def export(
         else f"an average of width {width:g} (profile off by {off:.2%})"
     )
     print(f"{out}: {how} of step {written.meta['step']}")
+    if off is not None and off > 0.1:
+        print(
+            "note: the snapshots cannot make an average of that width (the profile is what each step's weights count "
+            "for): take a width between those of ema.power, or about them, and more snapshots"
+        )
 
 
 def _choices(codec_keys: dict[str, str], **given: float | None) -> Choices:

@@ -31,6 +31,8 @@ class EmaConfig:
         for width in self.power:
             if not 0 < width < WIDEST:
                 raise ConfigError(f"ema.power: a width is above 0 and below {WIDEST:.3f}, got {width}")
+        if self.decay in self.also:
+            raise ConfigError(f"ema.also has {self.decay}, which is ema.decay: that average is there already")
         for name in ("also", "power"):
             if len(set(getattr(self, name))) != len(getattr(self, name)):
                 raise ConfigError(f"ema.{name} has a value twice: {getattr(self, name)}")

@@ -37,16 +37,20 @@ class Weights:
 
         Raises ConfigError where it is there already, or has another ending.
         """
-        if out.suffix != ".safetensors":
-            raise ConfigError(f"{out}: expected a file name that ends in .safetensors")
-        if out.exists():
-            raise ConfigError(f"{out} is there already; give a new file name")
+        _check_new(out)
         meta = {**self.meta, "weights": [self.kind], "buffers": list(self.buffers)}
         out.parent.mkdir(parents=True, exist_ok=True)
         partial = out.with_name(f".{out.name}.partial")
         write_tensors(partial, self.tensors, {EXPORT: json.dumps(meta)})
         partial.rename(out)
         sync(out.absolute().parent)
+
+
+def _check_new(out: Path) -> None:
+    if out.suffix != ".safetensors":
+        raise ConfigError(f"{out}: expected a file name that ends in .safetensors")
+    if out.exists():
+        raise ConfigError(f"{out} is there already; give a new file name")
 
 
 def of_checkpoint(found: Checkpoint, kind: str) -> Weights:
@@ -87,6 +91,11 @@ def of_width(run_dir: Path, width: float) -> tuple[Weights, float]:
 
 def export(run_or_checkpoint: str, out: str, kind: str, width: float | None) -> tuple[Weights, float | None]:
     """Write a file that tools/sample.py takes. width: an average of this width, of a run directory's snapshots."""
+    _check_new(Path(out))
+    if width is not None and kind != MAIN:
+        raise ConfigError(
+            f"a width is of an average that is made now; leave weights = {kind} out, or the width"
+        )
     if width is None:
         weights, off = of_checkpoint(checkpoint.resolve(run_or_checkpoint), kind), None
     else:

@@ -97,18 +97,38 @@ class Faults:
         self.has_skipped = True
         per_sample = torch.cat([loss.per_sample.detach() for loss in losses]).cpu()
         bad = ~torch.isfinite(per_sample) | (per_sample > (self.cfg.max_loss or math.inf))
-        self._dump(
-            "nonfinite", step, {"ids_with_non_finite_loss": ids[bad].tolist(), "ids_in_batch": ids.tolist()}
-        )
+        losses_of_bad = [str(value) for value in per_sample[bad].tolist()]  # JSON has no NaN
+        content = {"ids_with_bad_loss": ids[bad].tolist(), "their_losses": losses_of_bad}
+        self._dump("nonfinite", step, {**content, "ids_in_batch": ids.tolist()})
         if self.skipped_in_a_row < self.max_skipped:
             return None
         return Fault(
             step - self.skipped_in_a_row,
-            f"{self.skipped_in_a_row} updates in a row were skipped because the gradient was not finite, the last at "
-            f"step {step}. The samples' ids are in {self.run_dir / 'nonfinite'}. Look at those samples "
-            "(tools/shards.py verify). The same command would meet them again: let it leave them out "
-            f"(--faults.returns=1), or start a new run_dir with init.from={self.run_dir} and a lower optim.lr, or with "
-            f"train.precision=fp32 (train.max_skipped = {self.max_skipped}).",
+            f"{self.skipped_in_a_row} updates in a row were skipped because {self.cause}, the last at step {step}. The "
+            f"samples' ids are in {self.run_dir / 'nonfinite'}. Look at those samples (tools/shards.py verify). The same "
+            f"command would meet them again: {self._way_back(step - self.skipped_in_a_row)}, or start a new run_dir "
+            f"with init.from={self.run_dir} and a lower optim.lr, or with train.precision=fp32 (train.max_skipped = "
+            f"{self.max_skipped}).",
+        )
+
+    @property
+    def cause(self) -> str:
+        """Why updates are skipped."""
+        too_large = (
+            ""
+            if self.cfg.max_loss is None
+            else f", or a loss was above faults.max_loss = {self.cfg.max_loss:g}"
+        )
+        return f"the gradient was not finite{too_large}"
+
+    def _way_back(self, good: int) -> str:
+        """What to do about it, or why a run that might go back does not."""
+        if not self.cfg.returns:
+            return "let it leave them out (--faults.returns=1)"
+        if self.may_return:
+            return f"there is no checkpoint of step {good} or before to go back to; save more often (checkpoint.every)"
+        return (
+            f"it has gone back faults.returns = {self.cfg.returns} times, raise that to let it leave more out"
         )
 
     def watch_loss(self, loss: float, step: int) -> Fault | None:
@@ -127,7 +147,7 @@ class Faults:
             begun - 1,
             f"the loss leapt to {loss:.4g} at step {step}, {loss / usual:.3g} times the median of the {len(before)} "
             f"logged before it (faults.spike = {self.cfg.spike:g}). The samples' ids are in {self.run_dir / 'spikes'}. "
-            "Lower optim.lr or optim.clip, or let the run leave these steps out (--faults.returns=1).",
+            f"Lower optim.lr or optim.clip; to leave these steps out: {self._way_back(begun - 1)}.",
             is_fatal=False,
         )
 
@@ -137,9 +157,9 @@ class Faults:
             return None
         return Fault(
             step - self.skipped_in_a_row - 1,
-            f"after step {step} {complaint}. Nothing was saved; the same command goes on from the last checkpoint. "
-            "With --faults.returns=1 a run goes back by itself; a lower optim.lr or train.precision=fp32 may keep them "
-            "finite.",
+            f"after step {step} {complaint}. Nothing was saved; the same command goes on from the last checkpoint. To go "
+            f"back without that: {self._way_back(step - self.skipped_in_a_row - 1)}. A lower optim.lr or "
+            "train.precision=fp32 may keep numbers finite.",
         )
 
     def _dump(self, folder: str, step: int, content: dict[str, Any]) -> None:

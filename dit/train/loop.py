@@ -15,17 +15,17 @@ from dit.rng import Draws
 from dit.train.faults import Fault, TrainingError, guarded
 from dit.train.meters import RunLog
 from dit.train.persistent import PersistentRun
-from dit.train.stop import rank_flags, stop_request
+from dit.train.stop import StopRequest, rank_flags
 from dit.train.task import batch_samples, loss_of
 
 
 class Loop(PersistentRun):
     """Trains a run. `resume()` once, then `run()`."""
 
-    def run(self) -> None:
+    def run(self, stop: StopRequest) -> None:
         """Train to train.steps, logging, saving and calling hooks on the way; collective.
 
-        Raises Stopped where a signal asked for it, after the step's checkpoint.
+        stop: hears the signals that ask for an end: it raises Stopped then, after the step's checkpoint.
         """
         self.log = RunLog(self.run_dir, self.step, self.world.is_main, self.step - self.hooks_are_due)
         self._logged = self.step
@@ -33,7 +33,7 @@ class Loop(PersistentRun):
         bar = tqdm(total=steps, initial=start, unit="step", disable=not self.world.is_main, smoothing=0.05)
         self.watch.at("data", self.step)
         try:
-            with rank_flags(self.world) as flags, self.watch, stop_request() as stop:
+            with rank_flags(self.world) as flags, self.watch:
                 if self.hooks_are_due:
                     self._show(last=False)
                 for batch in self._batches():
@@ -133,6 +133,10 @@ class Loop(PersistentRun):
         if applied:
             self.ema.update()
         self.step += 1
+        if not applied:
+            self.say(
+                f"step {self.step}: update skipped, {self.faults.cause}; ids in {self.run_dir / 'nonfinite'}"
+            )
         return self.faults.watch_update(applied, self.step, batch.id, losses)
 
     def _check_first_loss(self, losses: list[Any], numel: int, is_whole: bool) -> None:

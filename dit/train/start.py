@@ -32,6 +32,7 @@ from dit.train.local import LocalEngine
 from dit.train.loop import Loop
 from dit.train.optim import freeze
 from dit.train.settings import RunConfig
+from dit.train.stop import stop_request
 from dit.train.task import Task, synthetic_samples
 from dit.train.zero import Choice, Device, choose
 
@@ -58,7 +59,8 @@ def train(cfg: RunConfig, make_parts: Callable[[Manifest, World], Parts]) -> Non
     """Train, or go on training, in cfg.run_dir. Collective: every rank of the job calls it."""
     if cfg.train.threads:
         torch.set_num_threads(cfg.train.threads)
-    with dist.session() as world, _leaving_together():
+    # from the beginning, for a signal may come while the run loads what it needs
+    with stop_request() as stop, dist.session() as world, _leaving_together():
         preflight.check(cfg, world)
         loop = build(cfg, make_parts, world)
         if len(loop.stream.sources) > 1:
@@ -67,7 +69,7 @@ def train(cfg: RunConfig, make_parts: Callable[[Manifest, World], Parts]) -> Non
             if loop.resume() and loop.step >= cfg.train.steps:
                 loop.say(f"{cfg.run_dir} has done its {cfg.train.steps} steps; raise train.steps to go on")
                 return
-            loop.run()
+            loop.run(stop)
             missing = loop.quarantine.known()
             if missing:
                 loop.say(f"left out: {_left_out(loop.stream, missing)}")
@@ -99,7 +101,7 @@ def build(cfg: RunConfig, make_parts: Callable[[Manifest, World], Parts], world:
     every = sum(p.numel() for p in parts.module.parameters())
     trained = sum(p.numel() for p in parts.module.parameters() if p.requires_grad)
     dist.on_main(lambda: preflight.space(cfg, every, trained))
-    folder = run_dir.claim(cfg, world, {"zero.stage": zero.why or zero.stage})
+    folder = run_dir.claim(cfg, world, {"stage": zero.stage, **({"why": zero.why} if zero.why else {})})
     engine = _engine(cfg, parts, world, zero, cfg.train.local_batch(world) // micro)
     identity = {
         "config": to_dict(cfg),
@@ -172,7 +174,13 @@ def _initialise(module: nn.Module, cfg: RunConfig) -> None:
     try:
         module.load_state_dict(Reader(source).state_dict(cfg.init.weights))
     except RuntimeError as error:
-        raise CheckpointError(f"init.from: {source.path} does not fit this model: {error}") from None
+        _, *rows = str(error).splitlines()
+        more = f"\n  and {len(rows) - 3} more" if len(rows) > 3 else ""
+        raise CheckpointError(
+            f"init.from: {source.path} does not fit this model:\n" + "\n".join(rows[:3]) + more
+        ) from None
+    if World.from_env().is_main:
+        print(f"starting from the {cfg.init.weights} weights of {source.path}", flush=True)
 
 
 def _sharding(cfg: RunConfig, parts: Parts, world: World, device: Device) -> Choice:

@@ -17,6 +17,7 @@ from dit.data.manifest import Manifest
 from dit.train.checkpoint import CheckpointError
 from dit.train.loop import Loop
 from dit.train.quarantine import QuarantineError
+from dit.train.stop import StopRequest
 from tests.data.helpers import flip_byte
 from tests.data.storage.http_server import serving
 from tests.datasets import Digits
@@ -182,7 +183,7 @@ def _with_a_fault(given: dict[str, Any]) -> None:
         return fetch(index, buffers)
 
     reader.fetch = once  # type: ignore[method-assign]
-    loop.run()
+    loop.run(StopRequest())
 
 
 # --- mixtures ----------------------------------------------------------------------------------------------

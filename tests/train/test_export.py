@@ -47,8 +47,13 @@ def test_it_holds_the_weights_by_their_own_names_and_what_they_are_of(
 
 def test_other_weights_than_it_holds_are_refused(reference: Path, tmp_path: Path) -> None:
     export(str(at_step(reference, STEPS // 2)), str(tmp_path / "w.safetensors"), "model", None)
-    with pytest.raises(CheckpointError, match=r"w.safetensors holds the weights model; got 'ema'"):
-        Trained.load(str(tmp_path / "w.safetensors"), "ema", CPU)
+    assert (
+        Trained.load(str(tmp_path / "w.safetensors"), "ema", CPU).weights == "model"
+    )  # the default is the file's own
+    with pytest.raises(CheckpointError, match=r"w.safetensors holds the weights model; got 'ema_0.5'"):
+        Trained.load(str(tmp_path / "w.safetensors"), "ema_0.5", CPU)
+    with pytest.raises(ConfigError, match="a width is of an average that is made now"):
+        export(str(reference), str(tmp_path / "x.safetensors"), "model", 0.1)
     with pytest.raises(CheckpointError, match=r"holds the weights model, ema; got 'ema_0.5'"):
         export(str(reference), str(tmp_path / "x.safetensors"), "ema_0.5", None)
 

@@ -17,6 +17,7 @@ from dit import dist
 from dit.config import ConfigError, from_dict, merge
 from dit.flow.objective import Loss
 from dit.train.faults import Faults, FaultsConfig, TrainingError, guarded
+from dit.train.stop import StopRequest
 from tests.datasets import Digits, altered
 from tests.ranks import RanksFailed, Server
 from tests.train.conftest import Poisoned
@@ -59,7 +60,7 @@ def test_a_sample_above_it_skips_the_update_on_all_ranks_and_is_named(
     assert column(tmp_path / "run", "skipped") == [0, 0, 1, 1]
     assert column(tmp_path / "run", "loss")[2] > 10  # as it was, for whoever looks
     dumps = [json.loads(p.read_text()) for p in sorted((tmp_path / "run/nonfinite").iterdir())]
-    assert [d["ids_with_non_finite_loss"] for d in dumps] == [[], [poisoned.id]]
+    assert [d["ids_with_bad_loss"] for d in dumps] == [[], [poisoned.id]]
 
 
 # --- a gradient on one rank --------------------------------------------------------------------------------
@@ -114,7 +115,7 @@ def spoilt_at(given: Values, step: int) -> None:
         return fault
 
     loop.train_step = step_and_spoil  # type: ignore[method-assign]
-    loop.run()
+    loop.run(StopRequest())
 
 
 def skipping_from(given: Values, checkpoint_step: int, first_step: int) -> None:
@@ -123,7 +124,7 @@ def skipping_from(given: Values, checkpoint_step: int, first_step: int) -> None:
     assert loop.resume()
     assert loop.step == checkpoint_step
     loop.step = first_step
-    loop.run()
+    loop.run(StopRequest())
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
@@ -159,7 +160,7 @@ def spoilt_before_saving(given: Values, step: int) -> None:
         save()
 
     loop.save = spoil_and_save  # type: ignore[method-assign]
-    loop.run()
+    loop.run(StopRequest())
 
 
 def test_numbers_that_no_loss_shows_yet_are_not_saved_either(
@@ -323,7 +324,7 @@ def test_a_way_back_that_is_broken_hides_no_spike(
             return mend(fault)
 
         loop.mend = break_all_and_mend  # type: ignore[method-assign]
-        loop.run()
+        loop.run(StopRequest())
     said = capsys.readouterr().out
     assert "there is no way back behind step" in said
     assert "the loss leapt to" in said

@@ -346,7 +346,7 @@ def test_it_stops_after_max_skipped_with_the_ids_on_disk(digits: Digits, tmp_pat
     assert not (tmp_path / "run" / "checkpoints").exists()
     dumped = json.loads((tmp_path / "run" / "nonfinite" / "step-00000003-rank-00000.json").read_text())
     assert dumped["step"] == 3
-    assert dumped["ids_with_non_finite_loss"] == dumped["ids_in_batch"]
+    assert dumped["ids_with_bad_loss"] == dumped["ids_in_batch"]
     assert len(dumped["ids_in_batch"]) == BATCH
 
 
@@ -373,7 +373,7 @@ def test_one_bad_sample_skips_one_update_on_all_ranks_and_is_named(
     )
     ranks.run(2, go, given)
     dumps = [json.loads(p.read_text()) for p in sorted((tmp_path / "nonfinite").iterdir())]
-    assert [(d["step"], d["rank"], d["ids_with_non_finite_loss"]) for d in dumps] == [
+    assert [(d["step"], d["rank"], d["ids_with_bad_loss"]) for d in dumps] == [
         (poisoned.step + 1, 0, []),
         (poisoned.step + 1, 1, [poisoned.id]),
     ]

@@ -15,10 +15,11 @@ from dit import dist
 from dit.dist import SIGNALS
 from dit.errors import Stopped
 from dit.train import checkpoint
+from dit.train.start import train
 from dit.train.stop import rank_flags, stop_request
 from tests.datasets import Digits
 from tests.ranks import RanksFailed, Server
-from tests.train.runs import STEPS, Values, at_step, built, column, differing, go, state, values
+from tests.train.runs import STEPS, Values, at_step, built, column, differing, experiment, go, state, values
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -97,7 +98,8 @@ def stopped_at(given: Values, step: int) -> None:
         return train_step(batch)
 
     loop.train_step = step_and_hear  # type: ignore[method-assign]
-    loop.run()
+    with stop_request() as stop:
+        loop.run(stop)
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -121,3 +123,29 @@ def test_what_is_due_at_the_step_of_a_stop_is_not_lost(
     for step in (5, 10, 15, 20):
         ours, theirs = (checkpoint.read(f / "snapshots" / f"step-{step:08d}") for f in (run, quiet))
         assert [e["sha256"] for e in ours.meta["files"]] == [e["sha256"] for e in theirs.meta["files"]]
+
+
+def started_with_a_signal(given: Values) -> None:
+    """Train; rank 1 gets a signal when its data are opened, before there is a model."""
+    cfg = experiment(given)
+
+    def make_parts(*arguments: Any) -> Any:
+        if dist.World.from_env().rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return cfg.make_parts(*arguments)
+
+    train(cfg, make_parts)
+
+
+def test_a_signal_that_comes_while_a_run_starts_is_heard(
+    digits: Digits, ranks: Server, tmp_path: Path
+) -> None:
+    """It saves after the first step on which the ranks agree, and goes on when it is started again."""
+    given = values(digits, tmp_path, zero={"stage": 2}, checkpoint={"every": 100, "keep": 0})
+    with pytest.raises(RanksFailed) as failed:
+        ranks.run(2, started_with_a_signal, given)
+    assert {kind for kind, _ in failed.value.errors.values()} == {Stopped.__name__}
+    (saved,) = (tmp_path / "checkpoints").iterdir()
+    assert 1 <= int(saved.name.removeprefix("step-")) <= 2
+    ranks.run(2, go, given)
+    assert column(tmp_path, "step") == list(range(1, STEPS + 1))

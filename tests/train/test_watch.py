@@ -22,6 +22,7 @@ from dit.data import DataError
 from dit.dist import PeerError, World
 from dit.errors import Stopped
 from dit.train.loop import Loop
+from dit.train.stop import StopRequest
 from dit.train.watch import Watch
 from tests.datasets import Digits
 from tests.ranks import Job, RanksFailed, Server
@@ -300,7 +301,7 @@ def troubled(given: dict[str, Any], what: str) -> None:
             yield batch
 
     loop.stream.iterate = with_trouble  # type: ignore[method-assign]
-    loop.run()
+    loop.run(StopRequest())
 
 
 def test_a_run_whose_data_do_not_come_ends_with_the_rank_named(

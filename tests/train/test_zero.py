@@ -170,10 +170,8 @@ def test_a_run_takes_the_stage_and_records_why(digits: Digits, ranks: Server, tm
     job = ranks.start(2, go, given)
     job.wait()
     [start] = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
-    assert start["zero.stage"].startswith(
-        "zero.stage: 1, the lowest that the other keys allow, fits: stage 1 needs"
-    )
-    assert start["zero.stage"] in job.output(0)
-    assert start["zero.stage"] not in job.output(1)
+    assert start["why"].startswith("zero.stage: 1, the lowest that the other keys allow, fits: stage 1 needs")
+    assert start["why"] in job.output(0)
+    assert start["why"] not in job.output(1)
     assert "stage: auto" in (tmp_path / "config.yaml").read_text()
     assert json.loads((at_step(tmp_path, 2) / "meta.json").read_text())["config"]["zero"]["stage"] == "auto"
