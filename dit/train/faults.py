@@ -104,22 +104,20 @@ class Faults:
             return None
         return Fault(
             step - self.skipped_in_a_row,
-            f"{self.skipped_in_a_row} updates in a row were skipped because {self.cause}, the last at step {step}. The "
-            f"samples' ids are in {self.run_dir / 'nonfinite'}. Look at those samples (tools/shards.py verify). The same "
-            f"command would meet them again: {self._way_back(step - self.skipped_in_a_row)}, or start a new run_dir "
-            f"with init.from={self.run_dir} and a lower optim.lr, or with train.precision=fp32 (train.max_skipped = "
-            f"{self.max_skipped}).",
+            f"{self.skipped_in_a_row} updates in a row were skipped because {self.cause}, the last at step {step}. "
+            f"The samples' ids are in {self.run_dir / 'nonfinite'}. Look at those samples (tools/shards.py verify). "
+            f"The same command would meet them again: {self._way_back(step - self.skipped_in_a_row)}, or start a new "
+            f"run_dir with init.from={self.run_dir} and a lower optim.lr, or with train.precision=fp32 "
+            f"(train.max_skipped = {self.max_skipped}).",
         )
 
     @property
     def cause(self) -> str:
         """Why updates are skipped."""
-        too_large = (
-            ""
-            if self.cfg.max_loss is None
-            else f", or a loss was above faults.max_loss = {self.cfg.max_loss:g}"
+        bound = self.cfg.max_loss
+        return "the gradient was not finite" + (
+            f", or a loss above faults.max_loss = {bound:g}" if bound else ""
         )
-        return f"the gradient was not finite{too_large}"
 
     def _way_back(self, good: int) -> str:
         """What to do about it, or why a run that might go back does not."""
@@ -157,8 +155,8 @@ class Faults:
             return None
         return Fault(
             step - self.skipped_in_a_row - 1,
-            f"after step {step} {complaint}. Nothing was saved; the same command goes on from the last checkpoint. To go "
-            f"back without that: {self._way_back(step - self.skipped_in_a_row - 1)}. A lower optim.lr or "
+            f"after step {step} {complaint}. Nothing was saved; the same command goes on from the last checkpoint. "
+            f"To go back without that: {self._way_back(step - self.skipped_in_a_row - 1)}. A lower optim.lr or "
             "train.precision=fp32 may keep numbers finite.",
         )
 
