@@ -32,6 +32,7 @@ PROGRAMS = (
     "sinfo",
     "scancel",
     "unshare",
+    "setpriv",
     "nsenter",
 )
 SBIN = ("/usr/sbin", "/sbin")
@@ -169,7 +170,7 @@ class Cluster:
     def _daemon(self, name: str, command: list[str]) -> None:
         with (self.folder / f"{name}.out").open("ab") as out:
             self._daemons[name] = subprocess.Popen(
-                command,
+                ["setpriv", "--pdeathsig", "KILL", *command],  # also where the tests themselves are killed
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
