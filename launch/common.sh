@@ -6,6 +6,20 @@ die() {
     exit 2
 }
 
+# Print the script's usage and end, where that is asked for, or where nothing is.
+help_first() {
+    case ${1:-} in
+    -h | --help)
+        usage
+        exit 0
+        ;;
+    "")
+        usage >&2
+        exit 2
+        ;;
+    esac
+}
+
 # The program to start, in `entry`: the first argument if it is a *.py, else DIT_ENTRY, else tools/train.py; the
 # other arguments, in `arguments`.
 choose_entry() {

@@ -22,20 +22,10 @@ Several machines: launch/multinode.sh.
 USAGE
 }
 
-case ${1:-} in
--h | --help)
-    usage
-    exit 0
-    ;;
-"")
-    usage >&2
-    exit 2
-    ;;
-esac
-
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=/dev/null
 source "$root/launch/common.sh"
+help_first "$@"
 choose_entry "$@"
 choose_python
 command -v "$PYTHON" >/dev/null || die "$PYTHON does not run; \`make install\` builds .venv, or set PYTHON"

@@ -12,6 +12,7 @@ me=launch/multinode.sh entry="" arguments=() words=() # set in common.sh
 
 STOPPED=75 # exit status of a run that a signal stopped, saved, and that wants to go on
 
+# shellcheck disable=SC2317 # called in common.sh
 usage() {
     cat <<'USAGE'
 sbatch [SBATCH OPTIONS] launch/multinode.sh CONFIG.yaml [--key.sub=value ...]
@@ -112,17 +113,6 @@ contain() {
     done
 }
 
-case ${1:-} in
--h | --help)
-    usage
-    exit 0
-    ;;
-"")
-    usage >&2
-    exit 2
-    ;;
-esac
-
 dry_run=${DRY_RUN:-0}
 root=$(find_root)
 if [[ ! -f $root/dit/__init__.py ]]; then
@@ -132,6 +122,7 @@ fi
 root=$(cd "$root" && pwd)
 # shellcheck source=/dev/null
 source "$root/launch/common.sh"
+help_first "$@"
 if [[ $1 == @* ]]; then
     (($# == 1)) || die "nothing may follow $1: its lines say all"
     take_line "${1#@}"

@@ -46,20 +46,10 @@ check_run() {
     me=launch/sweep.sh
 }
 
-case ${1:-} in
--h | --help)
-    usage
-    exit 0
-    ;;
-"")
-    usage >&2
-    exit 2
-    ;;
-esac
-
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=/dev/null
 source "$root/launch/common.sh"
+help_first "$@"
 file=${!#}
 options=("${@:1:$#-1}")
 [[ $file != -* ]] || die "the last argument is the FILE of runs, not $file"

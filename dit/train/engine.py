@@ -66,13 +66,12 @@ def deepspeed_config(
 
 def _sharding(zero: ZeroConfig, numbers: int) -> dict[str, Any]:
     """The section zero_optimization."""
-    bucket = min(
-        BUCKET, -(-numbers // 1024) * 1024
-    )  # DeepSpeed's own, 5e8, would take 2 GB a dtype, used or not
+    # DeepSpeed's own, 5e8, would take 2 GB a dtype, used or not; it must be even
+    bucket = min(BUCKET, -(-numbers // 1024) * 1024)
     made: dict[str, Any] = {
         "stage": zero.stage,
         "reduce_bucket_size": bucket,
-        "allgather_bucket_size": bucket,  # which must be even
+        "allgather_bucket_size": bucket,
         "use_multi_rank_bucket_allreduce": False,  # a reduce to each owner: half the bytes of an all-reduce for all
     }
     if zero.stage == 3:
@@ -185,9 +184,8 @@ class DeepSpeedEngine:
             for i in range(len(optimizer.fp16_groups)):
                 optimizer._reassign_or_swap_out_partitioned_parameters(i)
             optimizer.checkpoint_event_epilogue()
-            for (
-                p
-            ) in self.module.parameters():  # hpZ's copy: the line above forgets that of trained ones alone
+            # hpZ's copy: the line above forgets that of trained ones alone
+            for p in self.module.parameters():
                 p.ds_secondary_tensor = None  # type: ignore[attr-defined]
 
     def set_updates(self, updates: int) -> None:

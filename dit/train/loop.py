@@ -36,6 +36,7 @@ class Loop(PersistentRun):
             with rank_flags(self.world) as flags, self.watch:
                 if self.hooks_are_due:
                     self._show(last=False)
+                    self.hooks_are_due = False
                 for batch in self._batches():
                     fault = self.train_step(batch)
                     bar.update()

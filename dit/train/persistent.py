@@ -72,9 +72,7 @@ class PersistentRun:
         self.folder = self.run_dir / "checkpoints"
         self.saver = Saver(self.folder, self.saving)
         self.snapshots = Saver(self.run_dir / "snapshots", ALL)
-        self.hooks_are_due = (
-            False  # those of the last step done, which a run that was stopped leaves to the next start
-        )
+        self.hooks_are_due = False  # the last step's, which a run that was stopped leaves to the next start
 
     def resume(self) -> bool:
         """Go on from the run directory's newest good checkpoint; False where there is none. Collective."""
