@@ -30,8 +30,8 @@ import pydantic
 from tqdm import tqdm
 
 from dit.config import Registry, annotation_at, class_at, did_you_mean, is_many, keys_of, parts_of, to_dict
-from dit.dist import World
 from dit.errors import Notice, Stopped, UserError
+from dit.ranks.group import World
 
 Command = Callable[..., Any]
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import settings
 
 from tests.datasets import Digits, encode_digits
-from tests.ranks import Server
+from tests.rank_processes import Server
 
 settings.register_profile("dit", deadline=None)  # an example's time says how busy the machine is, and no more
 settings.load_profile("dit")
@@ -25,7 +25,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Digits:
 
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """`ranks.run(2, function, ...)` runs a function on real ranks; see tests/ranks.py."""
+    """`ranks.run(2, function, ...)` runs a function on real ranks; see tests/rank_processes.py."""
     server = Server(tmp_path_factory.mktemp("ranks"))
     yield server
     server.close()

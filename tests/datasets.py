@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dit.data.blocks import BlockReader
 from dit.data.codecs.autoencoders import Vae
 from dit.data.codecs.codec import Pixels
 from dit.data.encoding.encode import EncodeOptions, encode
-from dit.data.manifest import Manifest
+from dit.data.shards.blocks import BlockReader
+from dit.data.shards.manifest import Manifest
+from dit.data.shards.write import ShardWriter
 from dit.data.sources.images import ImageSource, open_source
-from dit.data.write import ShardWriter
 from dit.stage1.autoencoder import Kl
 
 SAMPLES, HELD_OUT = 160, 48

@@ -9,7 +9,7 @@ import pytest
 
 from dit.cli import UsageError, help_text, parse, run
 from dit.config import ConfigError, config
-from dit.dist import World
+from dit.ranks.group import World
 from tests.shapes import SHAPES
 
 Calls = list[dict[str, Any]]

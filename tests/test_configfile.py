@@ -263,7 +263,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
 
 
 def test_text_stays_text_inside_a_chosen_member(tmp_path: Path) -> None:
-    from dit.experiment import Experiment
+    from dit.experiments.diffusion import Experiment
 
     (tmp_path / "a.yaml").write_text("data: {path: d}\ncodec: {name: vae, path: old}\n")
     for text in ("2024", "a,b", "1e3", "true"):

@@ -20,18 +20,18 @@ MAX_FUNCTION_LINES = 45
 
 # Layer -> the layers it may import besides itself. A layer is a package or a module directly in dit/, and
 # tools/. `dit` is dit/__init__.py: everybody may import it, so it imports nobody.
-BASE = frozenset({"dit", "errors", "files", "config", "configfile", "join", "dist", "rng"})
+BASE = frozenset({"dit", "errors", "files", "version", "config", "configfile", "ranks", "rng"})
 EVALS = BASE | {"flow", "model", "sample", "data"}
 TRAIN = EVALS | {"evals"}
-TOP = TRAIN | {"train", "stage1", "classify"}
+TOP = TRAIN | {"train", "stage1"}
 MAY_IMPORT: dict[str, frozenset[str]] = {
     "dit": frozenset(),
     "errors": BASE,
     "files": BASE,
     "config": BASE,
     "configfile": BASE,
-    "join": frozenset({"dit", "errors"}),
-    "dist": BASE,
+    "version": frozenset({"dit"}),
+    "ranks": BASE,
     "rng": BASE,
     "flow": BASE,
     "model": BASE | {"flow"},
@@ -40,27 +40,26 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "evals": EVALS,
     "train": TRAIN,
     "stage1": TRAIN | {"train"},  # the autoencoder is trained by the same engine and checkpoints
-    "classify": TRAIN | {"train"},  # and so is the classifier of noisy latents
-    "experiment": TOP,
-    "scaling": TOP | {"experiment"},
-    "interop": TOP | {"experiment"},
-    "bench": TOP | {"experiment"},
-    "cli": TOP | {"experiment", "scaling", "interop"},
-    "tools": TOP | {"experiment", "scaling", "interop", "bench", "cli"},
+    "experiments": TOP,
+    "scaling": TOP | {"experiments"},
+    "interop": TOP | {"experiments"},
+    "bench": TOP | {"experiments"},
+    "cli": TOP | {"experiments", "scaling", "interop"},
+    "tools": TOP | {"experiments", "scaling", "interop", "bench", "cli"},
 }
 # A third-party package -> the only modules that may name it.
-ONLY_IN = {"deepspeed": {"dit.train.engine"}}
+ONLY_IN = {"deepspeed": {"dit.train.engines.zero_engine"}}
 # (from, to): no chain of imports may lead from a module under the first to one under the second.
 OUT_OF_REACH = [
     ("dit.config", "torch"),
     ("dit.configfile", "torch"),
     ("dit.sample", "deepspeed"),
-    ("dit.train.checkpoint", "dit.train.engine"),
-    ("dit.train.checkpoint", "deepspeed"),
+    ("dit.train.checkpoints.checkpoint", "dit.train.engines.zero_engine"),
+    ("dit.train.checkpoints.checkpoint", "deepspeed"),
 ]
 # Who this process is among its peers is read in one place.
 RANK_VARIABLE = re.compile(r"RANK|WORLD_SIZE|LOCAL_RANK|SLURM_[A-Z_]+")
-RANK_READER = "dit.dist"
+RANK_READER = "dit.ranks.group"
 
 
 @dataclass
@@ -208,7 +207,7 @@ def check(root: Path) -> list[str]:
 
 
 def test_this_house_keeps_its_rules():
-    assert {"dit", "dit.config", "dit.dist", "dit.rng"} <= parse(ROOT).keys()
+    assert {"dit", "dit.config", "dit.ranks.group", "dit.rng"} <= parse(ROOT).keys()
     violations = check(ROOT)
     assert not violations, "\n" + "\n".join(violations)
 
@@ -227,7 +226,7 @@ def plant(root: Path, files: Mapping[str, str]) -> Path:
 GOOD = {
     "dit/__init__.py": '__version__ = "1"\n',
     "dit/config.py": "import yaml\nfrom dit import __version__\n",
-    "dit/dist.py": "import os, torch\nRANK = os.environ.get('SLURM_PROCID')\n",
+    "dit/ranks/group.py": "import os, torch\nRANK = os.environ.get('SLURM_PROCID')\n",
     "dit/rng.py": "import torch\n",
     "dit/flow/__init__.py": "",
     "dit/flow/path.py": "from dit.config import config\n",
@@ -235,13 +234,13 @@ GOOD = {
     "dit/model/dit.py": "from dit.flow import path\n",
     "dit/sample/solve.py": "from dit.flow.path import Linear\nfrom dit.model.dit import DiT\n",
     "dit/data/stream.py": "from dit.rng import permutation\n",
-    "dit/train/engine.py": "import deepspeed\nfrom deepspeed.ops import adam\n",
-    "dit/train/checkpoint.py": "import safetensors.torch\n",
-    "dit/train/loop.py": "from dit.train import checkpoint, engine\nfrom dit.data.stream import Stream\n",
-    "dit/experiment.py": "from dit.train.loop import train\n",
-    "dit/scaling/ladder.py": "from dit.experiment import Experiment\n",
-    "dit/cli.py": "from dit.experiment import Experiment\n",
-    "tools/train.py": "from dit.cli import main\nfrom dit.experiment import Experiment\n",
+    "dit/train/engines/zero_engine.py": "import deepspeed\nfrom deepspeed.ops import adam\n",
+    "dit/train/checkpoints/checkpoint.py": "import safetensors.torch\n",
+    "dit/train/loop.py": "from dit.train.checkpoints import checkpoint\nfrom dit.train.engines import zero_engine\n",
+    "dit/experiments/diffusion.py": "from dit.train.loop import train\n",
+    "dit/scaling/ladder.py": "from dit.experiments.diffusion import Experiment\n",
+    "dit/cli.py": "from dit.experiments.diffusion import Experiment\n",
+    "tools/train.py": "from dit.cli import main\nfrom dit.experiments.diffusion import Experiment\n",
 }
 
 
@@ -277,11 +276,11 @@ PLANTED: dict[str, tuple[dict[str, str], str]] = {
     ),
     "sideways import": ({"dit/data/stream.py": "from dit.flow import path\n"}, "data must not import flow"),
     "training knows the experiment": (
-        {"dit/train/loop.py": "import dit.experiment\n"},
-        "train must not import experiment",
+        {"dit/train/loop.py": "import dit.experiments.diffusion\n"},
+        "train must not import experiments",
     ),
     "library imports a tool": (
-        {"dit/experiment.py": "from tools.train import run\n"},
+        {"dit/experiments/diffusion.py": "from tools.train import run\n"},
         "must not import tools",
     ),
     "library imports the command line": (
@@ -299,23 +298,23 @@ PLANTED: dict[str, tuple[dict[str, str], str]] = {
     ),
     "deepspeed in the loop": (
         {"dit/train/loop.py": "from deepspeed import comm\n"},
-        "dit/train/loop.py:1: deepspeed belongs in dit.train.engine alone",
+        "dit/train/loop.py:1: deepspeed belongs in dit.train.engines.zero_engine alone",
     ),
     "deepspeed in a tool": (
         {"tools/train.py": "import deepspeed.comm\n"},
-        "tools/train.py:1: deepspeed belongs in dit.train.engine alone",
+        "tools/train.py:1: deepspeed belongs in dit.train.engines.zero_engine alone",
     ),
     "deepspeed in sample": ({"dit/sample/solve.py": "import deepspeed\n"}, "solve.py: reaches deepspeed"),
     "checkpoint imports the engine": (
-        {"dit/train/checkpoint.py": "from dit.train import engine\n"},
-        "reaches dit.train.engine by dit.train.checkpoint -> dit.train.engine",
+        {"dit/train/checkpoints/checkpoint.py": "from dit.train.engines import zero_engine\n"},
+        "reaches dit.train.engines.zero_engine by dit.train.checkpoints.checkpoint -> dit.train.engines",
     ),
     "checkpoint reaches the engine": (
         {
-            "dit/train/checkpoint.py": "from dit.train.ema import Ema\n",
-            "dit/train/ema.py": "from dit.train.engine import Engine\n",
+            "dit/train/checkpoints/checkpoint.py": "from dit.train.ema import Ema\n",
+            "dit/train/ema.py": "from dit.train.engines.zero_engine import Engine\n",
         },
-        "dit.train.checkpoint -> dit.train.ema -> dit.train.engine",
+        "dit.train.checkpoints.checkpoint -> dit.train.ema -> dit.train.engines",
     ),
     "torch in config": ({"dit/config.py": "import torch.nn as nn\n"}, "dit/config.py: reaches torch"),
     "torch behind config": (
@@ -331,8 +330,10 @@ PLANTED: dict[str, tuple[dict[str, str], str]] = {
         "import cycle dit.flow -> dit.flow.path -> dit.flow",
     ),
     "a cycle in a function": (
-        {"dit/train/engine.py": "import deepspeed\ndef f():\n    from dit.train.loop import train\n"},
-        "import cycle dit.train.engine -> dit.train.loop -> dit.train.engine",
+        {
+            "dit/train/engines/zero_engine.py": "import deepspeed\ndef f():\n    from dit.train.loop import train\n"
+        },
+        "import cycle dit.train.engines.zero_engine -> dit.train.loop -> dit.train.engines.zero_engine",
     ),
     "a long file": ({"dit/rng.py": "x = 1\n" * (MAX_FILE_LINES + 1)}, "dit/rng.py: 321 lines"),
     "a long function": (
@@ -342,7 +343,7 @@ PLANTED: dict[str, tuple[dict[str, str], str]] = {
     "a long method": ({"dit/rng.py": long_method(MAX_FUNCTION_LINES + 1)}, "dit/rng.py:2: f has 46 lines"),
     "the rank read elsewhere": (
         {"dit/train/loop.py": "import os\nrank = int(os.environ['RANK'])\n"},
-        "dit/train/loop.py:2: RANK is read in dit.dist alone",
+        "dit/train/loop.py:2: RANK is read in dit.ranks.group alone",
     ),
 }
 

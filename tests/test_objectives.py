@@ -10,7 +10,8 @@ import torch
 
 from dit.config import flatten, from_dict, merge, to_dict
 from dit.configfile import load, read_yaml
-from dit.experiment import Experiment, SampleConfig, Trained
+from dit.experiments.diffusion import Experiment, SampleConfig
+from dit.experiments.trained import Trained
 from tests.datasets import Digits
 from tests.train.runs import column, go, values
 

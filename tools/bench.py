@@ -13,13 +13,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from tqdm import tqdm
 
-from dit.bench import draws as draws_bench
-from dit.bench import elastic as elastic_bench
-from dit.bench import loader as loader_bench
-from dit.bench import saving as saving_bench
-from dit.bench import survival
-from dit.bench import zero as zero_bench
-from dit.bench.turns import Spread, protocol
+from dit.bench.speed import draws as draws_bench
+from dit.bench.speed import loader as loader_bench
+from dit.bench.speed import saving as saving_bench
+from dit.bench.speed import zero as zero_bench
+from dit.bench.speed.turns import Spread, protocol
+from dit.bench.survival import elastic as elastic_bench
+from dit.bench.survival import kills as kills_bench
 from dit.cli import run
 from dit.config import from_dict, to_dict
 from dit.errors import UserError
@@ -207,11 +207,11 @@ def kills(
     every kill a checkpoint that can be loaded. 8 to 12 s a kill; exit status 1 where anything differs.
     """
     sizes = {"kills": kills, "steps": steps, "every": every, "ranks": ranks, "stage": stage, "seed": seed}
-    cfg = from_dict(survival.SurvivalBench, sizes)
+    cfg = from_dict(kills_bench.SurvivalBench, sizes)
     how = protocol(**to_dict(cfg))
     with tempfile.TemporaryDirectory() as temporary, tqdm(total=cfg.kills, unit="kill") as bar:
-        found = survival.Bench(Path(folder or temporary), cfg).run(bar.update)
-    print(survival.table(found))
+        found = kills_bench.Bench(Path(folder or temporary), cfg).run(bar.update)
+    print(kills_bench.table(found))
     _conclude(how, found, json_file)
 
 

@@ -14,7 +14,7 @@ from dit.data.codecs.codec import parse_codec
 from dit.interop.convert import Choices, Converted, from_run, to_run
 from dit.interop.facebook_dit import FacebookDiT
 from dit.interop.sit import PathName, PredictionName, SiT
-from dit.train.export import export as write_export
+from dit.train.checkpoints.export import export as write_export
 
 Heads = Annotated[int | None, "attention heads; none = those of S, B, L or XL, by the width"]
 Classes = Annotated[int | None, "classes; none = the label table's rows but the null one"]

@@ -17,7 +17,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from tqdm import tqdm
 
-from dit import dist
 from dit.cli import run
 from dit.config import ConfigError, from_dict, merge
 from dit.data.codecs.base import Codec, CodecConfig
@@ -29,6 +28,7 @@ from dit.data.sources.crops import CROPS
 from dit.data.sources.images import ImageSource, check_spec, open_source, unlabelled_note
 from dit.data.sources.parquet import Columns
 from dit.errors import Stopped
+from dit.ranks import group
 
 PATIENCE = 60  # seconds until a rank says that it waits for one which nobody takes over from
 
@@ -71,7 +71,7 @@ def main(
     how = {**first, **more, "workers": workers, "crop": _named("crop", crop, codec_crop_keys)}
     options = from_dict(EncodeOptions, how)
     chosen = CODECS.parse(_named("codec", codec, codec_crop_keys))
-    world, columns = dist.World.from_env(), Columns(image_column, label_column)
+    world, columns = group.World.from_env(), Columns(image_column, label_column)
     with _interruptible(Path(out).resolve(), world):
         built = _checked(images, out, chosen, options, _device(device, world))
         source = open_source(images, classes, labels, columns)
@@ -79,14 +79,14 @@ def main(
         _encode(source, built, out, options, world)
 
 
-def _tell(images: str, source: ImageSource, world: dist.World) -> None:
+def _tell(images: str, source: ImageSource, world: group.World) -> None:
     """What was found, and what is odd about it."""
     if world.is_main:
         note = unlabelled_note(images, source)
         print(f"{images}: {source}", *([f"note: {note}"] if note else []), sep="\n", flush=True)
 
 
-def _device(text: str | None, world: dist.World) -> torch.device:
+def _device(text: str | None, world: group.World) -> torch.device:
     """What --device says, and this rank's GPU for `cuda`. ConfigError where there is no such device here."""
     if text is None:
         return world.device
@@ -113,17 +113,17 @@ def _checked(
     check_spec(images)
     check_out(Path(out).resolve())
     if "OMP_NUM_THREADS" not in os.environ:  # launch/ sets it
-        torch.set_num_threads(dist.cores())
+        torch.set_num_threads(group.cores())
     built = codec.build(device)
     check_early(Path(out).resolve(), built, options)
     return built
 
 
 @contextlib.contextmanager
-def _interruptible(out: Path, world: dist.World) -> Iterator[None]:
+def _interruptible(out: Path, world: group.World) -> Iterator[None]:
     """Ctrl-C, or a scheduler's signal, ends with what is done, said once."""
     try:
-        with dist.on_signals(_stop):
+        with group.on_signals(_stop):
             yield
     except (KeyboardInterrupt, Stopped) as ended:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun passes it on, to those who have it already
@@ -138,7 +138,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
     raise Stopped
 
 
-def _encode(source: ImageSource, codec: Codec, out: str, options: EncodeOptions, world: dist.World) -> None:
+def _encode(source: ImageSource, codec: Codec, out: str, options: EncodeOptions, world: group.World) -> None:
     """This rank's share; rank 0 has a bar over the whole set, and says what was done when that is closed."""
     with contextlib.closing(_Bar(len(source), world)) as bar:
         me = {"rank": world.rank, "size": world.size}
@@ -151,7 +151,7 @@ def _encode(source: ImageSource, codec: Codec, out: str, options: EncodeOptions,
 class _Bar:
     """Rank 0's bar, from when nothing stands in the way of the encode; and what ranks have to say while they wait."""
 
-    def __init__(self, total: int, world: dist.World):
+    def __init__(self, total: int, world: group.World):
         self.total, self.world = total, world
         self.bar: tqdm[Any] | None = None
         self.told = False

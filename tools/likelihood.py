@@ -17,21 +17,22 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dit import dist
 from dit.cli import run
 from dit.config import ConfigError, Registry, config, from_dict, to_dict
 from dit.configfile import overridden
 from dit.data import DataError
-from dit.data.blocks import BlockReader
 from dit.data.codecs.codec import check_same_codec
-from dit.data.manifest import Manifest
-from dit.data.readers import open_reader
+from dit.data.shards.blocks import BlockReader
+from dit.data.shards.manifest import Manifest
+from dit.data.shards.readers import open_reader
 from dit.evals.protocol import protocol_hash
-from dit.experiment import Trained
+from dit.experiments.trained import Trained
 from dit.files import write_atomically
+from dit.ranks import group
 from dit.rng import Draws
 from dit.sample.denoise import Denoiser, with_precision
 from dit.sample.likelihood import LIKELIHOODS, Likelihood, Ode, Problem, bits_per_dim
+from dit.version import code_version
 
 CHOICES: dict[str, Registry[Any]] = {"method": LIKELIHOODS}
 
@@ -77,7 +78,7 @@ def main(
     spec = read_spec({"method": method, "count": count, "seed": seed}, unconditional, keys, method_keys)
     if count < 0 or count == 1 or batch_size < 1:
         raise ConfigError(f"count {count} must be 0 or at least 2 and batch_size {batch_size} at least 1")
-    with dist.session() as world:
+    with group.session() as world:
         trained, manifest = Trained.load(run_or_ckpt, weights, world.device), Manifest.load(data)
         check(trained, manifest, data)
         chosen = trained.experiment.train.precision if precision == "run" else precision
@@ -94,7 +95,7 @@ def main(
 def write(out: Path, figures: dict[str, Any]) -> None:
     """The figures as JSON, and the mean with its error on the screen."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({**figures, "code": dist.code_version()}, indent=1) + "\n"
+    text = json.dumps({**figures, "code": code_version()}, indent=1) + "\n"
     write_atomically(out, text.encode())
     print(
         f"{figures['bits_per_dim']:.4f} +- {figures['standard_error']:.4f} bits/dim of normalised latents "
@@ -128,7 +129,7 @@ def check(trained: Trained, manifest: Manifest, named: str) -> None:
 
 
 def measure(
-    trained: Trained, manifest: Manifest, spec: Spec, batch_size: int, precision: str, world: dist.World
+    trained: Trained, manifest: Manifest, spec: Spec, batch_size: int, precision: str, world: group.World
 ) -> Tensor:
     """(count,) float64 nats on every rank; sample i is the i-th of the data, whatever is computed with it."""
     total = min(spec.count or manifest.samples, manifest.samples)
@@ -146,7 +147,7 @@ def measure(
         cond = {"label": label, "drop": drop}
         problem = Problem(denoise, objective.path, objective.prediction, cond, slots, spec.seed)
         found[start] = spec.method(problem, latents).cpu()
-    everywhere = {k: v for part in dist.gather_objects(found) for k, v in part.items()}
+    everywhere = {k: v for part in group.gather_objects(found) for k, v in part.items()}
     return torch.cat([everywhere[start] for start in sorted(everywhere)])
 
 

@@ -15,15 +15,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dit import dist
 from dit.cli import run
 from dit.config import ConfigError, from_dict
 from dit.data.sources.images import open_source
 from dit.evals.features import Pca
 from dit.evals.frechet import Gaussian, frechet_distance
 from dit.evals.protocol import protocol_hash
-from dit.experiment import Trained
+from dit.experiments.trained import Trained
 from dit.files import write_atomically
+from dit.ranks import group
 from dit.sample.generate import Sampler, SamplerSpec, labels_for
 from dit.sample.solve import SOLVERS, Solver
 
@@ -56,7 +56,7 @@ def main(
     protocol = {"reference": reference, "components": components, "num_samples": num_samples}
     protocol |= {"cfg_scale": cfg_scale, "grid": grid, "seed": seed, "weights": "ema"}
     spec = from_dict(SamplerSpec, {"grid": grid, "seed": seed})
-    with dist.session() as world:
+    with group.session() as world:
         table = Table(Path(out), protocol)
         for name, path in named(runs).items():
             trained = Trained.load(path, "ema", world.device)

@@ -18,18 +18,19 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from dit import dist
 from dit.cli import UsageError, run
 from dit.config import ConfigError, Registry, from_dict, to_dict
 from dit.configfile import overridden
-from dit.data.pairs import Origin, PairWriter, writing
-from dit.experiment import Trained
+from dit.data.shards.pairs import Origin, PairWriter, writing
+from dit.experiments.trained import Trained
 from dit.files import write_atomically
+from dit.ranks import group
 from dit.sample.generate import Sampler, SamplerSpec, image_grid, labels_for, to_uint8
 from dit.sample.grid import GRIDS
 from dit.sample.guide import GUIDANCES
 from dit.sample.solve import SOLVERS
 from dit.sample.tally import Tally
+from dit.version import code_version
 
 CHOICES: dict[str, Registry[Any]] = {"solver": SOLVERS, "grid": GRIDS, "guidance": GUIDANCES}
 
@@ -68,7 +69,7 @@ def main(
     given = {"solver": solver, "num_steps": num_steps, "cfg_scale": cfg_scale, "seed": seed, "grid": grid}
     spec, codec_keys = read_spec(given, solver_grid_codec_keys, shift, guidance)
     check_wanted(out, save_pairs, spec)
-    with dist.session() as world:
+    with group.session() as world:
         trained = Trained.load(run_or_ckpt, weights, world.device)
         chosen = trained.classes(classes)
         check_effect(spec, chosen, trained, world)
@@ -85,7 +86,7 @@ def produce(
     sampler: Sampler,
     labels: torch.Tensor,
     batch_size: int,
-    world: dist.World,
+    world: group.World,
     out: Path | None,
     save_pairs: str | None,
     origin: Origin,
@@ -94,14 +95,14 @@ def produce(
     """Draw, and write what is wanted of it: pictures in `out`, noise and latents in `save_pairs`."""
     with contextlib.nullcontext() if save_pairs is None else writing(save_pairs, origin, about) as pairs:
         images = draw(sampler, labels, batch_size, out, world, pairs)
-    tally = Tally.sum(dist.gather_objects(sampler.tally))
+    tally = Tally.sum(group.gather_objects(sampler.tally))
     if out is not None and images is not None:
         write(out, images, labels.numpy(), {**about, **tally.per_image()})
     if save_pairs is not None and world.is_main:
         print(f"{len(labels)} pairs in {save_pairs}: train on them with objective.coupling=reflow")
 
 
-def check_effect(spec: SamplerSpec, chosen: list[int], trained: Trained, world: dist.World) -> None:
+def check_effect(spec: SamplerSpec, chosen: list[int], trained: Trained, world: group.World) -> None:
     """Refuse guidance that would cost as always and change nothing; note where the run's own pictures differ."""
     if spec.needs_label and set(chosen) == {-1} and trained.contract["classes"]:
         raise ConfigError(
@@ -126,7 +127,7 @@ def described(trained: Trained, sampler: Sampler) -> dict[str, Any]:
         "guidance_checkpoints": sampler.open.opened if sampler.open else {},
         "sampler": to_dict(sampler.spec),
         "device": sampler.device.type,
-        "code": dist.code_version(),
+        "code": code_version(),
     }
 
 
@@ -166,7 +167,7 @@ def draw(
     labels: torch.Tensor,
     batch_size: int,
     folder: Path | None,
-    world: dist.World,
+    world: group.World,
     pairs: PairWriter | None = None,
 ) -> np.ndarray | None:
     """(N, H, W, 3) uint8 on rank 0, None elsewhere. Ranks take whole batches in turn: the same batches on any.
@@ -188,12 +189,12 @@ def draw(
     return None if folder is None else gathered(drawn, folder, world)
 
 
-def gathered(drawn: dict[int, np.ndarray], folder: Path, world: dist.World) -> np.ndarray | None:
+def gathered(drawn: dict[int, np.ndarray], folder: Path, world: group.World) -> np.ndarray | None:
     """The images of all ranks in order, on rank 0; each gives {first index: its images}."""
     part = folder / f".part-{world.rank:05d}.npz"
     if world.size > 1:
         np.savez(part, **{str(k): v for k, v in drawn.items()})
-    dist.barrier()
+    group.barrier()
     if not world.is_main:
         return None
     if world.size > 1:

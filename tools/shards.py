@@ -19,12 +19,12 @@ from dit.data.foreign.existing import already, refuse_encoded
 from dit.data.foreign.index import IndexOptions, codec_of
 from dit.data.foreign.index import index as write_index
 from dit.data.foreign.shard_list import find_shards, total_bytes
-from dit.data.manifest import Manifest
-from dit.data.quality import mixing
+from dit.data.loading.mixing import mixing
+from dit.data.loading.stream import Stream
+from dit.data.shards.manifest import Manifest
+from dit.data.shards.verify import check_answers, check_manifest, strays
+from dit.data.shards.verify import verify as find_faults
 from dit.data.sources.labels import read_classes
-from dit.data.stream import Stream
-from dit.data.verify import check_answers, check_manifest, strays
-from dit.data.verify import verify as find_faults
 
 CLASSES_SHOWN = 20
 BATCH = 256  # for which memory and mixing are stated

@@ -12,13 +12,14 @@ import torch
 
 from dit.cli import run
 from dit.configfile import load
-from dit.dist import World
-from dit.experiment import Experiment
+from dit.experiments.diffusion import Experiment
+from dit.experiments.parts import make_parts
+from dit.ranks.group import World
 from dit.train import run_dir
+from dit.train.engines.zero_config import Device, choose
 from dit.train.hooks import held_out_hook
-from dit.train.preflight import alone as check_alone
+from dit.train.preflight.checks import alone as check_alone
 from dit.train.start import device_peak, train
-from dit.train.zero import Device, choose
 
 
 def main(
@@ -39,7 +40,7 @@ def main(
     elif preflight:
         check_alone(cfg, lambda manifest: cfg.cost(manifest).parameters.trainable)
     else:
-        train(cfg, cfg.make_parts)
+        train(cfg, make_parts)
 
 
 def report(cfg: Experiment) -> str:

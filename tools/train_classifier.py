@@ -8,9 +8,9 @@ from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dit.classify import ClassifierExperiment
 from dit.cli import run
 from dit.configfile import load
+from dit.experiments.classifier import ClassifierExperiment
 from dit.train.start import train
 
 
@@ -24,7 +24,7 @@ def main(
     tools/sample.py RUN --out=DIR --guidance='[{name: classifier, checkpoint: RUN_DIR, scale: 2}]'
     """
     cfg = load(ClassifierExperiment, config, overrides)
-    train(cfg, cfg.make_parts)
+    train(cfg, ClassifierExperiment.make_parts)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dit.cli import run
 from dit.configfile import load
-from dit.dist import World
-from dit.stage1.experiment import AutoencoderExperiment, export
+from dit.experiments.autoencoder import AutoencoderExperiment, export
+from dit.ranks.group import World
 from dit.stage1.figures import newest, told
 from dit.train.start import train
 
@@ -24,7 +24,7 @@ def main(config: Annotated[str, "a YAML file such as configs/digits_vae.yaml"], 
     held-out images; discriminator.weight, perceptual.weights and the like turn on what is off by default.
     """
     cfg = load(AutoencoderExperiment, config, overrides)
-    train(cfg, cfg.make_parts)
+    train(cfg, AutoencoderExperiment.make_parts)
     if World.from_env().is_main:
         done = export(cfg.run_dir, Path(cfg.run_dir) / "vae")
         print(f"the autoencoder of step {done.step} is in {done.folder}")

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from dit import dist
 from dit.flow.objective import Loss
+from dit.ranks import group
 
 QUARTERS = 4
 
@@ -40,7 +40,7 @@ def held_out_loss(losses: Iterable[Loss]) -> dict[str, float]:
         has_times = has_times or loss.t is not None
         for name, value in loss.metrics.items():
             metrics[name] = metrics.get(name, 0.0) + len(loss.per_sample) * float(value)
-    shares = dist.gather_objects((total, metrics))
+    shares = group.gather_objects((total, metrics))
     sums = torch.stack([share for share, _ in shares]).sum(0)
     count = float(sums[1].sum())
     if not count:

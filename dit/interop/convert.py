@@ -16,23 +16,24 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dit import dist
 from dit.config import ConfigError, config, from_dict, to_dict
 from dit.configfile import write_yaml
 from dit.data.codecs.autoencoders import unknown_vae
 from dit.data.codecs.base import CodecConfig
 from dit.data.codecs.codec import CODECS
 from dit.data.codecs.norm import LatentNorm, codec_norm
-from dit.experiment import Experiment, Trained
+from dit.experiments.diffusion import Experiment
+from dit.experiments.trained import Trained
 from dit.files import sync
 from dit.flow.objective import Objective
 from dit.interop.weights import Arguments, Count, StateDict, WeightsError, infer, network
 from dit.model.dit import DiT
-from dit.train import saver
-from dit.train.checkpoint import State
+from dit.train.checkpoints import saver
+from dit.train.checkpoints.checkpoint import State
 from dit.train.ema import MAIN
-from dit.train.fragments import Fragment
+from dit.train.engines.base import Fragment
 from dit.train.run_dir import CONFIG
+from dit.version import code_version
 
 SCALE = 0.18215  # of Stable Diffusion's first VAEs, which DiT and SiT were trained with
 FACTOR = 8  # pixels a latent pixel, of the same
@@ -138,7 +139,7 @@ def to_run(source: str | Path, out: str | Path, format: Format, choices: Choices
         "config": to_dict(experiment),
         "contract": _contract(kept, choices),
         "data": {"digest": f"of converted weights, from {Path(source).name}"},
-        "code": dist.code_version(),
+        "code": code_version(),
         "torch": torch.__version__,
         "updates": 0,
         "world_size": 1,

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from dit import dist
 from dit.evals.frechet import Gaussian, frechet_distance
 from dit.evals.protocol import protocol_hash
+from dit.ranks import group
 from dit.stage1.autoencoder import code_perplexity, count_codes
 from dit.stage1.task import AutoencoderTask
 from dit.train.ema import Ema
-from dit.train.fragments import Engine
+from dit.train.engines.base import Engine
 from dit.train.hooks import HeldOut
 from dit.train.meters import RunLog
 from dit.train.task import Samples
@@ -75,7 +75,7 @@ class Figures:
             for name, value in self._of_each(images, outputs).items():
                 rows.setdefault(name, []).append(value.double().cpu().numpy())
         mine = {name: np.concatenate(found) for name, found in rows.items()}
-        shares = dist.gather_objects(mine)
+        shares = group.gather_objects(mine)
         whole = {name: np.concatenate([share[name] for share in shares]) for name in mine}
         figures: dict[str, float] = {
             name: float(whole[name].mean()) for name in ("psnr", "ssim") if name in whole

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dit.config import ConfigError, config
-from dit.train.fragments import Engine
+from dit.train.engines.base import Engine
 from dit.train.posthoc import WIDEST, power_of, power_share
 
 MAIN = "ema"  # the average that is sampled from while training and unless another is asked for

@@ -14,14 +14,14 @@ from PIL import Image
 from dit.config import ConfigError
 from dit.data import DataError
 from dit.data.codecs.codec import check_same_codec
-from dit.data.manifest import Manifest
-from dit.data.stream import Stream
-from dit.dist import World
+from dit.data.loading.stream import Stream
+from dit.data.shards.manifest import Manifest
 from dit.evals.protocol import protocol_hash
 from dit.evals.valloss import held_out_loss
+from dit.ranks.group import World
 from dit.rng import Draws
 from dit.train.ema import Ema
-from dit.train.fragments import Engine
+from dit.train.engines.base import Engine
 from dit.train.meters import RunLog
 from dit.train.settings import RunConfig
 from dit.train.task import Samples, Task, batch_samples

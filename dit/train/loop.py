@@ -8,9 +8,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dit import dist
-from dit.data.stream import Batch
+from dit.data.loading.stream import Batch
 from dit.errors import Stopped
+from dit.ranks import group
 from dit.rng import Draws
 from dit.train.faults import Fault, TrainingError, guarded
 from dit.train.meters import RunLog
@@ -147,7 +147,7 @@ class Loop(PersistentRun):
             if complaint is not None:
                 raise TrainingError(complaint)
 
-        dist.together(refuse)
+        group.together(refuse)
 
     def _log(self, bar: tqdm[Any]) -> Fault | None:
         """Log the steps since the last logged one, and judge their mean loss."""

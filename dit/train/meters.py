@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from dit import dist
 from dit.evals.valloss import QUARTERS, sums_by_quarter
 from dit.files import write_atomically
 from dit.flow.objective import Loss
+from dit.ranks import group
 
 _MASK63 = (1 << 63) - 1
 # Figures of a row that tell how fast the machine was; all others are the same in every repetition of a run.
@@ -137,7 +137,7 @@ class Meters:
         """What a checkpoint between two logged steps must keep; collective."""
         return {
             "sums": {k: v.tolist() for k, v in self._reduced().items()},
-            "batch_hash": _total(dist.gather_objects(self.batch_hash)),
+            "batch_hash": _total(group.gather_objects(self.batch_hash)),
         }
 
     def load_state(self, state: dict[str, Any], is_main: bool) -> None:
@@ -151,7 +151,7 @@ class Meters:
 
     def _reduced(self) -> dict[str, Tensor]:
         """Sums over ranks, one all-reduce for all of them. Ranks may hold different names (after a resume)."""
-        names = sorted({n for found in dist.gather_objects(sorted(self._sums)) for n in found})
+        names = sorted({n for found in group.gather_objects(sorted(self._sums)) for n in found})
         shapes = {n: (2, QUARTERS) if n == "quarters" else () for n in names}
         parts = [
             self._sums.get(n, torch.zeros(shapes[n], dtype=torch.float64, device=self.device)).flatten()
@@ -159,7 +159,7 @@ class Meters:
         ]
         if not parts:
             return {}
-        flat = dist.all_sum(torch.cat(parts))
+        flat = group.all_sum(torch.cat(parts))
         pieces = flat.split([p.numel() for p in parts])
         return {n: p.view(shapes[n]).cpu() for n, p in zip(names, pieces, strict=True)}
 
@@ -173,7 +173,7 @@ class Meters:
         data_wait_max the longest of all ranks.
         """
         sums = self._reduced()
-        reports = dist.gather_objects(Report(self.batch_hash, self.forward.take(), self.wait_seconds))
+        reports = group.gather_objects(Report(self.batch_hash, self.forward.take(), self.wait_seconds))
         elapsed = max(1e-9, time.perf_counter() - self._since - self._paused)
         count = max(1.0, float(sums["count"]))  # none where every sample was missing
         row: dict[str, float | int | None] = {"loss": float(sums["loss"]) / count}

@@ -10,23 +10,23 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dit import dist
 from dit.config import flatten
-from dit.data.stream import Stream
-from dit.train import checkpoint, retention
-from dit.train.checkpoint import Checkpoint, CheckpointError, State
+from dit.data.loading.stream import Stream
+from dit.ranks import group
+from dit.ranks.watch import Watch
+from dit.train.checkpoints import checkpoint, retention
+from dit.train.checkpoints.checkpoint import Checkpoint, CheckpointError, State
+from dit.train.checkpoints.probe import Probe
+from dit.train.checkpoints.saver import ALL, Saver
 from dit.train.ema import Ema
+from dit.train.engines.base import Engine
 from dit.train.faults import Fault, Faults, FaultsConfig, TrainingError
-from dit.train.fragments import Engine
 from dit.train.hooks import Hook
 from dit.train.meters import Meters, RunLog
 from dit.train.optim import OptimConfig
-from dit.train.probe import Probe
 from dit.train.quarantine import SharedQuarantine
-from dit.train.saver import ALL, Saver
 from dit.train.settings import CheckpointConfig, TrainConfig
 from dit.train.task import Samples, Task
-from dit.train.watch import Watch
 
 
 @dataclass
@@ -77,7 +77,7 @@ class PersistentRun:
     def resume(self) -> bool:
         """Go on from the run directory's newest good checkpoint; False where there is none. Collective."""
         # rank 0 finds and verifies for all: file systems may not show every rank the same
-        found = dist.on_main(lambda: checkpoint.latest(self.folder, self.say))
+        found = group.on_main(lambda: checkpoint.latest(self.folder, self.say))
         if found is None:
             return False
         self.check_config(found.meta["config"], str(found.path))
@@ -86,7 +86,7 @@ class PersistentRun:
         self.hooks_are_due = found.meta.get("hooks_are_due", False)
         self.probe.check(found)
         self.say(f"resuming {self.run_dir} at step {self.step}")
-        taken = dist.on_main(lambda: checkpoint.path_of(self.snapshots.folder, self.step).exists())
+        taken = group.on_main(lambda: checkpoint.path_of(self.snapshots.folder, self.step).exists())
         if self.is_snapshot_due() and not taken:  # the run was killed before it was whole
             self.save_snapshot()
         return True
@@ -94,7 +94,7 @@ class PersistentRun:
     def _restore(self, found: Checkpoint) -> None:
         meta = found.meta
         self.quarantine.load(meta["quarantine"])
-        dist.together(lambda: checkpoint.load_into(found, self._state()))
+        group.together(lambda: checkpoint.load_into(found, self._state()))
         self.engine.sync_weights()
         self.engine.set_updates(meta["updates"])
         self.engine.skipped = meta["skipped"]
@@ -153,7 +153,7 @@ class PersistentRun:
         found = None
         if self.faults.may_return:
             self.complete()
-            found = dist.on_main(lambda: self._before(fault))
+            found = group.on_main(lambda: self._before(fault))
         if found is not None:
             self._go_back(found, fault)
             return True
@@ -176,7 +176,7 @@ class PersistentRun:
         step, returned = self.step, self.faults.returned + 1
         self.stop_reading()
         for folder in (self.folder, self.snapshots.folder):
-            dist.on_main(lambda folder=folder: retention.discard(folder, found.step))  # type: ignore[misc]
+            group.on_main(lambda folder=folder: retention.discard(folder, found.step))  # type: ignore[misc]
         self._restore(found)
         self.faults.leave_out(found.step + 1, step, returned)
         self.step = self._logged = step

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from dit import dist
-from dit.data.quarantine import Quarantine
+from dit.data.loading.quarantine import Quarantine
 from dit.errors import UserError
+from dit.ranks import group
 
 Blocks = dict[tuple[int, int], str]  # (data set, block) -> why it cannot be read
 
@@ -29,7 +29,7 @@ class SharedQuarantine:
     def known(self) -> Blocks:
         """Blocks that any rank could not read. QuarantineError, on all ranks, where there are too many."""
         known: Blocks = {}
-        for reasons in dist.gather_objects(self.quarantine.reasons):
+        for reasons in group.gather_objects(self.quarantine.reasons):
             known |= reasons
         for block in sorted(known.keys() - self._reported):
             self.say(f"quarantined, its samples are left out: {known[block]}")

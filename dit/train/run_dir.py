@@ -13,11 +13,12 @@ from typing import IO, Any
 
 import yaml
 
-from dit import dist
 from dit.config import ConfigError, flatten, from_dict, to_dict
 from dit.configfile import write_yaml
-from dit.dist import World
+from dit.ranks import group
+from dit.ranks.group import World
 from dit.train.settings import OPERATIONAL, RunConfig
+from dit.version import code_version
 
 CONFIG = "config.yaml"
 
@@ -35,17 +36,17 @@ def claim(cfg: RunConfig, world: World, facts: Mapping[str, Any] | None = None) 
         run_dir.mkdir(parents=True, exist_ok=True)
         start = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "code": dist.code_version(),
+            "code": code_version(),
             "ranks": world.size,
             **(facts or {}),
         }
         with (run_dir / "history.jsonl").open("a") as file:  # first, so that no change goes unrecorded
-            file.write(json.dumps({**start, "on": dist.job_name(), "changes": changes}) + "\n")
+            file.write(json.dumps({**start, "on": group.job_name(), "changes": changes}) + "\n")
             file.flush()
             os.fsync(file.fileno())
         write_yaml(run_dir / CONFIG, cfg)
 
-    dist.on_main(check_and_write)
+    group.on_main(check_and_write)
     return run_dir
 
 
@@ -73,11 +74,11 @@ def locked(run_dir: Path, world: World, patience: float = 30.0) -> Iterator[None
                 time.sleep(0.2)
             else:
                 file.truncate(0)
-                file.write(f"{dist.job_name()}, process {os.getpid()}")
+                file.write(f"{group.job_name()}, process {os.getpid()}")
                 file.flush()
                 return file
 
-    held = dist.together(lambda: hold() if world.is_main else None)
+    held = group.together(lambda: hold() if world.is_main else None)
     try:
         yield
     finally:

@@ -6,13 +6,13 @@ import math
 from typing import Literal
 
 from dit.config import ConfigError, Problem, config
-from dit.data.mix import Mixture, PartConfig
+from dit.data.loading.mixture import Mixture, PartConfig
 from dit.data.storage.nodecache import NodeCacheConfig
-from dit.dist import World
+from dit.ranks.group import World
 from dit.train.ema import EmaConfig
+from dit.train.engines.zero_config import ZeroConfig
 from dit.train.faults import FaultsConfig
 from dit.train.optim import OptimConfig
-from dit.train.zero import ZeroConfig
 
 
 @config

@@ -8,33 +8,38 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from dit import dist
 from dit.config import to_dict
-from dit.data.manifest import Manifest
-from dit.data.mix import Mixture
-from dit.data.quarantine import Quarantine
+from dit.data.loading.mixture import Mixture
+from dit.data.loading.quarantine import Quarantine
+from dit.data.loading.stream import Stream
+from dit.data.shards.manifest import Manifest
 from dit.data.storage.remote import public
-from dit.data.stream import Stream
-from dit.dist import World
 from dit.errors import Stopped
 from dit.model.cost import Memory, peak_flops, state_memory
-from dit.train import checkpoint, preflight, run_dir
-from dit.train.checkpoint import CheckpointError, Reader
+from dit.ranks import group
+from dit.ranks.group import World
+from dit.train import run_dir
+from dit.train.checkpoints import checkpoint
+from dit.train.checkpoints.checkpoint import CheckpointError, Reader
 from dit.train.ema import Ema
-from dit.train.fragments import Engine
+from dit.train.engines.base import Engine
+from dit.train.engines.local import LocalEngine
+from dit.train.engines.zero_config import Choice, Device, choose
 from dit.train.hooks import Hook
-from dit.train.local import LocalEngine
 from dit.train.loop import Loop
 from dit.train.optim import freeze
+from dit.train.preflight import checks
 from dit.train.settings import RunConfig
 from dit.train.stop import stop_request
 from dit.train.task import Task, synthetic_samples
-from dit.train.zero import Choice, Device, choose
+from dit.version import code_version
+
+AnyConfig = TypeVar("AnyConfig", bound=RunConfig)
 
 
 @dataclass
@@ -55,13 +60,13 @@ class Parts:
     memory: Callable[[int, int], Memory] | None = None
 
 
-def train(cfg: RunConfig, make_parts: Callable[[Manifest, World], Parts]) -> None:
+def train(cfg: AnyConfig, make_parts: Callable[[AnyConfig, Manifest, World], Parts]) -> None:
     """Train, or go on training, in cfg.run_dir. Collective: every rank of the job calls it."""
     if cfg.train.threads:
         torch.set_num_threads(cfg.train.threads)
     # from the beginning, for a signal may come while the run loads what it needs
-    with stop_request() as stop, dist.session() as world, _leaving_together():
-        preflight.check(cfg, world)
+    with stop_request() as stop, group.session() as world, _leaving_together():
+        checks.check(cfg, world)
         loop = build(cfg, make_parts, world)
         if len(loop.stream.sources) > 1:
             loop.say(f"each batch of {cfg.train.global_batch}: {_shares(loop.stream)}")
@@ -82,32 +87,32 @@ def _leaving_together() -> Iterator[None]:
     try:
         yield
     except Stopped:
-        dist.barrier()
+        group.barrier()
         raise
 
 
-def build(cfg: RunConfig, make_parts: Callable[[Manifest, World], Parts], world: World) -> Loop:
+def build(cfg: AnyConfig, make_parts: Callable[[AnyConfig, Manifest, World], Parts], world: World) -> Loop:
     """Every part of the run, checked, and the run directory claimed. Collective."""
     micro = cfg.train.micro(world)
-    mixture = dist.together(cfg.data.open)
+    mixture = group.together(cfg.data.open)
     manifest = mixture.manifest
-    dist.on_main(lambda: run_dir.compare(Path(cfg.run_dir) / run_dir.CONFIG, cfg))
+    group.on_main(lambda: run_dir.compare(Path(cfg.run_dir) / run_dir.CONFIG, cfg))
     torch.manual_seed(cfg.seed)
-    parts = dist.together(lambda: make_parts(manifest, world))
-    dist.together(lambda: _initialise(parts.module, cfg))
+    parts = group.together(lambda: make_parts(cfg, manifest, world))
+    group.together(lambda: _initialise(parts.module, cfg))
     device = Device.smallest(world)
-    zero = dist.together(lambda: _sharding(cfg, parts, world, device))
-    stream = dist.together(lambda: _stream(cfg, mixture, world))
+    zero = group.together(lambda: _sharding(cfg, parts, world, device))
+    stream = group.together(lambda: _stream(cfg, mixture, world))
     every = sum(p.numel() for p in parts.module.parameters())
     trained = sum(p.numel() for p in parts.module.parameters() if p.requires_grad)
-    dist.on_main(lambda: preflight.space(cfg, every, trained))
+    group.on_main(lambda: checks.space(cfg, every, trained))
     folder = run_dir.claim(cfg, world, {"stage": zero.stage, **({"why": zero.why} if zero.why else {})})
     engine = _engine(cfg, parts, world, zero, cfg.train.local_batch(world) // micro)
     identity = {
         "config": to_dict(cfg),
         "data": {"digest": manifest.digest, "samples": manifest.samples, "classes": list(manifest.classes)},
         "contract": parts.contract,
-        "code": dist.code_version(),
+        "code": code_version(),
         "torch": torch.__version__,
     }
     return Loop(
@@ -125,7 +130,7 @@ def build(cfg: RunConfig, make_parts: Callable[[Manifest, World], Parts], world:
         check_config=lambda config, where: run_dir.differences(config, cfg, where),
         samples=synthetic_samples(stored_shape(manifest), len(manifest.classes), world.device),
         flops_per_image=parts.flops_per_image,
-        peak_flops=float(dist.all_sum(torch.tensor(device_peak(world.device), device=world.device))),
+        peak_flops=float(group.all_sum(torch.tensor(device_peak(world.device), device=world.device))),
         from_scratch=cfg.init.from_ is None,
         hooks=parts.hooks,
         prefetch=cfg.data.prefetch,
@@ -168,7 +173,7 @@ def _stream(cfg: RunConfig, mixture: Mixture, world: World) -> Stream:
 
 def _initialise(module: nn.Module, cfg: RunConfig) -> None:
     """Weights from init.from, if it is set and the run has no checkpoint of its own."""
-    if cfg.init.from_ is None or dist.on_main(lambda: checkpoint.exists(Path(cfg.run_dir) / "checkpoints")):
+    if cfg.init.from_ is None or group.on_main(lambda: checkpoint.exists(Path(cfg.run_dir) / "checkpoints")):
         return
     source = checkpoint.resolve(cfg.init.from_)
     try:
@@ -205,7 +210,7 @@ def _engine(cfg: RunConfig, parts: Parts, world: World, zero: Choice, accumulati
         return LocalEngine(
             parts.module, cfg.optim, world, accumulation=accumulation, precision=cfg.train.precision
         )
-    from dit.train.engine import DeepSpeedEngine  # takes seconds to import
+    from dit.train.engines.zero_engine import DeepSpeedEngine  # takes seconds to import
 
     return DeepSpeedEngine(
         parts.module,

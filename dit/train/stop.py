@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as td
 
-from dit.dist import World, on_signals
+from dit.ranks.group import World, on_signals
 
 
 class RankFlags:

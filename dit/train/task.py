@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dit.data.codecs.norm import LatentNorm
-from dit.data.stream import Batch
+from dit.data.loading.stream import Batch
 from dit.flow.couple import COST_DROP, Independent
 from dit.flow.objective import FirstLoss, Loss, Objective
 from dit.rng import Draws, Purpose

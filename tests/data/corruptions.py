@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dit.data.manifest import CHECKSUM, FILE, checksum
+from dit.data.shards.manifest import CHECKSUM, FILE, checksum
 
 NAMES = "names.txt"
 GARBAGE = [

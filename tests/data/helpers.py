@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
-from dit.data.manifest import CHECKSUM, FILE, Manifest, Names, checksum
-from dit.data.write import ShardWriter
+from dit.data.shards.manifest import CHECKSUM, FILE, Manifest, Names, checksum
+from dit.data.shards.write import ShardWriter
 
 CHANNELS, SIZE, CLASSES = 2, 3, 5
 

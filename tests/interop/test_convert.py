@@ -14,15 +14,16 @@ from torch import Tensor
 from dit.config import ConfigError, from_dict, to_dict
 from dit.configfile import load
 from dit.data.codecs.norm import LatentNorm
-from dit.data.manifest import Manifest
-from dit.experiment import Experiment, Trained
+from dit.data.shards.manifest import Manifest
+from dit.experiments.diffusion import Experiment
+from dit.experiments.trained import Trained
 from dit.interop import convert, facebook_dit, sit
 from dit.interop.convert import Choices, Format, from_run, read_weights, to_run
 from dit.interop.facebook_dit import FacebookDiT
 from dit.interop.sit import SiT
 from dit.interop.weights import WeightsError
 from dit.model.dit import DiTConfig
-from dit.train.checkpoint import CheckpointError, Reader, read
+from dit.train.checkpoints.checkpoint import CheckpointError, Reader, read
 from tests.datasets import Digits
 from tests.gaussian import normal
 from tests.interop.reference import TINY, weights

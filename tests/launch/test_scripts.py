@@ -143,9 +143,9 @@ RANKS = """
 import datetime, os, sys
 import torch
 import dit
-from dit import dist
-with dist.session(timeout=datetime.timedelta(seconds=20)) as world:
-    total = dist.all_sum(torch.tensor([10 ** world.rank]))
+from dit.ranks import group
+with group.session(timeout=datetime.timedelta(seconds=20)) as world:
+    total = group.all_sum(torch.tensor([10 ** world.rank]))
     root = os.path.dirname(dit.__path__[0])
     line = [world.rank, world.size, total.item(), os.environ["OMP_NUM_THREADS"], root, *sys.argv[1:]]
     with open(f"rank{world.rank}", "w") as out:

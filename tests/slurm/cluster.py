@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Self
 
-from dit.dist import free_port
+from dit.ranks.group import free_port
 
 PROGRAMS = (
     "munged",

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from tests.datasets import Digits
-from tests.ranks import Server
+from tests.rank_processes import Server
 from tests.slurm.cluster import Cluster, until
 from tests.train.runs import Values, column, go, values
 
@@ -281,12 +281,12 @@ def test_a_node_without_the_data_is_named_by_preflight_alone(
 
 LATE = """
 import sys, time
-from dit import dist
+from dit.ranks import group
 from dit.cli import run
 def main(config: str) -> None:
-    if dist.World.from_env().rank == 1:
+    if group.World.from_env().rank == 1:
         time.sleep(60)
-    with dist.session():
+    with group.session():
         print("they met")
 run(main)
 """

@@ -14,12 +14,12 @@ from diffusers import AutoencoderKL, VQModel
 from safetensors.torch import load_file, save_file
 
 from dit.config import ConfigError, from_dict
-from dit.data.manifest import Manifest
-from dit.dist import World
-from dit.stage1.experiment import AutoencoderExperiment, export
-from dit.train.checkpoint import CheckpointError, Reader, read
+from dit.data.shards.manifest import Manifest
+from dit.experiments.autoencoder import AutoencoderExperiment, export
+from dit.ranks.group import World
+from dit.train.checkpoints.checkpoint import CheckpointError, Reader, read
 from tests.datasets import Digits
-from tests.ranks import Server
+from tests.rank_processes import Server
 from tests.stage1.test_experiment import go, values
 from tests.train.runs import at_step, column, differing, state
 

@@ -12,7 +12,7 @@ import torch
 import tools.convert
 import tools.sample
 from dit.cli import run
-from dit.experiment import Trained
+from dit.experiments.trained import Trained
 from dit.interop import facebook_dit, sit
 from dit.sample.generate import Sampler, SamplerSpec
 from tests.commands import call, execute

@@ -13,7 +13,7 @@ from PIL import Image
 from dit.config import ConfigError
 from dit.data import DataError
 from dit.data.codecs.autoencoders import VaeCodec
-from dit.data.manifest import Manifest
+from dit.data.shards.manifest import Manifest
 from dit.data.sources.crops import RandomResized
 from tests.commands import command, environment, execute
 from tests.data.helpers import tiny_vae

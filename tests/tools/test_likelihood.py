@@ -12,13 +12,13 @@ import pytest
 import torch
 
 import tools.likelihood
-from dit.data.blocks import BlockReader
-from dit.data.manifest import Manifest
-from dit.experiment import Trained
+from dit.data.shards.blocks import BlockReader
+from dit.data.shards.manifest import Manifest
+from dit.experiments.trained import Trained
 from dit.rng import Draws
 from tests.commands import call, execute
 from tests.datasets import Digits
-from tests.ranks import Server
+from tests.rank_processes import Server
 from tests.train.runs import at_step, go, rewrite_tensors, values
 
 BASE = ("--count=5", "--num_steps=2", "--batch_size=3", "--seed=4")

@@ -12,7 +12,7 @@ from PIL import Image
 
 import tools.nfe
 from dit.config import ConfigError, from_dict
-from dit.experiment import Trained
+from dit.experiments.trained import Trained
 from dit.sample.generate import SamplerSpec
 from dit.sample.solve import SOLVERS
 from tests.commands import call

@@ -13,10 +13,11 @@ import tools.sample
 import tools.shards
 import tools.train
 from dit.config import from_dict
-from dit.data.blocks import BlockReader
-from dit.data.manifest import Manifest
-from dit.data.stream import Stream
-from dit.experiment import Experiment, Trained
+from dit.data.loading.stream import Stream
+from dit.data.shards.blocks import BlockReader
+from dit.data.shards.manifest import Manifest
+from dit.experiments.diffusion import Experiment
+from dit.experiments.trained import Trained
 from dit.rng import Draws, Purpose
 from dit.sample.denoise import Denoiser
 from dit.sample.generate import to_uint8
@@ -25,7 +26,7 @@ from dit.sample.guide import cfg
 from dit.sample.solve import Heun
 from tests.commands import call
 from tests.datasets import Digits
-from tests.ranks import Server
+from tests.rank_processes import Server
 from tests.train.runs import at_step, column, go, rewrite_tensors, values
 
 CPU = torch.device("cpu")
@@ -127,7 +128,7 @@ def test_ranks_and_the_codec_change_nothing(
     assert ranks.run(2, call, tools.sample.main, run, *BASE, f"--save_pairs={tmp_path / 'two'}") == [0, 0]
     assert shards(tmp_path / "two") == shards(pairs)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["two"]
-    monkeypatch.setattr("dit.experiment.open_codec", lambda *args: pytest.fail("no codec is needed"))
+    monkeypatch.setattr("dit.experiments.trained.open_codec", lambda *args: pytest.fail("no codec is needed"))
     assert call(tools.sample.main, run, *BASE, f"--save_pairs={tmp_path / 'one'}") == 0
 
 

@@ -22,7 +22,7 @@ from dit.sample.solve import SOLVERS
 from dit.stage1.autoencoder import Kl
 from tests.commands import call, execute
 from tests.datasets import Digits
-from tests.ranks import Server
+from tests.rank_processes import Server
 from tests.train.runs import at_step, flip_bit, go, rewrite_tensors, values
 
 BASE = ("--num_samples=7", "--classes=0,3", "--cfg_scale=2", "--num_steps=2", "--batch_size=4", "--seed=5")

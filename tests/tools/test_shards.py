@@ -10,7 +10,7 @@ import pytest
 
 from dit.config import ConfigError
 from dit.data import DataError
-from dit.data.manifest import Manifest
+from dit.data.shards.manifest import Manifest
 from tests.data.foreign.foreign_shards import array_of, write_shards
 from tests.data.helpers import edit_manifest, flip_byte, write_dataset
 from tests.data.storage.http_server import serving

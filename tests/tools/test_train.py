@@ -11,8 +11,8 @@ import yaml
 
 import tools.train
 from dit.config import to_dict
-from dit.data.manifest import Manifest
-from dit.experiment import Experiment
+from dit.data.shards.manifest import Manifest
+from dit.experiments.diffusion import Experiment
 from tests.commands import call, command, environment, execute
 from tests.datasets import Digits
 from tests.train.runs import at_step, column, differing, experiment, go, state, values

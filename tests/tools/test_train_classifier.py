@@ -11,7 +11,7 @@ import yaml
 
 import tools.sample
 import tools.train_classifier
-from dit.classify import ClassifierExperiment
+from dit.experiments.classifier import ClassifierExperiment
 from tests.commands import call
 from tests.datasets import Digits
 from tests.test_classify import values

@@ -11,8 +11,8 @@ import yaml
 import tools.encode
 import tools.train_vae
 from dit.data.codecs.autoencoders import Vae
-from dit.data.manifest import Manifest
-from dit.stage1.experiment import AutoencoderExperiment
+from dit.data.shards.manifest import Manifest
+from dit.experiments.autoencoder import AutoencoderExperiment
 from tests.commands import call
 from tests.datasets import Digits
 from tests.stage1.test_experiment import values

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dit.data.manifest import Manifest
-from dit.data.stream import Stream
+from dit.data.loading.stream import Stream
+from dit.data.shards.manifest import Manifest
 from tests.datasets import Digits, altered
-from tests.ranks import Server
+from tests.rank_processes import Server
 from tests.train.runs import BATCH, Values, go, values
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit import dist
-from dit.train.fragments import Fragment
+from dit.ranks import group
+from dit.train.engines.base import Fragment
 from dit.train.loop import Loop
 from tests.train.runs import Values, built
 
@@ -38,7 +38,7 @@ def assembled(
     ]
     whole: dict[str, Tensor] = {}
     covered: dict[str, Tensor] = {}
-    for name, shape, offset, piece in [p for of_rank in dist.gather_objects(mine) for p in of_rank]:
+    for name, shape, offset, piece in [p for of_rank in group.gather_objects(mine) for p in of_rank]:
         flat = whole.setdefault(name, torch.zeros(shape).flatten())
         count = covered.setdefault(name, torch.zeros(flat.shape, dtype=torch.int64))
         flat[offset : offset + len(piece)] = piece
@@ -47,7 +47,7 @@ def assembled(
     wrong = [name for name, count in covered.items() if not bool((count == 1).all())]
     if wrong:
         raise ValueError(f"fragments do not cover {wrong} exactly once")
-    shapes = {f[0]: f[1] for of_rank in dist.gather_objects(mine) for f in of_rank}
+    shapes = {f[0]: f[1] for of_rank in group.gather_objects(mine) for f in of_rank}
     return {name: flat.view(shapes[name]) for name, flat in whole.items()}
 
 

@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dit import dist
 from dit.config import from_dict, merge
-from dit.experiment import Experiment
-from dit.train import checkpoint
-from dit.train.checkpoint import Reader
+from dit.experiments.diffusion import Experiment
+from dit.experiments.parts import make_parts
+from dit.ranks import group
+from dit.train.checkpoints import checkpoint
+from dit.train.checkpoints.checkpoint import Reader
 from dit.train.loop import Loop
 from dit.train.start import build, train
 from tests.datasets import Digits
@@ -55,13 +56,13 @@ def experiment(given: Values) -> Experiment:
 def go(given: Values) -> None:
     """Train as tools/train.py does."""
     cfg = experiment(given)
-    train(cfg, cfg.make_parts)
+    train(cfg, make_parts)
 
 
 def built(given: Values) -> Loop:
     """The loop of a run, in a session that is open already."""
     cfg = experiment(given)
-    return build(cfg, cfg.make_parts, dist.World.from_env())
+    return build(cfg, make_parts, group.World.from_env())
 
 
 # --- what a run left ---------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit.train.fragments import ADAM_STATE
+from dit.train.engines.base import ADAM_STATE
 from dit.train.loop import Loop
 from tests.train.on_ranks import assembled, full_weights
 from tests.train.runs import Values, built

@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from dit import dist
 from dit.data import DataError
-from dit.data.manifest import Manifest
-from dit.train.checkpoint import CheckpointError
+from dit.data.shards.manifest import Manifest
+from dit.ranks import group
+from dit.train.checkpoints.checkpoint import CheckpointError
 from dit.train.loop import Loop
 from dit.train.quarantine import QuarantineError
 from dit.train.stop import StopRequest
 from tests.data.helpers import flip_byte
 from tests.data.storage.http_server import serving
 from tests.datasets import Digits
-from tests.ranks import Server
+from tests.rank_processes import Server
 from tests.train.runs import BATCH, LR, STEPS, at_step, built, column, go, metrics, values
 
 BROKEN = 3
@@ -134,7 +134,7 @@ def test_the_budget_is_of_all_ranks_together(digits: Digits, ranks: Server, tmp_
 
 def _beyond(given: dict[str, Any]) -> str:
     loop = built(given)
-    rank = dist.World.from_env().rank
+    rank = group.World.from_env().rank
     loop.stream.quarantine.load({(0, 5 * rank + i): "unreadable" for i in range(5)})
     try:
         loop.save()
@@ -177,7 +177,7 @@ def _with_a_fault(given: dict[str, Any]) -> None:
     fetch, failed = reader.fetch, []
 
     def once(index: int, buffers: list[memoryview]) -> Any:
-        if not failed and dist.World.from_env().is_main:
+        if not failed and group.World.from_env().is_main:
             failed.append(index)
             raise reader.fault(index, "a cable was loose")
         return fetch(index, buffers)
@@ -192,7 +192,7 @@ def _with_a_fault(given: dict[str, Any]) -> None:
 def _known_to_one(given: dict[str, Any]) -> list[list[Any]]:
     """What the ranks agree on where rank 1 found block 7 broken since the checkpoint that it went back to."""
     loop = built(given)
-    if dist.World.from_env().rank == 1:
+    if group.World.from_env().rank == 1:
         loop.stream.quarantine.load({(0, 7): "a cable was loose"})
     loop.quarantine.load([])
     return [list(entry) for entry in loop.quarantine.agree(lambda: None)]

@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from dit.config import ConfigError, from_dict
-from dit.dist import World
-from dit.train import checkpoint
-from dit.train.checkpoint import CheckpointError, Reader
+from dit.ranks.group import World
+from dit.train.checkpoints import checkpoint
+from dit.train.checkpoints.checkpoint import CheckpointError, Reader
+from dit.train.checkpoints.export import of_width
 from dit.train.ema import Ema, EmaConfig
-from dit.train.export import of_width
-from dit.train.local import LocalEngine
+from dit.train.engines.local import LocalEngine
 from dit.train.optim import OptimConfig
 from dit.train.posthoc import power_of
 from tests.datasets import Digits
-from tests.ranks import Server
+from tests.rank_processes import Server
 from tests.train.conftest import Poisoned
 from tests.train.on_ranks import steps_beside_reference
 from tests.train.runs import STEPS as STEPS_OF_A_RUN

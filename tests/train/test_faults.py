@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from dit import dist
 from dit.config import ConfigError, from_dict, merge
 from dit.flow.objective import Loss
+from dit.ranks import group
 from dit.train.faults import Faults, FaultsConfig, TrainingError, guarded
 from dit.train.stop import StopRequest
 from tests.datasets import Digits, altered
-from tests.ranks import RanksFailed, Server
+from tests.rank_processes import RanksFailed, Server
 from tests.train.conftest import Poisoned
 from tests.train.runs import STEPS, Values, at_step, built, column, differing, forked, go, state, values
 
@@ -313,7 +313,7 @@ def test_a_way_back_that_is_broken_hides_no_spike(
 ) -> None:
     """With every earlier checkpoint broken it goes on as if it might not go back, and says why."""
     given = spiky_run(digits, spiky, tmp_path, returns=1) | {"engine": "local"}
-    with dist.session():
+    with group.session():
         loop = built(given)
         mend = loop.mend
 
@@ -365,7 +365,7 @@ def test_settings_that_mean_nothing_are_refused(wrong: dict, words: str) -> None
 def come_apart(given: Values) -> None:
     """A number in rank 1's copy of the weights is not what it was."""
     loop = built(given)
-    if dist.World.from_env().rank == 1:
+    if group.World.from_env().rank == 1:
         with torch.no_grad():
             dict(loop.engine.module.named_parameters())["output.proj.bias"].add_(0.1)
     loop.save()

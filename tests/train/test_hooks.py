@@ -14,17 +14,18 @@ from PIL import Image
 
 from dit.config import ConfigError
 from dit.data import DataError
-from dit.data.manifest import Manifest
-from dit.data.stream import Stream
-from dit.dist import World
+from dit.data.loading.stream import Stream
+from dit.data.shards.manifest import Manifest
 from dit.evals.valloss import held_out_loss
-from dit.experiment import Trained
+from dit.experiments.parts import make_parts
+from dit.experiments.trained import Trained
+from dit.ranks.group import World
 from dit.rng import Draws
 from dit.train.hooks import VAL_SEED, held_out_hook
 from dit.train.task import LatentTask, batch_samples
 from tests.data.helpers import edit_manifest
 from tests.datasets import Digits
-from tests.ranks import Server
+from tests.rank_processes import Server
 from tests.train.runs import BATCH, STEPS, at_step, experiment, go, values
 from tests.train.test_loop import curve
 
@@ -142,6 +143,6 @@ def test_held_out_data_too_few_for_the_ranks_are_refused(digits: Digits, tmp_pat
 def test_without_a_cadence_there_is_no_hook(digits: Digits, tmp_path: Path) -> None:
     cfg = experiment(values(digits, tmp_path))
     manifest = Manifest.load(digits.moments)
-    parts = cfg.make_parts(manifest, World())
+    parts = make_parts(cfg, manifest, World())
     assert parts.hooks == []
     assert held_out_hook(cfg, manifest, parts.task, World()) == []

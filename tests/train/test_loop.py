@@ -18,11 +18,11 @@ from dit.data import DataError
 from dit.data.codecs.codec import Pixels
 from dit.data.encoding.encode import EncodeOptions, encode
 from dit.data.sources.images import open_source
-from dit.train.checkpoint import CheckpointError
+from dit.train.checkpoints.checkpoint import CheckpointError
 from dit.train.loop import TrainingError
 from dit.train.meters import SPEEDS
 from tests.datasets import Digits, altered, first
-from tests.ranks import Job, RanksFailed, Server
+from tests.rank_processes import Job, RanksFailed, Server
 from tests.train.conftest import Poisoned
 from tests.train.runs import (
     BATCH,

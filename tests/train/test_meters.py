@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from dit import dist
-from dit.dist import World
 from dit.flow.objective import Loss
+from dit.ranks import group
+from dit.ranks.group import World
 from dit.train.meters import Meters, RunLog, truncate
-from tests.ranks import Server
+from tests.rank_processes import Server
 
 CPU = torch.device("cpu")
 
@@ -103,7 +103,7 @@ def two_ranks_after_a_resume() -> dict:
     )
     meters.add(loss([1.0 + rank], [0.3 * rank]))
     meters.add_hash(torch.tensor([1 + rank]))
-    dist.barrier()
+    group.barrier()
     return meters.take(1, 2)
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from dit.classify import ClassifierExperiment
 from dit.config import ConfigError, from_dict, keys_of, merge, to_dict
 from dit.configfile import load
-from dit.dist import World
-from dit.experiment import Experiment
-from dit.stage1.experiment import AutoencoderExperiment
+from dit.experiments.autoencoder import AutoencoderExperiment
+from dit.experiments.classifier import ClassifierExperiment
+from dit.experiments.diffusion import Experiment
+from dit.ranks.group import World
 from dit.train.run_dir import claim, differences, is_operational, locked
 
 BASE = {"data": {"path": "there"}, "model": {"size": "nano"}, "train": {"steps": 10, "global_batch": 8}}

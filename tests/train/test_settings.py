@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dit.config import ConfigError, from_dict
-from dit.dist import World
+from dit.ranks.group import World
 from dit.train.settings import RunConfig, TrainConfig
 
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 import dit
-from dit import dist
 from dit.config import to_dict
-from dit.data.manifest import Manifest
-from dit.train import checkpoint
-from dit.train.checkpoint import CheckpointError, Reader
+from dit.data.shards.manifest import Manifest
+from dit.ranks import group
+from dit.train.checkpoints import checkpoint
+from dit.train.checkpoints.checkpoint import CheckpointError, Reader
 from dit.train.start import device_peak, stored_shape
 from tests.datasets import Digits
-from tests.ranks import Server
+from tests.rank_processes import Server
 from tests.train.on_ranks import full_weights
 from tests.train.runs import (
     STEPS,
@@ -35,7 +35,7 @@ from tests.train.runs import (
 
 def initial(given: Values) -> dict[str, torch.Tensor]:
     """A run's weights before its first step."""
-    with dist.session():
+    with group.session():
         return full_weights(built(given))
 
 

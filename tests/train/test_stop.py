@@ -11,21 +11,22 @@ from typing import Any
 
 import pytest
 
-from dit import dist
-from dit.dist import SIGNALS
 from dit.errors import Stopped
-from dit.train import checkpoint
+from dit.experiments.parts import make_parts
+from dit.ranks import group
+from dit.ranks.group import SIGNALS
+from dit.train.checkpoints import checkpoint
 from dit.train.start import train
 from dit.train.stop import rank_flags, stop_request
 from tests.datasets import Digits
-from tests.ranks import RanksFailed, Server
+from tests.rank_processes import RanksFailed, Server
 from tests.train.runs import STEPS, Values, at_step, built, column, differing, experiment, go, state, values
 
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_one_rank_alone_hears_it_at_once(number: signal.Signals) -> None:
     before = signal.getsignal(number)
-    with stop_request() as stop, rank_flags(dist.World()) as flags:
+    with stop_request() as stop, rank_flags(group.World()) as flags:
         assert flags.exchange(stop.heard is not None) == (False,)
         os.kill(os.getpid(), number)
         assert flags.exchange(stop.heard is not None) == (True,)
@@ -47,7 +48,7 @@ def test_once_stopped_no_signal_ends_it_otherwise() -> None:
 
 def heard_by(one: int, at: int) -> list[list[int]]:
     """What is agreed on this rank in eight steps, where rank `one` gets a signal before step `at`, and its rank."""
-    with dist.session() as world, stop_request() as stop, rank_flags(world) as flags:
+    with group.session() as world, stop_request() as stop, rank_flags(world) as flags:
         said = []
         for step in range(8):
             if (world.rank, step) == (one, at):
@@ -129,12 +130,12 @@ def started_with_a_signal(given: Values) -> None:
     """Train; rank 1 gets a signal when its data are opened, before there is a model."""
     cfg = experiment(given)
 
-    def make_parts(*arguments: Any) -> Any:
-        if dist.World.from_env().rank == 1:
+    def signalled(*arguments: Any) -> Any:
+        if group.World.from_env().rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return cfg.make_parts(*arguments)
+        return make_parts(*arguments)
 
-    train(cfg, make_parts)
+    train(cfg, signalled)
 
 
 def test_a_signal_that_comes_while_a_run_starts_is_heard(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dit.config import ConfigError, config, from_dict
 from dit.data import DataError
-from dit.data.manifest import Manifest
+from dit.data.shards.manifest import Manifest
 from dit.data.storage.remote import public
 from dit.rng import Draws, Purpose
 

@@ -13,8 +13,8 @@ from dit.data.codecs.base import Codec
 from dit.data.encoding.differences import differences, shown
 from dit.data.encoding.job import EncodeOptions, check_fit, planned, views
 from dit.data.encoding.parts import refuse_other
-from dit.data.manifest import FILE, Manifest
-from dit.data.write import PLAN
+from dit.data.shards.manifest import FILE, Manifest
+from dit.data.shards.write import PLAN
 
 
 def check_out(out: Path) -> None:

@@ -20,9 +20,9 @@ from dit.data.encoding.job import EncodeOptions, Job, filled
 from dit.data.encoding.part_encoder import PartEncoder
 from dit.data.encoding.parts import Books, Done, Part, Unreadable, forget_plan, images_done
 from dit.data.encoding.report import Report, Waiting
-from dit.data.manifest import FILE, Manifest
+from dit.data.shards.manifest import FILE, Manifest
+from dit.data.shards.write import PLAN
 from dit.data.sources.images import BadImage, ImageSource
-from dit.data.write import PLAN
 from dit.files import write_atomically
 
 __all__ = ["EncodeOptions", "Report", "Waiting", "encode"]

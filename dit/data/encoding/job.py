@@ -16,11 +16,11 @@ from dit.config import ConfigError, config, to_dict
 from dit.data import DataError
 from dit.data.codecs.base import Codec
 from dit.data.encoding.parts import Done, Part, cut
-from dit.data.manifest import Manifest, Names
-from dit.data.records import END, member_bytes
+from dit.data.shards.manifest import Manifest, Names
+from dit.data.shards.records import END, member_bytes
+from dit.data.shards.write import ChannelStats, names_file, samples_per_block
 from dit.data.sources.crops import CROPS, Centre, Crop
 from dit.data.sources.images import ImageSource
-from dit.data.write import ChannelStats, names_file, samples_per_block
 from dit.rng import Purpose, permutation
 
 OPERATIONAL = (

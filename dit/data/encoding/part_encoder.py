@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dit import dist
 from dit.data import DataError
 from dit.data.encoding.job import Job
 from dit.data.encoding.parts import Done, Part, Unreadable
-from dit.data.manifest import Shard
+from dit.data.shards.manifest import Shard
+from dit.data.shards.write import BlockCutter, ChannelStats, ShardFile
 from dit.data.sources.images import BadImage
-from dit.data.write import BlockCutter, ChannelStats, ShardFile
+from dit.ranks import group
 from dit.rng import Draws, Purpose
 
 Loaded = tuple[np.ndarray, bool] | BadImage  # the bool: whether it was enlarged
@@ -89,7 +89,7 @@ class PartEncoder:
     def __init__(self, job: Job, folder: Path, tag: str):
         """tag: as ShardFile has it."""
         self.job, self.folder, self.tag = job, folder, tag
-        workers = job.options.workers or min(16, dist.cores())
+        workers = job.options.workers or min(16, group.cores())
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="dit-decode")
         self._early: dict[int, Future[Loaded]] = {}  # images of what is likely to be the next part
 

@@ -29,8 +29,8 @@ from typing import Any
 from dit.config import config, from_dict, to_dict
 from dit.data import DataError
 from dit.data.encoding.differences import differences, is_of_images, shown
-from dit.data.manifest import FILE, Block, Manifest, Shard
-from dit.data.write import PLAN, shard_name
+from dit.data.shards.manifest import FILE, Block, Manifest, Shard
+from dit.data.shards.write import PLAN, shard_name
 from dit.files import sync, write_atomically
 
 FORMAT = "dit-parts/1"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dit.data.manifest import Manifest
+from dit.data.shards.manifest import Manifest
 
 
 @dataclass

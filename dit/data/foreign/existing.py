@@ -8,7 +8,7 @@ from pathlib import Path
 from dit.data import DataError
 from dit.data.codecs.base import Codec
 from dit.data.foreign.index import IndexOptions, UnknownCodec, shard_name
-from dit.data.manifest import FILE, Manifest
+from dit.data.shards.manifest import FILE, Manifest
 from dit.data.storage.files import AnyStorage
 from dit.data.storage.remote import is_remote
 

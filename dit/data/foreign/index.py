@@ -25,11 +25,11 @@ from dit.data.codecs.base import Codec
 from dit.data.codecs.codec import parse_codec
 from dit.data.foreign.reader import ARRAYS, json_label, read_array, split_path
 from dit.data.foreign.tape import MAX_LABEL, MAX_SAMPLE, Beginning, Indexed, Layout, ShardIndexer, groups
-from dit.data.manifest import FILE, ITEMSIZE, MAX_BLOCK_BYTES, Block, Foreign, Manifest, Names, Shard
+from dit.data.shards.manifest import FILE, ITEMSIZE, MAX_BLOCK_BYTES, Block, Foreign, Manifest, Names, Shard
+from dit.data.shards.write import ChannelStats, write_names
 from dit.data.sources.source import listing
 from dit.data.sources.tarwalk import Member
 from dit.data.storage.remote import advised, is_remote, public
-from dit.data.write import ChannelStats, write_names
 
 
 @config

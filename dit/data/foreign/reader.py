@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from dit.data.blocks import BlockReader
-from dit.data.manifest import Foreign, Manifest
-from dit.data.records import TAR_BLOCK, parse_npy, parse_npy_header
+from dit.data.shards.blocks import BlockReader
+from dit.data.shards.manifest import Foreign, Manifest
+from dit.data.shards.records import TAR_BLOCK, parse_npy, parse_npy_header
 from dit.data.storage.files import AnyStorage, Storage
 
 LOGVAR_RANGE = (-30.0, 20.0)  # to which latent diffusion's DiagonalGaussianDistribution clamps log variances

@@ -27,12 +27,12 @@ from dit.data.foreign.reader import (
     split_path,
     wanted,
 )
-from dit.data.manifest import MAX_BLOCK_BYTES, Foreign
-from dit.data.records import TAR_BLOCK
+from dit.data.shards.manifest import MAX_BLOCK_BYTES, Foreign
+from dit.data.shards.records import TAR_BLOCK
+from dit.data.shards.write import ChannelStats
 from dit.data.sources.tarwalk import Member, walk
 from dit.data.storage.files import AnyStorage
 from dit.data.storage.remote import public
-from dit.data.write import ChannelStats
 
 CHUNK = 4 << 20  # bytes asked for at a time
 MAX_STRETCH = 4 * MAX_BLOCK_BYTES  # bytes of a block in its shard, with what lies beside the arrays

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 
 from dit.config import ConfigError
-from dit.data.manifest import Manifest
-from dit.data.records import xxh3_of
+from dit.data.shards.manifest import Manifest
+from dit.data.shards.records import xxh3_of
 from dit.data.storage.files import State, Storage, describe
 from dit.data.storage.nodecache import NodeCache, NodeCacheConfig
 from dit.data.storage.remote import public

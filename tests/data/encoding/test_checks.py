@@ -12,8 +12,8 @@ from dit.data.codecs.codec import PixelCodec
 from dit.data.encoding.checks import check_early, check_out
 from dit.data.encoding.encode import EncodeOptions, encode
 from dit.data.encoding.job import planned
+from dit.data.shards.write import PLAN
 from dit.data.sources.images import open_source
-from dit.data.write import PLAN
 from tests.data.helpers import tiny_vae
 
 OPTIONS = EncodeOptions(image_size=8, workers=1)

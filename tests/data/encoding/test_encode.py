@@ -14,16 +14,16 @@ from PIL import Image
 
 from dit.config import ConfigError, from_dict
 from dit.data import DataError
-from dit.data import write as write_module
-from dit.data.blocks import BlockReader
 from dit.data.codecs.autoencoders import VaeCodec
 from dit.data.codecs.codec import PixelCodec
 from dit.data.encoding.encode import EncodeOptions, encode
-from dit.data.manifest import Manifest
+from dit.data.shards import write as write_module
+from dit.data.shards.blocks import BlockReader
+from dit.data.shards.manifest import Manifest
+from dit.data.shards.verify import verify
+from dit.data.shards.write import PLAN
 from dit.data.sources.crops import RandomResized
 from dit.data.sources.images import open_source
-from dit.data.verify import verify
-from dit.data.write import PLAN
 from tests.data.helpers import tiny_vae
 
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from dit.data import DataError
 from dit.data.encoding.parts import MANY, Books, Done, Part, Unreadable, cut
-from dit.data.manifest import Shard
-from dit.data.write import PLAN
+from dit.data.shards.manifest import Shard
+from dit.data.shards.write import PLAN
 
 PLANS = {"options": {"image_size": 8, "flip": True}, "images": {"count": 3, "names": "aa"}}
 

@@ -22,9 +22,9 @@ from dit.data.encoding.encode import EncodeOptions, _Run, encode
 from dit.data.encoding.job import Job
 from dit.data.encoding.part_encoder import PartEncoder
 from dit.data.encoding.parts import Books
-from dit.data.manifest import Manifest
+from dit.data.shards.manifest import Manifest
+from dit.data.shards.verify import verify
 from dit.data.sources.images import ImageSource, open_source
-from dit.data.verify import verify
 from tests.data.encoding.zygote import Zygote
 from tests.data.helpers import tiny_vae
 

@@ -1,6 +1,6 @@
 """Processes without the seconds that one needs to import torch: forked from a process that has imported it.
 
-Unlike tests/ranks.py they join no process group: any of them may be killed at any moment, the others go on.
+Unlike tests/rank_processes.py they join no process group: any of them may be killed at any moment, the others go on.
 """
 
 from __future__ import annotations

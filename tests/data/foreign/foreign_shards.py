@@ -15,7 +15,7 @@ import webdataset
 
 from dit.data.foreign.index import IndexOptions, UnknownCodec, index
 from dit.data.foreign.shard_list import find_shards
-from dit.data.manifest import Manifest
+from dit.data.shards.manifest import Manifest
 
 CHANNELS, SIZE, CLASSES = 2, 3, 5
 CODEC = UnknownCodec(channels=CHANNELS, scaling_factor=0.18215)

@@ -23,11 +23,11 @@ from dit.data.foreign.index import IndexOptions, UnknownCodec, codec_of, codec_s
 from dit.data.foreign.reader import ARRAYS, LABELS, places, split_path
 from dit.data.foreign.shard_list import find_shards, total_bytes
 from dit.data.foreign.tape import MAX_STRETCH
-from dit.data.manifest import FILE, Manifest
-from dit.data.readers import open_reader
+from dit.data.loading.stream import Stream
+from dit.data.shards.manifest import FILE, Manifest
+from dit.data.shards.readers import open_reader
+from dit.data.shards.verify import verify
 from dit.data.sources.tarwalk import walk
-from dit.data.stream import Stream
-from dit.data.verify import verify
 from tests.data.foreign.foreign_shards import (
     CLASSES,
     CODEC,

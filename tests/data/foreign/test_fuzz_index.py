@@ -18,7 +18,7 @@ import torch
 
 from dit.data import DataError
 from dit.data.foreign.index import IndexOptions, index
-from dit.data.readers import open_reader
+from dit.data.shards.readers import open_reader
 from tests.data.foreign.foreign_shards import CODEC, array_of, as_json, pt, write_shards
 
 SIZES, BROKEN = [4, 3], "latents-001.tar"

@@ -15,13 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit.data import DataError
-from dit.data.blocks import BlockError, BlockReader
-from dit.data.manifest import FILE, Manifest
+from dit.data.loading.stream import Stream
+from dit.data.shards.blocks import BlockError, BlockReader
+from dit.data.shards.manifest import FILE, Manifest
 from dit.data.storage import web
 from dit.data.storage.files import AnyStorage, open_storage
 from dit.data.storage.remote import Retry, join, public, split, text_of
 from dit.data.storage.web import HttpStorage
-from dit.data.stream import Stream
 from tests.data.helpers import flip_byte, write_dataset
 from tests.data.storage.http_server import FAULTS, serving
 

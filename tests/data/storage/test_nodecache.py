@@ -19,12 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit.config import ConfigError, from_dict
-from dit.data.blocks import BlockError, BlockReader
-from dit.data.manifest import Manifest
-from dit.data.readers import open_reader
-from dit.data.records import xxh3_of
+from dit.data.loading.stream import Stream
+from dit.data.shards.blocks import BlockError, BlockReader
+from dit.data.shards.manifest import Manifest
+from dit.data.shards.readers import open_reader
+from dit.data.shards.records import xxh3_of
 from dit.data.storage.nodecache import LOCK, PARTIAL, NodeCacheConfig
-from dit.data.stream import Stream
 from tests.data.foreign.foreign_shards import write_foreign
 from tests.data.helpers import flip_byte, write_dataset
 from tests.data.storage.http_server import serving
@@ -379,8 +379,8 @@ def test_what_a_process_left_half_written_is_removed(source, folder):
 HAMMER = """
 import sys
 import numpy as np
-from dit.data.blocks import BlockReader
-from dit.data.manifest import Manifest
+from dit.data.shards.blocks import BlockReader
+from dit.data.shards.manifest import Manifest
 from dit.data.storage.nodecache import NodeCacheConfig
 
 root, folder, limit, seed = sys.argv[1:]

@@ -1,0 +1,168 @@
+"""ZeRO stages against torch's DistributedDataParallel: bytes that each rank sends a step, and the step's time (P3).
+
+Every contender trains the same model on the same global batch with the same AdamW and clipping, in fp32; all of them
+live in the same processes and take turns there. Nothing is read and no average is kept: what differs is the engine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.spawn import spawn
+from torch.nn.parallel import DistributedDataParallel
+
+from dit.bench.speed.turns import Contender, Spread, ratio, take_turns
+from dit.bench.speed.wire import Wire, formula
+from dit.config import ConfigError, config
+from dit.model.dit import DiT, DiTConfig
+from dit.ranks import group
+from dit.ranks.group import World
+from dit.train.engines.local import LocalEngine
+from dit.train.engines.zero_config import STAGES, ZeroConfig
+from dit.train.engines.zero_engine import DeepSpeedEngine
+from dit.train.optim import OptimConfig
+
+DDP = "DDP"
+CHANNELS, SIDE, CLASSES, LR = 4, 16, 10, 1e-4
+
+
+@config
+class ZeroBench:
+    """Sizes. batch: global. accumulation: micro-batches a rank and step. steps: a turn. ranks: of each figure."""
+
+    width: int = 192
+    depth: int = 12
+    heads: int = 3
+    batch: int = 32
+    accumulation: int = 1
+    steps: int = 4
+    repeats: int = 5
+    ranks: tuple[int, ...] = (2, 4)
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.repeats, self.accumulation, *self.ranks) < 1:
+            raise ConfigError("steps, repeats, accumulation and ranks are at least 1")
+        for size in self.ranks:
+            if self.batch % (size * self.accumulation):
+                raise ConfigError(
+                    f"a batch of {self.batch} cannot be shared by {size} ranks x {self.accumulation} micro-batches"
+                )
+
+
+def run(cfg: ZeroBench, progress: Callable[[], object] = lambda: None) -> dict[str, Any]:
+    """For each number of ranks {contender: figures}, as JSON values. progress: called once for each."""
+    found = {}
+    for size in cfg.ranks:
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "figures.json"
+            spawn(_rank, (size, group.free_port(), cfg, str(out)), nprocs=size)
+            found[str(size)] = json.loads(out.read_text())
+        progress()
+    return found
+
+
+def _rank(rank: int, size: int, port: int, cfg: ZeroBench, out: str) -> None:
+    """What one process does; rank 0 writes the figures."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES="")
+    torch.set_num_threads(1)
+    with group.session() as world:
+        steps = _engines(cfg, world)
+        contenders = [Contender(name, _turn(step, cfg.steps)) for name, step in steps.items()]
+        times = take_turns(contenders, cfg.repeats)
+        seconds = {name: [1 / rate for rate in figures.rate] for name, figures in times.items()}
+        psi = 4 * sum(p.numel() for p in _model(cfg).parameters())
+        figures = {}
+        for number, name in enumerate(steps):
+            with Wire() as wire:
+                steps[name]()
+            stage = STAGES[max(0, number - 1)]
+            figures[name] = {
+                "sent_bytes": wire.sent(),
+                "formula_bytes": formula(stage, psi, size, cfg.accumulation),
+                "step_seconds": vars(Spread.of(seconds[name])),
+                "of_ddp": vars(ratio(seconds[name], seconds[DDP])),
+            }
+    if world.is_main:
+        Path(out).write_text(json.dumps(figures))
+
+
+def _turn(step: Callable[[], None], steps: int) -> Callable[[int], int]:
+    def turn(number: int) -> int:
+        for _ in range(steps):
+            step()
+        group.barrier()
+        return steps
+
+    return turn
+
+
+def _model(cfg: ZeroBench) -> DiT:
+    torch.manual_seed(0)
+    return DiTConfig(width=cfg.width, depth=cfg.depth, heads=cfg.heads).build(SIDE, CHANNELS, CLASSES)
+
+
+def _engines(cfg: ZeroBench, world: World) -> dict[str, Callable[[], None]]:
+    """A training step of each contender."""
+    samples = _samples(cfg.batch // world.size, world)
+    found = {DDP: _ddp(cfg, world, samples)}
+    for stage in STAGES:
+        module = _model(cfg)
+        engine = DeepSpeedEngine(
+            module,
+            OptimConfig(lr=LR),
+            world,
+            zero=ZeroConfig(stage=stage),
+            global_batch=cfg.batch,
+            accumulation=cfg.accumulation,
+            leaf_modules=tuple({type(block) for block in module.blocks}),
+        )
+        found[f"stage {stage}"] = _step(engine, samples, cfg.accumulation)
+    return found
+
+
+def _step(engine: Any, samples: tuple[Tensor, ...], accumulation: int) -> Callable[[], None]:
+    def step() -> None:
+        for micro in zip(*(part.chunk(accumulation) for part in samples), strict=True):
+            engine.backward(_loss(engine, micro))
+        engine.step(LR)
+
+    return step
+
+
+def _ddp(cfg: ZeroBench, world: World, samples: tuple[Tensor, ...]) -> Callable[[], None]:
+    """Torch's own: gradients are communicated in the last micro-batch's backward pass alone."""
+    alone = replace(world, size=1)  # the optimizer's part of a step is that of one process
+    engine = LocalEngine(_model(cfg), OptimConfig(lr=LR), alone, accumulation=cfg.accumulation)
+    wrapped = DistributedDataParallel(engine.module)
+
+    def step() -> None:
+        *first, last = zip(*(part.chunk(cfg.accumulation) for part in samples), strict=True)
+        with wrapped.no_sync():
+            for micro in first:
+                engine.backward(_loss(wrapped, micro))
+        engine.backward(_loss(wrapped, last))
+        engine.step(LR)
+
+    return step
+
+
+def _samples(count: int, world: World) -> tuple[Tensor, ...]:
+    """x (B, C, H, W), t (B,), label (B,), target (B, C, H, W) of this rank."""
+    generator = torch.Generator().manual_seed(world.rank)
+    x, target = torch.randn(2, count, CHANNELS, SIDE, SIDE, generator=generator)
+    return x, torch.rand(count, generator=generator), torch.arange(count) % CLASSES, target
+
+
+def _loss(model: Any, samples: tuple[Tensor, ...]) -> Tensor:
+    x, t, label, target = samples
+    out: Tensor = model(x, t, {"label": label, "drop": torch.zeros_like(label, dtype=torch.bool)})
+    return (out - target).square().mean()

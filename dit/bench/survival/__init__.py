@@ -1,0 +1,1 @@
+"""What a run survives: faults put into it on purpose."""

@@ -1,0 +1,1 @@
+"""From shards to batches: which sample stands where, and how it gets there."""

@@ -1,0 +1,1 @@
+"""The data set on disk: manifest, records, blocks; writing, reading and verifying them."""

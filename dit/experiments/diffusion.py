@@ -1,0 +1,119 @@
+"""The schema of a diffusion or flow experiment, and how its parts are made from it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+
+from dit.config import ConfigError, config
+from dit.data.codecs.base import Codec, CodecConfig
+from dit.data.codecs.codec import CODECS
+from dit.data.codecs.norm import LatentNorm, latent_norm
+from dit.data.shards.manifest import Manifest
+from dit.experiments.latents import (
+    LatentsConfig,
+    check_noise,
+    open_codec,
+)
+from dit.flow.objective import Objective
+from dit.model.cost import Cost, Memory, cost
+from dit.model.dit import MODELS, DiTConfig
+from dit.ranks.group import World
+from dit.sample.generate import SamplerSpec
+from dit.train.optim import freeze
+from dit.train.settings import RunConfig, TrainConfig
+from dit.train.task import LatentTask
+
+Precision = Literal["fp32", "bf16"]
+
+
+@config
+class SampleConfig(SamplerSpec):
+    """The grids drawn during training."""
+
+    every: Annotated[int, Field(ge=0)] = 0  # steps; 0 = never
+    count: Annotated[int, Field(ge=1)] = 64  # images, one class after the other
+    num_steps: Annotated[int, Field(ge=1)] = 25
+
+
+@config
+class DiffusionTrainConfig(TrainConfig):
+    """How long, how large, how precise; and what only a conditional model of blocks has."""
+
+    label_drop: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of labels replaced by the null condition
+    compile: bool = False  # torch.compile each block
+
+
+@config
+class Experiment(RunConfig):
+    """A run of tools/train.py."""
+
+    train: DiffusionTrainConfig = DiffusionTrainConfig()
+    model: Annotated[DiTConfig, MODELS] = DiTConfig()
+    objective: Objective = Objective()
+    latents: LatentsConfig = LatentsConfig()
+    codec: Annotated[CodecConfig, CODECS] | None = None  # where the data's codec is, for pictures
+    sample: SampleConfig = SampleConfig()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.objective.check()
+        if self.model.learn_sigma and not self.objective.uses_variance:
+            raise ConfigError(
+                "model.learn_sigma gives the network variance channels that objective.auxiliary does not train; "
+                "set objective.auxiliary: learned_range, or model.learn_sigma: false"
+            )
+        if self.objective.uses_variance and not self.model.learn_sigma:
+            raise ConfigError(
+                "objective.auxiliary trains variance channels that the network lacks; "
+                "set model.learn_sigma: true, or leave objective.auxiliary out"
+            )
+        if self.sample.every:
+            try:
+                self.sample.check(self.objective.path, self.objective.prediction, self.model.learn_sigma)
+            except ConfigError as error:
+                raise ConfigError(f"sample, the pictures drawn during training: {error}") from None
+
+    def task(self, manifest: Manifest, world: World) -> LatentTask:
+        """What is trained on these data; ConfigError where the coupling does not fit them or the micro-batch."""
+        check_noise(self.objective.coupling, manifest, self.data.val if self.val.every else None)
+        micro = self.train.micro(world)
+        if micro % self.objective.coupling.group:
+            raise ConfigError(
+                f"a micro-batch of {micro} samples is no multiple of objective.coupling.group = "
+                f"{self.objective.coupling.group}; change train.micro_batch or the group"
+            )
+        # the statistics of generated latents are not their own
+        has_unit_variance = self.latents.norm == "dataset" and not manifest.eps
+        return LatentTask(self.objective, self.norm(manifest), self.train.label_drop, has_unit_variance)
+
+    def cost(self, manifest: Manifest) -> Cost:
+        """Parameters, FLOPs and memory of the model on these data."""
+        return cost(self.model, manifest.input_size, manifest.channels, len(manifest.classes))
+
+    def memory(self, manifest: Manifest, world: World, stage: int, frozen: int = 0) -> Memory:
+        """What a rank holds at a ZeRO stage. frozen: numbers in parameters that are not trained."""
+        return self.cost(manifest).memory(
+            self.train.micro(world),
+            zero_stage=stage,
+            world_size=world.size,
+            precision=self.train.precision,
+            averages=self.ema.count,
+            frozen=frozen,
+        )
+
+    def frozen(self, manifest: Manifest) -> int:
+        """Numbers in parameters that train.freeze keeps from training; ConfigError where a pattern fits none."""
+        with torch.device("meta"):
+            module = self.model.build(manifest.input_size, manifest.channels, len(manifest.classes))
+        return freeze(module, self.train.freeze)
+
+    def open_codec(self, manifest: Manifest, device: torch.device) -> Codec:
+        """What decodes the pictures that training draws. Raises as `open_codec` of dit.experiments.latents does."""
+        return open_codec(self.codec, manifest.codec, f"{self.data.name}/manifest.json", device)
+
+    def norm(self, manifest: Manifest) -> LatentNorm:
+        """The latents' normalisation."""
+        return latent_norm(manifest, self.latents.norm)

@@ -1,0 +1,167 @@
+"""Models loaded from checkpoints, to sample from or to guide others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dit.config import ConfigError, from_dict, to_dict
+from dit.data.codecs.base import Codec
+from dit.data.codecs.codec import parse_codec
+from dit.data.codecs.norm import LatentNorm
+from dit.experiments.classifier import TrainedClassifier
+from dit.experiments.diffusion import Experiment
+from dit.experiments.latents import (
+    check_same_latents,
+    check_same_path,
+    open_codec,
+)
+from dit.flow.path import Path as NoisePath
+from dit.sample.denoise import DenoiseFn, Denoiser, with_precision
+from dit.sample.generate import Sampler, SamplerSpec, check_classes
+from dit.sample.guide import LogitsFn
+from dit.train.checkpoints import checkpoint
+from dit.train.checkpoints.checkpoint import CheckpointError, Reader
+from dit.train.ema import MAIN
+
+Precision = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model from a checkpoint, ready to sample."""
+
+    model: torch.nn.Module
+    experiment: Experiment
+    norm: LatentNorm
+    contract: dict[str, Any]
+    step: int
+    path: Path
+    weights: str = "ema"  # or "model"
+
+    @classmethod
+    def load(cls, run_or_checkpoint: str, weights: str, device: torch.device) -> Trained:
+        """From a run directory (its newest good checkpoint) or one checkpoint. weights: "ema" or "model"."""
+        found = checkpoint.resolve(run_or_checkpoint)
+        if not found.is_sharded and weights == MAIN:
+            (weights,) = found.weights  # an exported file has one set, which is what is meant
+        try:
+            experiment = from_dict(Experiment, found.meta["config"])
+        except ConfigError as error:
+            kind = (
+                "a classifier, for --guidance"
+                if "classifier" in found.meta["config"]
+                else "not of tools/train.py"
+            )
+            raise CheckpointError(f"{found.path} holds no model to draw from ({kind}): {error}") from None
+        contract = found.meta["contract"]
+        channels, height, width = contract["shape"]
+        model = experiment.model.build((height, width), channels, len(contract["classes"]))
+        model.load_state_dict(Reader(found).state_dict(weights))
+        norm = from_dict(LatentNorm, contract["norm"])
+        return cls(model.to(device).eval(), experiment, norm, contract, found.step, found.path, weights)
+
+    def sampler(
+        self,
+        spec: SamplerSpec,
+        codec_keys: Mapping[str, str] | None,
+        device: torch.device,
+        precision: Precision,
+    ) -> Sampler:
+        """A sampler with this spec. codec_keys: {"codec.path": ...}, over where training had the codec.
+
+        None: of latents alone; it opens no codec and decodes nothing.
+        """
+        objective, contract = self.experiment.objective, self.contract
+        spec.check(objective.path, objective.prediction, self.experiment.model.learn_sigma)
+        for guidance in spec.guidance:
+            guidance.check(contract["shape"][0])
+        if spec.needs_label and not contract["classes"]:
+            raise ConfigError(
+                f"{self.path} was trained without classes: guidance by class has no effect; scale 1 is none"
+            )
+        opened = None if codec_keys is None else self._codec(codec_keys, device)
+        shape = tuple(contract["shape"])
+
+        def decode(x: Tensor) -> Tensor:
+            if opened is None:
+                raise ValueError("this sampler was made without a codec: it has latents, and no images")
+            return opened.decode(self.norm.invert(x))
+
+        return Sampler(
+            with_precision(self.model, device, precision),
+            objective.path,
+            objective.prediction,
+            decode,
+            (shape[0], shape[1], shape[2]),
+            spec,
+            device,
+            Checkpoints(objective.path, contract, str(self.path), self.weights, device, precision),
+        )
+
+    def _codec(self, keys: Mapping[str, str], device: torch.device) -> Codec:
+        choice = self.experiment.codec
+        if keys:
+            base, name = to_dict(choice) or {}, self.contract["codec"]["name"]
+            is_like_it = bool(base) and (base["name"] == "pixels") == (name == "pixels")
+            choice = parse_codec(base if is_like_it else {"name": name}, keys)
+        return open_codec(choice, self.contract["codec"], str(self.path), device)
+
+    def classes(self, text: str) -> list[int]:
+        """Class numbers from "all" or "0,3"; ConfigError where they are out of range."""
+        count = len(self.contract["classes"])
+        try:
+            chosen = list(range(count)) or [-1] if text == "all" else [int(c) for c in text.split(",")]
+        except ValueError:
+            raise ConfigError(f"classes must be 'all' or numbers like 0,3; got '{text}'") from None
+        check_classes(chosen, count)
+        return chosen
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Opens other runs for guidance (`dit.sample.guide.Opener`); on other latents or another path they are refused.
+
+    path, contract, named: of the model that is guided. weights: "ema" or "model", of what is opened.
+    """
+
+    path: NoisePath
+    contract: Mapping[str, Any]
+    named: str
+    weights: str
+    device: torch.device
+    precision: Precision
+    opened: dict[str, dict[str, Any]] = field(default_factory=dict)  # name as given -> what was found there
+    held: dict[str, Any] = field(
+        default_factory=dict
+    )  # what was loaded, by name: once for all grids of a training
+
+    def denoiser(self, run_or_checkpoint: str) -> DenoiseFn:
+        """Of another run of tools/train.py, whatever it predicts."""
+        if run_or_checkpoint not in self.held:
+            other = Trained.load(run_or_checkpoint, self.weights, self.device)
+            objective = other.experiment.objective
+            self._take(run_or_checkpoint, other.contract, objective.path, other.path, other.step)
+            network = with_precision(other.model, self.device, self.precision)
+            self.held[run_or_checkpoint] = Denoiser(network, objective.path, objective.prediction)
+        return self.held[run_or_checkpoint]  # type: ignore[no-any-return]
+
+    def classifier(self, run_or_checkpoint: str) -> LogitsFn:
+        """Of a run of tools/train_classifier.py."""
+        if run_or_checkpoint not in self.held:
+            other = TrainedClassifier.load(run_or_checkpoint, self.weights, self.device)
+            path = other.experiment.objective.path
+            self._take(run_or_checkpoint, other.contract, path, other.path, other.step)
+            self.held[run_or_checkpoint] = other.logits(self.precision)
+        return self.held[run_or_checkpoint]  # type: ignore[no-any-return]
+
+    def _take(self, name: str, theirs: Mapping[str, Any], path: NoisePath, found: Path, step: int) -> None:
+        """Check what was found, and note it: a run directory is another checkpoint after more training."""
+        check_same_latents(self.contract, theirs, self.named, str(found))
+        check_same_path(self.path, path, self.named, str(found))
+        self.opened[name] = {"checkpoint": str(found), "step": step}

@@ -1,0 +1,286 @@
+"""Who this process is among its peers. The only reader of rank and SLURM environment variables.
+
+One process (nothing set), torchrun (RANK, WORLD_SIZE, LOCAL_RANK) and `srun` (SLURM_PROCID, SLURM_NTASKS,
+SLURM_LOCALID) all end in the same `World` and, inside `session()`, in one torch.distributed process group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from types import FrameType
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as td
+from torch import Tensor
+
+from dit.errors import Stopped, UserError
+from dit.ranks.join import JoinError, Meeting, patience, ranks_text
+
+T = TypeVar("T")
+
+# By which schedulers ask a job to end in good order, before they end it themselves.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+FILES = 65536  # open at a time
+_LAUNCHERS = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
+
+
+class PeerError(UserError, RuntimeError):
+    """Another rank failed at something that ranks do together."""
+
+
+@dataclass(frozen=True)
+class World:
+    """rank in [0, size); local_rank counts the ranks of this node."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @classmethod
+    def from_env(cls) -> World:
+        """From torchrun's or SLURM's variables; one process where neither launched it.
+
+        SLURM's count only inside a step (SLURM_STEP_ID): `python tools/train.py` typed in an allocation's
+        batch script is one process, not rank 0 of a job that waits for others.
+        """
+        if "RANK" in os.environ:
+            names = _LAUNCHERS[0]
+        elif "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ and "MASTER_ADDR" in os.environ:
+            names = _LAUNCHERS[1]
+        else:
+            return cls()
+        missing = [n for n in names if n not in os.environ]
+        if missing:
+            raise UserError(f"{', '.join(missing)} not set beside {names[0]}: start with torchrun or launch/")
+        rank, size, local_rank = (int(os.environ[n]) for n in names)
+        return cls(rank, size, local_rank)
+
+    @property
+    def device(self) -> torch.device:
+        """This rank's GPU, or the CPU where there is none (or CUDA_VISIBLE_DEVICES is empty)."""
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", self.local_rank % torch.cuda.device_count())
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes what is written once."""
+        return self.rank == 0
+
+
+@contextlib.contextmanager
+def session(timeout: timedelta = timedelta(minutes=30)) -> Iterator[World]:
+    """Join the process group (gloo on CPU, NCCL on GPUs), and leave it whatever happens.
+
+    timeout: of a collective. Ranks that do not come at all are named sooner, by a JoinError (DIT_JOIN_SECONDS).
+    Leaving matters: a gloo thread that outlives the interpreter aborts one exit in ten.
+    """
+    world = World.from_env()
+    if td.is_initialized():
+        yield world
+        return
+    launched = "RANK" in os.environ or world.size > 1  # else nobody hosts a store, and this process does
+    device = world.device
+    # DeepSpeed takes LOCAL_RANK for the device: where each task sees one GPU of its own, that is 0
+    local_rank = world.local_rank if device.index is None else device.index
+    os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(local_rank))
+    if not launched:
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(free_port())
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    _allow_files()
+    _init_group("nccl" if device.type == "cuda" else "gloo", world, launched, timeout)
+    try:
+        yield world
+    except RuntimeError as error:
+        if is_broken_connection(error):
+            raise PeerError(
+                f"the connection to another rank broke: see that rank's message ({error})"
+            ) from error
+        raise
+    finally:
+        td.destroy_process_group()
+        if not launched:
+            for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+                os.environ.pop(name, None)
+
+
+def _init_group(backend: str, world: World, launched: bool, timeout: timedelta) -> None:
+    """Find the other ranks, within dit.ranks.join.patience(), and connect to them. Raises JoinError.
+
+    Not where nobody launched this process, nor under torchrun, whose agents meet before their ranks start.
+    """
+    if not launched or "TORCHELASTIC_RUN_ID" in os.environ:
+        td.init_process_group(backend, timeout=timeout)
+        return
+    try:
+        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    except (KeyError, ValueError):
+        raise JoinError("MASTER_ADDR and MASTER_PORT must name rank 0's node and a port of it") from None
+    nodes = tuple(os.environ.get("DIT_NODES", "").split())
+    store = Meeting(world.rank, world.size, node_name(), _job_and_restart(), *place, nodes).join()
+    store.set_timeout(timeout)
+    try:
+        td.init_process_group(
+            backend,
+            store=store,
+            rank=world.rank,
+            world_size=world.size,
+            timeout=timedelta(seconds=patience()),
+        )
+    except RuntimeError as error:
+        raise JoinError(
+            f"all {world.size} ranks are there, but rank {world.rank} on {node_name()} cannot connect to the others: "
+            f"{error}. Each rank is reached at the address that its node's name resolves to, or that of the interface "
+            "which GLOO_SOCKET_IFNAME names; any port must be open between nodes"
+        ) from error
+    set_timeout = (
+        getattr(td, "set_timeout", None) or td.distributed_c10d._set_pg_timeout
+    )  # its name in older ones
+    set_timeout(timeout)
+
+
+def _job_and_restart() -> str:
+    """The same on all ranks of a job's step, and another one when the job starts again; "" without SLURM."""
+    names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+    return ".".join(os.environ.get(name, "") for name in names).strip(".")
+
+
+def _allow_files() -> None:
+    """A rank has connections to every other one, in each group: many more than systems allow unless asked."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def is_broken_connection(error: BaseException) -> bool:
+    """Whether this is what a rank sees of another's end."""
+    if not isinstance(error, RuntimeError) or isinstance(error, PeerError):
+        return False
+    return "gloo" in str(error) or isinstance(error, td.DistError)
+
+
+@contextlib.contextmanager
+def on_signals(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Have SIGNALS handled inside (in the main thread, where alone they can be), and as before afterwards.
+
+    Once Stopped was raised they do nothing any more: a launcher passes them on to ranks that are just leaving.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handle) for number in SIGNALS}
+    try:
+        yield
+    except Stopped:
+        before = dict.fromkeys(SIGNALS, signal.SIG_IGN)
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def free_port() -> int:
+    """A TCP port that nobody on this machine listens on now."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def cores() -> int:
+    """Cores for this rank: those it may run on, or its share of the machine's where ranks are not bound to theirs.
+
+    torchrun says how many ranks share this machine (LOCAL_WORLD_SIZE), and SLURM the most on one node of the step;
+    ranks that were started by hand are taken to be on one machine.
+    """
+    whole = os.cpu_count() or 1
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else whole
+    if "RANK" in os.environ:
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+        return max(1, here // ranks)
+    tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1")  # such as 2(x3),1
+    return max(1, min(here, whole // max(int(part.partition("(")[0]) for part in tasks.split(","))))
+
+
+def node_name() -> str:
+    """This machine's name: SLURM's for the node, else the host's."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def job_name() -> str:
+    """SLURM's job id and restart count where there is a job, else the host's name: for logs."""
+    job, restarts = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "0")
+    return f"slurm job {job} (restart {restarts}) on {socket.gethostname()}" if job else socket.gethostname()
+
+
+def all_sum(tensor: Tensor) -> Tensor:
+    """The sum over ranks, in place; int64 sums wrap, as batch_hash wants. Every rank must call it."""
+    if td.is_initialized() and td.get_world_size() > 1:
+        td.all_reduce(tensor)
+    return tensor
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if td.is_initialized() and td.get_world_size() > 1:
+        td.barrier()
+
+
+def gather_objects(value: T, group: Any = None) -> list[T]:
+    """Every rank's value, on every rank. group: all ranks, over another backend than the job's."""
+    if not td.is_initialized() or td.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * td.get_world_size()
+    td.all_gather_object(values, value, group=group)
+    return values
+
+
+def on_main(action: Callable[[], T]) -> T:
+    """Run `action` on rank 0 alone; its result, or its failure, is every rank's."""
+    if not td.is_initialized() or td.get_world_size() == 1:
+        return action()
+    box: list[Any] = [None, None]
+    error: Exception | None = None
+    if td.get_rank() == 0:
+        try:
+            box[0] = action()
+        except Exception as caught:  # noqa: BLE001 (raised again below, on every rank)
+            error, box[1] = caught, f"rank 0 on {node_name()} failed: {caught}"
+    td.broadcast_object_list(box, src=0)
+    if error is not None:
+        raise error
+    if box[1] is not None:
+        raise PeerError(box[1])
+    return box[0]  # type: ignore[no-any-return]
+
+
+def together(action: Callable[[], T]) -> T:
+    """Run `action` on every rank; if it fails on any, every rank raises, naming the rank and the error.
+
+    Without this a rank that fails alone leaves its peers waiting in the next collective.
+    """
+    error: Exception | None = None
+    result: T | None = None
+    try:
+        result = action()
+    except Exception as caught:  # noqa: BLE001 (raised again below, on every rank)
+        error = caught
+    mine = None if error is None else (node_name(), str(error))
+    failed = {rank: found for rank, found in enumerate(gather_objects(mine)) if found is not None}
+    if error is not None:
+        raise error
+    if failed:
+        rank, (node, text) = next(iter(failed.items()))
+        more = f" (as did {ranks_text(set(failed) - {rank})})" if len(failed) > 1 else ""
+        raise PeerError(f"rank {rank} on {node} failed{more}: {text}")
+    return result  # type: ignore[return-value]

@@ -1,0 +1,1 @@
+"""What of a run lasts: reading, writing, keeping and exporting checkpoints."""

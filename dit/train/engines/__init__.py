@@ -1,0 +1,1 @@
+"""What applies updates: plain torch on one process, DeepSpeed's ZeRO on many."""

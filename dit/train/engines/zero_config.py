@@ -1,0 +1,145 @@
+"""How training state is shared out over ranks and memories (ZeRO, arXiv 1910.02054), and what each choice needs."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from dit.config import ConfigError, config
+from dit.model.cost import Memory
+from dit.ranks import group
+from dit.ranks.group import World
+
+# Gradients that are communicated at once, at most: 200 MB, so that the next ones are computed meanwhile.
+BUCKET = 50_000 * 1024
+# Share of the memory; kernels' work space, the allocator's fragments and the driver take the rest.
+USABLE = 0.9
+Stage = Literal[0, 1, 2, 3]
+Offload = Literal["none", "optimizer", "all"]
+Communication = Literal["auto", "fp32", "bf16"]
+STAGES: tuple[Stage, ...] = (0, 1, 2, 3)
+
+
+@config
+class ZeroConfig:
+    """How DeepSpeed shards optimizer state (1), gradients (2), parameters (3) over the ranks; 0 = nothing."""
+
+    stage: Literal[0, 1, 2, 3, "auto"] = 2  # auto = the lowest that fits in memory
+    offload: Offload = "none"  # to host memory: optimizer = master weights, Adam, EMA; all = parameters too
+    hpz: int = 1  # ranks, a node's, that hold a second copy of stage 3's parameters (arXiv 2306.10209, 3.2); 1 = none
+    communication: Communication = "auto"  # dtype of gradients on the wire; auto = bf16 where precision is
+
+    def __post_init__(self) -> None:
+        if self.hpz < 1:
+            raise ConfigError(f"zero.hpz must be at least 1 (no second copy), got {self.hpz}")
+        if self.stage != "auto" and self.stage not in self.possible:
+            need = {
+                "zero.offload = optimizer needs zero.stage 1, 2 or 3": self.offload == "optimizer",
+                "zero.offload = all (parameters too) needs zero.stage 3": self.offload == "all",
+                f"zero.hpz = {self.hpz} (a second copy of sharded parameters) needs zero.stage 3": self.hpz
+                > 1,
+            }
+            why = " and ".join(text for text, holds in need.items() if holds)
+            raise ConfigError(f"{why}, got {self.stage}; set zero.stage, or leave the other key out")
+
+    @property
+    def possible(self) -> tuple[Stage, ...]:
+        """The stages that can do what the other keys ask for."""
+        least = 3 if self.offload == "all" or self.hpz > 1 else 1 if self.offload == "optimizer" else 0
+        return STAGES[least:]
+
+    def check(self, world: World) -> None:
+        """ConfigError where the ranks cannot be grouped as asked."""
+        if world.size % self.hpz:
+            fit = [d for d in range(1, world.size + 1) if world.size % d == 0]
+            raise ConfigError(f"zero.hpz = {self.hpz} does not divide {world.size} ranks; use one of {fit}")
+
+    def needs(self, memory: Memory, stage: int, device: Device) -> int:
+        """Bytes that a rank's device must have for `memory`, which is this stage's."""
+        away = 0
+        if self.offload != "none" and not device.on_host:
+            away = memory.master + memory.optimizer + memory.ema + (memory.gradients if stage >= 2 else 0)
+            away += memory.parameters if self.offload == "all" else 0
+        whole = memory.parameters * (device.ranks if stage >= 3 else 1)
+        copy = whole // self.hpz if self.hpz > 1 else 0
+        buckets = min(2 * 4 * BUCKET, 2 * whole) if stage else 0  # one for each of two dtypes
+        return memory.total - away + copy + buckets
+
+
+@dataclass(frozen=True)
+class Device:
+    """The memory that each of `ranks` ranks may fill."""
+
+    usable: int  # bytes
+    on_host: bool  # it is the host's: offloading to there frees nothing
+    ranks: int
+
+    @classmethod
+    def smallest(cls, world: World) -> Device:
+        """Of all ranks: the same on every one. Collective inside a session."""
+        names = group.gather_objects(socket.gethostname())
+        here = names.count(socket.gethostname()) if len(names) == world.size else world.size
+        if world.device.type == "cuda":
+            total = torch.cuda.get_device_properties(world.device).total_memory
+        else:
+            total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // here
+        least = min(group.gather_objects(total))
+        return cls(int(USABLE * least), world.device.type != "cuda", world.size)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The stage taken, and why in one line; nothing to say where the configuration names it."""
+
+    zero: ZeroConfig
+    why: str = ""
+
+    @property
+    def stage(self) -> int:
+        """0 to 3."""
+        return int(self.zero.stage)
+
+
+def choose(zero: ZeroConfig, memory: Callable[[int], Memory], device: Device) -> Choice:
+    """The lowest stage whose `memory` fits in the device; 3 where none does, with what would help.
+
+    That is no error: the figures are an estimate for eager execution, and too high for compiled blocks.
+    """
+    if zero.stage != "auto":
+        return Choice(zero)
+    needed: dict[int, int] = {}
+    for stage in zero.possible:
+        found = memory(stage)
+        needed[stage] = zero.needs(found, stage, device)
+        if needed[stage] <= device.usable:
+            break
+    rows = [f"stage {s} {_gib(n)}" for s, n in needed.items()]
+    lowest = zero.possible[0]
+    rows[0] = f"stage {lowest} needs {_gib(needed[lowest])} GiB of {_gib(device.usable)}"
+    uncounted = "" if found.activations else "; activations are not counted"
+    verdict, helps = f"{stage} is the lowest that fits", ""
+    if needed[stage] > device.usable:
+        verdict = f"NONE fits, taking {stage}, which lacks {_gib(needed[stage] - device.usable)} GiB"
+        helps = f". What would help: {_help(zero, found, device)}"
+    elif stage == lowest:
+        verdict = f"{stage}, {'the lowest that the other keys allow' if stage else 'nothing sharded'}, fits"
+    return Choice(replace(zero, stage=stage), f"zero.stage: {verdict}: {', '.join(rows)}{uncounted}{helps}")
+
+
+def _help(zero: ZeroConfig, memory: Memory, device: Device) -> str:
+    """What brings the need down, the greatest part first."""
+    moved = memory.master + memory.optimizer + memory.ema + memory.gradients
+    ways = [(memory.activations, "a smaller train.micro_batch or model.checkpoint_blocks=true")]
+    if not device.on_host and zero.offload != "all":
+        ways.append((moved + memory.parameters, "zero.offload=optimizer or all"))
+    ways.append((memory.total - memory.activations, "more ranks"))
+    return ", ".join(text for size, text in sorted(ways, reverse=True) if size)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f}"

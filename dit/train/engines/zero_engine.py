@@ -1,0 +1,250 @@
+"""The DeepSpeed engine at ZeRO stages 0-3. The only file that imports deepspeed.
+
+Precision: fp32 parameters throughout; "bf16" adds DeepSpeed's `torch_autocast`, which keeps weights, norms and
+the residual stream in fp32 and communicates the linear layers' gradients in bf16 (from stage 1; zero.communication).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dit.config import ConfigError
+from dit.ranks.group import World
+from dit.train.engines.base import (
+    ADAM_STATE,
+    Fragment,
+    ensure_adam_state,
+    frozen_parameters,
+    set_adam_step,
+    whole_parameters,
+)
+from dit.train.engines.zero_config import BUCKET, ZeroConfig
+from dit.train.optim import GuardedAdamW, OptimConfig, adamw_arguments, parameter_groups, set_lr
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or it probes for every accelerator it knows, aloud
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import deepspeed
+    from deepspeed.runtime import torch_autocast
+    from deepspeed.utils import groups, set_z3_leaf_modules
+    from deepspeed.utils import logger as deepspeed_logger
+
+deepspeed_logger.setLevel(logging.ERROR)
+
+
+def deepspeed_config(
+    zero: ZeroConfig, optim: OptimConfig, sizes: tuple[int, int, int], precision: str, numbers: int
+) -> dict[str, Any]:
+    """DeepSpeed's own configuration. sizes: (global batch, micro-batch, accumulation). numbers: that are trained."""
+    global_batch, micro_batch, accumulation = sizes
+    made: dict[str, Any] = {
+        "train_batch_size": global_batch,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": (optim.clip or 0.0) if zero.stage else 0.0,  # stage 0: GuardedAdamW clips
+        "zero_optimization": _sharding(zero, numbers),
+        "torch_autocast": {"enabled": precision == "bf16", "dtype": "bfloat16"},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW for the CPU is as quick, and needs no C++ build
+        "steps_per_print": 2**31,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device twice a micro-batch
+    }
+    if zero.communication != "auto":
+        made["communication_data_type"] = zero.communication
+    if zero.communication == "fp32":  # under autocast the key above is for stage 0 alone
+        made["torch_autocast"]["lower_precision_safe_modules"] = []
+    return made
+
+
+def _sharding(zero: ZeroConfig, numbers: int) -> dict[str, Any]:
+    """The section zero_optimization."""
+    # DeepSpeed's own, 5e8, would take 2 GB a dtype, used or not; it must be even
+    bucket = min(BUCKET, -(-numbers // 1024) * 1024)
+    made: dict[str, Any] = {
+        "stage": zero.stage,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+        "use_multi_rank_bucket_allreduce": False,  # a reduce to each owner: half the bytes of an all-reduce for all
+    }
+    if zero.stage == 3:
+        # Eager stage 3 with the memory-efficient linear gives wrong gradients under selective checkpointing.
+        made |= {"memory_efficient_linear": False, "stage3_param_persistence_threshold": 0}
+        # By DeepSpeed's own figures a model of less than 1e9 parameters stays gathered from the forward to the backward
+        # pass, and sharding saves nothing; so it does where more than a block is fetched ahead. See speed/wire.py.
+        made |= {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": min(BUCKET, numbers // 64)}
+        made["zero_hpz_partition_size"] = zero.hpz
+    host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if zero.offload != "none":
+        made["offload_optimizer"] = host
+    if zero.offload == "all":
+        made["offload_param"] = host
+    return made
+
+
+def _forget_earlier_engines() -> None:
+    """What DeepSpeed keeps in modules of an engine before this one, in the same process, and would go by."""
+    torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
+
+
+class DeepSpeedEngine:
+    """DeepSpeed behind the `Engine` interface. Every method is collective."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optim: OptimConfig,
+        world: World,
+        *,
+        zero: ZeroConfig,
+        global_batch: int,
+        accumulation: int,
+        precision: str = "fp32",
+        leaf_modules: tuple[type[nn.Module], ...] = (),
+    ):
+        """zero: with a stage, not "auto". leaf_modules: module classes that stage 3 gathers whole, which is what lets
+        their forward compile."""
+        if zero.stage == "auto":
+            raise ConfigError(
+                "zero.stage: auto has to be decided before an engine is made (dit.train.engines.zero_config.choose)"
+            )
+        self.world, self.device, self.stage = world, world.device, zero.stage
+        self.updates = self.skipped = 0
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else a minute of C++ build on CPU
+        deepspeed.init_distributed(verbose=False)
+        module = module.to(self.device)
+        if self.stage == 3 and leaf_modules:
+            set_z3_leaf_modules(module, list(leaf_modules))
+        by_group = parameter_groups(module, optim.weight_decay)
+        arguments = adamw_arguments(optim, self.device)
+        if zero.offload != "none":
+            arguments["fused"] = True  # else AdamW on the host goes over its tensors a dozen times
+        optimizer = (
+            torch.optim.AdamW(by_group, **arguments)
+            if self.stage
+            else GuardedAdamW(by_group, optim.clip, **arguments)
+        )
+        sizes = (global_batch, global_batch // (accumulation * world.size), accumulation)
+        trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        _forget_earlier_engines()
+        self._engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            config=deepspeed_config(zero, optim, sizes, precision, trained),
+        )
+        self._fragments: list[Fragment] | None = None
+
+    @property
+    def module(self) -> nn.Module:
+        return self._engine.module  # type: ignore[no-any-return]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self._engine(*args, **kwargs)  # type: ignore[no-any-return]
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss)
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()  # counts the micro-batch; updates nothing
+
+    def step(self, lr: float) -> bool:
+        set_lr(self._engine.optimizer, lr)
+        self._engine.step()
+        applied = bool(self._engine.was_step_applied())
+        self.updates += applied
+        self.skipped += not applied
+        return applied
+
+    def grad_norm(self) -> float:
+        norm = self._engine.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm)
+
+    def _base_optimizer(self) -> torch.optim.Optimizer:
+        optimizer = self._engine.optimizer
+        return optimizer.optimizer if self.stage else optimizer  # type: ignore[no-any-return]
+
+    def fragments(self) -> list[Fragment]:
+        if self._fragments is None:
+            self._fragments = _FRAGMENTS[self.stage](self)
+        return self._fragments
+
+    def sync_weights(self) -> None:
+        optimizer = self._engine.optimizer
+        if self.stage in (1, 2):
+            optimizer.update_lp_params()
+        elif self.stage == 3:
+            optimizer.checkpoint_event_prologue()  # whatever is gathered goes back to pieces first
+            for i in range(len(optimizer.fp16_groups)):
+                optimizer._reassign_or_swap_out_partitioned_parameters(i)
+            optimizer.checkpoint_event_epilogue()
+            # hpZ's copy: the line above forgets that of trained ones alone
+            for p in self.module.parameters():
+                p.ds_secondary_tensor = None  # type: ignore[attr-defined]
+
+    def set_updates(self, updates: int) -> None:
+        self.updates = updates
+        self.fragments()  # creates the state
+        set_adam_step(self._base_optimizer(), updates)
+
+
+def _whole(engine: DeepSpeedEngine) -> list[Fragment]:
+    return whole_parameters(engine.module, engine._base_optimizer(), is_owned=engine.world.is_main)
+
+
+def _pieces_of_partition(engine: DeepSpeedEngine) -> list[Fragment]:
+    """Stages 1 and 2: this rank's partition of each group's flat fp32 master."""
+    optimizer, found = engine._engine.optimizer, []
+    flats = optimizer.single_partition_of_fp32_groups
+    states = [ensure_adam_state(engine._base_optimizer(), flat) for flat in flats]
+    for name, p in engine.module.named_parameters():
+        piece = getattr(p, "_hp_mapping", None)  # None where this rank holds nothing of it
+        if piece is not None:
+            where, group = piece.hp_fragment_address, piece.param_group_index
+            found.append(
+                _piece(
+                    name,
+                    p.shape,
+                    piece.lp_fragment_address.start,
+                    flats[group],
+                    states[group],
+                    where.start,
+                    where.numel,
+                )
+            )
+    return found + frozen_parameters(engine.module, is_owned=engine.world.is_main)
+
+
+def _pieces_of_parameters(engine: DeepSpeedEngine) -> list[Fragment]:
+    """Stage 3: this rank's piece of every parameter."""
+    optimizer, found = engine._engine.optimizer, []
+    flats = optimizer.fp32_partitioned_groups_flat
+    states = [ensure_adam_state(engine._base_optimizer(), flat) for flat in flats]
+    p: Any  # DeepSpeed's additions to a parameter
+    for name, p in engine.module.named_parameters():
+        size = p.ds_tensor.ds_numel  # of every rank's piece, the last one padded
+        offset = size * engine.world.rank
+        numel = max(0, min(size, p.ds_numel - offset))
+        if numel and p.requires_grad:
+            group, start, _ = optimizer.grad_position[optimizer.get_param_id(p)]
+            found.append(_piece(name, p.ds_shape, offset, flats[group], states[group], start, numel))
+        elif numel:
+            piece = p.ds_tensor.detach().narrow(0, 0, numel)
+            found.append(Fragment(name, tuple(p.ds_shape), offset, piece))
+    return found
+
+
+def _piece(
+    name: str, shape: Any, offset: int, flat: Tensor, state: dict[str, Tensor], start: int, numel: int
+) -> Fragment:
+    views = {key: state[key].narrow(0, start, numel) for key in ADAM_STATE}
+    return Fragment(name, tuple(shape), int(offset), flat.detach().narrow(0, start, numel), views)
+
+
+_FRAGMENTS = {0: _whole, 1: _pieces_of_partition, 2: _pieces_of_partition, 3: _pieces_of_parameters}
