@@ -200,7 +200,7 @@ def test_what_holds_no_classifier_is_refused(digits: Digits, tmp_path: Path) -> 
 
 def test_the_contract_is_the_guided_models(digits: Digits) -> None:
     """So that the two can be compared: see tests/experiments/test_latents.py."""
-    from tests.test_experiment import experiment
+    from tests.experiments.test_diffusion import experiment
 
     manifest = Manifest.load(digits.moments)
     cfg = from_dict(ClassifierExperiment, values(digits, Path("x")))

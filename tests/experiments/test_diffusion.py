@@ -36,7 +36,7 @@ from dit.train.checkpoints.checkpoint import CheckpointError
 from dit.train.optim import SCHEDULES
 from dit.train.start import train
 from tests.datasets import Digits
-from tests.test_classify import values as classifier_values
+from tests.experiments.test_classifier import values as classifier_values
 from tests.train.runs import go, values
 
 ROOT = Path(__file__).parents[2]

@@ -19,8 +19,8 @@ from dit.experiments.autoencoder import AutoencoderExperiment, export
 from dit.ranks.group import World
 from dit.train.checkpoints.checkpoint import CheckpointError, Reader, read
 from tests.datasets import Digits
+from tests.experiments.test_autoencoder import go, values
 from tests.rank_processes import Server
-from tests.stage1.test_experiment import go, values
 from tests.train.runs import at_step, column, differing, state
 
 START, STEPS = 3, 8

@@ -14,7 +14,7 @@ import tools.train_classifier
 from dit.experiments.classifier import ClassifierExperiment
 from tests.commands import call
 from tests.datasets import Digits
-from tests.test_classify import values
+from tests.experiments.test_classifier import values
 from tests.train.runs import column
 from tests.train.runs import go as go_diffusion
 from tests.train.runs import values as diffusion_values

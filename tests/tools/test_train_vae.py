@@ -15,7 +15,7 @@ from dit.data.shards.manifest import Manifest
 from dit.experiments.autoencoder import AutoencoderExperiment
 from tests.commands import call
 from tests.datasets import Digits
-from tests.stage1.test_experiment import values
+from tests.experiments.test_autoencoder import values
 from tests.train.runs import column
 
 

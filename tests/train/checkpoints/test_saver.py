@@ -19,7 +19,7 @@ from dit.train.checkpoints.saver import ALL, BUSY, FAILED, IDLE, WRITTEN, Saver
 from dit.train.settings import CheckpointConfig
 from dit.train.stop import rank_flags
 from tests.rank_processes import RanksFailed, Server
-from tests.train.test_checkpoint import Small, holds, small_disk
+from tests.train.checkpoints.test_checkpoint import Small, holds, small_disk
 
 __all__ = ["small_disk"]  # a fixture
 

@@ -15,10 +15,10 @@ from dit.train.checkpoints.checkpoint import Reader
 from dit.train.loop import Loop
 from tests.datasets import Digits
 from tests.rank_processes import Server
+from tests.train.checkpoints.test_checkpoint import TRUE
 from tests.train.on_ranks import resave
 from tests.train.runs import Values, at_step, built, differing, go, state, values
 from tests.train.short_runs import Short, short_runs
-from tests.train.test_checkpoint import TRUE
 
 STEPS = 4
 FREEZE = ["blocks.0.*", "*attention.qkv.weight", "conditioners.0.table.weight"]
