@@ -6,13 +6,13 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
-from pathlib import Path as File
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dit.flow.path import PATHS, Path, broadcast
+from dit.flow.path import PATHS, NoisePath, broadcast
 from dit.flow.predict import PREDICTIONS, Cond, Endpoints, Model, Prediction
 from dit.sample.denoise import DenoiseFn
 
@@ -23,7 +23,7 @@ ALL_PATHS = [path() for _, path in PATHS.items()]
 
 def golden(name: str) -> dict[str, np.ndarray]:
     """The arrays of tests/golden/<name>.npz."""
-    with np.load(File(__file__).parent / "golden" / f"{name}.npz") as file:
+    with np.load(Path(__file__).parent / "golden" / f"{name}.npz") as file:
         return dict(file)
 
 
@@ -33,7 +33,7 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
 
 
 @lru_cache(maxsize=64)
-def _times_seen(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def _times_seen(path: NoisePath) -> tuple[np.ndarray, np.ndarray]:
     """(model times, rising; the t that each stands for)."""
     grid = torch.linspace(0, 1, 100_001, dtype=torch.float64)
     seen, order = path.model_time(grid).sort(stable=True)
@@ -44,14 +44,14 @@ def _times_seen(path: Path) -> tuple[np.ndarray, np.ndarray]:
 class Oracle:
     """Data of a known distribution. Subclasses say what is expected of (data, eps) given x."""
 
-    def endpoints(self, path: Path, x: Tensor, t: Tensor) -> Endpoints:
+    def endpoints(self, path: NoisePath, x: Tensor, t: Tensor) -> Endpoints:
         """E[data | x] and E[eps | x]."""
         raise NotImplementedError
 
-    def denoise(self, path: Path) -> DenoiseFn:
+    def denoise(self, path: NoisePath) -> DenoiseFn:
         return lambda x, t, cond: self.endpoints(path, x, t)
 
-    def network(self, path: Path, prediction: Prediction) -> Model:
+    def network(self, path: NoisePath, prediction: Prediction) -> Model:
         """The best network: like a real one it sees the scaled x and the model time alone."""
         known, times = _times_seen(path)
 
@@ -73,20 +73,20 @@ class Gaussian(Oracle):
     def draw(self, *shape: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
         return self.mean + self.std * normal(*shape, seed=seed, dtype=dtype)
 
-    def endpoints(self, path: Path, x: Tensor, t: Tensor) -> Endpoints:
+    def endpoints(self, path: NoisePath, x: Tensor, t: Tensor) -> Endpoints:
         """E[data | x] and E[eps | x]: regression on x, whose variance is alpha²·std² + sigma²."""
         c = path.coeffs(t)
         alpha, sigma = broadcast(c.alpha, x), broadcast(c.sigma, x)
         whitened = (x - alpha * self.mean) / (alpha**2 * self.std**2 + sigma**2)
         return Endpoints(self.mean + alpha * self.std**2 * whitened, sigma * whitened)
 
-    def transport(self, path: Path, x: Tensor, start: float, stop: float) -> Tensor:
+    def transport(self, path: NoisePath, x: Tensor, start: float, stop: float) -> Tensor:
         """The probability-flow ODE from `start` to `stop`: it keeps (x − alpha·mean) / std of x."""
         alpha, sigma = path.alpha_sigma(torch.tensor([start, stop], dtype=torch.float64))
         spread = (alpha**2 * self.std**2 + sigma**2).sqrt()
         return alpha[1] * self.mean + (x - alpha[0] * self.mean) * spread[1] / spread[0]
 
-    def best_loss(self, path: Path, prediction: Prediction, t: Tensor) -> Tensor:
+    def best_loss(self, path: NoisePath, prediction: Prediction, t: Tensor) -> Tensor:
         """(B,) what the best network's loss is: var(a·data + b·eps | x) = det²·std² / (alpha²·std² + sigma²)."""
         c = path.coeffs(t)
         a, b = prediction.row(c)
@@ -106,7 +106,7 @@ class Mixture(Oracle):
         sign = torch.where(torch.special.ndtr(normal(*shape, seed=seed + 1)) < self.share, 1.0, -1.0)
         return (sign * self.mean + self.std * normal(*shape, seed=seed)).to(dtype)
 
-    def endpoints(self, path: Path, x: Tensor, t: Tensor) -> Endpoints:
+    def endpoints(self, path: NoisePath, x: Tensor, t: Tensor) -> Endpoints:
         """Those of the two Gaussians, weighed by what x says of each: p = sigmoid(log odds)."""
         c = path.coeffs(t)
         alpha, sigma = broadcast(c.alpha, x), broadcast(c.sigma, x)
@@ -116,14 +116,14 @@ class Mixture(Oracle):
         whitened = (x - alpha * mean) / variance
         return Endpoints(mean + alpha * self.std**2 * whitened, sigma * whitened)
 
-    def distribution(self, path: Path, x: Tensor, t: float) -> Tensor:
+    def distribution(self, path: NoisePath, x: Tensor, t: float) -> Tensor:
         """P(an element of x_t is below x), of the shape of x."""
         alpha, sigma = (float(v) for v in path.alpha_sigma(torch.tensor([t], dtype=torch.float64)))
         spread = math.hypot(alpha * self.std, sigma)
         above, below = (torch.special.ndtr((x - alpha * m) / spread) for m in (self.mean, -self.mean))
         return self.share * above + (1 - self.share) * below
 
-    def transport(self, path: Path, x: Tensor, start: float, stop: float) -> Tensor:
+    def transport(self, path: NoisePath, x: Tensor, start: float, stop: float) -> Tensor:
         """The probability-flow ODE from `start` to `stop`: in one dimension it keeps the quantile."""
         wanted = self.distribution(path, x, start)
         low, high = torch.full_like(x, -1e4), torch.full_like(x, 1e4)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dit.flow.path import Path
+from dit.flow.path import NoisePath
 from dit.rng import Draws, Purpose
 from dit.sample.solve import Solver
 from tests.gaussian import Gaussian
@@ -26,14 +26,14 @@ class Moments:
         return math.hypot(self.mean - mean, math.sqrt(self.variance) - std)
 
 
-def marginal(oracle: Gaussian, path: Path, t: float) -> Moments:
+def marginal(oracle: Gaussian, path: NoisePath, t: float) -> Moments:
     """Those of x_t."""
     alpha, sigma = (float(v) for v in path.alpha_sigma(torch.tensor([t], dtype=torch.float64)))
     return Moments(alpha * oracle.mean, alpha**2 * oracle.std**2 + sigma**2)
 
 
 def exact_moments(
-    solver: Solver, oracle: Gaussian, path: Path, times: Tensor, *, to_data: bool = True
+    solver: Solver, oracle: Gaussian, path: NoisePath, times: Tensor, *, to_data: bool = True
 ) -> Moments:
     """At the end of `times`, x_t at the first of them being right; read off the responses to x and each draw.
 

@@ -9,7 +9,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from dit.flow.path import Path
+from dit.flow.path import NoisePath
 from dit.flow.predict import Cond
 from dit.sample.denoise import DenoiseFn
 from dit.sample.solve import Euler, Solver
@@ -42,7 +42,7 @@ def trajectory(
     denoise: DenoiseFn,
     x: Tensor,
     times: Tensor,
-    path: Path,
+    path: NoisePath,
     cond: Cond | None = None,
     solver: Solver | None = None,
 ) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path as File
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -15,7 +15,7 @@ from dit.data.codecs.norm import LatentNorm, latent_norm
 from dit.data.shards.manifest import Manifest
 from dit.experiments.latents import LatentsConfig, latent_contract
 from dit.flow.objective import Loss
-from dit.flow.path import PATHS, Linear, Path
+from dit.flow.path import PATHS, Linear, NoisePath
 from dit.flow.predict import call_network
 from dit.flow.spread import SPREADS, IndependentDraws, Spread
 from dit.flow.times import TIMES, Times, Uniform
@@ -37,7 +37,7 @@ from dit.train.task import PlainTask, Samples
 class Noise:
     """How noisy the latents are that are classified. The path must be that of the model to be guided."""
 
-    path: Annotated[Path, PATHS] = Linear()
+    path: Annotated[NoisePath, PATHS] = Linear()
     times: Annotated[Times, TIMES] = Uniform()
     spread: Annotated[Spread, SPREADS] = IndependentDraws()
 
@@ -109,7 +109,7 @@ class TrainedClassifier:
     model: Classifier
     experiment: ClassifierExperiment
     contract: dict[str, Any]
-    path: File
+    path: Path
     step: int
     device: torch.device
 

@@ -15,7 +15,7 @@ from dit.data.codecs.norm import LatentNorm
 from dit.data.shards.manifest import Manifest
 from dit.data.storage.remote import public
 from dit.flow.couple import COUPLINGS, Coupling
-from dit.flow.path import Path
+from dit.flow.path import NoisePath
 from dit.ranks.group import World
 
 
@@ -50,7 +50,7 @@ def check_same_latents(ours: Mapping[str, Any], theirs: Mapping[str, Any], named
             )
 
 
-def check_same_path(ours: Path, theirs: Path, named: str, other: str) -> None:
+def check_same_path(ours: NoisePath, theirs: NoisePath, named: str, other: str) -> None:
     """ConfigError unless x at every time is the same mixture of data and eps on both."""
     t = torch.linspace(0, 1, 101, dtype=torch.float64)
     for a, b in zip(ours.alpha_sigma(t), theirs.alpha_sigma(t), strict=True):

@@ -21,7 +21,7 @@ from dit.experiments.latents import (
     check_same_path,
     open_codec,
 )
-from dit.flow.path import Path as NoisePath
+from dit.flow.path import NoisePath
 from dit.sample.denoise import DenoiseFn, Denoiser, with_precision
 from dit.sample.generate import Sampler, SamplerSpec, check_classes
 from dit.sample.guide import LogitsFn

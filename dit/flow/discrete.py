@@ -17,7 +17,7 @@ from dit.config import config
 from dit.flow.path import (
     PATHS,
     Coeffs,
-    Path,
+    NoisePath,
     check_time,
     from_log_alpha,
     log_alpha_at,
@@ -31,7 +31,7 @@ _MAX_STEPS = 8000
 
 
 @config
-class DiscretePath(Path):
+class DiscretePath(NoisePath):
     """Step k = 0 … T − 1 is t = (k + 1)/T, alpha² there the product of 1 − beta (arXiv 2006.11239, eq. 4).
 
     Between steps log alpha is linear in t; at a step the derivative is that of the piece below it, which ends

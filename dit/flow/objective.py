@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dit.config import ConfigError, config
 from dit.flow.couple import COUPLINGS, Coupling, Independent, Metrics
-from dit.flow.path import PATHS, Linear, Path
+from dit.flow.path import PATHS, Linear, NoisePath
 from dit.flow.predict import (
     PREDICTIONS,
     Cond,
@@ -87,7 +87,7 @@ class Objective:
     learned variance.
     """
 
-    path: Annotated[Path, PATHS] = Linear()
+    path: Annotated[NoisePath, PATHS] = Linear()
     prediction: Annotated[Prediction, PREDICTIONS] = Velocity()
     times: Annotated[Times, TIMES] = Uniform()
     spread: Annotated[Spread, SPREADS] = IndependentDraws()
@@ -217,7 +217,7 @@ class Objective:
             )
 
 
-def _check_reach(path: Path, lo: float, hi: float, what: str, mend: str) -> None:
+def _check_reach(path: NoisePath, lo: float, hi: float, what: str, mend: str) -> None:
     """ConfigError unless sigma/alpha is at most 1/10 at t = lo and at least 10 at t = hi."""
     alpha, sigma = path.alpha_sigma(torch.tensor([lo, hi], dtype=torch.float64))
     if sigma[0] > 0.1 * alpha[0] or alpha[1] > 0.1 * sigma[1]:

@@ -61,7 +61,7 @@ def combine(a: Tensor, data: Tensor, b: Tensor, eps: Tensor) -> Tensor:
     return broadcast(a, data) * data + broadcast(b, eps) * eps
 
 
-class Path:
+class NoisePath:
     """One way from data (t = 0) to noise (t = 1). Subclasses are frozen `@config` classes, hashable."""
 
     num_steps: int | None = None  # discrete paths: the network is trained at t = (k + 1) / num_steps alone
@@ -75,7 +75,7 @@ class Path:
         check_time(t)
         if torch.is_inference_mode_enabled():  # where forward derivatives are silently 0 (torch 2.11)
             with torch.inference_mode(False):
-                return Path.coeffs(self, t.clone())
+                return NoisePath.coeffs(self, t.clone())
         values, slopes = torch.func.jvp(self.alpha_sigma, (t,), (torch.ones_like(t),))  # type: ignore[misc]
         return Coeffs(*values, *slopes)
 
@@ -116,11 +116,11 @@ class Path:
         return float(sigma) * eps
 
 
-PATHS: Registry[Path] = Registry("path")
+PATHS: Registry[NoisePath] = Registry("path")
 
 
 @config
-class ContinuousPath(Path):
+class ContinuousPath(NoisePath):
     """A path whose network sees the time as a straight function of t.
 
     model_time_data, model_time_noise: model_time at t = 0 and t = 1. The default 1000·t spans the embedder's
@@ -218,7 +218,7 @@ class VP(ContinuousPath):
 
 @PATHS.register("ve")
 @config
-class VE(Path):
+class VE(NoisePath):
     """Variance exploding: alpha = 1, sigma = sigma_min (sigma_max / sigma_min)^t (arXiv 2011.13456, eq. 30).
 
     The network gets x / sqrt(sigma² + sigma_data²) and ln(sigma) / 4 (EDM, arXiv 2206.00364, table 1).

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dit.config import ConfigError, Registry, config
-from dit.flow.path import Coeffs, Path, broadcast, check_time, combine
+from dit.flow.path import Coeffs, NoisePath, broadcast, check_time, combine
 
 Cond = Mapping[str, Tensor]  # each (B, ...): "label" int64 (−1: none), "drop" bool (True: null condition)
 Model = Callable[[Tensor, Tensor, Cond], Tensor]  # (x (B, C, ...), model_time (B,), cond) → (B, C or 2C, ...)
@@ -181,7 +181,7 @@ def split_channels(pred: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
     )
 
 
-def call_network(model: Model, path: Path, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+def call_network(model: Model, path: NoisePath, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
     """model(c_in(t)·x, model_time(t), cond): the one way in which training and sampling call the network.
 
     x: (B, C, ...); t: (B,) float32 or float64, and so is what the embedder gets, whatever autocast says.
@@ -199,7 +199,7 @@ DELTA_STEPS = (
 
 
 @lru_cache(maxsize=1024)
-def usable(path: Path, prediction: Prediction) -> tuple[float, float]:
+def usable(path: NoisePath, prediction: Prediction) -> tuple[float, float]:
     """The longest interval [t_lo, t_hi] of times at which the prediction determines data and eps.
 
     There the row (a, b) is finite, at most 1/δ times as long as (alpha, sigma), and the sine of the angle between
@@ -238,7 +238,7 @@ def _to_steps(num_steps: int, lo: float, hi: float) -> tuple[float, float]:
     return lo, hi
 
 
-def _is_usable(path: Path, prediction: Prediction, t: Tensor) -> Tensor:
+def _is_usable(path: NoisePath, prediction: Prediction, t: Tensor) -> Tensor:
     """(B,) bool."""
     first_step = math.inf if path.num_steps is None else (1.0 - 1e-9) / path.num_steps
     delta = torch.full_like(t, DELTA).masked_fill(t >= first_step, DELTA_STEPS)
@@ -258,7 +258,7 @@ def _longest_run(flags: list[bool]) -> tuple[int, int]:
     return best
 
 
-def _bisect(path: Path, prediction: Prediction, bad: float, good: float) -> float:
+def _bisect(path: NoisePath, prediction: Prediction, bad: float, good: float) -> float:
     """The usable time nearest to `bad`, between the two, to a few parts in 1e15 of their distance."""
     for _ in range(10):
         t = bad + (good - bad) * torch.linspace(0, 1, 33, dtype=torch.float64)
@@ -268,7 +268,7 @@ def _bisect(path: Path, prediction: Prediction, bad: float, good: float) -> floa
     return good
 
 
-def check_times(path: Path, prediction: Prediction, times: Tensor) -> None:
+def check_times(path: NoisePath, prediction: Prediction, times: Tensor) -> None:
     """ConfigError if any of `times` (n,) lies outside the usable interval of (path, prediction).
 
     The well-known case is eps at t = 1 on a path that ends in pure noise (arXiv 2305.08891, §3.2).
@@ -284,7 +284,7 @@ def check_times(path: Path, prediction: Prediction, times: Tensor) -> None:
         )
 
 
-def check_steps(path: Path, prediction: Prediction) -> None:
+def check_steps(path: NoisePath, prediction: Prediction) -> None:
     """ConfigError if the prediction cannot be used at a step of a discrete path; nothing on another path."""
     if path.num_steps is not None:
         steps = torch.arange(1, path.num_steps + 1, dtype=torch.float64) / path.num_steps

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dit.config import Registry, config
-from dit.flow.path import Path, check_time
+from dit.flow.path import NoisePath, check_time
 
 Shift = Annotated[float, Field(gt=0)]
 
@@ -29,14 +29,14 @@ class Times:
 
     shift: float
 
-    def quantile(self, u: Tensor, path: Path) -> Tensor:
+    def quantile(self, u: Tensor, path: NoisePath) -> Tensor:
         """The inverse distribution function, before the shift: u in (0, 1), (B,) → t in [0, 1], (B,).
 
         path: for distributions of the noise level, whose time is the path's.
         """
         raise NotImplementedError
 
-    def __call__(self, u: Tensor, path: Path) -> Tensor:
+    def __call__(self, u: Tensor, path: NoisePath) -> Tensor:
         """t (B,) from uniform u (B,) in (0, 1), float32 or float64; a discrete path's t are its steps.
 
         The objective clamps t to the usable interval, which depends on the prediction too.
@@ -54,7 +54,7 @@ class Uniform(Times):
 
     shift: Shift = 1.0
 
-    def quantile(self, u: Tensor, path: Path) -> Tensor:
+    def quantile(self, u: Tensor, path: NoisePath) -> Tensor:
         return u
 
 
@@ -67,7 +67,7 @@ class LogitNormal(Times):
     std: Annotated[float, Field(gt=0)] = 1.0
     shift: Shift = 1.0
 
-    def quantile(self, u: Tensor, path: Path) -> Tensor:
+    def quantile(self, u: Tensor, path: NoisePath) -> Tensor:
         return torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
 
 
@@ -83,7 +83,7 @@ class Mode(Times):
     scale: Annotated[float, Field(ge=-1, le=2 / (math.pi - 2))] = 1.29
     shift: Shift = 1.0
 
-    def quantile(self, u: Tensor, path: Path) -> Tensor:
+    def quantile(self, u: Tensor, path: NoisePath) -> Tensor:
         low = torch.minimum(u, 1.0 - u)  # t(1 − u) = 1 − t(u): near 1 the formula cancels in float32
         t = low + self.scale * (low - torch.sin(low * (math.pi / 2)).square())
         return torch.where(u < 0.5, t, 1.0 - t)
@@ -102,5 +102,5 @@ class EDMTimes(Times):
     std: Annotated[float, Field(gt=0)] = 1.2
     shift: Shift = 1.0
 
-    def quantile(self, u: Tensor, path: Path) -> Tensor:
+    def quantile(self, u: Tensor, path: NoisePath) -> Tensor:
         return path.time_at(-2.0 * (self.mean + self.std * torch.special.ndtri(u)))

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dit.config import ConfigError, Registry, config
-from dit.flow.path import Path, broadcast
+from dit.flow.path import NoisePath, broadcast
 from dit.flow.predict import Endpoints
 
 Number = float | Tensor  # a number, or one per sample, (B,)
@@ -149,11 +149,11 @@ class Auxiliary:
 
     uses_variance: ClassVar[bool]  # needs a network of twice the channels
 
-    def check(self, path: Path) -> None:
+    def check(self, path: NoisePath) -> None:
         """ConfigError for a path on which the term is not defined."""
         raise NotImplementedError
 
-    def __call__(self, path: Path, t: Tensor, x: Tensor, data: Tensor, ends: Endpoints) -> Tensor:
+    def __call__(self, path: NoisePath, t: Tensor, x: Tensor, data: Tensor, ends: Endpoints) -> Tensor:
         """(B,) at t (B,) and x (B, C, ...), data being what x was made of and ends what the network sees."""
         raise NotImplementedError
 
@@ -173,13 +173,13 @@ class LearnedRange(Auxiliary):
     weight: Annotated[float, Field(gt=0)] = 1.0
     uses_variance: ClassVar[bool] = True
 
-    def check(self, path: Path) -> None:
+    def check(self, path: NoisePath) -> None:
         if path.num_steps is None or path.num_steps < 2:
             raise ConfigError(
                 f"learned_range needs a path of at least 2 discrete steps, such as ddpm, not {path}"
             )
 
-    def __call__(self, path: Path, t: Tensor, x: Tensor, data: Tensor, ends: Endpoints) -> Tensor:
+    def __call__(self, path: NoisePath, t: Tensor, x: Tensor, data: Tensor, ends: Endpoints) -> Tensor:
         """ConfigError for such a path, or a network without variance channels."""
         self.check(path)
         steps = path.num_steps or 0
@@ -195,6 +195,6 @@ class LearnedRange(Auxiliary):
         return self.weight * bits
 
 
-def _step(path: Path, k: Tensor, num_steps: int) -> Posterior:
+def _step(path: NoisePath, k: Tensor, num_steps: int) -> Posterior:
     """The posterior of step k (B,) float64 of a discrete path; k = 0 leads to clean data."""
     return posterior(path.alpha_sigma((k + 1.0) / num_steps), path.alpha_sigma(k / num_steps))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dit.config import config, from_dict
 from dit.flow.objective import Objective
-from dit.flow.path import VP, Cosine, Linear, Path
+from dit.flow.path import VP, Cosine, Linear, NoisePath
 from dit.flow.predict import Eps, Prediction, ReverseVelocity, Score
 from dit.interop.weights import (
     OUTPUT,
@@ -38,7 +38,7 @@ from dit.model.dit import DiT
 
 PathName = Literal["Linear", "GVP", "VP"]
 PredictionName = Literal["velocity", "noise", "score"]
-PATHS: dict[PathName, Path] = {
+PATHS: dict[PathName, NoisePath] = {
     "Linear": Linear(model_time_data=1.0, model_time_noise=0.0),
     "GVP": Cosine(model_time_data=1.0, model_time_noise=0.0),
     "VP": VP(beta_min=0.1, beta_max=20.0, model_time_data=1.0, model_time_noise=0.0),

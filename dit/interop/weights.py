@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dit.config import ConfigError, config, from_dict, to_dict
 from dit.errors import UserError
-from dit.flow.path import Path
+from dit.flow.path import NoisePath
 from dit.flow.predict import Cond, Prediction
 from dit.model.dit import SIZES, DiT, DiTConfig, Size
 from dit.model.embed import position_table, wide
@@ -242,7 +242,7 @@ class Pretrained:
     """Foreign weights ready for `dit.sample`: Denoiser(model, path, prediction)."""
 
     model: ReferenceNetwork
-    path: Path
+    path: NoisePath
     prediction: Prediction
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dit.flow.path import Path
+from dit.flow.path import NoisePath
 from dit.flow.predict import Cond, Endpoints, Model, Prediction, call_network
 
 DenoiseFn = Callable[[Tensor, Tensor, Cond], Endpoints]  # (x (B, C, ...), t (B,), cond) → Endpoints
@@ -19,7 +19,7 @@ class Denoiser:
     """The `DenoiseFn` of a network trained on a path with a prediction."""
 
     model: Model
-    path: Path
+    path: NoisePath
     prediction: Prediction
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Endpoints:

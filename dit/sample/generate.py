@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from dit.config import ConfigError, config
-from dit.flow.path import Path
+from dit.flow.path import NoisePath
 from dit.flow.predict import Model, Prediction
 from dit.rng import Draws, Purpose
 from dit.sample.denoise import DenoiseFn, Denoiser
@@ -60,7 +60,7 @@ class SamplerSpec:
         """Whether there is guidance that has an effect on samples of a known class alone."""
         return self.cfg_scale != 1.0 or any(g.needs_label for g in self.guidance)
 
-    def check(self, path: Path, prediction: Prediction, learns_variance: bool) -> None:
+    def check(self, path: NoisePath, prediction: Prediction, learns_variance: bool) -> None:
         """ConfigError for what cannot draw from a model of this path and prediction."""
         if self.solver.uses_variance and not learns_variance:
             raise ConfigError(
@@ -84,7 +84,7 @@ class Sampler:
     """
 
     model: Model
-    path: Path
+    path: NoisePath
     prediction: Prediction
     decode: Callable[[Tensor], Tensor]
     shape: tuple[int, int, int]

@@ -11,12 +11,12 @@ from pydantic import Field
 from torch import Tensor
 
 from dit.config import ConfigError, Registry, config
-from dit.flow.path import Path
+from dit.flow.path import NoisePath
 from dit.flow.predict import Prediction, Velocity, usable
 from dit.flow.times import Shift, shift_time
 
 
-def sampling_interval(path: Path, prediction: Prediction) -> tuple[float, float]:
+def sampling_interval(path: NoisePath, prediction: Prediction) -> tuple[float, float]:
     """[t_lo, t_hi]: where both the prediction and the path's velocity are usable.
 
     VP's velocity is infinite at t = 0, so t_lo is above 0 there even for a prediction that is fine at t = 0,
@@ -29,11 +29,11 @@ def sampling_interval(path: Path, prediction: Prediction) -> tuple[float, float]
 class Grid:
     """A way to space times. Subclasses are frozen `@config` classes that give `times`."""
 
-    def times(self, num_steps: int, path: Path, lo: float, hi: float) -> Tensor:
+    def times(self, num_steps: int, path: NoisePath, lo: float, hi: float) -> Tensor:
         """(num_steps + 1,) float64 on the CPU, falling from about hi to about lo; not snapped yet."""
         raise NotImplementedError
 
-    def __call__(self, num_steps: int, path: Path, prediction: Prediction) -> Tensor:
+    def __call__(self, num_steps: int, path: NoisePath, prediction: Prediction) -> Tensor:
         """(num_steps + 1,) float64 on the CPU, strictly falling from t_hi to t_lo of the sampling interval.
 
         Sampling starts from the prior at t_hi. On a discrete path all but the last are steps of that path, each
@@ -57,7 +57,7 @@ class Grid:
         return times
 
 
-def _own_steps(times: Tensor, path: Path) -> Tensor:
+def _own_steps(times: Tensor, path: NoisePath) -> Tensor:
     """Steps of a discrete path from noise to data, (n,), moved until each is another one; n at most its steps."""
     if path.num_steps is None:
         return times
@@ -80,7 +80,7 @@ class ShiftedGrid(Grid):
         """Times from u (n,), both falling from 1 to 0, before shift and interval."""
         raise NotImplementedError
 
-    def times(self, num_steps: int, path: Path, lo: float, hi: float) -> Tensor:
+    def times(self, num_steps: int, path: NoisePath, lo: float, hi: float) -> Tensor:
         u = torch.linspace(1.0, 0.0, num_steps + 1, dtype=torch.float64)
         times = lo + (hi - lo) * shift_time(self.spacing(u), self.shift)
         times[0] = hi
@@ -128,7 +128,7 @@ class NoiseGrid(Grid):
         """(num_steps,) float64, from `most` down to `least`."""
         raise NotImplementedError
 
-    def times(self, num_steps: int, path: Path, lo: float, hi: float) -> Tensor:
+    def times(self, num_steps: int, path: NoisePath, lo: float, hi: float) -> Tensor:
         ends = torch.tensor([hi, lo], dtype=torch.float64)
         alpha, sigma = path.alpha_sigma(path.snap(ends))
         most, least = (sigma / alpha).tolist()
@@ -188,7 +188,7 @@ class RespacedGrid(Grid):
                 f"sections {list(self.sections)} have no meaning with stride ddim: leave one out"
             )
 
-    def times(self, num_steps: int, path: Path, lo: float, hi: float) -> Tensor:
+    def times(self, num_steps: int, path: NoisePath, lo: float, hi: float) -> Tensor:
         if path.num_steps is None:
             raise ConfigError(f"grid {self} is for discrete paths; path {path} has no steps: use uniform")
         steps = self.steps(num_steps, path.num_steps)

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dit.config import ConfigError, Registry, config
-from dit.flow.path import Coeffs, Path, broadcast
+from dit.flow.path import Coeffs, NoisePath, broadcast
 from dit.flow.predict import Cond, Endpoints
 from dit.sample.denoise import DenoiseFn
 
@@ -43,7 +43,7 @@ class Opener(Protocol):
 class Context:
     """What a guidance may need besides the denoiser. path: the model's. open: None where nothing can be."""
 
-    path: Path
+    path: NoisePath
     open: Opener | None = None
 
 
@@ -76,7 +76,7 @@ class Guidance:
         """The guided denoiser: `denoise` itself at neutral strength. ValueError where a context lacks."""
         return denoise if self.is_neutral else self.guide(denoise, context)
 
-    def _path(self, context: Context | None) -> Path:
+    def _path(self, context: Context | None) -> NoisePath:
         if context is None:
             raise ValueError(f"{self} needs the path: give a Context")
         return context.path

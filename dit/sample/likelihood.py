@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dit.config import ConfigError, Registry, config
-from dit.flow.path import Path
+from dit.flow.path import NoisePath
 from dit.flow.predict import Cond, Endpoints, Prediction, check_steps, usable
 from dit.flow.variance import DECODERS, VARIANCES, Posterior, gaussian_kl, posterior
 from dit.rng import Draws, Purpose
@@ -35,7 +35,7 @@ class Problem:
     """Whose density it is. slots: (B,) int64 on data's device; the random numbers of a sample are those of its slot."""
 
     denoise: DenoiseFn
-    path: Path
+    path: NoisePath
     prediction: Prediction
     cond: Cond
     slots: Tensor

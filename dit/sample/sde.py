@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dit.config import Registry, config
-from dit.flow.path import Coeffs, Path
+from dit.flow.path import Coeffs, NoisePath
 from dit.flow.predict import Endpoints
 from dit.sample.ancestral import step_posterior
 from dit.sample.solve import SOLVERS, At, Heun, Node, Noise, NoiseFn, Solver, advance
@@ -168,7 +168,7 @@ class EulerMaruyama(Solver):
         """The strength that is used; an infinite one is always limited."""
         return min(strength, most) if self.limit or math.isinf(strength) else strength
 
-    def strength(self, path: Path, now: Node, after: Node) -> float:
+    def strength(self, path: NoisePath, now: Node, after: Node) -> float:
         """D at `now` times the step, in float64."""
         t = torch.tensor([now.t], dtype=torch.float64)
         return float(self.diffusion(t, path.coeffs(t))) * (now.t - after.t)
@@ -226,7 +226,7 @@ def _time(node: Node) -> float:
     return node.t
 
 
-def nearest(path: Path, node: Node) -> Node:
+def nearest(path: NoisePath, node: Node) -> Node:
     """The node itself, or the step of a discrete path nearest to it."""
     if path.num_steps is None:
         return node

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dit.config import Registry, config
-from dit.flow.path import Path
+from dit.flow.path import NoisePath
 from dit.flow.predict import Cond, Endpoints
 from dit.sample.denoise import DenoiseFn
 
@@ -53,7 +53,7 @@ def _log(value: float) -> float:
     return math.log(value) if value > 0 else -math.inf
 
 
-def nodes(path: Path, times: Tensor) -> list[Node]:
+def nodes(path: NoisePath, times: Tensor) -> list[Node]:
     """The path at `times` (n,), n ≥ 2. ValueError if they are not finite, in [0, 1] and strictly falling.
 
     The last time may be given twice: a grid then wants its end visited (see `Solver.__call__`).
@@ -69,7 +69,7 @@ def nodes(path: Path, times: Tensor) -> list[Node]:
     return nodes_at(path, times)
 
 
-def nodes_at(path: Path, times: Tensor) -> list[Node]:
+def nodes_at(path: NoisePath, times: Tensor) -> list[Node]:
     """The path at any `times` (n,), float64 on the CPU."""
     alpha, sigma = path.alpha_sigma(times)
     return [Node(*values) for values in zip(times.tolist(), alpha.tolist(), sigma.tolist(), strict=True)]
@@ -80,7 +80,7 @@ class At:
     """The denoiser with its condition bound, as the solvers call it: at(x, node)."""
 
     denoise: DenoiseFn
-    path: Path
+    path: NoisePath
     cond: Cond
 
     def __call__(self, x: Tensor, node: Node) -> Endpoints:
@@ -150,7 +150,7 @@ class Solver:
         denoise: DenoiseFn,
         x: Tensor,
         times: Tensor,
-        path: Path,
+        path: NoisePath,
         noise: NoiseFn | None = None,
         cond: Cond | None = None,
     ) -> Tensor:
@@ -175,7 +175,7 @@ class Solver:
         denoise: DenoiseFn,
         x: Tensor,
         times: Tensor,
-        path: Path,
+        path: NoisePath,
         noise: NoiseFn | None = None,
         cond: Cond | None = None,
     ) -> Tensor:
@@ -187,7 +187,7 @@ class Solver:
         return self.run(at, x, _apart(points), noise)
 
     def _start(
-        self, denoise: DenoiseFn, times: Tensor, path: Path, noise: NoiseFn | None, cond: Cond | None
+        self, denoise: DenoiseFn, times: Tensor, path: NoisePath, noise: NoiseFn | None, cond: Cond | None
     ) -> tuple[At, list[Node]]:
         if self.stochastic and noise is None:
             raise ValueError(f"{self} is stochastic: it needs noise, a function of the index of the draw")

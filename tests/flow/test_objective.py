@@ -17,7 +17,7 @@ from dit.config import ConfigError, from_dict, to_dict
 from dit.flow.couple import COST_DROP, OptimalTransport, Reflow, Sinkhorn
 from dit.flow.discrete import DiscreteVP
 from dit.flow.objective import Objective
-from dit.flow.path import PATHS, VE, VP, Cosine, Linear, Path
+from dit.flow.path import PATHS, VE, VP, Cosine, Linear, NoisePath
 from dit.flow.predict import Cond, Eps, Prediction, Score, V, Velocity, usable
 from dit.flow.spread import SPREADS, Stratified
 from dit.flow.times import TIMES, EDMTimes, LogitNormal, Uniform
@@ -97,7 +97,7 @@ def test_ddpm_loss_ignores_the_variance_channels() -> None:
 # --- the minimiser (I5) ------------------------------------------------------------------------------------
 
 
-def directions(path: Path, prediction: Prediction, x: Tensor, t: Tensor) -> list[Tensor]:
+def directions(path: NoisePath, prediction: Prediction, x: Tensor, t: Tensor) -> list[Tensor]:
     """Changes of the network, constant and linear in x, of the size of the best loss at each t."""
     size = Gaussian().best_loss(path, prediction, t).sqrt()[:, None]
     alpha, sigma = path.alpha_sigma(t)
@@ -135,7 +135,7 @@ def stationarity(objective: Objective, best: Callable[..., Tensor], n: int) -> l
 @every_pair
 @pytest.mark.parametrize("times", TIMES.names())
 def test_the_best_network_has_the_bayes_loss_and_is_stationary(
-    path: Path, prediction: Prediction, times: str
+    path: NoisePath, prediction: Prediction, times: str
 ) -> None:
     """At E[target | x] the loss is the known conditional variance and no change linear in x lowers it."""
     objective = Objective(path=path, prediction=prediction, times=TIMES[times]())
@@ -143,7 +143,7 @@ def test_the_best_network_has_the_bayes_loss_and_is_stationary(
 
 
 @every_pair
-def test_no_weight_and_no_spread_moves_the_minimiser(path: Path, prediction: Prediction) -> None:
+def test_no_weight_and_no_spread_moves_the_minimiser(path: NoisePath, prediction: Prediction) -> None:
     """They count times, they change no time's target; nor does an independent choice of eps."""
     best = best_network(path, prediction)
     spreads = [spread() for _, spread in SPREADS.items()]
@@ -154,7 +154,7 @@ def test_no_weight_and_no_spread_moves_the_minimiser(path: Path, prediction: Pre
 
 
 @every_pair
-def test_another_network_is_worse_and_not_stationary(path: Path, prediction: Prediction) -> None:
+def test_another_network_is_worse_and_not_stationary(path: NoisePath, prediction: Prediction) -> None:
     """The test above can fail: the best network of other data does not pass it."""
     n = 4096
     objective = Objective(path=path, prediction=prediction, times=LogitNormal())
@@ -171,7 +171,7 @@ def test_another_network_is_worse_and_not_stationary(path: Path, prediction: Pre
 @every_pair
 @pytest.mark.parametrize("times", TIMES.names())
 def test_the_first_loss_is_the_analytic_target_variance(
-    path: Path, prediction: Prediction, times: str
+    path: NoisePath, prediction: Prediction, times: str
 ) -> None:
     n, shape = 1024, (2, 3, 4)
     objective = Objective(path=path, prediction=prediction, times=TIMES[times](shift=1.5))
@@ -181,7 +181,7 @@ def test_the_first_loss_is_the_analytic_target_variance(
 
 
 @every_pair
-def test_the_first_loss_of_every_weight(path: Path, prediction: Prediction) -> None:
+def test_the_first_loss_of_every_weight(path: NoisePath, prediction: Prediction) -> None:
     """By its distribution over the times, which rise one after the other here, and by each sample's own time."""
     n, size = 1024, 8
     data = normal(n, size, dtype=torch.float32)
@@ -200,7 +200,7 @@ def test_the_first_loss_of_every_weight(path: Path, prediction: Prediction) -> N
 
 @pytest.mark.slow
 @every_pair
-def test_the_first_loss_of_every_combination(path: Path, prediction: Prediction) -> None:
+def test_the_first_loss_of_every_combination(path: NoisePath, prediction: Prediction) -> None:
     n, size = 2048, 8
     data = normal(n, size, dtype=torch.float32)
     for (_, times), (_, weight), (_, spread) in product(TIMES.items(), WEIGHTS.items(), SPREADS.items()):
@@ -263,7 +263,7 @@ def test_transport_lowers_the_first_loss_by_what_it_logs(coupling) -> None:
 
 @every_pair
 @pytest.mark.parametrize("times", TIMES.names())
-def test_times_stay_in_the_usable_interval(path: Path, prediction: Prediction, times: str) -> None:
+def test_times_stay_in_the_usable_interval(path: NoisePath, prediction: Prediction, times: str) -> None:
     objective = Objective(path=path, prediction=prediction, times=TIMES[times]())
     lo, hi = usable(path, prediction)
     u = torch.cat([torch.tensor([2.0**-24, 1 - 2.0**-24]), torch.rand(1000)])
@@ -395,7 +395,7 @@ def test_an_auxiliary_term_checks_its_path() -> None:
 @every_pair
 @pytest.mark.parametrize("latents", [torch.bfloat16, torch.float32, torch.float64])
 def test_time_and_loss_stay_float32_at_least(
-    path: Path, prediction: Prediction, latents: torch.dtype
+    path: NoisePath, prediction: Prediction, latents: torch.dtype
 ) -> None:
     seen: list[Tensor] = []
 
@@ -434,7 +434,7 @@ class NoSync(TorchDispatchMode):
 
 
 @every_pair
-def test_a_training_step_waits_for_no_device(path: Path, prediction: Prediction) -> None:
+def test_a_training_step_waits_for_no_device(path: NoisePath, prediction: Prediction) -> None:
     i, data, label = PAIRS.index((path, prediction)), normal(8, 3, dtype=torch.float32), torch.arange(8) % 3
     times, spread, weight = (
         axis[axis.names()[i % len(axis.names())]]() for axis in (TIMES, SPREADS, WEIGHTS)
@@ -471,7 +471,7 @@ def test_the_loss_compiles_in_one_graph(path: str, weight: str) -> None:
 
 
 @every_pair
-def test_every_registered_pair_can_be_trained(path: Path, prediction: Prediction) -> None:
+def test_every_registered_pair_can_be_trained(path: NoisePath, prediction: Prediction) -> None:
     Objective(path=path, prediction=prediction).check()
 
 
@@ -490,7 +490,7 @@ def test_paths_that_do_not_end_in_noise_are_refused() -> None:
 @pytest.mark.parametrize(
     ("path", "what"), [(VE(sigma_max=5.0), "to .1, 5."), (VE(sigma_min=0.3), "from .1, 0.3")]
 )
-def test_noise_ranges_that_do_not_reach_are_refused_with_their_ends(path: Path, what: str) -> None:
+def test_noise_ranges_that_do_not_reach_are_refused_with_their_ends(path: NoisePath, what: str) -> None:
     """sigma(0) of VE is never 0: it has to be small beside the data, and sigma(1) large."""
     with pytest.raises(ConfigError, match=what):
         Objective(path=path, prediction=V()).check()
@@ -506,7 +506,7 @@ def test_noise_ranges_that_do_not_reach_are_refused_with_their_ends(path: Path, 
         (Linear(), Eps(), 9.0),
     ],
 )
-def test_times_beyond_the_usable_are_refused(path: Path, prediction: Prediction, mean: float) -> None:
+def test_times_beyond_the_usable_are_refused(path: NoisePath, prediction: Prediction, mean: float) -> None:
     with pytest.raises(ConfigError, match=r"\d% of the training times"):
         Objective(path=path, prediction=prediction, times=EDMTimes(mean=mean)).check()
 

@@ -20,7 +20,7 @@ from dit.flow.path import (
     ContinuousPath,
     Cosine,
     Linear,
-    Path,
+    NoisePath,
     broadcast,
     check_time,
 )
@@ -50,14 +50,14 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 @every_path
-def test_closed_forms_agree_with_forward_differentiation(path: Path) -> None:
-    given_, derived = path.coeffs(T), Path.coeffs(path, T)
+def test_closed_forms_agree_with_forward_differentiation(path: NoisePath) -> None:
+    given_, derived = path.coeffs(T), NoisePath.coeffs(path, T)
     for name in ("alpha", "sigma", "d_alpha", "d_sigma"):
         torch.testing.assert_close(getattr(given_, name), getattr(derived, name), rtol=1e-10, atol=1e-12)
 
 
 @every_path
-def test_derivatives_agree_with_differences(path: Path) -> None:
+def test_derivatives_agree_with_differences(path: NoisePath) -> None:
     steps = path.num_steps or 1000
     last = torch.tensor([steps - 1.0], dtype=torch.float64)
     pieces = torch.cat([torch.arange(1, steps, 37 if steps > 37 else 1, dtype=torch.float64), last])
@@ -69,14 +69,14 @@ def test_derivatives_agree_with_differences(path: Path) -> None:
 
 
 @every_path
-def test_snr_falls(path: Path) -> None:
+def test_snr_falls(path: NoisePath) -> None:
     """More time is more noise: alpha/sigma falls strictly from 0 to 1."""
     alpha, sigma = path.alpha_sigma(torch.linspace(0, 1, 3001, dtype=torch.float64))
     assert bool(((alpha.log() - sigma.log()).diff() < 0).all())
 
 
 @every_path
-def test_float32_is_accurate_to_float32_rounding(path: Path) -> None:
+def test_float32_is_accurate_to_float32_rounding(path: NoisePath) -> None:
     """At small t too, where sigma from sqrt(1 − alpha²) would be 9% wrong; of a discrete path, at its steps."""
     steps = path.num_steps
     t = T.float() if steps is None else (torch.arange(steps) + 1).float() / steps
@@ -100,7 +100,7 @@ def test_linear_coefficients() -> None:
 
 def test_vp_derivatives_in_closed_form() -> None:
     path = VP(beta_min=0.3, beta_max=12.0)
-    c = Path.coeffs(path, T)
+    c = NoisePath.coeffs(path, T)
     beta = 0.3 + T * (12.0 - 0.3)
     alpha = torch.exp(-0.5 * (0.3 * T + 0.5 * T**2 * (12.0 - 0.3)))
     torch.testing.assert_close(c.alpha, alpha, rtol=1e-12, atol=0)
@@ -145,7 +145,7 @@ def test_ve_is_geometric_and_gives_the_network_what_edm_does() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("name", "path"), [("linear", Linear()), ("gvp", Cosine()), ("vp", VP())])
-def test_sit_interpolants(name: str, path: Path, dtype: torch.dtype) -> None:
+def test_sit_interpolants(name: str, path: NoisePath, dtype: torch.dtype) -> None:
     """SiT runs from noise to data: t = 1 − t, derivatives change sign."""
     ref = {k: torch.from_numpy(v).to(dtype) for k, v in golden("interpolants").items()}
     c = path.coeffs(1 - ref["t"])
@@ -167,7 +167,7 @@ BETWEEN = torch.cat([T, 1 - T]).float().unique().double()  # dense at both ends,
 
 @every_path
 @float_types
-def test_log_snr_is_that_of_the_coefficients_and_falls(path: Path, dtype: torch.dtype) -> None:
+def test_log_snr_is_that_of_the_coefficients_and_falls(path: NoisePath, dtype: torch.dtype) -> None:
     t = BETWEEN.to(dtype)
     got = path.log_snr(t)
     assert got.dtype == dtype
@@ -184,7 +184,7 @@ def test_log_snr_is_that_of_the_coefficients_and_falls(path: Path, dtype: torch.
 
 @every_path
 @float_types
-def test_log_snr_at_the_ends(path: Path, dtype: torch.dtype) -> None:
+def test_log_snr_at_the_ends(path: NoisePath, dtype: torch.dtype) -> None:
     """inf where there is no noise, −inf where there is no data, and the end itself back from either."""
     ends = torch.tensor([0.0, 1.0], dtype=dtype)
     alpha, sigma = path.alpha_sigma(ends)
@@ -193,7 +193,7 @@ def test_log_snr_at_the_ends(path: Path, dtype: torch.dtype) -> None:
     assert (last == -math.inf) == (float(alpha[1]) == 0)
     inf = torch.tensor([math.inf, -math.inf], dtype=dtype)
     beyond = torch.tensor([2000.0, -2000.0], dtype=dtype)
-    for time_at in (path.time_at, lambda value: Path.time_at(path, value)):
+    for time_at in (path.time_at, lambda value: NoisePath.time_at(path, value)):
         assert torch.equal(time_at(inf), ends)
         torch.testing.assert_close(time_at(beyond), ends, rtol=0, atol=1e-6)
         assert float(time_at(beyond).min()) >= 0
@@ -202,7 +202,7 @@ def test_log_snr_at_the_ends(path: Path, dtype: torch.dtype) -> None:
 
 @every_path
 @float_types
-def test_time_at_inverts_log_snr_over_the_whole_range(path: Path, dtype: torch.dtype) -> None:
+def test_time_at_inverts_log_snr_over_the_whole_range(path: NoisePath, dtype: torch.dtype) -> None:
     """To rounding, relative to t where the log-SNR grows without bound; the fallback by bisection too."""
     t = BETWEEN.to(dtype)
     log_snr = path.log_snr(t)
@@ -212,7 +212,7 @@ def test_time_at_inverts_log_snr_over_the_whole_range(path: Path, dtype: torch.d
     )  # of the log-SNR: where it is small t is vague
     allowed = 4 * rounding * (t + log_snr.abs() / slope) + 1e-16
     allowed = torch.where(log_snr.isfinite(), allowed, 2 * rounding)  # a float32 that is as good as t = 1
-    for inverse in (path.time_at(log_snr), Path.time_at(path, log_snr)):
+    for inverse in (path.time_at(log_snr), NoisePath.time_at(path, log_snr)):
         assert inverse.dtype == dtype
         excess = (inverse - t).abs() / allowed
         assert float(excess.max()) <= 1
@@ -221,7 +221,7 @@ def test_time_at_inverts_log_snr_over_the_whole_range(path: Path, dtype: torch.d
 @every_path
 @settings(max_examples=50, deadline=None)
 @given(st.floats(-30, 30))
-def test_log_snr_inverts_time_at(path: Path, value: float) -> None:
+def test_log_snr_inverts_time_at(path: NoisePath, value: float) -> None:
     wanted = torch.tensor([value], dtype=torch.float64)
     ends = path.log_snr(torch.tensor([0.0, 1.0], dtype=torch.float64))
     got = path.log_snr(path.time_at(wanted))
@@ -242,12 +242,12 @@ def test_vp_ends_exactly_at_1_whatever_its_betas(beta_min: float, beta_max: floa
 
 
 @every_path
-def test_time_at_keeps_the_shape_and_lies_within_the_path(path: Path) -> None:
+def test_time_at_keeps_the_shape_and_lies_within_the_path(path: NoisePath) -> None:
     wanted = torch.linspace(-90, 90, 24).reshape(2, 3, 4)
     t = path.time_at(wanted)
     assert t.shape == wanted.shape
     assert bool((t.flatten().diff() <= 0).all())
-    torch.testing.assert_close(t, Path.time_at(path, wanted), rtol=1e-5, atol=2e-7)
+    torch.testing.assert_close(t, NoisePath.time_at(path, wanted), rtol=1e-5, atol=2e-7)
     assert path.time_at(wanted[:0]).shape == (0, 3, 4)
 
 
@@ -255,7 +255,7 @@ def test_time_at_keeps_the_shape_and_lies_within_the_path(path: Path) -> None:
 
 
 @every_path
-def test_model_time_and_scale_keep_the_dtype(path: Path) -> None:
+def test_model_time_and_scale_keep_the_dtype(path: NoisePath) -> None:
     for dtype in (torch.float32, torch.float64):
         t = T.to(dtype)
         assert path.model_time(t).dtype == dtype
@@ -265,7 +265,7 @@ def test_model_time_and_scale_keep_the_dtype(path: Path) -> None:
 
 
 @every_path
-def test_input_scale_keeps_the_network_input_near_unit_size(path: Path) -> None:
+def test_input_scale_keeps_the_network_input_near_unit_size(path: NoisePath) -> None:
     """For unit-variance data; a path that is not variance preserving may shrink it, never blow it up."""
     t = torch.linspace(0, 1, 101, dtype=torch.float64)
     alpha, sigma = path.alpha_sigma(t)
@@ -278,14 +278,14 @@ def test_input_scale_keeps_the_network_input_near_unit_size(path: Path) -> None:
 @every_path
 @settings(max_examples=50, deadline=None)
 @given(st.floats(0, 1))
-def test_snap_is_idempotent_and_near(path: Path, t: float) -> None:
+def test_snap_is_idempotent_and_near(path: NoisePath, t: float) -> None:
     once = path.snap(torch.tensor([t], dtype=torch.float64))
     assert torch.equal(path.snap(once), once)
     assert abs(float(once) - t) <= (1.002 / path.num_steps if path.num_steps else 0.0)
 
 
 @every_path
-def test_prior_has_the_spread_of_pure_noise(path: Path) -> None:
+def test_prior_has_the_spread_of_pure_noise(path: NoisePath) -> None:
     eps = normal(3, 2, dtype=torch.float32)
     for t in (1.0, 0.5):
         start = path.prior(eps) if t == 1.0 else path.prior(eps, t)
@@ -310,18 +310,18 @@ def test_the_network_may_be_given_any_straight_function_of_time(kind: type[Conti
 
 
 @every_path
-def test_autocast_and_inference_mode_leave_coefficients_alone(path: Path) -> None:
+def test_autocast_and_inference_mode_leave_coefficients_alone(path: NoisePath) -> None:
     t = T.float()
     plain = path.coeffs(t)
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
-        cast, derived = path.coeffs(t), Path.coeffs(path, t)
+        cast, derived = path.coeffs(t), NoisePath.coeffs(path, t)
     assert torch.equal(cast.sigma, plain.sigma)
     assert cast.sigma.dtype == torch.float32
     torch.testing.assert_close(derived.d_sigma, plain.d_sigma, rtol=1e-3, atol=1e-4)
 
 
 @every_path
-def test_a_path_is_its_own_configuration(path: Path) -> None:
+def test_a_path_is_its_own_configuration(path: NoisePath) -> None:
     assert PATHS.parse(to_dict(path)) == path
     assert hash(PATHS.parse(to_dict(path))) == hash(path)
 
@@ -331,11 +331,11 @@ def test_a_path_is_its_own_configuration(path: Path) -> None:
 
 @every_path
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int64])
-def test_low_precision_times_are_refused(path: Path, dtype: torch.dtype) -> None:
+def test_low_precision_times_are_refused(path: NoisePath, dtype: torch.dtype) -> None:
     with pytest.raises(ValueError, match="float32"):
         path.coeffs(torch.tensor([1], dtype=dtype))
     with pytest.raises(ValueError, match="float32"):
-        Path.coeffs(path, torch.tensor([1], dtype=dtype))
+        NoisePath.coeffs(path, torch.tensor([1], dtype=dtype))
 
 
 @pytest.mark.parametrize("shape", [(), (3, 1), (3, 1, 1, 1)])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dit.config import ConfigError
 from dit.flow.discrete import CosineDDPM, DiscreteVP
-from dit.flow.path import PATHS, VE, VP, Coeffs, Cosine, Linear, Path
+from dit.flow.path import PATHS, VE, VP, Coeffs, Cosine, Linear, NoisePath
 from dit.flow.predict import (
     DELTA,
     DELTA_STEPS,
@@ -37,7 +37,7 @@ every_path = pytest.mark.parametrize("path", ALL_PATHS, ids=PATHS.names())
 every_oracle = pytest.mark.parametrize("oracle", [Gaussian(), Mixture()], ids=["gaussian", "mixture"])
 
 
-def round_trip(path: Path, prediction: Prediction, t: torch.Tensor) -> float:
+def round_trip(path: NoisePath, prediction: Prediction, t: torch.Tensor) -> float:
     """Largest error of data and eps found again from x and the prediction, relative to what δ allows."""
     data, eps = normal(len(t), 3, 2, 2, seed=1, dtype=t.dtype), normal(len(t), 3, 2, 2, seed=2, dtype=t.dtype)
     c = path.coeffs(t)
@@ -46,7 +46,7 @@ def round_trip(path: Path, prediction: Prediction, t: torch.Tensor) -> float:
 
 
 @every_pair
-def test_a_prediction_inverts_on_its_usable_interval(path: Path, prediction: Prediction) -> None:
+def test_a_prediction_inverts_on_its_usable_interval(path: NoisePath, prediction: Prediction) -> None:
     lo, hi = usable(path, prediction)
     t = torch.linspace(lo, hi, 257, dtype=torch.float64)
     assert round_trip(path, prediction, t) < 1e-9
@@ -56,7 +56,7 @@ def test_a_prediction_inverts_on_its_usable_interval(path: Path, prediction: Pre
 @every_pair
 @settings(max_examples=30, deadline=None)
 @given(share=st.floats(0, 1))
-def test_a_prediction_inverts_anywhere(path: Path, prediction: Prediction, share: float) -> None:
+def test_a_prediction_inverts_anywhere(path: NoisePath, prediction: Prediction, share: float) -> None:
     lo, hi = usable(path, prediction)
     assert round_trip(path, prediction, torch.tensor([lo + share * (hi - lo)], dtype=torch.float64)) < 1e-9
 
@@ -64,7 +64,7 @@ def test_a_prediction_inverts_anywhere(path: Path, prediction: Prediction, share
 # --- the usable interval -----------------------------------------------------------------------------------
 
 
-def holds(path: Path, prediction: Prediction, t: float) -> bool:
+def holds(path: NoisePath, prediction: Prediction, t: float) -> bool:
     """The definition, written out: finite, bounded, and at an angle to (alpha, sigma)."""
     c = path.coeffs(torch.tensor([t], dtype=torch.float64))
     a, b = (float(v) for v in prediction.row(c))
@@ -79,7 +79,7 @@ def holds(path: Path, prediction: Prediction, t: float) -> bool:
 
 
 @every_pair
-def test_the_interval_ends_where_the_definition_does(path: Path, prediction: Prediction) -> None:
+def test_the_interval_ends_where_the_definition_does(path: NoisePath, prediction: Prediction) -> None:
     lo, hi = usable(path, prediction)
     assert 0 <= lo < hi <= 1
     assert all(holds(path, prediction, float(t)) for t in torch.linspace(lo, hi, 101, dtype=torch.float64))
@@ -107,7 +107,7 @@ EDGE = DELTA / (DELTA + math.sqrt(1 - DELTA**2))  # of the linear path: t/(1 −
         (DiscreteVP(), Eps(), (0.0, 1.0)),
     ],
 )
-def test_known_intervals(path: Path, prediction: Prediction, want: tuple[float, float]) -> None:
+def test_known_intervals(path: NoisePath, prediction: Prediction, want: tuple[float, float]) -> None:
     assert usable(path, prediction) == pytest.approx(want, rel=1e-9)
 
 
@@ -120,7 +120,7 @@ def test_vp_velocity_ends_where_it_grows_beyond_the_bound() -> None:
 
 @every_path
 @pytest.mark.parametrize("prediction", [V(), EDM(), EDM(sigma_data=0.5)])
-def test_v_and_edm_are_usable_everywhere(path: Path, prediction: Prediction) -> None:
+def test_v_and_edm_are_usable_everywhere(path: NoisePath, prediction: Prediction) -> None:
     """Their rows are (alpha, sigma) turned by a right angle, or (for another sigma_data) nearly."""
     assert usable(path, prediction) == (0.0, 1.0)
 
@@ -169,7 +169,7 @@ def test_the_interval_is_kept() -> None:
     assert usable(VP(beta_min=0.2), Score()) != usable(VP(), Score())
 
 
-class Frozen(Path):
+class Frozen(NoisePath):
     """No noise at all: eps can be seen at no time."""
 
     def alpha_sigma(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -196,13 +196,13 @@ def test_a_prediction_usable_nowhere_is_an_error() -> None:
         (Linear(), Velocity(), math.nan),
     ],
 )
-def test_times_outside_the_interval_are_refused(path: Path, prediction: Prediction, t: float) -> None:
+def test_times_outside_the_interval_are_refused(path: NoisePath, prediction: Prediction, t: float) -> None:
     with pytest.raises(ConfigError, match="such as v"):
         check_times(path, prediction, torch.tensor([0.5, t]))
 
 
 @every_pair
-def test_times_inside_the_interval_are_taken(path: Path, prediction: Prediction) -> None:
+def test_times_inside_the_interval_are_taken(path: NoisePath, prediction: Prediction) -> None:
     lo, hi = usable(path, prediction)
     check_times(path, prediction, torch.tensor([lo, 0.5, hi]))  # float32 ends may round outwards
 
@@ -212,7 +212,7 @@ def test_times_inside_the_interval_are_taken(path: Path, prediction: Prediction)
 
 @every_path
 @every_oracle
-def test_exact_posterior_means_give_the_exact_velocity(path: Path, oracle: Gaussian | Mixture) -> None:
+def test_exact_posterior_means_give_the_exact_velocity(path: NoisePath, oracle: Gaussian | Mixture) -> None:
     """dx/dt along the known solution of the ODE; between the steps of a discrete path, whose slope jumps there."""
     t = torch.linspace(0.0505, 0.9505, 10, dtype=torch.float64)
     # where the mass is, in the tails of which quantiles are rounded; in the middle the mixture's bend
@@ -225,7 +225,7 @@ def test_exact_posterior_means_give_the_exact_velocity(path: Path, oracle: Gauss
 
 
 @every_path
-def test_exact_posterior_means_give_the_exact_score(path: Path) -> None:
+def test_exact_posterior_means_give_the_exact_score(path: NoisePath) -> None:
     oracle, t, x = Gaussian(), torch.linspace(0.05, 0.95, 10, dtype=torch.float64), normal(10, 4)
     c = path.coeffs(t)
     variance = c.alpha**2 * oracle.std**2 + c.sigma**2
@@ -234,7 +234,7 @@ def test_exact_posterior_means_give_the_exact_score(path: Path) -> None:
 
 
 @every_path
-def test_the_mixture_s_score_is_the_slope_of_its_log_density(path: Path) -> None:
+def test_the_mixture_s_score_is_the_slope_of_its_log_density(path: NoisePath) -> None:
     oracle = Mixture()
     for t in (0.05, 0.4, 0.9):
         time = torch.full((5,), t, dtype=torch.float64)
@@ -253,7 +253,7 @@ def test_the_mixture_s_score_is_the_slope_of_its_log_density(path: Path) -> None
 @every_pair
 @every_oracle
 def test_targets_average_to_what_the_exact_posterior_predicts(
-    path: Path, prediction: Prediction, oracle: Gaussian | Mixture
+    path: NoisePath, prediction: Prediction, oracle: Gaussian | Mixture
 ) -> None:
     """The row of E[data | x], E[eps | x] is E[target | x]: regress many targets on x and compare."""
     lo, hi = usable(path, prediction)
@@ -275,7 +275,7 @@ def test_targets_average_to_what_the_exact_posterior_predicts(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("name", "path"), [("linear", Linear()), ("gvp", Cosine()), ("vp", VP())])
-def test_sit_conversions(name: str, path: Path, dtype: torch.dtype) -> None:
+def test_sit_conversions(name: str, path: NoisePath, dtype: torch.dtype) -> None:
     """SiT's time runs from noise to data, and so does its velocity: prediction `reverse_velocity`."""
     ref = {k: torch.from_numpy(v).to(dtype) for k, v in golden("interpolants").items()}
     c = path.coeffs(1 - ref["t"])
@@ -295,7 +295,7 @@ def test_sit_conversions(name: str, path: Path, dtype: torch.dtype) -> None:
 
 
 @every_path
-def test_the_reverse_velocity_is_the_velocity_reversed(path: Path) -> None:
+def test_the_reverse_velocity_is_the_velocity_reversed(path: NoisePath) -> None:
     c = path.coeffs(torch.linspace(0.01, 1, 7, dtype=torch.float64))
     data, eps = normal(7, 3), normal(7, 3, seed=1)
     assert torch.equal(ReverseVelocity().target(c, data, eps), -Velocity().target(c, data, eps))
@@ -314,7 +314,7 @@ def test_edm_is_the_preconditioning_of_the_paper() -> None:
 
 @every_path
 @pytest.mark.parametrize("sd", [0.5, 1.0, 2.0])
-def test_edm_targets_have_unit_variance_and_are_unknown_to_x(path: Path, sd: float) -> None:
+def test_edm_targets_have_unit_variance_and_are_unknown_to_x(path: NoisePath, sd: float) -> None:
     """Whatever the path: what c_skip is chosen for, F is uncorrelated with x."""
     c = path.coeffs(torch.linspace(0, 1, 21, dtype=torch.float64))
     a, b = EDM(sigma_data=sd).row(c)
@@ -343,7 +343,7 @@ def test_lerp() -> None:
 
 
 @every_path
-def test_with_data_keeps_x(path: Path) -> None:
+def test_with_data_keeps_x(path: NoisePath) -> None:
     t = torch.linspace(0, 1, 9, dtype=torch.float64)
     c = path.coeffs(t)
     x, old = normal(9, 3), Endpoints(normal(9, 3, seed=1), normal(9, 3, seed=2), normal(9, 3, seed=3))
@@ -366,7 +366,7 @@ def test_with_data_is_finite_in_gradient_and_value_at_clean_data() -> None:
 
 
 @every_pair
-def test_variance_channels_stay_out_of_the_row(path: Path, prediction: Prediction) -> None:
+def test_variance_channels_stay_out_of_the_row(path: NoisePath, prediction: Prediction) -> None:
     t = torch.full((2,), 0.5)
     c = path.coeffs(t)
     x, pred = normal(2, 3, 4, 4, dtype=torch.float32), normal(2, 6, 4, 4, seed=1, dtype=torch.float32)

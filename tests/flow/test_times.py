@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dit.config import to_dict
 from dit.flow.discrete import DiscreteVP
-from dit.flow.path import PATHS, VP, Linear, Path
+from dit.flow.path import PATHS, VP, Linear, NoisePath
 from dit.flow.times import TIMES, EDMTimes, LogitNormal, Mode, Uniform, shift_time
 from tests.gaussian import ALL_PATHS
 
@@ -161,7 +161,7 @@ def test_mode_scales_at_which_time_would_turn_back_are_refused(scale: float) -> 
 
 @pytest.mark.parametrize("path", ALL_PATHS, ids=PATHS.names())
 @pytest.mark.parametrize(("mean", "std"), [(-1.2, 1.2), (0.4, 0.5)])
-def test_the_noise_level_is_log_normal_on_every_path(path: Path, mean: float, std: float) -> None:
+def test_the_noise_level_is_log_normal_on_every_path(path: NoisePath, mean: float, std: float) -> None:
     """Wherever the path has such levels; what lies beyond them is taken at its ends."""
     times = EDMTimes(mean=mean, std=std)
     t = times.quantile(U, path)
@@ -178,7 +178,7 @@ def test_the_noise_level_is_log_normal_on_every_path(path: Path, mean: float, st
 
 @every_time
 @pytest.mark.parametrize("path", ALL_PATHS, ids=PATHS.names())
-def test_single_precision_times_are_those_of_double(path: Path, name: str) -> None:
+def test_single_precision_times_are_those_of_double(path: NoisePath, name: str) -> None:
     """In float32, and in the noise level too, which runs over five decades on some paths."""
     times = TIMES[name]()
     u = torch.cat([U, torch.tensor([2.0**-24, 1 - 2.0**-24])]).float()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dit.config import ConfigError
 from dit.flow.discrete import DiscreteVP
-from dit.flow.path import PATHS, Linear, Path, broadcast
+from dit.flow.path import PATHS, Linear, NoisePath, broadcast
 from dit.flow.predict import Endpoints, Eps
 from dit.flow.variance import (
     AUXILIARIES,
@@ -34,7 +34,7 @@ DISCRETE += [replace(path, zero_terminal_snr=True) for path in DISCRETE if isins
 every_discrete = pytest.mark.parametrize("path", DISCRETE, ids=str)
 
 
-def at(path: Path, *times: float) -> list[tuple[Tensor, Tensor]]:
+def at(path: NoisePath, *times: float) -> list[tuple[Tensor, Tensor]]:
     """(alpha, sigma) at each time, (1,) float64."""
     return [path.alpha_sigma(torch.tensor([t], dtype=torch.float64)) for t in times]
 
@@ -42,7 +42,7 @@ def at(path: Path, *times: float) -> list[tuple[Tensor, Tensor]]:
 # --- reference numbers -------------------------------------------------------------------------------------
 
 
-def reference() -> tuple[dict[str, Tensor], Path, Tensor, Endpoints]:
+def reference() -> tuple[dict[str, Tensor], NoisePath, Tensor, Endpoints]:
     """The file's tensors, the path, t (4,) and what the fixed model output says."""
     ref = {k: torch.from_numpy(v) for k, v in golden("ddpm").items()}
     path = DiscreteVP()
@@ -85,7 +85,7 @@ def test_the_reference_posterior() -> None:
 @given(
     times=st.tuples(st.floats(0.01, 0.99), st.floats(0.01, 0.99)).filter(lambda p: abs(p[0] - p[1]) > 0.01)
 )
-def test_a_posterior_is_bayes(path: Path, times: tuple[float, float]) -> None:
+def test_a_posterior_is_bayes(path: NoisePath, times: tuple[float, float]) -> None:
     """q(x_s | x_t, data)·q(x_t | data) = q(x_t | x_s)·q(x_s | data), for any pair of times and any values."""
     (alpha, sigma), (alpha_before, sigma_before) = at(path, max(times), min(times))
     data, x, before = normal(3, 1)
@@ -98,7 +98,7 @@ def test_a_posterior_is_bayes(path: Path, times: tuple[float, float]) -> None:
 
 
 @every_path
-def test_numbers_serve_as_well_as_tensors(path: Path) -> None:
+def test_numbers_serve_as_well_as_tensors(path: NoisePath) -> None:
     now, before = at(path, 0.7, 0.4)
     many = posterior(now, before)
     one = posterior((float(now[0]), float(now[1])), (float(before[0]), float(before[1])))
@@ -109,7 +109,7 @@ def test_numbers_serve_as_well_as_tensors(path: Path) -> None:
 
 
 @every_path
-def test_the_last_step_is_the_data(path: Path) -> None:
+def test_the_last_step_is_the_data(path: NoisePath) -> None:
     ((alpha, sigma),) = at(path, 0.3)
     step = posterior((float(alpha), float(sigma)), (1.0, 0.0))
     assert (step.on_x, step.on_data, step.variance) == (0.0, 1.0, 0.0)
@@ -174,7 +174,9 @@ def test_densities_are_the_normal_s() -> None:
 # --- the auxiliary term ------------------------------------------------------------------------------------
 
 
-def seen(path: Path, k: int, std: float, count: int = 6) -> tuple[Tensor, Tensor, Tensor, Endpoints, float]:
+def seen(
+    path: NoisePath, k: int, std: float, count: int = 6
+) -> tuple[Tensor, Tensor, Tensor, Endpoints, float]:
     """(t, x, data, ends, variance of the data): one x, with the data at one std on either side of its mean.
 
     In the mean over the two every square is what it is over all data given x.
@@ -191,7 +193,7 @@ def seen(path: Path, k: int, std: float, count: int = 6) -> tuple[Tensor, Tensor
 @every_discrete
 @pytest.mark.parametrize("std", [0.05, 0.5, 1.0])
 @pytest.mark.parametrize("where", [0.01, 0.3, 0.9])
-def test_the_minimiser_is_the_true_posterior_variance(path: Path, std: float, where: float) -> None:
+def test_the_minimiser_is_the_true_posterior_variance(path: NoisePath, std: float, where: float) -> None:
     """For Gaussian data p(x_s | x_t) is Gaussian, and its variance is where the term's gradient is 0."""
     assert path.num_steps is not None
     k = max(1, int(where * path.num_steps))
@@ -222,7 +224,7 @@ def test_where_the_data_are_a_point_the_minimiser_is_the_small_end() -> None:
 
 @every_discrete
 @pytest.mark.parametrize("k", [0, 1, 500])
-def test_gradients_reach_the_variance_alone(path: Path, k: int) -> None:
+def test_gradients_reach_the_variance_alone(path: NoisePath, k: int) -> None:
     t, x, data, ends, _ = seen(path, k, std=0.5)
     leaves = [v.clone().requires_grad_() for v in (ends.data, ends.eps, torch.zeros_like(x))]
     LearnedRange()(path, t, x, data, Endpoints(*leaves)).sum().backward()
@@ -235,7 +237,7 @@ def test_gradients_reach_the_variance_alone(path: Path, k: int) -> None:
 
 @every_discrete
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_term_is_finite_and_accurate_at_every_step(path: Path, dtype: torch.dtype) -> None:
+def test_the_term_is_finite_and_accurate_at_every_step(path: NoisePath, dtype: torch.dtype) -> None:
     """The smallest of a learned range's steps cancel in float32; its numbers are made in float64."""
     assert path.num_steps is not None
     k = torch.arange(path.num_steps)

@@ -13,7 +13,7 @@ from torch import Tensor
 from dit.config import to_dict
 from dit.flow.discrete import DiscreteVP
 from dit.flow.objective import Objective
-from dit.flow.path import PATHS, VP, Coeffs, Linear, Path
+from dit.flow.path import PATHS, VP, Coeffs, Linear, NoisePath
 from dit.flow.predict import PREDICTIONS, Prediction, V, Velocity, usable
 from dit.flow.weight import (
     WEIGHTS,
@@ -39,7 +39,7 @@ def half_g2(c: Coeffs) -> Tensor:
 
 
 # what each weight is on the eps loss, from the papers; s = sigma/alpha, the others by their names
-ON_EPS: dict[str, Callable[[Path, Tensor, Coeffs], Tensor]] = {
+ON_EPS: dict[str, Callable[[NoisePath, Tensor, Coeffs], Tensor]] = {
     "eps": lambda path, t, c: torch.ones_like(t),
     "velocity": lambda path, t, c: (c.d_sigma - c.d_alpha * c.sigma / c.alpha) ** 2,  # data = (x − σ·eps)/α
     "likelihood": lambda path, t, c: (half_g2(c) / c.sigma**2).clamp(max=1000),
@@ -49,7 +49,7 @@ ON_EPS: dict[str, Callable[[Path, Tensor, Coeffs], Tensor]] = {
 }
 
 
-def inner_times(path: Path, prediction: Prediction, n: int = 201) -> Tensor:
+def inner_times(path: NoisePath, prediction: Prediction, n: int = 201) -> Tensor:
     """Times of the usable interval, finer towards its ends, but for where a definition on eps is 0/0."""
     lo, hi = usable(path, prediction)
     u = torch.sigmoid(torch.linspace(-14, 14, n, dtype=torch.float64))
@@ -58,7 +58,9 @@ def inner_times(path: Path, prediction: Prediction, n: int = 201) -> Tensor:
 
 @every_pair
 @pytest.mark.parametrize("name", ON_EPS)
-def test_a_weighted_loss_is_the_same_in_any_prediction(path: Path, prediction: Prediction, name: str) -> None:
+def test_a_weighted_loss_is_the_same_in_any_prediction(
+    path: NoisePath, prediction: Prediction, name: str
+) -> None:
     """And what its definition says on the eps loss: a network's error, whatever it was asked for, counts as much."""
     t = inner_times(path, prediction)
     if path.num_steps:
@@ -75,7 +77,7 @@ def test_a_weighted_loss_is_the_same_in_any_prediction(path: Path, prediction: P
 
 @every_path
 @pytest.mark.parametrize("name", [n for n in WEIGHTS.names() if n != "uniform"])
-def test_no_weight_but_uniform_knows_the_prediction(path: Path, name: str) -> None:
+def test_no_weight_but_uniform_knows_the_prediction(path: NoisePath, name: str) -> None:
     """For those without a definition above too: the weight on the loss of v is the same by way of any prediction."""
     t = path.snap(torch.linspace(0.01, 0.99, 99, dtype=torch.float64))
     c = path.coeffs(t)
@@ -98,7 +100,7 @@ TERMINAL = [
 
 @pytest.mark.parametrize(("path", "prediction"), PAIRS + TERMINAL)
 @every_weight
-def test_weights_are_finite_and_not_negative(path: Path, prediction: Prediction, name: str) -> None:
+def test_weights_are_finite_and_not_negative(path: NoisePath, prediction: Prediction, name: str) -> None:
     """From end to end of the usable interval, where alpha or sigma may be 0 and a derivative infinite."""
     lo, hi = usable(path, prediction)
     t = torch.cat([inner_times(path, prediction), torch.tensor([lo, hi, 2**-24, 1 - 2**-24])])
@@ -115,7 +117,9 @@ def test_weights_are_finite_and_not_negative(path: Path, prediction: Prediction,
 
 @every_pair
 @every_weight
-def test_single_precision_weights_are_those_of_double(path: Path, prediction: Prediction, name: str) -> None:
+def test_single_precision_weights_are_those_of_double(
+    path: NoisePath, prediction: Prediction, name: str
+) -> None:
     t = inner_times(path, prediction).clamp(1e-4, 0.999).float()
     single, double = (path.coeffs(t.to(d)) for d in (torch.float32, torch.float64))
     got = WEIGHTS[name]()(single, prediction.row(single)).double()
@@ -124,7 +128,7 @@ def test_single_precision_weights_are_those_of_double(path: Path, prediction: Pr
 
 
 @every_pair
-def test_eps_factor_turns_the_loss_into_the_eps_loss(path: Path, prediction: Prediction) -> None:
+def test_eps_factor_turns_the_loss_into_the_eps_loss(path: NoisePath, prediction: Prediction) -> None:
     """A wrong prediction's error, seen in eps, is the factor times the error seen in the prediction."""
     lo, hi = usable(path, prediction)
     t = torch.linspace(max(lo, 0.05), min(hi, 0.95), 21, dtype=torch.float64)
@@ -144,7 +148,7 @@ def test_eps_factor_turns_the_loss_into_the_eps_loss(path: Path, prediction: Pre
     ("weight", "prediction"),
     [(EpsWeight(), "eps"), (VelocityWeight(), "velocity"), (VelocityWeight(), "reverse_velocity")],
 )
-def test_a_prediction_of_its_own_has_weight_one(path: Path, weight, prediction: str) -> None:
+def test_a_prediction_of_its_own_has_weight_one(path: NoisePath, weight, prediction: str) -> None:
     p = PREDICTIONS[prediction]()
     c = path.coeffs(torch.linspace(*usable(path, p), 101, dtype=torch.float64))
     torch.testing.assert_close(weight(c, p.row(c)), torch.ones(101, dtype=torch.float64))
@@ -153,7 +157,7 @@ def test_a_prediction_of_its_own_has_weight_one(path: Path, weight, prediction: 
 @every_path
 @pytest.mark.parametrize("sigma_data", [0.5, 1.0, 2.0])
 def test_edms_weight_makes_the_loss_of_its_preconditioned_network_plain(
-    path: Path, sigma_data: float
+    path: NoisePath, sigma_data: float
 ) -> None:
     """lambda·c_out² = 1 (Karras et al., section 5)."""
     p = PREDICTIONS["edm"](sigma_data=sigma_data)
@@ -171,7 +175,7 @@ def test_min_snr_of_v_is_the_papers(gamma: float) -> None:
 
 
 @every_path
-def test_the_likelihood_weight_is_flat_in_log_snr(path: Path) -> None:
+def test_the_likelihood_weight_is_flat_in_log_snr(path: NoisePath) -> None:
     """Its integral over time is half the log-SNR that goes by: a bound knows the path's ends alone (VDM, §5.1)."""
     times = torch.linspace(0.05, 0.95, 200_001, dtype=torch.float64)
     c = path.coeffs(times)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dit.config import ConfigError, from_dict
 from dit.flow.discrete import DiscreteVP
-from dit.flow.path import PATHS, VE, Linear, Path
+from dit.flow.path import PATHS, VE, Linear, NoisePath
 from dit.flow.predict import Cond, Endpoints, Eps, V, Velocity
 from dit.sample.adaptive import DormandPrince
 from dit.sample.denoise import DenoiseFn
@@ -38,7 +38,7 @@ def ends(start: float, stop: float) -> Tensor:
 
 
 @every_path
-def test_the_error_falls_with_the_tolerance(path: Path) -> None:
+def test_the_error_falls_with_the_tolerance(path: NoisePath) -> None:
     oracle, errors, work = Mixture(), [], []
     x = path.prior(normal(16, 6))
     want = oracle.transport(path, x, 0.99, 0.05)
@@ -67,7 +67,7 @@ def test_both_tolerances_count(fine: tuple[float, float], rough: tuple[float, fl
 
 
 @every_path
-def test_the_end_of_the_path_is_exact(path: Path) -> None:
+def test_the_end_of_the_path_is_exact(path: NoisePath) -> None:
     """From noise to data, network row and last step included."""
     oracle, solver = Gaussian(), DormandPrince(rtol=1e-8, atol=1e-8)
     x = path.prior(normal(3, 4))
@@ -152,7 +152,7 @@ def test_one_image_takes_steps_as_short_as_it_needs() -> None:
 
 
 @every_path
-def test_only_the_first_and_the_last_time_count(path: Path) -> None:
+def test_only_the_first_and_the_last_time_count(path: NoisePath) -> None:
     x, oracle = path.prior(normal(2, 3)), Mixture()
     few, many = (DormandPrince()(oracle.denoise(path), x, UniformGrid()(n, path, V()), path) for n in (1, 30))
     assert torch.equal(few, many)

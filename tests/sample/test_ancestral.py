@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dit.flow.discrete import DiscreteVP
-from dit.flow.path import PATHS, VP, Cosine, Linear, Path
+from dit.flow.path import PATHS, VP, Cosine, Linear, NoisePath
 from dit.flow.predict import Cond, Endpoints, Eps, V
 from dit.sample.ancestral import DDIM, DDPM
 from dit.sample.denoise import DenoiseFn, Denoiser
@@ -32,13 +32,13 @@ def with_variance(denoise: DenoiseFn, channels: Tensor) -> DenoiseFn:
 
 
 def one_step(
-    solver: Solver, denoise: DenoiseFn, x: Tensor, times: list[float], path: Path, z: Tensor
+    solver: Solver, denoise: DenoiseFn, x: Tensor, times: list[float], path: NoisePath, z: Tensor
 ) -> Tensor:
     return solver.integrate(denoise, x, torch.tensor(times, dtype=torch.float64), path, lambda i: z, {})
 
 
 @every_path
-def test_ddim_without_eta_is_euler_bit_for_bit(path: Path) -> None:
+def test_ddim_without_eta_is_euler_bit_for_bit(path: NoisePath) -> None:
     x, times = path.prior(normal(2, 5)), UniformGrid()(7, path, V())
     denoise = Gaussian().denoise(path)
     got = DDIM()(denoise, x, times, path, None, {})
@@ -46,7 +46,7 @@ def test_ddim_without_eta_is_euler_bit_for_bit(path: Path) -> None:
 
 
 @every_path
-def test_ddim_with_full_eta_is_ddpm(path: Path) -> None:
+def test_ddim_with_full_eta_is_ddpm(path: NoisePath) -> None:
     x, times = path.prior(normal(2, 5)), UniformGrid()(7, path, V())
     runs = [
         solver(Gaussian().denoise(path), x, times, path, lambda i: standard(x, i), {})
@@ -128,14 +128,14 @@ FEW = torch.tensor([0.9, 0.5, 0.3, 0.1], dtype=torch.float64)
 
 @every_path
 @pytest.mark.parametrize("solver", [DDPM(), DDIM(eta=0.4), DDIM()], ids=["ddpm", "ddim-0.4", "ddim"])
-def test_the_small_variance_is_exact_for_one_point(solver: Solver, path: Path) -> None:
+def test_the_small_variance_is_exact_for_one_point(solver: Solver, path: NoisePath) -> None:
     oracle = Gaussian(mean=0.7, std=0.0)
     got, want = exact_moments(solver, oracle, path, FEW, to_data=False), marginal(oracle, path, 0.1)
     assert (got.mean, got.variance) == pytest.approx((want.mean, want.variance), rel=1e-9)
 
 
 @pytest.mark.parametrize("path", [VP(), Cosine(), DiscreteVP()], ids=["vp", "cosine", "ddpm"])
-def test_the_large_variance_is_exact_for_standard_normal_data(path: Path) -> None:
+def test_the_large_variance_is_exact_for_standard_normal_data(path: NoisePath) -> None:
     oracle = Gaussian(mean=0.0, std=1.0)
     got = exact_moments(DDPM(variance="large"), oracle, path, FEW, to_data=False)
     assert (got.mean, got.variance) == pytest.approx((0.0, 1.0), rel=1e-9)
@@ -175,7 +175,7 @@ def test_a_learned_variance_must_be_learned() -> None:
 @pytest.mark.parametrize(
     "solver", [DDIM(eta=1.0), DDPM(), DDPM(variance="large")], ids=["ddim", "small", "large"]
 )
-def test_the_step_to_clean_data_takes_no_noise(solver: Solver, path: Path) -> None:
+def test_the_step_to_clean_data_takes_no_noise(solver: Solver, path: NoisePath) -> None:
     drawn: list[int] = []
     x, times = normal(2, 3), UniformGrid()(4, path, V())
 

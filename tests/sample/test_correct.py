@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dit.flow.path import Linear, Path, broadcast
+from dit.flow.path import Linear, NoisePath, broadcast
 from dit.flow.predict import Cond, Endpoints
 from dit.sample.correct import ClassifierGuidance, DynamicThreshold, log_likelihood_gradient
 from dit.sample.denoise import DenoiseFn
@@ -24,7 +24,7 @@ TIMES = torch.tensor([0.05, 0.3, 0.6, 0.9], dtype=torch.float64)
 class Classes:
     """Data of three classes of which all is known: the class given x, and data given x with or without it."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: NoisePath):
         self.path = path
         self.each = [Gaussian(mean, STD) for mean in MEANS]
 
@@ -60,7 +60,7 @@ class Classes:
 
 
 @pytest.mark.parametrize("path", ALL_PATHS, ids=str)
-def test_a_perfect_classifier_makes_the_unconditional_model_the_conditional_one(path: Path) -> None:
+def test_a_perfect_classifier_makes_the_unconditional_model_the_conditional_one(path: NoisePath) -> None:
     """Bayes: ∇ log p(x | y) = ∇ log p(x) + ∇ log p(y | x), exactly, for every path and noise level."""
     classes, x = Classes(path), normal(4, 2, 1, 1) * path.alpha_sigma(TIMES)[1].amax()
     with torch.no_grad():
@@ -102,7 +102,7 @@ def test_without_a_label_there_is_no_guidance() -> None:
 
 @pytest.mark.parametrize("path", ALL_PATHS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_at_both_ends_it_stays_finite(path: Path, dtype: torch.dtype) -> None:
+def test_at_both_ends_it_stays_finite(path: NoisePath, dtype: torch.dtype) -> None:
     """At t = 1 many paths have lost the data, some to rounding alone: alpha = cos(π/2) is not 0, nor positive."""
     classes, x = Classes(path), normal(2, 2, 1, 1, dtype=dtype)
     t = torch.tensor([0.0, 1.0], dtype=dtype)

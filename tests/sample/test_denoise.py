@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dit.flow.discrete import DiscreteVP
-from dit.flow.path import VP, Linear, Path
+from dit.flow.path import VP, Linear, NoisePath
 from dit.flow.predict import Cond, Eps, Prediction, V, usable
 from dit.sample.denoise import Denoiser, with_precision
 from tests.gaussian import PAIR_IDS, PAIRS, Gaussian, golden, normal
@@ -16,7 +16,7 @@ every_pair = pytest.mark.parametrize(("path", "prediction"), PAIRS, ids=PAIR_IDS
 
 
 @every_pair
-def test_the_best_network_gives_the_posterior_means(path: Path, prediction: Prediction) -> None:
+def test_the_best_network_gives_the_posterior_means(path: NoisePath, prediction: Prediction) -> None:
     """Whatever is predicted, over the whole usable interval (I5)."""
     oracle, (lo, hi) = Gaussian(), usable(path, prediction)
     t = path.snap(torch.linspace(lo, hi, 41, dtype=torch.float64)[1:])
@@ -28,7 +28,7 @@ def test_the_best_network_gives_the_posterior_means(path: Path, prediction: Pred
 
 
 @every_pair
-def test_precision(path: Path, prediction: Prediction) -> None:
+def test_precision(path: NoisePath, prediction: Prediction) -> None:
     seen: list[Tensor] = []
 
     def model(x: Tensor, model_time: Tensor, cond: Cond) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dit.config import ConfigError, from_dict
 from dit.flow.objective import Objective
-from dit.flow.path import PATHS, VE, Cosine, Linear, Path
+from dit.flow.path import PATHS, VE, Cosine, Linear, NoisePath
 from dit.flow.predict import PREDICTIONS, Cond, Endpoints, Eps, Model, Prediction, Score, V, Velocity
 from dit.model.dit import DiTConfig
 from dit.rng import Draws, Purpose
@@ -32,7 +32,7 @@ SHAPE = (3, 4, 4)
 
 
 def sampler(
-    model: Model, path: Path | None = None, prediction: Prediction | None = None, **spec: object
+    model: Model, path: NoisePath | None = None, prediction: Prediction | None = None, **spec: object
 ) -> Sampler:
     made = from_dict(SamplerSpec, spec)
     return Sampler(
@@ -40,7 +40,7 @@ def sampler(
     )
 
 
-def trainable() -> list[tuple[Path, Prediction]]:
+def trainable() -> list[tuple[NoisePath, Prediction]]:
     """The pairs that the objective lets train, so that they are sampled."""
     found = []
     for path in (cls() for _, cls in PATHS.items()):
@@ -63,7 +63,9 @@ def test_there_are_pairs_of_every_path() -> None:
 @pytest.mark.parametrize(
     ("path", "prediction"), PAIRS, ids=[f"{PATHS.name_of(a)}-{PREDICTIONS.name_of(b)}" for a, b in PAIRS]
 )
-def test_the_best_networks_samples_have_the_datas_distribution(path: Path, prediction: Prediction) -> None:
+def test_the_best_networks_samples_have_the_datas_distribution(
+    path: NoisePath, prediction: Prediction
+) -> None:
     data, n = Gaussian(), 256
     drawn = sampler(data.network(path, prediction), path, prediction, num_steps=40)
     found = drawn.latents(torch.arange(n), torch.zeros(n).long()).double()
@@ -75,7 +77,7 @@ def test_the_best_networks_samples_have_the_datas_distribution(path: Path, predi
 @pytest.mark.parametrize(
     ("path", "prediction"), [(Linear(), Eps()), (Cosine(), Score()), (VE(sigma_max=5e3), V())]
 )
-def test_sampling_starts_from_the_prior_of_its_first_time(path: Path, prediction: Prediction) -> None:
+def test_sampling_starts_from_the_prior_of_its_first_time(path: NoisePath, prediction: Prediction) -> None:
     """Which is not 1 where the prediction says nothing at pure noise."""
     seen: list[Tensor] = []
 
@@ -161,7 +163,7 @@ class Counting:
 
 @pytest.mark.parametrize("path", [cls() for _, cls in PATHS.items()], ids=PATHS.names())
 @pytest.mark.parametrize("solver", ["euler", "heun"])
-def test_nfe_is_what_is_evaluated(path: Path, solver: str) -> None:
+def test_nfe_is_what_is_evaluated(path: NoisePath, solver: str) -> None:
     model = Counting()
     prediction = PREDICTIONS["v"]()
     drawn = sampler(model, path, prediction, solver=solver, num_steps=7)

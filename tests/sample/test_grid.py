@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dit.config import ConfigError, from_dict, to_dict
 from dit.flow.discrete import DiscreteVP
-from dit.flow.path import PATHS, VE, VP, Cosine, Linear, Path
+from dit.flow.path import PATHS, VE, VP, Cosine, Linear, NoisePath
 from dit.flow.predict import EDM, Cond, Data, Endpoints, Eps, Prediction, V, Velocity, check_times, usable
 from dit.flow.times import shift_time
 from dit.sample.grid import (
@@ -40,7 +40,7 @@ def made(name: str, **fields: object) -> Grid:
 @pytest.mark.parametrize("name", GRIDS.names())
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_grids_fall_from_one_end_to_the_other(
-    path: Path, prediction: Prediction, name: str, shift: float
+    path: NoisePath, prediction: Prediction, name: str, shift: float
 ) -> None:
     if path.num_steps is None and name == "respaced":
         return
@@ -61,7 +61,7 @@ def test_grids_fall_from_one_end_to_the_other(
 
 
 @every_pair
-def test_sampling_stays_off_the_path_s_singularity(path: Path, prediction: Prediction) -> None:
+def test_sampling_stays_off_the_path_s_singularity(path: NoisePath, prediction: Prediction) -> None:
     lo, hi = sampling_interval(path, prediction)
     c = path.coeffs(torch.tensor([lo, hi], dtype=torch.float64))
     assert bool(torch.isfinite(c.d_alpha).all() and torch.isfinite(c.d_sigma).all())
@@ -143,7 +143,7 @@ def test_log_snr_steps_are_even() -> None:
 
 @pytest.mark.parametrize("name", ["karras", "log_snr"])
 @pytest.mark.parametrize("path", [Linear(), VP(), DiscreteVP(), VE(sigma_min=0.1, sigma_max=9.0)], ids=str)
-def test_noise_levels_that_a_path_does_not_have_are_left_out(name: str, path: Path) -> None:
+def test_noise_levels_that_a_path_does_not_have_are_left_out(name: str, path: NoisePath) -> None:
     times = GRIDS[name](sigma_min=1e-9, sigma_max=1e9)(12, path, V())
     assert bool((times.diff()[:-1] < 0).all())
     lo, hi = sampling_interval(path, V())
@@ -216,7 +216,7 @@ def test_maps_that_there_are_none_of_are_refused(fields: dict, num_steps: int, s
 
 
 @pytest.mark.parametrize("path", [Linear(), VP(), VE()], ids=str)
-def test_only_discrete_paths_are_respaced(path: Path) -> None:
+def test_only_discrete_paths_are_respaced(path: NoisePath) -> None:
     with pytest.raises(ConfigError, match="is for discrete paths"):
         RespacedGrid()(50, path, V())
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dit.config import ConfigError, to_dict
-from dit.flow.path import Linear, Path, broadcast
+from dit.flow.path import Linear, NoisePath, broadcast
 from dit.flow.predict import Cond, Endpoints, Eps, Prediction
 from dit.sample.denoise import DenoiseFn, Denoiser
 from dit.sample.guide import GUIDANCES, Autoguidance, ClassifierFree, Context, Guidance, LogitsFn, cfg, null
@@ -86,7 +86,7 @@ STRONG: list[Guidance] = [
 class Weak:
     """An opener of one weak model of a path and of one classifier of six classes."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: NoisePath):
         self.path, self.opened = path, list[str]()
 
     def denoiser(self, checkpoint: str) -> DenoiseFn:
@@ -99,7 +99,7 @@ class Weak:
         return lambda x, t: torch.tanh(x.flatten(1) @ weight) * 3
 
 
-def exact(path: Path) -> DenoiseFn:
+def exact(path: NoisePath) -> DenoiseFn:
     """Gaussian data whose mean and spread the label gives; 0 is the null's."""
 
     def denoise(x: Tensor, t: Tensor, cond: Cond) -> Endpoints:
@@ -119,7 +119,7 @@ def test_every_guidance_is_here() -> None:
 
 @pytest.mark.parametrize("path", ALL_PATHS, ids=str)
 @pytest.mark.parametrize("guidance", STRONG, ids=str)
-def test_what_is_guided_are_still_endpoints_of_x_and_differ(guidance: Guidance, path: Path) -> None:
+def test_what_is_guided_are_still_endpoints_of_x_and_differ(guidance: Guidance, path: NoisePath) -> None:
     """x = alpha·data + sigma·eps, so that every solver may follow; and the learned variance is left alone."""
     x, t = inputs()
     cond, opener = {"label": LABELS}, Weak(path)
@@ -236,7 +236,7 @@ def test_cfg_keeps_conditions_that_were_dropped_already() -> None:
 
 
 @pytest.mark.parametrize(("path", "prediction"), PAIRS, ids=PAIR_IDS)
-def test_guiding_endpoints_is_guiding_the_prediction(path: Path, prediction: Prediction) -> None:
+def test_guiding_endpoints_is_guiding_the_prediction(path: NoisePath, prediction: Prediction) -> None:
     """The solve is linear in the prediction, so it is the same guidance for every prediction of every path."""
     x, t = inputs()
     scale, preds = 2.5, normal(6, 4, 2, 2, seed=9)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dit.flow.path import PATHS, VE, VP, Cosine, Linear, Path
+from dit.flow.path import PATHS, VE, VP, Cosine, Linear, NoisePath
 from dit.flow.predict import Cond, Endpoints, V
 from dit.sample.denoise import DenoiseFn
 from dit.sample.grid import UniformGrid
@@ -20,7 +20,7 @@ from tests.moments import exact_moments, marginal, standard
 every_path = pytest.mark.parametrize("path", ALL_PATHS, ids=PATHS.names())
 
 
-def calls(solver: Solver, path: Path, times: Tensor) -> tuple[list[float], list[int]]:
+def calls(solver: Solver, path: NoisePath, times: Tensor) -> tuple[list[float], list[int]]:
     """(times at which the denoiser was called, draws that were asked for)."""
     seen, drawn, oracle, x = list[float](), list[int](), Gaussian(), normal(2, 4)
 
@@ -32,7 +32,7 @@ def calls(solver: Solver, path: Path, times: Tensor) -> tuple[list[float], list[
     return seen, drawn
 
 
-def score(denoise: DenoiseFn, path: Path, x: Tensor, t: Tensor) -> Tensor:
+def score(denoise: DenoiseFn, path: NoisePath, x: Tensor, t: Tensor) -> Tensor:
     t = t.expand(len(x))
     return denoise(x, t, {}).score(path.coeffs(t))
 
@@ -100,7 +100,7 @@ def test_a_score_of_zero_is_no_fault() -> None:
 
 @every_path
 @pytest.mark.parametrize("corrector_steps", [0, 1, 3])
-def test_what_predictor_corrector_costs(path: Path, corrector_steps: int) -> None:
+def test_what_predictor_corrector_costs(path: NoisePath, corrector_steps: int) -> None:
     """At each step one look to predict and then one a correction, at the last one alone and no noise."""
     times, solver = UniformGrid()(4, path, V()), PredictorCorrector(corrector_steps=corrector_steps)
     seen, drawn = calls(solver, path, times)
@@ -143,7 +143,7 @@ def test_a_level_leaves_the_variance_it_must(step_size: float) -> None:
     assert got.variance == pytest.approx(want.variance / (1 - a / 2), rel=1e-6)
 
 
-def carried(path: Path, times: list[float]) -> float:
+def carried(path: NoisePath, times: list[float]) -> float:
     """The factor on x from level to level, Langevin steps aside."""
 
     def denoise(x: Tensor, t: Tensor, cond: Cond) -> Endpoints:
@@ -168,7 +168,7 @@ def test_what_is_carried_from_level_to_level() -> None:
 
 @every_path
 @pytest.mark.parametrize("steps", [1, 3])
-def test_what_annealed_langevin_costs(path: Path, steps: int) -> None:
+def test_what_annealed_langevin_costs(path: NoisePath, steps: int) -> None:
     """Each level but the grid's end has its steps; the last look is at the last of them."""
     times, solver = UniformGrid()(4, path, V()), AnnealedLangevin(steps=steps)
     seen, drawn = calls(solver, path, times)

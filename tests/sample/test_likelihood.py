@@ -14,7 +14,7 @@ from torch.distributions import Normal
 
 from dit.config import ConfigError, to_dict
 from dit.flow.discrete import DiscreteVP
-from dit.flow.path import PATHS, VE, VP, Linear, Path, broadcast
+from dit.flow.path import PATHS, VE, VP, Linear, NoisePath, broadcast
 from dit.flow.predict import Cond, Endpoints, Eps, Prediction, V, Velocity
 from dit.flow.variance import LearnedRange, posterior
 from dit.sample.denoise import Denoiser
@@ -38,7 +38,7 @@ ODE = Ode(num_steps=8, power=1.0, divergence=Exact())
 CLEAN = Node(0.0, 1.0, 0.0)
 
 
-def problem(oracle: Oracle, path: Path, prediction: Prediction, count: int) -> Problem:
+def problem(oracle: Oracle, path: NoisePath, prediction: Prediction, count: int) -> Problem:
     """That of the best network."""
     denoise = Denoiser(oracle.network(path, prediction), path, prediction)
     return Problem(denoise, path, prediction, {}, torch.arange(count))
@@ -89,7 +89,7 @@ def model_density(oracle: Gaussian | Mixture, given: Problem, data: Tensor) -> T
 
 
 @every_pair
-def test_the_ode_s_density_of_gaussian_data(path: Path, prediction: Prediction) -> None:
+def test_the_ode_s_density_of_gaussian_data(path: NoisePath, prediction: Prediction) -> None:
     """What the model's density is, to the solver's error; and the data's, as far as the path's two ends allow.
 
     Where the path begins in clean data and ends in pure noise, and the prediction reaches both, that is the
@@ -110,7 +110,7 @@ def test_the_ode_s_density_of_gaussian_data(path: Path, prediction: Prediction) 
 
 
 @every_path
-def test_the_ode_s_density_of_a_mixture(path: Path) -> None:
+def test_the_ode_s_density_of_a_mixture(path: NoisePath) -> None:
     oracle = Mixture()
     data, given = oracle.draw(3, 2), problem(oracle, path, V(), 3)
     got = replace(ODE, num_steps=32)(given, data)
@@ -145,7 +145,7 @@ def test_sharp_data_are_found_with_steps_near_the_data() -> None:
     assert finer < 1e-3 < 0.2 * even
 
 
-def turned(oracle: Oracle, path: Path) -> tuple[Callable[[Tensor, Tensor, Cond], Endpoints], Tensor]:
+def turned(oracle: Oracle, path: NoisePath) -> tuple[Callable[[Tensor, Tensor, Cond], Endpoints], Tensor]:
     """(the denoiser of the data turned by an orthogonal matrix, that matrix): its Jacobian is not diagonal."""
     turn = torch.linalg.qr(normal(4, 4, seed=5)).Q
 
@@ -281,7 +281,7 @@ ENTROPY = 0.5 * math.log(2 * math.pi * math.e)  # of N(0, 1)
 
 @every_path
 @pytest.mark.parametrize("num_steps", [3, 20])
-def test_with_the_true_variance_the_bound_is_the_entropy(path: Path, num_steps: int) -> None:
+def test_with_the_true_variance_the_bound_is_the_entropy(path: NoisePath, num_steps: int) -> None:
     """However few the steps: for Gaussian data the true steps are Gaussian. What is left is the prior's mismatch."""
     oracle, elements = Gaussian(mean=0.3, std=0.6), 500
     bound, data = Bound(num_steps=num_steps, variance="learned"), oracle.draw(64, elements)
@@ -296,7 +296,7 @@ def test_with_the_true_variance_the_bound_is_the_entropy(path: Path, num_steps: 
 
 @every_path
 @pytest.mark.parametrize("variance", ["small", "large"])
-def test_the_bound_with_a_fixed_variance(path: Path, variance: str) -> None:
+def test_the_bound_with_a_fixed_variance(path: NoisePath, variance: str) -> None:
     """Its closed form; and never less than the entropy."""
     oracle, elements = Gaussian(mean=0.3, std=0.6), 500
     bound, data = Bound(num_steps=12, variance=variance), oracle.draw(64, elements)
@@ -313,7 +313,7 @@ def test_the_bound_with_a_fixed_variance(path: Path, variance: str) -> None:
 
 
 @pytest.mark.parametrize("path", [Linear(), VP()])
-def test_the_bound_is_no_less_than_what_the_ode_finds(path: Path) -> None:
+def test_the_bound_is_no_less_than_what_the_ode_finds(path: NoisePath) -> None:
     """In the mean over data that are no Gaussian, and not by much."""
     oracle, count = Mixture(), 600
     data, given = oracle.draw(count, 2), problem(oracle, path, V(), count)
@@ -324,7 +324,7 @@ def test_the_bound_is_no_less_than_what_the_ode_finds(path: Path) -> None:
 
 
 @every_pair
-def test_the_bound_of_every_pair(path: Path, prediction: Prediction) -> None:
+def test_the_bound_of_every_pair(path: NoisePath, prediction: Prediction) -> None:
     oracle = Gaussian(mean=0.3, std=0.6)
     bound, given = Bound(num_steps=5, variance="large"), problem(oracle, path, prediction, 20)
     found = -bound(given, oracle.draw(20, 500)) / 500

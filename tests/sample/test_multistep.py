@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dit.config import ConfigError, from_dict
 from dit.flow.discrete import CosineDDPM
-from dit.flow.path import PATHS, VE, Linear, Path
+from dit.flow.path import PATHS, VE, Linear, NoisePath
 from dit.flow.predict import Cond, Endpoints, V, Velocity
 from dit.sample.grid import UniformGrid
 from dit.sample.multistep import DPMSolver, UniPC
@@ -24,13 +24,13 @@ every_path = pytest.mark.parametrize("path", ALL_PATHS, ids=PATHS.names())
 every_multistep = pytest.mark.parametrize("solver", MULTISTEP, ids=str)
 
 
-def even_in_log_snr(path: Path, num_steps: int, low: float = -3.0, high: float = 3.0) -> Tensor:
+def even_in_log_snr(path: NoisePath, num_steps: int, low: float = -3.0, high: float = 3.0) -> Tensor:
     return path.time_at(torch.linspace(low, high, num_steps + 1, dtype=torch.float64))
 
 
 @every_multistep
 @every_path
-def test_order_in_even_steps_of_the_log_snr(solver: Solver, path: Path) -> None:
+def test_order_in_even_steps_of_the_log_snr(solver: Solver, path: NoisePath) -> None:
     oracle, errors = Mixture(), []
     for num_steps in (120, 240):
         times = even_in_log_snr(path, num_steps)
@@ -66,7 +66,7 @@ def test_data_that_grows_with_the_log_snr_has_a_closed_form(solver: Solver) -> N
 
 @every_multistep
 @pytest.mark.parametrize("path", [Linear(), PATHS["cosine"](), CosineDDPM(zero_terminal_snr=True)], ids=str)
-def test_out_of_pure_noise_and_the_step_after_are_of_first_order(solver: Solver, path: Path) -> None:
+def test_out_of_pure_noise_and_the_step_after_are_of_first_order(solver: Solver, path: NoisePath) -> None:
     oracle, x = Mixture(), normal(2, 3)
     denoise = oracle.denoise(path)
     times = torch.tensor([1.0, 0.8, 0.7, 0.5], dtype=torch.float64)
@@ -121,7 +121,7 @@ def test_the_step_to_clean_data_returns_it(solver: Solver) -> None:
 
 @every_multistep
 @every_path
-def test_a_whole_run_beats_euler(solver: Solver, path: Path) -> None:
+def test_a_whole_run_beats_euler(solver: Solver, path: NoisePath) -> None:
     oracle = Gaussian()
     x, times = path.prior(normal(4, 4)), UniformGrid()(40, path, V())
     want = oracle.transport(path, x, float(times[0]), 0.0)
@@ -134,7 +134,7 @@ def test_a_whole_run_beats_euler(solver: Solver, path: Path) -> None:
 
 @every_multistep
 @pytest.mark.parametrize("path", [Linear(), VE()], ids=str)
-def test_one_evaluation_a_step_each_at_its_time(solver: Solver, path: Path) -> None:
+def test_one_evaluation_a_step_each_at_its_time(solver: Solver, path: NoisePath) -> None:
     seen: list[float] = []
 
     def denoise(x: Tensor, t: Tensor, cond: Cond) -> Endpoints:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dit.flow.discrete import DiscreteVP
-from dit.flow.path import PATHS, Linear, Path
+from dit.flow.path import PATHS, Linear, NoisePath
 from dit.flow.predict import Cond, Endpoints
 from dit.sample.adaptive import DORMAND_PRINCE, ERROR
 from dit.sample.runge_kutta import Midpoint, RungeKutta, RungeKutta4, Tableau
@@ -70,7 +70,7 @@ def test_the_error_estimate_is_that_of_a_method_of_fourth_order() -> None:
 
 @pytest.mark.parametrize("path", ALL_PATHS, ids=PATHS.names())
 @pytest.mark.parametrize("name", SNR_SOLVERS)
-def test_a_path_is_the_linear_one_at_the_same_noise(name: str, path: Path) -> None:
+def test_a_path_is_the_linear_one_at_the_same_noise(name: str, path: NoisePath) -> None:
     """x / (alpha + sigma) goes the same way on every path whose times have the same SNR."""
     linear, solver, oracle = Linear(), SOLVERS[name](), Mixture()
     here = nodes(path, torch.linspace(0.8, 0.2, 7, dtype=torch.float64))

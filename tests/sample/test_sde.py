@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dit.config import to_dict
-from dit.flow.path import PATHS, VE, VP, Cosine, Linear, Path
+from dit.flow.path import PATHS, VE, VP, Cosine, Linear, NoisePath
 from dit.flow.predict import Cond, Endpoints, V
 from dit.sample.denoise import DenoiseFn
 from dit.sample.grid import UniformGrid
@@ -42,7 +42,7 @@ every_diffusion = pytest.mark.parametrize("name", DIFFUSIONS.names())
 @pytest.mark.parametrize(
     ("key", "diffusion"), [("SBDM", SBDM()), ("sigma", Sigma()), ("linear", LinearDiffusion())]
 )
-def test_the_reference_s_diffusions(name: str, path: Path, key: str, diffusion: Diffusion) -> None:
+def test_the_reference_s_diffusions(name: str, path: NoisePath, key: str, diffusion: Diffusion) -> None:
     ref = golden("interpolants")
     want = torch.from_numpy(ref[f"{name}/diffusion_{key}"])
     for dtype in (torch.float32, torch.float64):
@@ -67,7 +67,7 @@ def test_the_other_diffusions_are_sit_s_in_its_time(norm: float) -> None:
 
 
 @every_path
-def test_sbdm_is_half_the_forward_sde_s_noise(path: Path) -> None:
+def test_sbdm_is_half_the_forward_sde_s_noise(path: NoisePath) -> None:
     """g² = d(sigma²)/dt − 2·(ln alpha)'·sigma² = alpha²·d(sigma²/alpha²)/dt, here by differences within a step."""
     t, h = torch.tensor([0.2005, 0.5005, 0.9005], dtype=torch.float64), 1e-6
     (a, s), (a2, s2) = path.alpha_sigma(t - h), path.alpha_sigma(t + h)
@@ -106,7 +106,7 @@ def test_euler_maruyama_is_the_textbook_s_on_the_linear_path(name: str) -> None:
 
 @every_diffusion
 @every_path
-def test_weak_order_1(name: str, path: Path) -> None:
+def test_weak_order_1(name: str, path: NoisePath) -> None:
     """The errors of mean and variance halve with the step, where the cap on the noise is out of play."""
     oracle, stop = Gaussian(mean=0.8, std=0.5), 0.3
     solver, want = EulerMaruyama(diffusion=DIFFUSIONS[name](norm=0.5)), marginal(oracle, path, stop)
@@ -151,7 +151,7 @@ def test_without_a_limit_it_takes_the_reference_s_steps(name: str, last: str) ->
 
 
 @every_path
-def test_last_steps(path: Path) -> None:
+def test_last_steps(path: NoisePath) -> None:
     """None takes noise; `mean` is a step's mean, `tweedie` the data, `euler` the ODE's step to the grid's end."""
     x = normal(2, 5)
     times, denoise = UniformGrid()(6, path, V()), Gaussian().denoise(path)
@@ -179,7 +179,7 @@ def test_last_steps(path: Path) -> None:
 @pytest.mark.parametrize("num_steps", [2, 5, 20])
 @every_diffusion
 @every_path
-def test_few_steps_stay_bounded(name: str, path: Path, num_steps: int) -> None:
+def test_few_steps_stay_bounded(name: str, path: NoisePath, num_steps: int) -> None:
     """From alpha = 0, where sbdm is infinite, to sigma ≈ 0, where a constant noise would swamp the data."""
     oracle, solver = Gaussian(), EulerMaruyama(diffusion=DIFFUSIONS[name](norm=3.0))
     got = exact_moments(solver, oracle, path, UniformGrid()(num_steps, path, V()))
@@ -196,7 +196,7 @@ def test_a_diffusion_is_read_from_a_name() -> None:
 
 
 @every_path
-def test_without_churn_it_is_heun(path: Path) -> None:
+def test_without_churn_it_is_heun(path: NoisePath) -> None:
     x, times = path.prior(normal(2, 5)), UniformGrid()(5, path, V())
     denoise = Gaussian().denoise(path)
     want = Heun()(denoise, x, times, path, None, {})
@@ -231,7 +231,7 @@ def test_it_is_algorithm_2_on_a_variance_exploding_path(s_churn: float, s_min: f
     torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-8)
 
 
-def looks(path: Path, solver: StochasticHeun, times: Tensor) -> list[float]:
+def looks(path: NoisePath, solver: StochasticHeun, times: Tensor) -> list[float]:
     """The times at which the denoiser is called."""
     seen: list[float] = []
 
@@ -249,7 +249,7 @@ def looks(path: Path, solver: StochasticHeun, times: Tensor) -> list[float]:
 
 @every_path
 @pytest.mark.parametrize("start", [1.0, 0.6])
-def test_churn_rises_within_the_sampled_times(path: Path, start: float) -> None:
+def test_churn_rises_within_the_sampled_times(path: NoisePath, start: float) -> None:
     """Above each step's time (else it would be Heun), never above the first, on a discrete path at steps."""
     times = start * UniformGrid()(20, path, V())
     seen, firsts = looks(path, StochasticHeun(s_min=0.0, s_max=math.inf), times), times[:-1].tolist()
@@ -264,7 +264,7 @@ def test_churn_rises_within_the_sampled_times(path: Path, start: float) -> None:
 
 
 @every_path
-def test_the_noise_rises_by_gamma(path: Path) -> None:
+def test_the_noise_rises_by_gamma(path: NoisePath) -> None:
     """To the time of (1 + gamma) times the ratio sigma / alpha; on a discrete path to the nearest step."""
     times, gamma = UniformGrid()(40, path, V()), 0.1
     solver = StochasticHeun(s_churn=40 * gamma, s_min=0.1, s_max=3.0)
@@ -288,7 +288,7 @@ def test_gamma_is_at_most_root_2_less_1() -> None:
 
 
 @every_path
-def test_churn_keeps_the_marginals(path: Path) -> None:
+def test_churn_keeps_the_marginals(path: NoisePath) -> None:
     """More churn is no bias: with small steps mean and variance stay right."""
     oracle, times = Gaussian(), torch.linspace(0.9, 0.4, 101, dtype=torch.float64)
     want = marginal(oracle, path, 0.4)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dit.config import to_dict
 from dit.flow.discrete import CosineDDPM, DiscreteVP
-from dit.flow.path import PATHS, VE, VP, Cosine, Linear, Path
+from dit.flow.path import PATHS, VE, VP, Cosine, Linear, NoisePath
 from dit.flow.predict import Cond, Endpoints, Eps, Prediction, V, Velocity
 from dit.rng import Draws, Purpose
 from dit.sample.denoise import DenoiseFn, Denoiser
@@ -61,7 +61,7 @@ def watched(denoise: DenoiseFn, times: list[float]) -> DenoiseFn:
 
 @every_fixed_solver
 @every_path
-def test_order_of_convergence(solver: Solver, path: Path) -> None:
+def test_order_of_convergence(solver: Solver, path: NoisePath) -> None:
     """Against the exact transport of a mixture of Gaussians, in float64, halving the step."""
     oracle, errors, start, stop = Mixture(), [], 0.95, 0.15
     x = float(nodes(path, torch.tensor([start, stop]))[0].sigma) * normal(4, 8)
@@ -77,7 +77,7 @@ def test_order_of_convergence(solver: Solver, path: Path) -> None:
 
 @every_ode_solver
 @pytest.mark.parametrize("path", [Linear(), Cosine()], ids=str)
-def test_the_distance_to_the_data_falls_as_the_order_says(name: str, path: Path) -> None:
+def test_the_distance_to_the_data_falls_as_the_order_says(name: str, path: NoisePath) -> None:
     """W2 to N(mean, std²) from pure noise to clean data, in closed form: on Gaussian data a solver is affine in x."""
     solver, oracle, distances = SOLVERS[name](), Gaussian(), []
     x = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
@@ -94,7 +94,7 @@ def test_the_distance_to_the_data_falls_as_the_order_says(name: str, path: Path)
 
 @every_ode_solver
 @every_path
-def test_a_network_s_samples_are_the_data(path: Path, name: str) -> None:
+def test_a_network_s_samples_are_the_data(path: NoisePath, name: str) -> None:
     """Prior to data through network, row, grid and last step, for every path × solver (I5)."""
     solver, oracle, prediction, errors = SOLVERS[name](), Mixture(), V(), []
     denoise = Denoiser(oracle.network(path, prediction), path, prediction)
@@ -108,7 +108,7 @@ def test_a_network_s_samples_are_the_data(path: Path, name: str) -> None:
 
 
 @every_pair
-def test_every_prediction_leads_to_the_data(path: Path, prediction: Prediction) -> None:
+def test_every_prediction_leads_to_the_data(path: NoisePath, prediction: Prediction) -> None:
     oracle, errors = Gaussian(), []
     denoise, x = Denoiser(oracle.network(path, prediction), path, prediction), path.prior(normal(2, 3))
     for num_steps in (15, 60):
@@ -123,7 +123,7 @@ def test_every_prediction_leads_to_the_data(path: Path, prediction: Prediction) 
 
 @every_path
 @every_solver
-def test_evaluations_are_as_many_as_said_and_inside_the_interval(path: Path, name: str) -> None:
+def test_evaluations_are_as_many_as_said_and_inside_the_interval(path: NoisePath, name: str) -> None:
     solver, seen, prediction = SOLVERS[name](), list[float](), Eps()
     denoise, x = watched(with_variance(Gaussian().denoise(path)), seen), path.prior(normal(1, 3))
     for num_steps in (1, 2, 6):
@@ -185,7 +185,7 @@ def test_an_end_given_twice_is_visited(name: str) -> None:
 
 
 @every_path
-def test_a_node_is_found_by_its_ratio(path: Path) -> None:
+def test_a_node_is_found_by_its_ratio(path: NoisePath) -> None:
     at = At(Gaussian().denoise(path), path, {})
     for node in nodes(path, torch.linspace(1.0, 0.0, 12, dtype=torch.float64)):
         found = at.node(node.ratio)
@@ -267,7 +267,7 @@ def test_heun_on_a_variance_exploding_path_is_edm_s() -> None:
 @settings(max_examples=4, deadline=None)
 @given(num_steps=st.integers(1, 9), shift=st.floats(0.2, 5), seed=st.integers(0, 100))
 def test_a_single_image_is_found_exactly(
-    name: str, path: Path, num_steps: int, shift: float, seed: int
+    name: str, path: NoisePath, num_steps: int, shift: float, seed: int
 ) -> None:
     """With one possible data point (data, eps) are constant along the ODE, and any steps solve it."""
     point = normal(1, 3, seed=seed)
@@ -296,7 +296,7 @@ def test_samples_do_not_depend_on_their_batch(name: str) -> None:
 @every_solver
 @pytest.mark.parametrize("path", [Linear(), CosineDDPM()], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_times_and_conditions_reach_the_denoiser(name: str, path: Path, dtype: torch.dtype) -> None:
+def test_times_and_conditions_reach_the_denoiser(name: str, path: NoisePath, dtype: torch.dtype) -> None:
     cond = {"label": torch.tensor([1, 2])}
 
     def denoise(x: Tensor, t: Tensor, given_: Cond) -> Endpoints:
@@ -405,7 +405,7 @@ def test_noise_is_drawn_for_stochastic_solvers_only() -> None:
 
 @every_solver
 @pytest.mark.parametrize("path", [Linear(), VP()], ids=str)
-def test_no_draw_is_used_twice(name: str, path: Path) -> None:
+def test_no_draw_is_used_twice(name: str, path: NoisePath) -> None:
     solver, drawn, x = SOLVERS[name](), list[int](), normal(2, 3)
 
     def drawing(index: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dit.config import ConfigError, to_dict
 from dit.flow.discrete import CosineDDPM
-from dit.flow.path import PATHS, VE, VP, Linear, Path
+from dit.flow.path import PATHS, VE, VP, Linear, NoisePath
 from dit.flow.predict import V
 from dit.sample.ancestral import DDIM, DDPM
 from dit.sample.grid import UniformGrid
@@ -39,7 +39,7 @@ every_stochastic = pytest.mark.parametrize("solver", STOCHASTIC.values(), ids=ST
 every_registered = pytest.mark.parametrize("solver", REGISTERED.values(), ids=REGISTERED)
 
 
-def grid(num_steps: int, path: Path) -> Tensor:
+def grid(num_steps: int, path: NoisePath) -> Tensor:
     return UniformGrid()(num_steps, path, V())
 
 
@@ -50,7 +50,7 @@ def test_all_that_take_noise_are_here() -> None:
 
 @every_affine
 @every_path
-def test_the_distance_to_the_data_falls_with_the_steps(solver: Solver, path: Path) -> None:
+def test_the_distance_to_the_data_falls_with_the_steps(solver: Solver, path: NoisePath) -> None:
     """Wasserstein-2, without Monte-Carlo error: at least by half with four times the steps."""
     oracle = Gaussian()
     coarse, fine = (
@@ -63,7 +63,7 @@ def test_the_distance_to_the_data_falls_with_the_steps(solver: Solver, path: Pat
 
 @every_registered
 @every_path
-def test_samples_have_the_data_s_moments(solver: Solver, path: Path) -> None:
+def test_samples_have_the_data_s_moments(solver: Solver, path: NoisePath) -> None:
     """20,000 numbers from noise, within 4.5 standard errors and the steps' own error."""
     oracle, times = Gaussian(), grid(30, path)
     start = marginal(oracle, path, float(times[0]))
@@ -149,7 +149,7 @@ def test_images_do_not_depend_on_their_batch(solver: Solver) -> None:
 @pytest.mark.parametrize(
     "path", [Linear(), VE(), CosineDDPM(zero_terminal_snr=True)], ids=["linear", "ve", "ztsnr"]
 )
-def test_float32_stays_float32_and_near(solver: Solver, path: Path) -> None:
+def test_float32_stays_float32_and_near(solver: Solver, path: NoisePath) -> None:
     """Also from where alpha is 0 and down to clean data."""
     times, denoise = grid(8, path), Gaussian().denoise(path)
     x = path.prior(normal(3, 16))
