@@ -15,25 +15,23 @@ with `**codec_keys: str` takes those of that family alone (`--codec.path=...`, o
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import inspect
 import os
 import re
 import sys
 import typing
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import fire
 import pydantic
 from tqdm import tqdm
 
-from dit.config import Registry, annotation_at, class_at, did_you_mean, is_many, keys_of, parts_of, to_dict
+from dit.config import Registry, did_you_mean
 from dit.errors import Notice, Stopped, UserError
+from dit.helptext import Command, families, help_text, summary
 from dit.ranks.group import World
-
-Command = Callable[..., Any]
 
 
 class UsageError(UserError):
@@ -111,7 +109,7 @@ def _choose(
     """The function to run, the words left for it, and the program's name with the subcommand."""
     if callable(commands):
         return commands, words, program
-    listing = "\n".join(f"  {name:16s} {_summary(f)}" for name, f in commands.items())
+    listing = "\n".join(f"  {name:16s} {summary(f)}" for name, f in commands.items())
     if not words or words[0] in ("--help", "-h"):
         print(f"Usage: {program} COMMAND ...\n\n{listing}")
         raise SystemExit(0 if words else 2)
@@ -152,12 +150,7 @@ def _family(kinds: Mapping[str, Any]) -> str:
     rest = [n for n, k in kinds.items() if k is inspect.Parameter.VAR_KEYWORD]
     if not rest:
         return r"(?!)"
-    return rf"({'|'.join(_families(rest[0]))})[._].+" if rest[0].endswith("_keys") else r".*"
-
-
-def _families(name: str) -> list[str]:
-    """The families of flags that a `**a_b_keys` parameter takes."""
-    return name.removesuffix("_keys").split("_")
+    return rf"({'|'.join(families(rest[0]))})[._].+" if rest[0].endswith("_keys") else r".*"
 
 
 def _split(
@@ -210,106 +203,3 @@ def _convert(name: str, text: str, hint: Any) -> Any:
         return pydantic.TypeAdapter(hint).validate_python(value)
     except pydantic.ValidationError as error:
         raise UsageError(f"--{name}={text}: {error.errors()[0]['msg'].lower()}") from None
-
-
-# --- help --------------------------------------------------------------------------------------------------
-
-
-def _summary(function: Command) -> str:
-    return (inspect.getdoc(function) or "").split("\n", 1)[0]
-
-
-def help_text(
-    function: Command,
-    program: str,
-    config: type | None = None,
-    choices: Mapping[str, Registry[Any]] | None = None,
-) -> str:
-    """Usage, the docstring, and every argument with type, default and meaning."""
-    hints = typing.get_type_hints(function, include_extras=True)
-    usage, rows = [program], []
-    for p in inspect.signature(function).parameters.values():
-        if p.kind is p.VAR_KEYWORD:
-            families = _families(p.name) if p.name.endswith("_keys") else ["key"]
-            usage += [f"[--{family}.sub=value ...]" for family in families]
-            continue
-        notes = [m for m in getattr(hints.get(p.name), "__metadata__", ()) if isinstance(m, str)]
-        is_place = p.kind is p.POSITIONAL_OR_KEYWORD
-        usage.append(p.name.upper() if is_place and p.default is p.empty else f"[--{p.name}]")
-        default = "required" if p.default is p.empty else f"default {p.default!r}"
-        label = p.name.upper() if is_place and p.default is p.empty else f"--{p.name}"
-        rows.append(
-            f"  {label:22s} {_type_name(hints.get(p.name, str))}, {default}{'; ' + notes[0] if notes else ''}"
-        )
-    lines = [f"Usage: {' '.join(usage)}", "", inspect.getdoc(function) or "", "", "Arguments:", *rows]
-    if config is not None:
-        lines += ["", "Configuration keys (in CONFIG.yaml, or --key.sub=value):", *_key_rows(config)]
-        for keys, registry in _axes(config):
-            lines += ["", f"Choices of {', '.join(keys)}:", *_choice_rows(registry)]
-    for flag, registry in (choices or {}).items():
-        lines += ["", f"Choices of --{flag}:", *_choice_rows(registry)]
-    return "\n".join(lines)
-
-
-def _type_name(hint: Any) -> str:
-    plain = _strip(hint)
-    return (
-        plain.__name__
-        if isinstance(plain, type) and not typing.get_args(plain)
-        else str(plain).replace("typing.", "")
-    )
-
-
-def _key_rows(config: type) -> list[str]:
-    """One line a key: default, and the comment that stands behind the field in the source."""
-    rows = []
-    for key in keys_of(config):
-        parts = tuple(key.split("."))
-        parent = class_at(config, parts[:-1])
-        if parent is None:
-            continue
-        if class_at(config, parts) is not None and not is_many(annotation_at(parent, parts[-1])):
-            continue
-        field = next(f for f in dataclasses.fields(parent) if f.name.rstrip("_") == parts[-1])
-        default = "" if field.default is dataclasses.MISSING else f"= {_short(to_dict(field.default))}"
-        names = [
-            m.names()
-            for m in getattr(annotation_at(parent, parts[-1]), "__metadata__", ())
-            if hasattr(m, "names")
-        ]
-        note = _comment(parent, field.name) or (" | ".join(names[0]) if names else "")
-        rows.append(f"  {key:28s} {default:24s} {note}".rstrip())
-    return rows
-
-
-def _axes(config: type) -> list[tuple[list[str], Registry[Any]]]:
-    """The registries with several members among a config's keys, each with the keys that it has the choices of."""
-    found: dict[Registry[Any], list[str]] = {}
-    for key in keys_of(config):
-        *above, name = key.split(".")
-        parent = class_at(config, tuple(above))
-        for part in parts_of(annotation_at(parent, name)) if parent is not None else ():
-            if isinstance(part, Registry) and len(part.names()) > 1 and key not in found.setdefault(part, []):
-                found[part].append(key)
-    return [(keys, registry) for registry, keys in found.items()]
-
-
-def _choice_rows(registry: Registry[Any]) -> list[str]:
-    """Each member with the first line of its docstring, and its fields with default and comment below it."""
-    rows = []
-    for name, member in registry.items():
-        rows.append(f"  {name:20s} {_summary(member)}".rstrip())
-        rows += ["  " + row for row in _key_rows(member)]
-    return rows
-
-
-def _short(value: Any) -> str:
-    return str(value.get("name", value)) if isinstance(value, dict) else str(value)
-
-
-def _comment(cls: type, field: str) -> str:
-    for owner in cls.__mro__:
-        if field in inspect.get_annotations(owner):
-            found = re.search(rf"^    {field}:.*?  # (.*)$", inspect.getsource(owner), re.MULTILINE)
-            return found.group(1) if found else ""
-    return ""

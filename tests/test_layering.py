@@ -30,6 +30,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "files": BASE,
     "config": BASE,
     "configfile": BASE,
+    "helptext": BASE,
     "version": frozenset({"dit"}),
     "ranks": BASE,
     "rng": BASE,
@@ -44,7 +45,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "scaling": TOP | {"experiments"},
     "interop": TOP | {"experiments"},
     "bench": TOP | {"experiments"},
-    "cli": TOP | {"experiments", "scaling", "interop"},
+    "cli": TOP | {"experiments", "scaling", "interop", "helptext"},
     "tools": TOP | {"experiments", "scaling", "interop", "bench", "cli"},
 }
 # A third-party package -> the only modules that may name it.
