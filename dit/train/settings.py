@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from dit.config import ConfigError, Problem, config
+from dit.config import Complaint, ConfigError, config
 from dit.data.loading.mixture import Mixture, PartConfig
 from dit.data.storage.nodecache import NodeCacheConfig
 from dit.ranks.group import World
@@ -114,9 +114,9 @@ class DataConfig:
         if self.max_quarantined < 0:
             raise ConfigError(f"data.max_quarantined must be at least 0, got {self.max_quarantined}")
         if self.path and self.mix:
-            twice = Problem(("path",), "is set, and data.mix too; add --data.path=null")
+            twice = Complaint(("path",), "is set, and data.mix too; add --data.path=null")
             raise ConfigError(
-                problems=[twice, Problem(("mix",), "is set, and data.path too; or add --data.mix=[]")]
+                problems=[twice, Complaint(("mix",), "is set, and data.path too; or add --data.mix=[]")]
             )
         if not self.path and not self.mix:
             raise ConfigError("data needs a path, or a mix of several data sets")
