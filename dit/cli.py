@@ -2,7 +2,8 @@
 
 Fire by itself starts the work and complains about an unknown flag afterwards, takes `--help` behind a positional
 for an argument, turns `--run_dir=2024` into a number and binds stray words to parameters. Here argv is checked
-against the function's signature first, text fields keep their text, and `--help` only ever prints help.
+against the function's signature first, and `--help` only ever prints help; Fire then binds the words to parameters
+and reads each value with a reader that is made of the parameter's type (text stays text), before it calls.
 
     def main(images: str, out: str, *, image_size: Annotated[int, "pixels a side"] = 256) -> None: ...
     run(main)                                  # or run({"verify": verify, "info": info})
@@ -15,7 +16,9 @@ with `**codec_keys: str` takes those of that family alone (`--codec.path=...`, o
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
+import io
 import os
 import re
 import sys
@@ -26,12 +29,14 @@ from typing import Any
 
 import fire
 import pydantic
+from fire.decorators import SetParseFn, SetParseFns
 from tqdm import tqdm
 
 from dit.config import Registry, did_you_mean
 from dit.errors import Notice, Stopped, UserError
 from dit.helptext import Command, families, help_text, summary
 from dit.ranks.group import World
+from dit.scalars import Scalar, is_scalar, typed
 
 
 class UsageError(UserError):
@@ -50,16 +55,16 @@ def run(
     values are members of a registry, which `--help` lists with their fields.
     """
     words = sys.argv[1:] if argv is None else argv
+    _speak_in_any_locale()
     program = f"python {sys.argv[0]}"
     try:
         function, words, program = _choose(commands, words, program)
         if any(w in ("--help", "-h") for w in words):
             print(help_text(function, program, config, choices))
             return
-        positional, flags = parse(function, words)
-        command = [repr(v) for v in positional] + [f"--{k}={v!r}" for k, v in flags.items()]
+        command = [f"--{name}={text}" for name, text in parse(function, words).items()]
         with _clean_notices():
-            fire.Fire(function, command=command, name=program, serialize=lambda _: None)
+            fire.Fire(_with_readers(function), command=command, name=program, serialize=lambda _: None)
     except UsageError as error:
         _fail(f"{error}\nSee: {program} --help", 2)
     except BrokenPipeError:  # what is printed is piped to a command that has read enough, such as head
@@ -71,6 +76,13 @@ def run(
         _fail(str(error), 1)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
+
+
+def _speak_in_any_locale() -> None:
+    """Print what the terminal's encoding lacks as ?, and not as a traceback: help and names are not ASCII alone."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace" if stream is sys.stdout else "backslashreplace")
 
 
 def _fail(text: str, code: int) -> typing.NoReturn:
@@ -118,8 +130,8 @@ def _choose(
     return commands[words[0]], words[1:], f"{program} {words[0]}"
 
 
-def parse(function: Command, words: list[str]) -> tuple[list[Any], dict[str, Any]]:
-    """Checked positional values and flags. Raises UsageError for anything the signature does not know."""
+def parse(function: Command, words: list[str]) -> dict[str, str]:
+    """{parameter: text}, which the signature knows and has all of. Raises UsageError for anything else."""
     signature = inspect.signature(function)
     hints = typing.get_type_hints(function, include_extras=True)
     kinds = {p.name: p.kind for p in signature.parameters.values()}
@@ -129,7 +141,7 @@ def parse(function: Command, words: list[str]) -> tuple[list[Any], dict[str, Any
     loose, given = _split(words, switches, named, _family(kinds))
     if len(loose) > len(places):
         raise UsageError(f"unexpected argument '{loose[len(places)]}' (a flag is written --name=value)")
-    values: dict[str, Any] = dict(zip(places, loose, strict=False))
+    values = dict(zip(places, loose, strict=False))
     for key, text in given.items():
         if key in values:
             raise UsageError(f"{key} is given twice")
@@ -141,8 +153,20 @@ def parse(function: Command, words: list[str]) -> tuple[list[Any], dict[str, Any
     ]
     if missing:
         raise UsageError(f"missing {', '.join(m.upper() if m in places else '--' + m for m in missing)}")
-    typed = {k: _convert(k, v, hints.get(k, str)) if k in named else v for k, v in values.items()}
-    return [], typed
+    return values
+
+
+def _with_readers(function: Command) -> Command:
+    """The function with a reader for each parameter, which Fire calls with the parameter's text; others stay text."""
+    hints = typing.get_type_hints(function, include_extras=True)
+    names = [p.name for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    readers = {name: functools.partial(_convert, name, hint=hints.get(name, str)) for name in names}
+
+    @functools.wraps(function)
+    def read(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return typing.cast(Command, SetParseFns(**readers)(SetParseFn(str)(read)))
 
 
 def _family(kinds: Mapping[str, Any]) -> str:
@@ -198,8 +222,15 @@ def _convert(name: str, text: str, hint: Any) -> Any:
     if plain is str or str in options:
         return text
     is_many = any(typing.get_origin(o) in (list, tuple) for o in (plain, *options))
-    value: Any = [part.strip() for part in text.strip("[]()").split(",") if part.strip()] if is_many else text
+    words = (
+        [part.strip() for part in text.strip("[]()").split(",") if part.strip()]
+        if is_many
+        else [text.strip()]
+    )
+    values: list[str] = [Scalar(word) if is_scalar(word) else word for word in words]
+    value: Any = values if is_many else values[0]
     try:
-        return pydantic.TypeAdapter(hint).validate_python(value)
+        return pydantic.TypeAdapter(typed(hint)).validate_python(value)
     except pydantic.ValidationError as error:
-        raise UsageError(f"--{name}={text}: {error.errors()[0]['msg'].lower()}") from None
+        said = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise UsageError(f"--{name}={text}: {said[0].lower()}{said[1:]}") from None
