@@ -41,10 +41,10 @@ CHOICES: dict[str, Registry[Any]] = {"method": LIKELIHOODS}
 class Spec:
     """Everything that decides about the figure besides weights and data."""
 
-    method: Annotated[Likelihood, LIKELIHOODS] = Ode()
-    count: int = 256
-    seed: int = 0
-    unconditional: bool = False
+    method: Annotated[Likelihood, LIKELIHOODS] = Ode()  # how log p(data) is found
+    count: int = 256  # samples, the first of the data; 0 = all
+    seed: int = 0  # of probes, noise and posterior draws
+    unconditional: bool = False  # drop every label
 
 
 def main(

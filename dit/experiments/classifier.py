@@ -37,18 +37,18 @@ from dit.train.task import PlainTask, Samples
 class Noise:
     """How noisy the latents are that are classified. The path must be that of the model to be guided."""
 
-    path: Annotated[NoisePath, PATHS] = Linear()
-    times: Annotated[Times, TIMES] = Uniform()
-    spread: Annotated[Spread, SPREADS] = IndependentDraws()
+    path: Annotated[NoisePath, PATHS] = Linear()  # from data to noise: that of the model to be guided
+    times: Annotated[Times, TIMES] = Uniform()  # how often each time is trained on
+    spread: Annotated[Spread, SPREADS] = IndependentDraws()  # how times are drawn over the global batch
 
 
 @config
 class ClassifierExperiment(RunConfig):
     """A run of tools/train_classifier.py, on the latents of the model that it will guide."""
 
-    classifier: ClassifierConfig = ClassifierConfig()
-    objective: Noise = Noise()
-    latents: LatentsConfig = LatentsConfig()
+    classifier: ClassifierConfig = ClassifierConfig()  # the network, a transformer
+    objective: Noise = Noise()  # how noisy the latents are that are classified
+    latents: LatentsConfig = LatentsConfig()  # how stored latents become what the model sees
 
     def make_parts(self, manifest: Manifest, world: World) -> Parts:
         """Model, task and hooks for these data on this rank."""

@@ -52,7 +52,7 @@ TIMES: Registry[Times] = Registry("times")
 class Uniform(Times):
     """t uniform in (0, 1), then shifted."""
 
-    shift: Shift = 1.0
+    shift: Shift = 1.0  # of times; more than 1 = more often near noise
 
     def quantile(self, u: Tensor, path: NoisePath) -> Tensor:
         return u
@@ -63,9 +63,9 @@ class Uniform(Times):
 class LogitNormal(Times):
     """logit t is normal (arXiv 2403.03206, eq. 19), then shifted. mean > 0 leans towards noise."""
 
-    mean: float = 0.0
-    std: Annotated[float, Field(gt=0)] = 1.0
-    shift: Shift = 1.0
+    mean: float = 0.0  # of logit t; above 0 leans towards noise
+    std: Annotated[float, Field(gt=0)] = 1.0  # standard deviation of logit t
+    shift: Shift = 1.0  # of times; more than 1 = more often near noise
 
     def quantile(self, u: Tensor, path: NoisePath) -> Tensor:
         return torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
@@ -80,8 +80,9 @@ class Mode(Times):
     has its mode at 1/2, 0 is uniform, < 0 favours the ends; within [−1, 2/(π − 2)] t rises everywhere.
     """
 
+    # above 0 has its mode at 1/2, 0 = uniform, below 0 favours the ends
     scale: Annotated[float, Field(ge=-1, le=2 / (math.pi - 2))] = 1.29
-    shift: Shift = 1.0
+    shift: Shift = 1.0  # of times; more than 1 = more often near noise
 
     def quantile(self, u: Tensor, path: NoisePath) -> Tensor:
         low = torch.minimum(u, 1.0 - u)  # t(1 − u) = 1 − t(u): near 1 the formula cancels in float32
@@ -98,9 +99,9 @@ class EDMTimes(Times):
     beyond the path's are taken at its ends.
     """
 
-    mean: float = -1.2
-    std: Annotated[float, Field(gt=0)] = 1.2
-    shift: Shift = 1.0
+    mean: float = -1.2  # of ln(sigma/alpha); EDM's -1.2 is for data of std 1/2
+    std: Annotated[float, Field(gt=0)] = 1.2  # standard deviation of ln(sigma/alpha)
+    shift: Shift = 1.0  # of times; more than 1 = more often near noise
 
     def quantile(self, u: Tensor, path: NoisePath) -> Tensor:
         return path.time_at(-2.0 * (self.mean + self.std * torch.special.ndtri(u)))

@@ -106,7 +106,8 @@ def write_weights(path: Path, state: StateDict) -> None:
 class Choices:
     """What the weights do not say. None: as is known of the project's own models."""
 
-    num_heads: Count | None = None
+    num_heads: Count | None = None  # of the attention; null = as usual for the width
+    # classes without the null row; null = as the table says
     num_classes: Annotated[int, Field(ge=0)] | None = None
     codec: Annotated[CodecConfig, CODECS] | None = None  # the VAE that they go with
     scaling_factor: Annotated[float, Field(gt=0)] | None = None  # what its latents were multiplied with

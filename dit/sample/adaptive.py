@@ -67,8 +67,8 @@ class DormandPrince(Solver):
     max_steps: tries, taken or not, before the ODE is given up with a ConfigError.
     """
 
-    rtol: Annotated[float, Field(gt=0, lt=1)] = 1e-5  # of a step, relative
-    atol: Annotated[float, Field(gt=0)] = 1e-5  # of a step, where data has a std of about 1
+    rtol: Annotated[float, Field(gt=0, lt=1)] = 1e-5  # error of a step, relative
+    atol: Annotated[float, Field(gt=0)] = 1e-5  # error of a step, where data has a std of about 1
     max_steps: Annotated[int, Field(ge=1)] = 1000  # tries before it gives up
     order = 5
     evaluations = 6

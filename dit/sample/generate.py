@@ -34,11 +34,11 @@ def _in_turn(value: Any) -> Any:
 class SamplerSpec:
     """Everything that decides about the images besides the weights."""
 
-    solver: Annotated[Solver, SOLVERS] = Heun()
-    num_steps: Annotated[int, Field(ge=1)] = 50
-    grid: Annotated[Grid, GRIDS] = UniformGrid()
+    solver: Annotated[Solver, SOLVERS] = Heun()  # method that steps from noise to data
+    num_steps: Annotated[int, Field(ge=1)] = 50  # steps of the solver for each image
+    grid: Annotated[Grid, GRIDS] = UniformGrid()  # how the times of the steps are spaced
     cfg_scale: Annotated[float, Field(ge=0)] = 1.0  # null + scale * (cond - null); 1 = no guidance
-    seed: int = 0
+    seed: int = 0  # of the noise; image i has its own
     guidance: Annotated[  # more of it, in turn, after cfg_scale; one alone needs no brackets
         tuple[Annotated[Guidance, GUIDANCES], ...], BeforeValidator(_in_turn)
     ] = ()

@@ -84,7 +84,8 @@ class PerceptualConfig:
     """
 
     weights: str  # a local file of the backbone's weights, safetensors or a state dict that torch.save wrote
-    backbone: str = "torchvision:vgg16"
+    backbone: str = "torchvision:vgg16"  # torchvision:NAME, or the name of a timm model
+    # names (torchvision) or numbers (timm) of feature levels; [] = LPIPS's for vgg16, all for timm
     layers: tuple[int | str, ...] = ()
     weight: Annotated[float, Field(ge=0)] = 1.0  # of the distance, which is in [0, 4]
 

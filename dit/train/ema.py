@@ -19,7 +19,7 @@ MAIN = "ema"  # the average that is sampled from while training and unless anoth
 class EmaConfig:
     """Averaging follows updates: a skipped update leaves every average as it is."""
 
-    decay: float = 0.9999  # per update
+    decay: float = 0.9999  # of the average, per update, from 0 to less than 1
     also: tuple[float, ...] = ()  # more decays: each is an average more, "ema_0.999" for 0.999
     power: tuple[float, ...] = ()  # widths (sigma_rel) of power-function averages; EDM2 takes 0.05, 0.1
     snapshot_every: int = 0  # steps; keep the power-function averages in RUN/snapshots for good; 0 = never

@@ -53,12 +53,12 @@ class OptimConfig:
     """AdamW (Loshchilov & Hutter, arXiv 1711.05101) with gradient clipping."""
 
     lr: float = 1e-4  # peak learning rate
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
+    betas: tuple[float, float] = (0.9, 0.999)  # decay of Adam's first and second moments, per update
+    eps: float = 1e-8  # added to the root of Adam's second moment
     weight_decay: float = 0.0  # on matrices only: biases, norms and embeddings' gains have one dimension
     clip: float | None = 1.0  # norm of the whole gradient; null = no clipping
     warmup: int = 0  # updates of linear warm-up from lr / warmup
-    schedule: Annotated[Schedule, SCHEDULES] = Constant()
+    schedule: Annotated[Schedule, SCHEDULES] = Constant()  # of the learning rate after warm-up
 
     def __post_init__(self) -> None:
         if not 0 < self.lr < math.inf or self.warmup < 0 or not (self.clip is None or self.clip > 0):

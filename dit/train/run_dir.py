@@ -11,12 +11,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-import yaml
-
 from dit.config import ConfigError, flatten, from_dict, to_dict
-from dit.configfile import write_yaml
+from dit.configfile import read_own, write_yaml
 from dit.ranks import group
 from dit.ranks.group import World
+from dit.scalars import resolved
 from dit.train.settings import OPERATIONAL, RunConfig
 from dit.version import code_version
 
@@ -90,7 +89,7 @@ def compare(path: Path, cfg: RunConfig) -> dict[str, list[Any]]:
     """{operational key: [before, now]} against a config.yaml; ConfigError if an identity key differs."""
     if not path.is_file():
         return {}
-    return differences(yaml.safe_load(path.read_text()) or {}, cfg, str(path.parent))
+    return differences(read_own(path), cfg, str(path.parent))
 
 
 def differences(before: Mapping[str, Any], cfg: RunConfig, where: str) -> dict[str, list[Any]]:
@@ -98,8 +97,10 @@ def differences(before: Mapping[str, Any], cfg: RunConfig, where: str) -> dict[s
 
     Keys that did not exist when `before` was written count as having had their defaults.
     """
-    with contextlib.suppress(ConfigError):  # a key that exists no longer shows among the differing ones
+    try:
         before = to_dict(from_dict(type(cfg), before))
+    except ConfigError:  # a key that exists no longer shows among the differing ones
+        before = resolved(before)
     there, now = flatten(before), flatten(to_dict(cfg))
     differing = {k: [there.get(k), now.get(k)] for k in sorted({*there, *now}) if there.get(k) != now.get(k)}
     fatal = {k: v for k, v in differing.items() if not is_operational(k)}

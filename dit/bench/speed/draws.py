@@ -24,11 +24,11 @@ CLASSES = 1000
 class DrawsBench:
     """size: of the model. batch: samples a step. steps: of a turn. precision: fp32 or bf16 of the step."""
 
-    size: str = "S"
-    batch: int = 8
-    steps: int = 2
-    repeats: int = 5
-    precision: str = "fp32"
+    size: str = "S"  # of the model: S, B, L, XL
+    batch: int = 8  # samples a step
+    steps: int = 2  # training steps a turn
+    repeats: int = 5  # turns of each contender
+    precision: str = "fp32"  # of the step: fp32 or bf16
 
 
 class _Bench:

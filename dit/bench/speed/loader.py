@@ -44,15 +44,15 @@ class LoaderBench:
     ranks: how many of them read at once, for each figure of several on a node.
     """
 
-    samples: int = 100_000
-    plain: int = 20_000
-    batch: int = 256
-    repeats: int = 5
-    lanes: int = 64
-    window: int = 2
-    readers: int = 2
-    prefetch: int = 4
-    ranks: tuple[int, ...] = (1, 2, 4)
+    samples: int = 100_000  # latents in the data set
+    plain: int = 20_000  # of them in per-sample shards, for webdataset
+    batch: int = 256  # samples a batch
+    repeats: int = 5  # turns of each contender
+    lanes: int = 64  # data sequences that a batch is filled from
+    window: int = 2  # blocks a lane shuffles over
+    readers: int = 2  # threads that read blocks
+    prefetch: int = 4  # batches made ahead
+    ranks: tuple[int, ...] = (1, 2, 4)  # processes that read at once, for each figure of several on a node
 
     def __post_init__(self) -> None:
         if self.plain > self.samples or self.batch > self.samples or self.repeats < 1:

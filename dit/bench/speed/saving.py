@@ -29,9 +29,9 @@ KINDS = 4  # weights, average, Adam's two moments: 16 bytes a parameter
 class SavingBench:
     """parameters: of the model, in matrices of width x width. repeats: turns of each contender."""
 
-    parameters: int = 33_000_000  # about S/2
-    width: int = 1024
-    repeats: int = 5
+    parameters: int = 33_000_000  # of the model; S/2 has about as many
+    width: int = 1024  # of the square matrices that hold them
+    repeats: int = 5  # turns of each contender
 
     def __post_init__(self) -> None:
         if self.width < 1 or self.parameters < self.width**2 or self.repeats < 1:

@@ -38,14 +38,14 @@ CHANNELS, SIDE, CLASSES, LR = 4, 16, 10, 1e-4
 class ZeroBench:
     """Sizes. batch: global. accumulation: micro-batches a rank and step. steps: a turn. ranks: of each figure."""
 
-    width: int = 192
-    depth: int = 12
-    heads: int = 3
-    batch: int = 32
-    accumulation: int = 1
-    steps: int = 4
-    repeats: int = 5
-    ranks: tuple[int, ...] = (2, 4)
+    width: int = 192  # channels of the DiT's tokens
+    depth: int = 12  # blocks of the DiT
+    heads: int = 3  # of the attention; divides width
+    batch: int = 32  # samples a step, over all ranks
+    accumulation: int = 1  # micro-batches a rank and step
+    steps: int = 4  # training steps a turn
+    repeats: int = 5  # turns of each contender
+    ranks: tuple[int, ...] = (2, 4)  # gloo processes, for each figure
 
     def __post_init__(self) -> None:
         if min(self.steps, self.repeats, self.accumulation, *self.ranks) < 1:

@@ -20,10 +20,10 @@ BOUND = 1e-5  # of the loss, relative
 class ElasticBench:
     """steps: of the run, shared evenly by the links of the chain. ranks, stages: one of each a link."""
 
-    steps: int = 50
-    lr: float = 1e-4
-    ranks: tuple[int, ...] = (1, 2, 4, 2)
-    stages: tuple[int, ...] = (1, 3, 2, 0)
+    steps: int = 50  # of the whole run, shared evenly by the links of the chain
+    lr: float = 1e-4  # peak learning rate
+    ranks: tuple[int, ...] = (1, 2, 4, 2)  # processes of each link
+    stages: tuple[int, ...] = (1, 3, 2, 0)  # of ZeRO, 0 to 3, of each link
 
     def __post_init__(self) -> None:
         if len(self.ranks) != len(self.stages) or not 0 < len(self.ranks) <= self.steps:

@@ -38,12 +38,12 @@ from dit.train.checkpoints.checkpoint import CheckpointError
 class SurvivalBench:
     """kills: how many. steps, every: of the run and between its checkpoints. seed: of the moments and the ranks hit."""
 
-    kills: int = 100
-    steps: int = 300
-    every: int = 5
-    ranks: int = 2
-    stage: Literal[0, 1, 2, 3] = 2
-    seed: int = 0
+    kills: int = 100  # SIGKILLs, each followed by the same command again
+    steps: int = 300  # of the whole run
+    every: int = 5  # steps between checkpoints
+    ranks: int = 2  # processes, on the CPU
+    stage: Literal[0, 1, 2, 3] = 2  # of ZeRO: 0 to 3
+    seed: int = 0  # of the moments, and of the ranks hit
 
     def __post_init__(self) -> None:
         if self.kills < 1 or self.every < 1 or self.steps < 4 * self.every or self.seed < 0:

@@ -64,11 +64,11 @@ class Vae(CodecConfig):
     go through it, overlapping by a quarter (nearly the same result, less memory); null: whole.
     """
 
-    path: str | None = None
-    subfolder: str = ""
-    download: bool = False
-    dtype: Dtype = "float32"
-    tile: Tile | None = None
+    path: str | None = None  # folder that save_pretrained wrote, or owner/name on the hub
+    subfolder: str = ""  # where it lies in that; in a pipeline: vae
+    download: bool = False  # fetch a name on the hub; false = look into the local cache only
+    dtype: Dtype = "float32"  # of the computation
+    tile: Tile | None = None  # pixels a side of tiles that larger images go through; null = whole
 
     def build(self, device: torch.device | str = "cpu") -> Codec:
         model = load_vae(self.path, self.subfolder, self.download)

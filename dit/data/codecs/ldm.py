@@ -57,14 +57,13 @@ class Ldm(CodecConfig):
     the codec vae.
     """
 
-    path: str | None = None
-    scale: Annotated[float, Field(gt=0)] = (
-        0.18215  # Stable Diffusion 1 and 2; XL 0.13025, SD3 1.5305, Flux 0.3611
-    )
-    shift: float | None = None  # SD3 0.0609, Flux 0.1159
-    groups: Annotated[int, Field(gt=0)] = 32
-    dtype: Dtype = "float32"
-    tile: Tile | None = None
+    path: str | None = None  # file: .ckpt, .pt, .pth, .bin or .safetensors
+    # latents are multiplied with it; SD 1, 2 0.18215, XL 0.13025, SD3 1.5305
+    scale: Annotated[float, Field(gt=0)] = 0.18215
+    shift: float | None = None  # subtracted from latents before scale; SD3 0.0609, Flux 0.1159; null = 0
+    groups: Annotated[int, Field(gt=0)] = 32  # of the group norms, which the file does not say
+    dtype: Dtype = "float32"  # of the computation
+    tile: Tile | None = None  # pixels a side of tiles that larger images go through; null = whole
 
     def build(self, device: torch.device | str = "cpu") -> Codec:
         if not self.path:

@@ -20,8 +20,8 @@ from dit.rng import Draws, Purpose
 class LatentNorm:
     """Per-channel mean and std of latents: `draw` goes to the model's unit variance, `invert` comes back."""
 
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: tuple[float, ...]  # of each channel, in stored units
+    std: tuple[float, ...]  # of each channel, in stored units
 
     def __post_init__(self) -> None:
         if len(self.mean) != len(self.std) or not self.mean:
