@@ -117,7 +117,7 @@ def check_answers(manifest: Manifest) -> None:
     """DataError where shards lie behind a URL that does not answer, or sends no parts of files."""
     reading = Reading(open_reader(manifest).storage, lambda n: None)
     with contextlib.suppress(OSError, EOFError):  # what is wrong with the file is for verify
-        reading.read(manifest.shards[0].name, 0, [memoryview(bytearray(1))])
+        reading.read(manifest.shards[0].name, 0, memoryview(bytearray(1)))
 
 
 def _names(manifest: Manifest) -> tuple[list[str] | None, list[Fault]]:
@@ -196,7 +196,7 @@ class _Shard:
             self._record(index, error.what)
             return
         if self.manifest.foreign is None or names is not None:
-            found = reader.keys(bytes(reading.first[name]))
+            found = reader.keys(bytes(reading.last[name]))
             for here, expected in zip(found, reader.expected_keys(index, names or []), strict=False):
                 if here != expected:
                     self._record(index, f"is called {here!r}, expected {expected!r}")
