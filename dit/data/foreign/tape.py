@@ -111,7 +111,7 @@ class Indexed:
 
 
 @dataclass(frozen=True)
-class Layout:
+class SampleFormat:
     """How samples are stored, and what they become: arrays of `shape` and `dtype`, `block` of them at a time.
 
     no_labels: that there are none was not said, but seen in the first sample: then no other may have one.
@@ -127,7 +127,7 @@ class Layout:
 class ShardIndexer:
     """Indexes one shard."""
 
-    def __init__(self, location: str, layout: Layout, progress: Callable[[int], object]):
+    def __init__(self, location: str, layout: SampleFormat, progress: Callable[[int], object]):
         self.layout, self.found = layout, Indexed(location)
         self.wanted = wanted(layout.foreign)
         self.tape = Tape(location, progress)
