@@ -176,11 +176,11 @@ def _with_a_fault(given: dict[str, Any]) -> None:
     reader = loop.stream.sources[0].reader
     fetch, failed = reader.fetch, []
 
-    def once(index: int, buffers: list[memoryview]) -> Any:
+    def once(index: int, record: memoryview) -> Any:
         if not failed and group.World.from_env().is_main:
             failed.append(index)
             raise reader.fault(index, "a cable was loose")
-        return fetch(index, buffers)
+        return fetch(index, record)
 
     reader.fetch = once  # type: ignore[method-assign]
     loop.run(StopRequest())

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dit.bench.speed.turns import Contender, Spread, ratio, take_turns
+from dit.bench.speed.turns import Contender, MedianRange, ratio, take_turns
 from dit.config import config, from_dict
 from dit.flow.objective import Objective
 from dit.model.dit import DiTConfig
@@ -31,7 +31,7 @@ class DrawsBench:
     precision: str = "fp32"  # of the step: fp32 or bf16
 
 
-class _Bench:
+class _DrawsContenders:
     def __init__(self, cfg: DrawsBench, device: torch.device):
         torch.manual_seed(0)
         module = from_dict(DiTConfig, {"size": cfg.size}).build(LATENT[1:], LATENT[0], CLASSES)
@@ -70,13 +70,13 @@ class _Bench:
 
 def run(cfg: DrawsBench, progress: Callable[[], object]) -> dict[str, Any]:
     """Milliseconds a step of each, and `draws / step` as spreads over turns."""
-    bench = _Bench(cfg, World().device)
+    bench = _DrawsContenders(cfg, World().device)
     found = take_turns(
         [Contender("draws", bench.draw), Contender("step", bench.step)], cfg.repeats, progress=progress
     )
     ms = {name: [1e3 / rate for rate in figures.rate] for name, figures in found.items()}
     return {
-        "ms": {name: vars(Spread.of(values)) for name, values in ms.items()},
+        "ms": {name: vars(MedianRange.of(values)) for name, values in ms.items()},
         "draws / step": vars(ratio(ms["draws"], ms["step"])),
     }
 

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from numpy.lib.format import open_memmap
 
-from dit.bench.speed.turns import Contender, Spread, ratio, take_turns
+from dit.bench.speed.turns import Contender, MedianRange, ratio, take_turns
 from dit.config import ConfigError, config
 from dit.data import DataError
 from dit.data.loading.stream import Stream
@@ -222,8 +222,8 @@ def run(folder: Path, cfg: LoaderBench, progress: Callable[[], object] = lambda:
     found = take_turns(contenders, cfg.repeats, 1, progress)
     rate = {name: f.rate for name, f in found.items()}
     figures = {
-        "rates": {name: vars(Spread.of(f.rate)) for name, f in found.items()},
-        "cpu_us": {name: vars(Spread.of(f.cpu)) for name, f in found.items()},
+        "rates": {name: vars(MedianRange.of(f.rate)) for name, f in found.items()},
+        "cpu_us": {name: vars(MedianRange.of(f.cpu)) for name, f in found.items()},
         "of memory map": vars(ratio(rate["ours"], rate["memory map"])),
         "of plain webdataset": vars(ratio(rate["ours"], rate["plain webdataset"])),
         "checksums": vars(ratio(rate["ours, first epoch"], rate["ours"])),
@@ -255,7 +255,7 @@ def _first_batches(
             times[name].append(1e3 * (time.perf_counter() - start))
             stream.close()
         progress()
-    by_name = {name: vars(Spread.of(values)) for name, values in times.items()}
+    by_name = {name: vars(MedianRange.of(values)) for name, values in times.items()}
     return by_name | {"ratio": vars(ratio(times["resume"], times["fresh"]))}
 
 

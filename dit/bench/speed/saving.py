@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dit.bench.speed.turns import Contender, Spread, ratio, take_turns
+from dit.bench.speed.turns import Contender, MedianRange, ratio, take_turns
 from dit.config import ConfigError, config
 from dit.ranks.group import World
 from dit.train.checkpoints import checkpoint
@@ -41,7 +41,7 @@ class SavingBench:
             )
 
 
-class _Bench:
+class _SavingContenders:
     """The contenders, each of which handles all of a checkpoint's bytes in a turn."""
 
     def __init__(self, folder: Path, cfg: SavingBench):
@@ -85,7 +85,7 @@ class _Bench:
 
 def run(folder: Path, cfg: SavingBench, progress: Callable[[], object]) -> dict[str, Any]:
     """Seconds of each; `save / plain write` and `stall / save` as spreads over turns."""
-    bench = _Bench(folder, cfg)
+    bench = _SavingContenders(folder, cfg)
     contenders = [
         Contender("plain write", bench.plain),
         Contender("save", bench.save),
@@ -97,7 +97,7 @@ def run(folder: Path, cfg: SavingBench, progress: Callable[[], object]) -> dict[
     seconds["stall"] = bench.stalls[-cfg.repeats :]
     return {
         "bytes": bench.bytes,
-        "seconds": {name: vars(Spread.of(values)) for name, values in seconds.items()},
+        "seconds": {name: vars(MedianRange.of(values)) for name, values in seconds.items()},
         "save / plain write": vars(ratio(seconds["save"], seconds["plain write"])),
         "stall / save": vars(ratio(seconds["stall"], seconds["save"])),
     }

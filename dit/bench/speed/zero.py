@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
-from dit.bench.speed.turns import Contender, Spread, ratio, take_turns
-from dit.bench.speed.wire import Wire, formula
+from dit.bench.speed.collectives import CollectiveCounter, formula
+from dit.bench.speed.turns import Contender, MedianRange, ratio, take_turns
 from dit.config import ConfigError, config
 from dit.model.dit import DiT, DiTConfig
 from dit.ranks import group
@@ -82,13 +82,13 @@ def _rank(rank: int, size: int, port: int, cfg: ZeroBench, out: str) -> None:
         psi = 4 * sum(p.numel() for p in _model(cfg).parameters())
         figures = {}
         for number, name in enumerate(steps):
-            with Wire() as wire:
+            with CollectiveCounter() as counter:
                 steps[name]()
             stage = STAGES[max(0, number - 1)]
             figures[name] = {
-                "sent_bytes": wire.sent(),
+                "sent_bytes": counter.sent(),
                 "formula_bytes": formula(stage, psi, size, cfg.accumulation),
-                "step_seconds": vars(Spread.of(seconds[name])),
+                "step_seconds": vars(MedianRange.of(seconds[name])),
                 "of_ddp": vars(ratio(seconds[name], seconds[DDP])),
             }
     if world.is_main:

@@ -26,7 +26,7 @@ from dit.bench.survival.launched import (
     launch_to_end,
     read_lines,
 )
-from dit.bench.survival.moments import Aim, Pace, Watch, aims, window
+from dit.bench.survival.moments import Aim, ObservedStart, Pace, aims, window
 from dit.bench.survival.same import checkpoint_problems, figure_problems, leftovers, step_problems
 from dit.config import ConfigError, config, to_dict
 from dit.errors import UserError
@@ -106,7 +106,7 @@ class Bench:
             raise UserError(f"{run_dir} was interrupted: remove {self.folder}, or give another --folder")
         log = self.folder / "logs" / "undisturbed.log"
         with Launched(self._words("undisturbed"), self.cfg.ranks, log) as job:
-            pace = Watch(job, run_dir, 0, self.cfg.steps).pace()
+            pace = ObservedStart(job, run_dir, 0, self.cfg.steps).pace()
             if status := job.end():
                 raise UserError(f"the undisturbed run failed (exit status {status}): {job.tail()}")
         kept.write_text(json.dumps(asdict(pace)))
@@ -124,10 +124,10 @@ class Bench:
         span = window(cfg.steps - (before or 0), cfg.kills - number, cfg.every)
         log = self.folder / "logs" / f"kill-{number:04d}.log"
         with Launched(self._words("killed"), cfg.ranks, log) as job:
-            watch = Watch(job, run_dir, before or 0, cfg.steps)
+            start = ObservedStart(job, run_dir, before or 0, cfg.steps)
             try:
-                seconds = watch.moment(aim, pace, span)
-                phase = watch.phase()  # right before, or it would be another
+                seconds = start.moment(aim, pace, span)
+                phase = start.phase()  # right before, or it would be another
                 job.kill(aim.ranks)
             except Ended as error:
                 raise UserError(self._too_early(number, error)) from None
@@ -145,10 +145,10 @@ class Bench:
             **asdict(aim),
             "window_steps": round(span, 2),
             "seconds": round(seconds, 3),
-            "started": watch.started,
+            "started": start.started,
             "phase": phase,
             "resumed_at": before,
-            "logged": watch.logged(),
+            "logged": start.logged(),
             "status": status,
             "end_seconds": round(ended, 2),
             "checkpoint": step,

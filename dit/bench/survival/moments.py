@@ -66,7 +66,7 @@ class Pace:
     saving: float
 
 
-class Watch:
+class ObservedStart:
     """A start of a run that goes on at step `resumes`, seen from outside."""
 
     def __init__(self, job: Launched, run_dir: Path, resumes: int, steps: int):

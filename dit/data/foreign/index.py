@@ -24,7 +24,15 @@ from dit.data.codecs.autoencoders import unknown_vae
 from dit.data.codecs.base import Codec
 from dit.data.codecs.codec import parse_codec
 from dit.data.foreign.reader import ARRAYS, json_label, read_array, split_path
-from dit.data.foreign.tape import MAX_LABEL, MAX_SAMPLE, Beginning, Indexed, Layout, ShardIndexer, groups
+from dit.data.foreign.tape import (
+    MAX_LABEL,
+    MAX_SAMPLE,
+    Beginning,
+    Indexed,
+    SampleFormat,
+    ShardIndexer,
+    groups,
+)
 from dit.data.shards.manifest import FILE, ITEMSIZE, MAX_BLOCK_BYTES, Block, Foreign, Manifest, Names, Shard
 from dit.data.shards.write import ChannelStats, write_names
 from dit.data.sources.source import listing
@@ -95,7 +103,7 @@ def codec_of(name: str, keys: Mapping[str, str], scale: float = 1.0) -> Codec | 
 # --- how samples are stored ----------------------------------------------------------------------------------
 
 
-def probe(location: str, options: IndexOptions, channels: int) -> Layout:
+def probe(location: str, options: IndexOptions, channels: int) -> SampleFormat:
     """How the samples are stored, from a shard's first one. Raises DataError where that is not clear."""
     file = Beginning(location)
     key, members = _first_sample(file, options)
@@ -125,7 +133,7 @@ def probe(location: str, options: IndexOptions, channels: int) -> Layout:
     most = MAX_BLOCK_BYTES // (math.prod(whole) * ITEMSIZE[options.dtype])
     no_labels = options.label == "auto" and label == "none"
     block = max(1, min(options.block, most))
-    return Layout(from_dict(Foreign, values), whole, options.dtype, block, no_labels)
+    return SampleFormat(from_dict(Foreign, values), whole, options.dtype, block, no_labels)
 
 
 def _first_sample(file: Beginning, options: IndexOptions) -> tuple[str, dict[str, Member]]:
@@ -215,7 +223,7 @@ def _without_class(found: list[Indexed], labels: np.ndarray, classes: int) -> st
 
 def _manifest(
     found: list[Indexed],
-    layout: Layout,
+    layout: SampleFormat,
     codec: Codec | UnknownCodec,
     options: IndexOptions,
     classes: tuple[str, ...],
@@ -254,7 +262,9 @@ def _manifest(
     )
 
 
-def _all(shards: list[str], layout: Layout, threads: int, progress: Callable[[int], object]) -> list[Indexed]:
+def _all(
+    shards: list[str], layout: SampleFormat, threads: int, progress: Callable[[int], object]
+) -> list[Indexed]:
     """Every shard, in order. The first fault ends all."""
 
     def one(location: str) -> Indexed:

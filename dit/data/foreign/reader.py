@@ -37,7 +37,7 @@ class Place(NamedTuple):
     size: int
 
 
-def places(data: bytes | bytearray) -> Iterator[Place]:
+def places(data: bytes | bytearray | memoryview) -> Iterator[Place]:
     """The files in bytes of a tar that were walked by tarwalk.py once, and have not changed since.
 
     Takes a few microseconds a member, with none of the walk's checks. Raises ValueError where the bytes are of
@@ -48,7 +48,8 @@ def places(data: bytes | bytearray) -> Iterator[Place]:
         start = at + TAR_BLOCK
         if start > len(data):
             raise ValueError(f"breaks off at byte {at}")
-        kind, length = data[at + 156], int(data[at + 124 : at + 136].strip(b" \0") or b"0", 8)
+        header = bytes(data[at:start])
+        kind, length = header[156], int(header[124:136].strip(b" \0") or b"0", 8)
         if kind in EXTENDED:
             said = bytes(data[start : start + length])
             path, size = (said.split(b"\0")[0], size) if kind == LONG_NAME else _pax(said, path, size)
@@ -56,18 +57,17 @@ def places(data: bytes | bytearray) -> Iterator[Place]:
             length = length if size < 0 else size
             if start + length > len(data):
                 raise ValueError(f"a member of {length} bytes at byte {at} goes past the end")
-            yield Place((path or _path(data, at)).removeprefix(b"./"), start, length)
+            yield Place((path or _path(header)).removeprefix(b"./"), start, length)
         if kind not in EXTENSIONS:
             path, size = b"", -1
         at = start + length + -length % TAR_BLOCK
 
 
-def _path(data: bytes | bytearray, at: int) -> bytes:
-    """The path in the header at a byte; the long ones of ustar have their first part elsewhere."""
-    end = data.find(0, at, at + 100)
-    name = bytes(data[at : end if end >= 0 else at + 100])
-    if data[at + 345] and data[at + 257 : at + 263] == b"ustar\0":
-        return bytes(data[at + 345 : at + 500]).split(b"\0")[0] + b"/" + name
+def _path(header: bytes) -> bytes:
+    """Return the path in a header; the long ones of ustar have their first part elsewhere."""
+    name = header[:100].split(b"\0")[0]
+    if header[345] and header[257:263] == b"ustar\0":
+        return header[345:500].split(b"\0")[0] + b"/" + name
     return name
 
 
@@ -210,7 +210,9 @@ def wanted(foreign: Foreign) -> frozenset[str]:
     return frozenset(e for e in (foreign.array, foreign.flipped, foreign.label) if e is not None)
 
 
-def decode(foreign: Foreign, samples: list[Sample], data: bytearray, out: np.ndarray) -> np.ndarray:
+def decode(
+    foreign: Foreign, samples: list[Sample], data: bytearray | memoryview, out: np.ndarray
+) -> np.ndarray:
     """The samples in `data`: their arrays in `out`, (n, *manifest.shape), and labels, (n,) int64.
 
     Raises MemberError naming the sample that is not as `foreign` says.
@@ -284,21 +286,19 @@ class SampleReader(BlockReader):
         """Shards lie in their manifest's folder or anywhere else."""
         return AnyStorage(root)
 
-    def read_into(self, index: int, *rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def parse(self, index: int, record: memoryview) -> dict[str, np.ndarray]:
         """See the parent. The label is -1 everywhere in a data set without; the id is the place in the data set."""
-        block = self.manifest.blocks[index]
-        data = bytearray(block.bytes)
-        self.receive(index, [memoryview(data)])
-        try:
-            samples = list(samples_in(places(data), self.wanted))
-            if len(samples) != block.samples:
-                raise ValueError(f"{len(samples)} samples, the manifest says {block.samples}")
-            labels = decode(self.foreign, samples, data, rows[0])
-        except ValueError as error:
-            raise self.fault(index, f"not what the manifest describes: {error}") from None
-        self.check_labels(index, labels)
-        first = self.manifest.first_id(index)
-        return labels, np.arange(first, first + block.samples, dtype=np.uint64)
+        count, first = self.manifest.blocks[index].samples, self.manifest.first_id(index)
+        samples = list(samples_in(places(record), self.wanted))
+        if len(samples) != count:
+            raise ValueError(f"{len(samples)} samples, the manifest says {count}")
+        arrays = np.empty((count, *self.manifest.shape), self.manifest.dtype)
+        labels = decode(self.foreign, samples, record, arrays)
+        return {
+            self.manifest.array: arrays,
+            "label": labels,
+            "id": np.arange(first, first + count, dtype=np.uint64),
+        }
 
     def keys(self, record: bytes) -> list[str]:
         """The keys of the samples in a block's bytes."""

@@ -14,11 +14,10 @@ import itertools
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from dit.data.loading.filler import Filler, Source
@@ -56,15 +55,6 @@ class Batch:
     def whole(self) -> bool:
         """Whether no sample is missing. Of a batch on the CPU."""
         return self.valid is None or bool(self.valid.all())
-
-    def to(self, device: torch.device | str) -> Batch:
-        """The same batch on a device (not waiting for the copy where the memory is pinned)."""
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("moments", "label", "id", "view", "slots", "eps", "valid")
-            if getattr(self, name) is not None
-        }
-        return replace(self, **moved)
 
 
 class Stream:
@@ -159,8 +149,9 @@ class Stream:
                 raise
         eps = big.pop("eps", None)
         (moments,) = big.values()
-        label, identity, view, valid = (torch.from_numpy(small[n]) for n in ("label", "id", "view", "valid"))
-        return Batch(moments, label, identity, view, self.slots, step, eps, valid)
+        return Batch(
+            moments, small["label"], small["id"], small["view"], self.slots, step, eps, small["valid"]
+        )
 
     # --- many batches --------------------------------------------------------------------------------------
 

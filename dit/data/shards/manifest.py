@@ -30,7 +30,7 @@ FORMATS = {
 CHECKSUM = "sha256"  # the manifest's own, over all its other keys
 DTYPE: Literal["float16"] = "float16"  # of encoded images
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
-MAX_BLOCK_BYTES = 16 << 20  # of samples; readers hold many blocks, so blocks of big samples hold fewer
+MAX_BLOCK_BYTES = 16 << 20  # of samples; a reading thread holds a block, so blocks of big samples hold fewer
 
 
 @config

@@ -3,7 +3,7 @@
 A record is three tar members, KEY.moments.npy (or KEY.latents.npy) first, then KEY.label.npy and KEY.id.npy; where
 the manifest's `eps` is set, KEY.eps.npy stands between the first and the others.
 `tar tf` lists them and the webdataset library reads them as one sample of arrays. The big array starts at byte
-HEAD of its record, so a block is read with one system call straight to where its samples will be picked from.
+HEAD of its record, a multiple of 64 bytes.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ import io
 import math
 import re
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
-import xxhash
 
 from dit.data import DataError
 
@@ -88,14 +87,6 @@ def pack(key: str, arrays: dict[str, np.ndarray]) -> list[bytes | memoryview]:
     return pieces
 
 
-def xxh3_of(parts: Iterable[bytes | memoryview]) -> str:
-    """The XXH3 hash of a record in parts, as a manifest has it: 16 hexadecimal digits."""
-    total = xxhash.xxh3_64()
-    for part in parts:
-        total.update(part)
-    return total.hexdigest()
-
-
 def parse_npy(data: memoryview) -> np.ndarray:
     """The array in the bytes of an .npy file, without a copy. Raises ValueError; never unpickles."""
     dtype, shape, start = parse_npy_header(data)
@@ -110,7 +101,7 @@ def parse_members(data: memoryview) -> Iterator[tuple[str, memoryview]]:
     while position < len(data):
         info = tarfile.TarInfo.frombuf(bytes(data[position : position + TAR_BLOCK]), "utf-8", "strict")
         start = position + TAR_BLOCK
-        if start + info.size > len(data):
+        if not 0 <= info.size <= len(data) - start:
             raise ValueError(f"'{info.name}' says it has {info.size} bytes but the record ends before")
         yield info.name, data[start : start + info.size]
         position = start + info.size + (-info.size % TAR_BLOCK)

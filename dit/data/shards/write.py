@@ -16,11 +16,10 @@ import numpy as np
 import xxhash
 
 from dit.data import DataError
-from dit.data.shards.manifest import Block, Names, Shard, record_key
+from dit.data.shards.manifest import MAX_BLOCK_BYTES, Block, Names, Shard, record_key
 from dit.data.shards.records import END, pack, record_bytes
 from dit.files import sync, write_atomically
 
-MAX_BLOCK_BYTES = 16 << 20  # readers hold many blocks, so blocks of big samples hold fewer
 PLAN = "plan.json"  # in an OUT.partial that several ranks write (parts.py)
 
 

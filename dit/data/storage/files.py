@@ -7,7 +7,6 @@ from collections.abc import Hashable
 from pathlib import Path
 from typing import Protocol
 
-from dit.data.storage.pieces import Pieces
 from dit.data.storage.remote import RemoteStorage, has_own_root, is_remote, split
 from dit.data.storage.web import HttpStorage
 
@@ -18,8 +17,8 @@ REMOTE = {"http": HttpStorage, "https": HttpStorage}  # protocols that need more
 class Storage(Protocol):
     """Reads files of one folder, by name. Raises OSError; FileNotFoundError where there is no such file."""
 
-    def read(self, name: str, offset: int, buffers: list[memoryview]) -> State:
-        """Fill the buffers, one after the other, from a file's `offset` on. EOFError where it ends before."""
+    def read(self, name: str, offset: int, buffer: memoryview) -> State:
+        """Fill a buffer of bytes from a file's `offset` on. EOFError where it ends before."""
 
     def bytes(self, name: str) -> bytes:
         """All of a small file."""
@@ -43,24 +42,30 @@ def describe(error: OSError) -> str:
     return error.strerror or str(error)
 
 
+def fill(descriptor: int, offset: int, buffer: memoryview) -> None:
+    """Fill a buffer of bytes from an open file's `offset` on. OSError; EOFError where the file ends before."""
+    done = 0
+    while done < len(buffer):  # one system call gives at most 2 GiB
+        count = os.preadv(descriptor, [buffer[done:]], offset + done)
+        if count == 0:
+            raise EOFError(f"truncated: the file ended at byte {offset + done} while it was read")
+        done += count
+
+
 class LocalStorage:
     """A folder of this machine's file systems."""
 
     def __init__(self, root: Path):
         self.root = root
 
-    def read(self, name: str, offset: int, buffers: list[memoryview]) -> State:
+    def read(self, name: str, offset: int, buffer: memoryview) -> State:
         """State: the file's inode, size and time."""
-        return self.scatter(name, offset, Pieces.over(buffers))
-
-    def scatter(self, name: str, offset: int, pieces: Pieces) -> State:
-        """As `read`, to many places."""
         descriptor = os.open(self.root / name, os.O_RDONLY)
         try:
             stat = os.fstat(descriptor)
-            if stat.st_size < offset + pieces.nbytes:
+            if stat.st_size < offset + len(buffer):
                 raise EOFError(f"truncated: the file ends at byte {stat.st_size}")
-            pieces.read(descriptor, offset)
+            fill(descriptor, offset, buffer)
         finally:
             os.close(descriptor)
         return stat.st_ino, stat.st_size, stat.st_mtime_ns
@@ -79,9 +84,9 @@ class AnyStorage:
         self._root = root
         self._storages: dict[str, Storage] = {}
 
-    def read(self, name: str, offset: int, buffers: list[memoryview]) -> State:
+    def read(self, name: str, offset: int, buffer: memoryview) -> State:
         storage, name = self._find(name)
-        return storage.read(name, offset, buffers)
+        return storage.read(name, offset, buffer)
 
     def bytes(self, name: str) -> bytes:
         storage, name = self._find(name)

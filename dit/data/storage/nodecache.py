@@ -26,8 +26,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from dit.config import ConfigError, config
-from dit.data.storage.files import State, describe
-from dit.data.storage.pieces import Pieces
+from dit.data.storage.files import State, describe, fill
 from dit.errors import Notice
 
 LIMIT_GB = 100.0
@@ -99,8 +98,8 @@ class NodeCache:
             for name, n in more.items():
                 setattr(self.stats, name, getattr(self.stats, name) + n)
 
-    def load(self, name: str, buffers: list[memoryview]) -> State | None:
-        """Fill the buffers from a block's file; its state, or None where it is not here or not whole."""
+    def load(self, name: str, buffer: memoryview) -> State | None:
+        """Fill a buffer from a block's file; its state, or None where it is not here or not whole."""
         try:
             descriptor = os.open(self.folder / name, os.O_RDONLY | os.O_NOFOLLOW)
         except OSError:
@@ -109,7 +108,7 @@ class NodeCache:
             stat = os.fstat(descriptor)
             whole = stat.st_size == size_of(name)
             if whole:
-                Pieces.over(buffers).read(descriptor, 0)
+                fill(descriptor, 0, buffer)
                 with contextlib.suppress(OSError):  # a cache that may only be read is of use all the same
                     touch(descriptor, stat.st_mtime_ns)
         except (OSError, EOFError):
@@ -128,7 +127,7 @@ class NodeCache:
             if state_of(os.stat(self.folder / name)) == state:
                 self._remove(ledger, name)
 
-    def store(self, name: str, buffers: list[memoryview]) -> None:
+    def store(self, name: str, block: memoryview) -> None:
         """Keep a block, if it fits and nobody else has it or is storing it."""
         if not self._storing:
             return
@@ -139,8 +138,7 @@ class NodeCache:
                 return
             with file:
                 try:
-                    for buffer in buffers:
-                        file.write(buffer)
+                    file.write(block)
                     file.flush()
                     touch(file.fileno(), time.time_ns())
                     with self._locked():  # nothing changes its name while another lists the folder
@@ -258,6 +256,11 @@ def has_writer(partial: Path) -> bool:
     except BlockingIOError:
         return True
     return False
+
+
+def file_of(sha256: str, offset: int, size: int) -> str:
+    """The name of the file that keeps a block: `size` bytes at `offset` of the shard with this hash."""
+    return f"{sha256}-{offset}-{size}"
 
 
 def size_of(name: str) -> int:

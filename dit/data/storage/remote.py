@@ -126,9 +126,9 @@ class RemoteStorage:
         self._systems: dict[int, tuple[Any, str]] = {}
         self._system()
 
-    def read(self, name: str, offset: int, buffers: list[memoryview]) -> Hashable:
+    def read(self, name: str, offset: int, buffer: memoryview) -> Hashable:
         """State: never twice the same, so that everything which came over a network is checked."""
-        self._repeat(name, self.retry, lambda: self._fill(name, offset, buffers))
+        self._repeat(name, self.retry, lambda: self._fill(name, offset, buffer))
         return object()
 
     def size(self, name: str) -> int:
@@ -136,8 +136,8 @@ class RemoteStorage:
 
     # --- one request ---------------------------------------------------------------------------------------
 
-    def _fill(self, name: str, offset: int, buffers: list[memoryview]) -> None:
-        length = sum(len(b) for b in buffers)
+    def _fill(self, name: str, offset: int, buffer: memoryview) -> None:
+        length = len(buffer)
         try:
             data = memoryview(self._call("cat_file", name, start=offset, end=offset + length))
         except OSError as error:
@@ -149,8 +149,7 @@ class RemoteStorage:
             raise OSError(f"{len(data)} bytes came where {length} were asked for")
         if len(data) > length:
             raise RefusedError(f"{len(data)} bytes came where {length} were asked for", NO_RANGES)
-        for buffer in buffers:
-            buffer[:], data = data[: len(buffer)], data[len(buffer) :]
+        buffer[:] = data
 
     def _reaches(self, name: str, end: int) -> None:
         """EOFError where the file ends before."""

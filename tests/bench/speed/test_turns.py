@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from dit.bench.speed.turns import Contender, Spread, protocol, ratio, take_turns
+from dit.bench.speed.turns import Contender, MedianRange, protocol, ratio, take_turns
 
 
 def test_contenders_alternate_and_warm_up_does_not_count():
@@ -40,7 +40,7 @@ def test_cpu_counts_all_threads():
 def test_spread_and_ratio():
     spread = ratio([2.0, 9.0, 4.0], [1.0, 3.0, 4.0])
     assert (spread.median, spread.low, spread.high) == (2, 1, 3)
-    assert str(Spread.of([1.0, 2.0, 3.0])) == "2 (1 to 3)"
+    assert str(MedianRange.of([1.0, 2.0, 3.0])) == "2 (1 to 3)"
 
 
 def test_the_protocol_says_what_and_where():

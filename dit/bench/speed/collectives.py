@@ -60,7 +60,7 @@ OPERATORS = {
 }
 
 
-class Wire(TorchDispatchMode):
+class CollectiveCounter(TorchDispatchMode):
     """As a context: counts what this thread asks torch.distributed for, whoever asks (DeepSpeed, DDP's C++).
 
     On a GPU the backward pass runs in other threads, which it does not see: count on the CPU.
@@ -79,7 +79,7 @@ class Wire(TorchDispatchMode):
         if operator == "barrier":
             return
         if operator not in OPERATORS:
-            raise NotImplementedError(f"c10d.{operator} is no collective that Wire knows")
+            raise NotImplementedError(f"c10d.{operator} is no collective that is known here")
         op, whole, group = OPERATORS[operator]
         ranks = torch.distributed.ProcessGroup.unbox(args[group]).size()
         for tensor in _tensors(args[whole]):
