@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dit.config import Registry, config
+from dit.flow.alike import everywhere_alike
 from dit.flow.path import NoisePath, check_time
 
 Shift = Annotated[float, Field(gt=0)]
@@ -39,9 +40,15 @@ class Times:
     def __call__(self, u: Tensor, path: NoisePath) -> Tensor:
         """t (B,) from uniform u (B,) in (0, 1), float32 or float64; a discrete path's t are its steps.
 
-        The objective clamps t to the usable interval, which depends on the prediction too.
+        A u gives the same t, to the bit, at every place in every batch (I1): so neither the micro-batch nor the
+        number of ranks matters. The objective clamps t to the usable interval, which depends on the prediction too.
         """
-        return path.snap(shift_time(self.quantile(check_time(u), path), self.shift))
+
+        def time(u: Tensor) -> tuple[Tensor]:
+            return (path.snap(shift_time(self.quantile(u, path), self.shift)),)
+
+        (t,) = everywhere_alike(time, check_time(u))
+        return t
 
 
 TIMES: Registry[Times] = Registry("times")

@@ -108,12 +108,14 @@ def test_another_program_may_come_first(script):
 # --- local.sh ----------------------------------------------------------------------------------------------
 
 
-def test_local_dry_run_starts_nothing(entry):
-    done = run(LOCAL, "c.yaml", "--run_dir=a b", "--x=$HOME", DIT_ENTRY=entry, NPROC="3", DRY_RUN="1")
+@pytest.mark.parametrize(("before", "after"), [("", f"{ROOT}"), ("/of mine:/else", f"{ROOT}:/of mine:/else")])
+def test_local_dry_run_starts_nothing(entry, before, after):
+    env = {"DIT_ENTRY": entry, "NPROC": "3", "DRY_RUN": "1", "PYTHONPATH": before}
+    done = run(LOCAL, "c.yaml", "--run_dir=a b", "--x=$HOME", **env)
     assert (done.returncode, done.stderr) == (0, "")
     words = shlex.split(done.stdout)
     assert words[-4:] == [entry, "c.yaml", "--run_dir=a b", "--x=$HOME"]
-    assert f"PYTHONPATH={ROOT}" in words
+    assert f"PYTHONPATH={after}" in words
     assert "--nproc-per-node=3" in words
 
 

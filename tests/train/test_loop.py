@@ -34,6 +34,7 @@ from tests.train.runs import (
     flip_bit,
     forked,
     go,
+    go_until,
     metrics,
     rewrite_tensors,
     state,
@@ -152,8 +153,9 @@ def test_killed_and_started_again_it_is_the_same_run_bit_for_bit(
     """SIGKILL on two ranks at stage 2, before the first checkpoint and after the second; the uninterrupted run is the
     one of the stage tests."""
     given = values(digits, tmp_path, zero={"stage": 2}, checkpoint={"every": 4, "keep": 2}, **hooked)
-    assert killed_at(ranks.start(2, go, given), tmp_path, 2) < STEPS
-    assert killed_at(ranks.start(2, go, given), tmp_path, 10) < STEPS
+    for step in (2, 10):
+        job = ranks.start(2, go_until, given, STEPS - 1, tmp_path / "never")
+        assert killed_at(job, tmp_path, step) < STEPS
     (tmp_path / "metrics.jsonl").open("a").write('{"step": 99, "lo')  # and in the middle of a line
     ranks.run(2, go, given)
     assert without_speeds(tmp_path) == without_speeds(sharded(2))

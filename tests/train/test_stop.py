@@ -20,7 +20,19 @@ from dit.train.start import train
 from dit.train.stop import rank_flags, stop_request
 from tests.datasets import Digits
 from tests.rank_processes import RanksFailed, Server
-from tests.train.runs import STEPS, Values, at_step, built, column, differing, experiment, go, state, values
+from tests.train.runs import (
+    STEPS,
+    Values,
+    at_step,
+    built,
+    column,
+    differing,
+    experiment,
+    go,
+    go_until,
+    state,
+    values,
+)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -67,12 +79,13 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(
     digits: Digits, ranks: Server, sharded, hooked: dict, tmp_path: Path
 ) -> None:
     given = values(digits, tmp_path, zero={"stage": 2}, checkpoint={"every": 100, "keep": 0}, **hooked)
-    job = ranks.start(2, go, given)
+    job = ranks.start(2, go_until, given, STEPS - 3, tmp_path / "released")
     end = time.monotonic() + 120
     while not (tmp_path / "metrics.jsonl").is_file() or len(column(tmp_path, "step")) < 5:
         assert time.monotonic() < end, job.output()
         time.sleep(0.003)
     os.kill(job.processes[1].pid, signal.SIGTERM)
+    (tmp_path / "released").touch()
     with pytest.raises(RanksFailed) as failed:
         job.wait()
     assert {kind for kind, _ in failed.value.errors.values()} == {Stopped.__name__}

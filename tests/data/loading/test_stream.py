@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -199,6 +200,9 @@ def test_prefetching_is_bounded_and_ends_when_closed(stream_of):
     batches = stream.iterate(0, prefetch=3)
     next(batches)
     thread = prefetching()[0]
+    while len(stream.made) < 5:
+        assert thread.is_alive()
+        time.sleep(0.01)
     thread.join(timeout=0.3)
     assert thread.is_alive()
     assert stream.made == [0, 1, 2, 3, 4]  # one taken, three waiting, one in hand
