@@ -91,7 +91,7 @@ def test_zero(tmp_path):
     assert found["protocol"]["ranks"] == [2, 4]
     for rows in found["figures"].values():
         assert list(rows) == ["DDP", "stage 0", "stage 1", "stage 2", "stage 3"]
-        for row in rows.values():  # the bound that P3 states
+        for row in rows.values():  # P3, docs/guarantees.md
             assert row["sent_bytes"] == pytest.approx(row["formula_bytes"], rel=0.1)
             assert row["of_ddp"]["median"] > 0
 

@@ -85,7 +85,7 @@ class Foreign:
 
 @config
 class Manifest:
-    """A data set of latents on disk (design: "Data contract").
+    """A data set of latents on disk (the data contract: docs/architecture.md).
 
     shape: of one sample's array: (views, 2, C, H, W) for moments, mean then std; (views, C, H, W) for latents.
     mean, std: (C,) of the latents over samples, views and places, std^2 = Var[mean] + E[std^2].
