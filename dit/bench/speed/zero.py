@@ -1,7 +1,8 @@
-"""ZeRO stages against torch's DistributedDataParallel: bytes that each rank sends a step (P3, docs/guarantees.md), its time.
+"""ZeRO stages against torch's DistributedDataParallel: bytes that each rank sends a step (P3), and the step's time.
 
 Every contender trains the same model on the same global batch with the same AdamW and clipping, in fp32; all of them
 live in the same processes and take turns there. Nothing is read and no average is kept: what differs is the engine.
+docs/guarantees.md says what P3 bounds.
 """
 
 from __future__ import annotations

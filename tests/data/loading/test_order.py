@@ -30,7 +30,7 @@ def pairs(order, steps):
 
 
 def reference_epoch(sizes, seed, global_batch, lanes, window, epoch):
-    """The same order, straight from the words of the data contract (docs/architecture.md): {(step in epoch, slot): (block, row)}."""
+    """The same order, straight from the words of the data contract: {(step in epoch, slot): (block, row)}."""
     steps = sum(sizes) // global_batch
     owner = sorted(slot % min(lanes, global_batch) for slot in range(global_batch))  # dealt in turn
     bits = Draws(seed, epoch, torch.arange(len(sizes)), 1).bits(Purpose.ROTATION, 1)[:, 0].tolist()
