@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
 from dit.config import ConfigError
 from dit.data.shards.manifest import Manifest
 from dit.data.shards.records import xxh3_of
 from dit.data.storage.files import State, Storage, describe
 from dit.data.storage.nodecache import NodeCache, NodeCacheConfig
 from dit.data.storage.remote import public
+from dit.files import FileError, expand
 
 KEY = "data.cache.folder"
 
@@ -60,9 +59,10 @@ def with_cache(
     """The storage with the cache that the settings ask for, if they do. ConfigError where it could keep nothing."""
     if settings is None or settings.folder is None:
         return source
-    folder = os.path.expanduser(os.path.expandvars(settings.folder))
-    if "$" in folder:
-        raise ConfigError(f"{KEY} = {settings.folder}: a variable in it is not set (it gives {folder})")
+    try:
+        folder = expand(settings.folder)
+    except FileError as error:
+        raise ConfigError(f"{KEY} = {error}") from None
     limit, most = round(settings.limit_gb * 1e9), max((b.bytes for b in manifest.blocks), default=0)
     if limit < most:
         raise ConfigError(
