@@ -33,7 +33,7 @@ C = TypeVar("C")
 
 def read_yaml(path: str | Path, _seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
     """A YAML file with its `base:` files merged below it, and for each dotted key the file it came from."""
-    path = Path(path)
+    path = Path(expand(str(path)))
     if path.resolve() in _seen:
         raise ConfigError(f"{path}: its base files lead back to itself")
     if not path.is_file():

@@ -102,11 +102,11 @@ def expand(path: str) -> str:
     return home
 
 
-def missing(path: Path | str) -> str:
+def not_found(path: Path | str) -> str:
     """Say that a path is missing; and of a relative one, which may have been meant for another folder, where."""
     if os.path.isabs(path) or URL.match(str(path)):
         return f"{path} is missing"
-    return f"{path} is missing in {os.getcwd()}, to which the path is relative (a whole path holds from anywhere)"
+    return f"{path} is missing in {os.getcwd()}, to which the path is relative (a whole path holds anywhere)"
 
 
 # --- writing -----------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from dit.bench.survival import kills as kills_bench
 from dit.cli import run
 from dit.config import from_dict, to_dict
 from dit.errors import UserError
+from dit.files import expand
 
 EPOCHS = 80  # the shortest run that is usual on ImageNet: 400,000 steps of 256
 SHOWN = 20  # of the problems that a benchmark finds
@@ -63,7 +64,7 @@ def loader(
     torch.set_num_threads(1)
     how = protocol(**to_dict(cfg))
     with tempfile.TemporaryDirectory() as temporary, tqdm(total=loader_bench.turns(cfg), unit="turn") as bar:
-        figures = loader_bench.run(Path(folder or temporary), cfg, bar.update)
+        figures = loader_bench.run(Path(expand(folder or temporary)), cfg, bar.update)
     enough = repeats >= ENOUGH["repeats"] and samples >= ENOUGH["samples"]
     _print_loader(figures, enough)
     if not enough:
@@ -73,7 +74,7 @@ def loader(
         )
     print(json.dumps(how))
     if json_file:
-        Path(json_file).write_text(json.dumps({"protocol": how, "figures": figures}, indent=1) + "\n")
+        _write_json(json_file, how, figures)
 
 
 def _print_bound(name: str, figure: dict[str, float], bound: float, enough: bool, most: bool = False) -> None:
@@ -127,7 +128,7 @@ def checkpoint(
     cfg = from_dict(saving_bench.SavingBench, {"parameters": parameters, "repeats": repeats})
     how = protocol(**to_dict(cfg))
     with (
-        tempfile.TemporaryDirectory(dir=folder) as place,
+        tempfile.TemporaryDirectory(dir=folder and expand(folder)) as place,
         tqdm(total=saving_bench.turns(cfg), unit="turn") as bar,
     ):
         found = saving_bench.run(Path(place), cfg, bar.update)
@@ -218,7 +219,7 @@ def kills(
     cfg = from_dict(kills_bench.SurvivalBench, sizes)
     how = protocol(**to_dict(cfg))
     with tempfile.TemporaryDirectory() as temporary, tqdm(total=cfg.kills, unit="kill") as bar:
-        found = kills_bench.Bench(Path(folder or temporary), cfg).run(bar.update)
+        found = kills_bench.Bench(Path(expand(folder or temporary)), cfg).run(bar.update)
     print(kills_bench.table(found))
     _conclude(how, found, json_file)
 
@@ -242,16 +243,21 @@ def elastic(
     cfg = from_dict(elastic_bench.ElasticBench, sizes)
     how = protocol(**to_dict(cfg))
     with tempfile.TemporaryDirectory() as temporary, tqdm(total=1 + len(cfg.ranks), unit="start") as bar:
-        found = elastic_bench.run(Path(folder or temporary), cfg, bar.update)
+        found = elastic_bench.run(Path(expand(folder or temporary)), cfg, bar.update)
     print(elastic_bench.table(found))
     _conclude(how, found, json_file)
+
+
+def _write_json(json_file: str, how: dict[str, Any], figures: dict[str, Any]) -> None:
+    text = json.dumps({"protocol": how, "figures": figures}, indent=1) + "\n"
+    Path(expand(json_file)).write_text(text, encoding="utf-8")
 
 
 def _conclude(how: dict[str, Any], found: dict[str, Any], json_file: str | None) -> None:
     """Print how it was measured, write the figures, and fail where they are not what was promised."""
     print(json.dumps(how))
     if json_file:
-        Path(json_file).write_text(json.dumps({"protocol": how, "figures": found}, indent=1) + "\n")
+        _write_json(json_file, how, found)
     problems = found.get("problems", [])
     if problems:
         shown, more = problems[:SHOWN], len(problems) - SHOWN

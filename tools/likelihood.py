@@ -27,7 +27,7 @@ from dit.data.shards.manifest import Manifest
 from dit.data.shards.readers import open_reader
 from dit.evals.protocol import protocol_hash
 from dit.experiments.trained import Trained
-from dit.files import write_atomically
+from dit.files import expand, write_atomically
 from dit.ranks import group
 from dit.rng import Draws
 from dit.sample.denoise import Denoiser, with_precision
@@ -89,7 +89,7 @@ def main(
         figures |= {"protocol": protocol, "protocol_hash": protocol_hash(protocol), "weights": weights}
         figures |= {"checkpoint": str(trained.path), "step": trained.step, "device": world.device.type}
         if world.is_main:
-            write(Path(out), figures)
+            write(Path(expand(out)), figures)
 
 
 def write(out: Path, figures: dict[str, Any]) -> None:

@@ -49,7 +49,7 @@ def report(cfg: Experiment) -> str:
     held_out_hook(cfg, manifest, cfg.task(manifest, world), world)
     if cfg.sample.every:
         cfg.open_codec(manifest, torch.device("cpu"))
-    run_dir.compare(Path(cfg.run_dir) / run_dir.CONFIG, cfg)
+    run_dir.compare(cfg.folder / run_dir.CONFIG, cfg)
     cost, train = cfg.cost(manifest), cfg.train
     micro, local = train.micro(world), train.local_batch(world)
     peak, images = device_peak(world.device) * world.size, train.steps * train.global_batch

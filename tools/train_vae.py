@@ -26,9 +26,9 @@ def main(config: Annotated[str, "a YAML file such as configs/digits_vae.yaml"], 
     cfg = load(AutoencoderExperiment, config, overrides)
     train(cfg, AutoencoderExperiment.make_parts)
     if World.from_env().is_main:
-        done = export(cfg.run_dir, Path(cfg.run_dir) / "vae")
+        done = export(cfg.run_dir, cfg.folder / "vae")
         print(f"the autoencoder of step {done.step} is in {done.folder}")
-        figures = newest(Path(cfg.run_dir), done.step)
+        figures = newest(cfg.folder, done.step)
         if figures is not None:
             print(told(figures))
 

@@ -108,7 +108,7 @@ class AutoencoderExperiment(RunConfig):
             hooks.append(Figures(self.val.every, alone, held_out))
         if self.sample.every:
             draw = self._reconstructions(alone)
-            hooks.append(SampleGrid(self.sample.every, draw, Path(self.run_dir) / "samples"))
+            hooks.append(SampleGrid(self.sample.every, draw, self.folder / "samples"))
         return hooks
 
     def _reconstructions(self, task: AutoencoderTask) -> Callable[[Engine], np.ndarray]:

@@ -24,7 +24,7 @@ from dit.data.codecs.codec import CODECS
 from dit.data.codecs.norm import LatentNorm, codec_norm
 from dit.experiments.diffusion import Experiment
 from dit.experiments.trained import Trained
-from dit.files import sync
+from dit.files import expand, sync
 from dit.flow.objective import Objective
 from dit.interop.weights import Arguments, Count, StateDict, WeightsError, infer, network
 from dit.model.dit import DiT
@@ -61,8 +61,9 @@ def read_weights(path: str | Path) -> dict[str, StateDict]:
     The file holds a state dict, or the dictionary that the projects' training scripts save, with "ema" and "model"
     in it; one of them stands for both. Wrappers' prefixes (module., _orig_mod.) are taken off. No pickle is trusted.
     """
+    path = Path(expand(str(path)))
     try:
-        if Path(path).suffix == ".safetensors":
+        if path.suffix == ".safetensors":
             held: Any = load_file(path)
         else:
             with torch.serialization.safe_globals([argparse.Namespace]):  # of training scripts: plain values
@@ -127,7 +128,7 @@ def to_run(source: str | Path, out: str | Path, format: Format, choices: Choices
 
     Raises WeightsError for weights that do not fit, ConfigError where `out` is not a new folder.
     """
-    folder, partial = Path(out), Path(f"{out}.partial")
+    folder, partial = Path(expand(str(out))), Path(expand(f"{out}.partial"))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} is there already; give a new folder")
     states = read_weights(source)
@@ -202,7 +203,7 @@ def from_run(run_or_checkpoint: str, out: str | Path, format: Format, weights: s
 
     Raises WeightsError for a model that the project does not have, ConfigError where `out` exists.
     """
-    path = Path(out)
+    path = Path(expand(str(out)))
     if path.exists():
         raise ConfigError(f"{path} is there already; give a new file name")
     trained = Trained.load(run_or_checkpoint, weights, torch.device("cpu"))

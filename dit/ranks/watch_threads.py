@@ -107,7 +107,7 @@ class Watcher(threading.Thread):
             print(f"\nerror (rank {rank}): {verdict.text}. Stacks: {folder}", file=sys.stderr, flush=True)
         folder.mkdir(parents=True, exist_ok=True)
         step, phase = self.post.place
-        with (folder / f"rank-{rank:05d}.txt").open("w") as file:
+        with (folder / f"rank-{rank:05d}.txt").open("w", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {verdict.text}\n")
             file.write(f"rank {rank} on {group.node_name()}: {PHASES[phase].text} after step {step}\n\n")
             file.flush()

@@ -252,7 +252,7 @@ class RunLog:
 
     @staticmethod
     def _append(path: Path, step: int, row: dict[str, Any]) -> None:
-        with path.open("a") as file:
+        with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **{k: _finite(v) for k, v in row.items()}}) + "\n")
 
     def image(self, step: int, name: str, grid: np.ndarray) -> None:
@@ -290,10 +290,10 @@ def _group(name: str) -> str:
 def truncate(path: Path, step: int) -> None:
     """Keep the lines of metrics.jsonl up to `step`; a half-written last line goes too. Atomic."""
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_bytes().splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
-        except (json.JSONDecodeError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):  # no JSON, or no text: zeros, after a stop of the machine
             break  # cut off by a kill: nothing after it can be whole
-    write_atomically(path, "".join(line + "\n" for line in kept).encode())
+    write_atomically(path, b"".join(line + b"\n" for line in kept))

@@ -28,7 +28,7 @@ def claim(cfg: RunConfig, world: World, facts: Mapping[str, Any] | None = None) 
     Raises ConfigError showing every identity key that differs. Operational changes are taken: config.yaml is
     rewritten and history.jsonl tells when and what. facts: what else the line about this start shall hold.
     """
-    run_dir = Path(cfg.run_dir)
+    run_dir = cfg.folder
 
     def check_and_write() -> None:
         changes = compare(run_dir / CONFIG, cfg)
@@ -39,7 +39,9 @@ def claim(cfg: RunConfig, world: World, facts: Mapping[str, Any] | None = None) 
             "ranks": world.size,
             **(facts or {}),
         }
-        with (run_dir / "history.jsonl").open("a") as file:  # first, so that no change goes unrecorded
+        with (run_dir / "history.jsonl").open(
+            "a", encoding="utf-8"
+        ) as file:  # first, so that no change goes unrecorded
             file.write(json.dumps({**start, "on": group.job_name(), "changes": changes}) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -58,7 +60,7 @@ def locked(run_dir: Path, world: World, patience: float = 30.0) -> Iterator[None
 
     def hold() -> IO[str]:
         run_dir.mkdir(parents=True, exist_ok=True)
-        file = (run_dir / ".lock").open("a+")
+        file = (run_dir / ".lock").open("a+", encoding="utf-8")
         end = time.monotonic() + patience
         while True:
             try:

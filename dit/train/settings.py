@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Literal
 
 from dit.config import Complaint, ConfigError, config
 from dit.data.loading.mixture import Mixture, PartConfig
 from dit.data.storage.nodecache import NodeCacheConfig
+from dit.files import expand
 from dit.ranks.group import World
 from dit.train.ema import EmaConfig
 from dit.train.engines.zero_config import ZeroConfig
@@ -160,6 +162,11 @@ class RunConfig:
     # deepspeed; local = plain torch on one rank, for comparison
     engine: Literal["deepspeed", "local"] = "deepspeed"
     init: InitConfig = InitConfig()
+
+    @property
+    def folder(self) -> Path:
+        """The run directory, ~ and variables filled in. FileError for a variable that is not set."""
+        return Path(expand(self.run_dir))
 
     def __post_init__(self) -> None:
         if self.val.every and self.data.val is None:

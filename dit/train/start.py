@@ -7,7 +7,6 @@ import functools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -96,7 +95,7 @@ def build(cfg: AnyConfig, make_parts: Callable[[AnyConfig, Manifest, World], Par
     micro = cfg.train.micro(world)
     mixture = group.together(cfg.data.open)
     manifest = mixture.manifest
-    group.on_main(lambda: run_dir.compare(Path(cfg.run_dir) / run_dir.CONFIG, cfg))
+    group.on_main(lambda: run_dir.compare(cfg.folder / run_dir.CONFIG, cfg))
     torch.manual_seed(cfg.seed)
     parts = group.together(lambda: make_parts(cfg, manifest, world))
     group.together(lambda: _initialise(parts.module, cfg))
@@ -173,7 +172,7 @@ def _stream(cfg: RunConfig, mixture: Mixture, world: World) -> Stream:
 
 def _initialise(module: nn.Module, cfg: RunConfig) -> None:
     """Weights from init.from, if it is set and the run has no checkpoint of its own."""
-    if cfg.init.from_ is None or group.on_main(lambda: checkpoint.exists(Path(cfg.run_dir) / "checkpoints")):
+    if cfg.init.from_ is None or group.on_main(lambda: checkpoint.exists(cfg.folder / "checkpoints")):
         return
     source = checkpoint.resolve(cfg.init.from_)
     try:

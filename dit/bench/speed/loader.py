@@ -79,7 +79,7 @@ class Files:
 def write_files(folder: Path, cfg: LoaderBench) -> Files:
     """Write the data, or take those that are there."""
     shards = sorted(str(p) for p in (folder / "plain").glob("*.tar"))
-    if not (folder / SIZES).is_file() or (folder / SIZES).read_text() != f"{cfg.samples} {cfg.plain}":
+    if not (folder / SIZES).is_file() or (folder / SIZES).read_text("utf-8") != f"{cfg.samples} {cfg.plain}":
         for name in ("blocks", "plain"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         array = open_memmap(folder / "array.npy", "w+", np.float16, (cfg.samples, *SHAPE))
@@ -90,7 +90,7 @@ def write_files(folder: Path, cfg: LoaderBench) -> Files:
         array.flush()
         _write_blocks(folder / "blocks", array)
         shards = _write_plain(folder / "plain", array[: cfg.plain])
-        (folder / SIZES).write_text(f"{cfg.samples} {cfg.plain}")
+        (folder / SIZES).write_text(f"{cfg.samples} {cfg.plain}", "utf-8")
     return Files(Manifest.load(folder / "blocks"), folder / "array.npy", shards)
 
 

@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dit.bench.speed.collectives import CollectiveCounter, formula
 from dit.bench.speed.turns import Contender, MedianRange, ratio, take_turns
 from dit.config import ConfigError, config
+from dit.files import read_text
 from dit.model.dit import DiT, DiTConfig
 from dit.ranks import group
 from dit.ranks.group import World
@@ -65,7 +66,7 @@ def run(cfg: ZeroBench, progress: Callable[[], object] = lambda: None) -> dict[s
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "figures.json"
             spawn(_rank, (size, group.free_port(), cfg, str(out)), nprocs=size)
-            found[str(size)] = json.loads(out.read_text())
+            found[str(size)] = json.loads(read_text(out))
         progress()
     return found
 
@@ -93,7 +94,7 @@ def _rank(rank: int, size: int, port: int, cfg: ZeroBench, out: str) -> None:
                 "of_ddp": vars(ratio(seconds[name], seconds[DDP])),
             }
     if world.is_main:
-        Path(out).write_text(json.dumps(figures))
+        Path(out).write_text(json.dumps(figures), encoding="utf-8")
 
 
 def _turn(step: Callable[[], None], steps: int) -> Callable[[int], int]:

@@ -30,6 +30,7 @@ from dit.bench.survival.moments import Aim, ObservedStart, Pace, aims, window
 from dit.bench.survival.same import checkpoint_problems, figure_problems, leftovers, step_problems
 from dit.config import ConfigError, config, to_dict
 from dit.errors import UserError
+from dit.files import read_text
 from dit.train.checkpoints import checkpoint
 from dit.train.checkpoints.checkpoint import CheckpointError
 
@@ -75,7 +76,7 @@ class Bench:
             )  # the first one is cold
             before = kills[-1]["checkpoint"] if kills else None
             kills.append(self._kill(number, aim, replace(pace, start=start), before))
-            with self._log.open("a") as file:
+            with self._log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(kills[-1]) + "\n")
             progress()
         launch_to_end(self._words("killed"), self.cfg.ranks, self.folder / "logs" / "last.log")
@@ -101,7 +102,7 @@ class Bench:
         """Run it without a kill, unless that was done before."""
         run_dir, kept = self.folder / "undisturbed", self.folder / "pace.json"
         if kept.is_file():
-            return Pace(**json.loads(kept.read_text()))
+            return Pace(**json.loads(read_text(kept)))
         if run_dir.exists():
             raise UserError(f"{run_dir} was interrupted: remove {self.folder}, or give another --folder")
         log = self.folder / "logs" / "undisturbed.log"
@@ -109,7 +110,7 @@ class Bench:
             pace = ObservedStart(job, run_dir, 0, self.cfg.steps).pace()
             if status := job.end():
                 raise UserError(f"the undisturbed run failed (exit status {status}): {job.tail()}")
-        kept.write_text(json.dumps(asdict(pace)))
+        kept.write_text(json.dumps(asdict(pace)), encoding="utf-8")
         return pace
 
     # --- one kill ---

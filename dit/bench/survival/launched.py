@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from dit.errors import UserError
-from dit.files import write_atomically
+from dit.files import read_text, write_atomically
 
 T = TypeVar("T")
 
@@ -50,9 +50,9 @@ def claim(folder: Path, settings: dict[str, Any]) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     mine, text = folder / "settings.json", json.dumps(settings, indent=1) + "\n"
-    if mine.is_file() and mine.read_text() != text:
+    if mine.is_file() and read_text(mine) != text:
         raise UserError(
-            f"{folder} holds a benchmark of other settings: {json.dumps(json.loads(mine.read_text()))} there, "
+            f"{folder} holds a benchmark of other settings: {json.dumps(json.loads(read_text(mine)))} there, "
             f"{json.dumps(settings)} now; give those, or another --folder"
         )
     write_atomically(mine, text.encode())
@@ -61,7 +61,7 @@ def claim(folder: Path, settings: dict[str, Any]) -> Path:
         _encode(data)
     experiment = folder / "experiment.yaml"  # JSON is YAML
     content = {**EXPERIMENT, "data": {**EXPERIMENT["data"], "path": str(data.resolve())}}
-    experiment.write_text(json.dumps(content, indent=1) + "\n")
+    experiment.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return experiment
 
 
@@ -92,7 +92,7 @@ class Process:
 def _stat(pid: int) -> tuple[str, int, int] | None:
     """(state, parent's id, began) of a process; None where there is none (any more)."""
     try:
-        text = Path(f"/proc/{pid}/stat").read_text()
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except (FileNotFoundError, ProcessLookupError):
         return None
     fields = text.rpartition(")")[
@@ -209,7 +209,7 @@ class Launched:
 
     def tail(self) -> str:
         """The end of what it printed."""
-        return f"...{self.log.read_text(errors='replace')[-1500:]} (all of it: {self.log})"
+        return f"...{self.log.read_text(encoding='utf-8', errors='replace')[-1500:]} (all of it: {self.log})"
 
 
 def launch_to_end(words: Sequence[str], ranks: int, log: Path) -> None:
@@ -241,7 +241,7 @@ def last_logged(run_dir: Path) -> tuple[int, int]:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects in a .jsonl file, none where there is no file. Raises UserError naming a line that is none."""
     found = []
-    for number, line in enumerate(path.read_text().splitlines() if path.is_file() else [], 1):
+    for number, line in enumerate(read_text(path).splitlines() if path.is_file() else [], 1):
         try:
             found.append(dict(json.loads(line)))
         except ValueError as error:

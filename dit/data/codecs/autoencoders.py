@@ -20,6 +20,7 @@ from dit.config import ConfigError, config
 from dit.data import DataError
 from dit.data.codecs.base import Codec, CodecConfig
 from dit.data.codecs.hub import find_folder
+from dit.files import read_text
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -277,7 +278,7 @@ def _class_of(folder: Path) -> Any:
     import diffusers
 
     try:
-        settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        settings = json.loads(read_text(folder / CONFIG))
     except ValueError as error:
         raise DataError(f"{folder / CONFIG}: not JSON ({error})") from None
     name = settings.get("_class_name") if isinstance(settings, dict) else None

@@ -22,6 +22,7 @@ from dit.config import ConfigError, config
 from dit.data import DataError
 from dit.data.codecs.autoencoders import Dtype, Tile, VaeCodec
 from dit.data.codecs.base import Codec, CodecConfig
+from dit.files import expand, not_found
 
 PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.")
 PREFIXES = (
@@ -70,7 +71,7 @@ class Ldm(CodecConfig):
             raise ConfigError(
                 "the ldm codec needs a path: a .ckpt, .pt or .safetensors file of latent diffusion's autoencoder"
             )
-        file = Path(self.path).expanduser()
+        file = Path(expand(self.path))
         model = build_autoencoder(read_first_stage(file), str(file), self.groups, self.scale, self.shift)
         return VaeCodec(model, getattr(torch, self.dtype), device, self.tile)
 
@@ -78,8 +79,8 @@ class Ldm(CodecConfig):
 def read_first_stage(file: Path) -> dict[str, Tensor]:
     """The autoencoder's tensors by CompVis' names, without prefixes. DataError where it cannot be had."""
     if not file.is_file():
-        what = "is a folder: the codec vae reads those" if file.is_dir() else "is missing"
-        raise DataError(f"{file} {what}; expected the file of weights itself (.ckpt, .pt, .safetensors)")
+        what = f"{file} is a folder: the codec vae reads those" if file.is_dir() else not_found(file)
+        raise DataError(f"{what}; expected the file of weights itself (.ckpt, .pt, .safetensors)")
     try:
         state = _safetensors(file) if file.suffix == ".safetensors" else _checkpoint(file)
     except (OSError, SafetensorError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:

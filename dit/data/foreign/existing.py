@@ -11,6 +11,7 @@ from dit.data.foreign.index import IndexOptions, UnknownCodec, shard_name
 from dit.data.shards.manifest import FILE, Manifest
 from dit.data.storage.files import AnyStorage
 from dit.data.storage.remote import is_remote
+from dit.files import expand
 
 
 def refuse_encoded(shards: list[str]) -> None:
@@ -31,7 +32,7 @@ def already(
 
     Raises DataError where there is another one.
     """
-    folder = Path(out).resolve()
+    folder = Path(expand(str(out))).resolve()
     if not (folder / FILE).exists():
         return None
     found, storage = Manifest.load(folder), AnyStorage(str(folder))

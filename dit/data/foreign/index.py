@@ -38,6 +38,7 @@ from dit.data.shards.write import ChannelStats, write_names
 from dit.data.sources.source import listing
 from dit.data.sources.tarwalk import Member
 from dit.data.storage.remote import advised, is_remote, public
+from dit.files import expand
 
 
 @config
@@ -187,7 +188,7 @@ def index(
 
     codec: that made the latents. progress: called with the number of bytes read since the last call.
     """
-    folder = Path(out).resolve()
+    folder = Path(expand(str(out))).resolve()
     if (folder / FILE).exists():
         raise DataError(f"{folder / FILE} exists already: remove it or choose another folder")
     if options.array == "moments" and not codec.has_posterior:

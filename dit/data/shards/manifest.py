@@ -20,7 +20,7 @@ from dit.data import DataError
 from dit.data.shards.absent import absent
 from dit.data.storage.files import describe, open_storage
 from dit.data.storage.remote import advice_of, advised, has_own_root, is_remote, join, public
-from dit.files import write_atomically
+from dit.files import expand, write_atomically
 
 FILE = "manifest.json"
 FORMATS = {
@@ -130,7 +130,7 @@ class Manifest:
 
         Raises DataError where there is none, or where it is not as it was written.
         """
-        root = folder_of(os.fspath(path))
+        root = folder_of(expand(os.fspath(path)))
         file = public(join(root, FILE))
         try:
             data = open_storage(root).bytes(FILE)

@@ -22,7 +22,7 @@ from dit.data import DataError
 from dit.data.codecs.norm import LatentNorm
 from dit.data.shards.manifest import Manifest
 from dit.data.shards.write import BlockCutter, ShardWriter, folder_beside, write_names
-from dit.files import write_atomically
+from dit.files import expand, write_atomically
 from dit.ranks import group
 
 SPEC = "spec.json"  # how the pairs were made, for people to read
@@ -106,7 +106,7 @@ def writing(
     most. shard_mb: MB (10^6 bytes) a shard at most. Raises DataError where `out` exists or a latent is not finite.
     """
     with contextlib.ExitStack() as stack:
-        folder = group.on_main(lambda: stack.enter_context(folder_beside(Path(out).resolve())))
+        folder = group.on_main(lambda: stack.enter_context(folder_beside(Path(expand(str(out))).resolve())))
         writer = PairWriter(folder, origin)
         yield writer
         firsts = [

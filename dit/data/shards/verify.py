@@ -21,6 +21,7 @@ from dit.data.shards.readers import open_reader
 from dit.data.shards.write import ChannelStats
 from dit.data.storage.files import describe, open_storage
 from dit.data.storage.remote import is_remote
+from dit.files import expand
 
 STATISTICS_TOLERANCE = 1e-6  # relative to the std; they come from the same float16 values
 NOISE_TOLERANCE = 6.0  # standard errors of the mean and the std of standard normal numbers
@@ -52,7 +53,7 @@ def check_manifest(path: str | os.PathLike[str]) -> tuple[Manifest | None, list[
 
 def _altered(path: str, error: DataError) -> tuple[Manifest | None, list[Damage]]:
     """What can be had of a manifest that does not load, and why it does not."""
-    root = folder_of(path)
+    root = folder_of(expand(path))
     try:
         values = json.loads(open_storage(root).bytes(FILE))
         values.pop(CHECKSUM, None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -12,6 +11,7 @@ from dit.config import ConfigError
 from dit.data.storage.files import State, Storage, describe
 from dit.data.storage.nodecache import NodeCache, NodeCacheConfig
 from dit.data.storage.remote import public
+from dit.files import FileError, expand
 
 KEY = "data.cache.folder"
 
@@ -72,9 +72,10 @@ def with_cache(
     """
     if settings is None or settings.folder is None:
         return source
-    folder = os.path.expanduser(os.path.expandvars(settings.folder))
-    if "$" in folder:
-        raise ConfigError(f"{KEY} = {settings.folder}: a variable in it is not set (it gives {folder})")
+    try:
+        folder = expand(settings.folder)
+    except FileError as error:
+        raise ConfigError(f"{KEY} = {error}") from None
     limit, most = round(settings.limit_gb * 1e9), max((b.bytes for b in blocks.values()), default=0)
     if limit < most:
         raise ConfigError(

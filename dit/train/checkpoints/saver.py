@@ -179,7 +179,7 @@ def _finish(
     """Make a checkpoint of the files that are there. Until the rename, what was there before stays good."""
     text = json.dumps({**meta, "files": entries}, indent=1)
     for name, content in (("meta.json", text), ("COMPLETE", hashlib.sha256(text.encode()).hexdigest())):
-        (partial / name).write_text(content)
+        (partial / name).write_text(content, encoding="utf-8")
         sync(partial / name)
     sync(partial)
     final = partial.with_suffix("")

@@ -140,14 +140,14 @@ def all_reduce(site: Site) -> str:
 
 def run_dir(site: Site) -> str:
     """All nodes can write where the run directory is or will be, and see the same files there."""
-    run = Path(site.cfg.run_dir).absolute()
+    run = site.cfg.folder.absolute()
     proposed = existing(run), f".dit-preflight-{secrets.token_hex(8)}"
     folder, token = group.gather_objects(proposed, site.group)[0]  # as rank 0 sees it
     mine = folder / f"{token}-{site.world.rank}"
 
     def write() -> None:
         try:
-            mine.write_text(token)
+            mine.write_text(token, encoding="utf-8")
         except OSError as error:
             raise PreflightError(
                 f"cannot write into {folder} ({error.strerror}); run_dir={site.cfg.run_dir} must be on a file system "
@@ -176,7 +176,7 @@ def run_dir(site: Site) -> str:
 
 def _holds(file: Path, text: str) -> bool:
     try:
-        return file.read_text() == text
+        return file.read_bytes() == text.encode()
     except OSError:
         return False
 
@@ -229,7 +229,7 @@ def space(cfg: RunConfig, parameters: int, trained: int) -> str:
 
     Raises PreflightError where not one fits, and warns where those that checkpoint.keep asks for do not.
     """
-    run = Path(cfg.run_dir).absolute()
+    run = cfg.folder.absolute()
     numbers = (1 + cfg.ema.count) * parameters + 2 * trained  # weights, averages; two moments
     size, free = 4 * numbers, shutil.disk_usage(existing(run)).free
     free += _left_over(run / "checkpoints")  # which goes before anything is written
