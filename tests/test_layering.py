@@ -62,8 +62,9 @@ MAY_IMPORT = {
     "interop": "config configfile data errors experiments files flow model train version",
     "bench": "config data errors files flow model ranks rng train version",
     "cli": "config errors ranks",
-    "tools": "bench cli config configfile data errors evals experiments files interop ranks rng sample stage1 train"
-    " version",
+    "flags": "cli config",
+    "tools": "bench cli config configfile data errors evals experiments files flags interop ranks rng sample stage1"
+    " train version",
 }
 # A third-party package -> the only modules that may name it.
 ONLY_IN = {"deepspeed": {"dit.train.engines.zero_engine"}}

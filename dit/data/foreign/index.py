@@ -51,17 +51,19 @@ class IndexOptions:
     codec's factor by default. block: samples a block at most. threads: shards at a time.
     """
 
+    # latents (C, H, W), or moments (2C, H, W) or (2, C, H, W)
     array: Literal["latents", "moments"] = "latents"
-    spread: Literal["std", "logvar"] = "std"
-    extension: str | None = None
-    flipped: str | None = None
+    spread: Literal["std", "logvar"] = "std"  # what the second half of moments is
+    extension: str | None = None  # of the members that hold arrays; null = as in the first sample
+    flipped: str | None = None  # extension of the flipped view; null = there is none
+    # how labels are stored; auto = as in the first sample
     label: Literal["auto", "cls", "json", "none"] = "auto"
-    scale: float = 1.0
-    dtype: Literal["float16", "float32"] = "float16"
-    classes: tuple[str, ...] | None = None
-    image_size: int | None = None
-    block: int = 256
-    threads: int = 4
+    scale: float = 1.0  # stored = latents * scale
+    dtype: Literal["float16", "float32"] = "float16"  # of the samples when they are read
+    classes: tuple[str, ...] | None = None  # their names; null = the numbers that are found
+    image_size: int | None = None  # pixels a side; null = the latents' times the codec's factor
+    block: int = 256  # samples a block at most
+    threads: int = 4  # shards that are read at a time
 
     def __post_init__(self) -> None:
         for name in ("block", "threads"):
