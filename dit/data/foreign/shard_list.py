@@ -12,8 +12,10 @@ from dit.data.storage.remote import advised, is_remote, public
 
 
 def find_shards(spec: str) -> list[str]:
-    """Whole paths and URLs of shards, in order: of one tar, a folder of tars, a pattern (shards/*.tar), a brace range
-    (shards/{000..099}.tar, also in URLs), or a text file with one of these a line. DataError where there are none.
+    """Find whole paths and URLs of shards, in order. DataError where there are none.
+
+    spec: one tar, a folder of tars, a pattern (shards/*.tar), a brace range (shards/{000..099}.tar, also in URLs), or a
+    text file with one of these a line.
     """
     path = Path(spec).expanduser()
     if not is_remote(spec) and path.suffix == ".txt":
@@ -38,7 +40,7 @@ def _expand(spec: str, base: Path) -> list[str]:
 
 
 def total_bytes(shards: list[str]) -> int:
-    """Bytes of all shards. DataError for one that is not there."""
+    """Sum the bytes of all shards. DataError for one that is not there."""
     storage, total = AnyStorage(""), 0
     for shard in shards:
         try:
