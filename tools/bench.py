@@ -27,10 +27,8 @@ from dit.files import expand
 
 EPOCHS = 80  # the shortest run that is usual on ImageNet: 400,000 steps of 256
 SHOWN = 20  # of the problems that a benchmark finds
-LEAST_RATE, MOST_CPU = (
-    200_000,
-    5,
-)  # samples/s of a process, CPU us a sample; an H100 eats 27,000 of S/2 at 100% MFU
+LEAST_RATE = 200_000  # samples/s of a process; an H100 at 100% MFU eats 27,000 of S/2
+MOST_CPU = 5  # microseconds a sample
 ENOUGH = {"repeats": 5, "samples": 100_000}  # for which the bounds are stated
 
 

@@ -46,7 +46,7 @@ class _DrawsContenders:
         return Draws(0, step, self.slots, self.cfg.batch)
 
     def draw(self, turn: int) -> int:
-        """Posterior noise, view, t, eps, label drop and the fingerprint."""
+        """Draw posterior noise, view, t, eps, label drop and the fingerprint."""
         for step in range(self.cfg.steps):
             draws = self.draws(step)
             normals = [draws.normal(purpose, LATENT) for purpose in (Purpose.POSTERIOR, Purpose.EPS)]
@@ -58,7 +58,7 @@ class _DrawsContenders:
         return self.cfg.steps
 
     def step(self, turn: int) -> int:
-        """Forward, backward and update, with the objective's own draws of t and eps."""
+        """Go forward, backward and update, with the objective's own draws of t and eps."""
         for step in range(self.cfg.steps):
             drop = torch.zeros(self.cfg.batch, dtype=torch.bool, device=self.device)
             cond = {"label": self.label, "drop": drop}
@@ -69,7 +69,7 @@ class _DrawsContenders:
 
 
 def run(cfg: DrawsBench, progress: Callable[[], object]) -> dict[str, Any]:
-    """Milliseconds a step of each, and `draws / step` as spreads over turns."""
+    """Measure milliseconds a step of each, and `draws / step`: medians and ranges over turns."""
     bench = _DrawsContenders(cfg, World().device)
     found = take_turns(
         [Contender("draws", bench.draw), Contender("step", bench.step)], cfg.repeats, progress=progress
@@ -82,5 +82,5 @@ def run(cfg: DrawsBench, progress: Callable[[], object]) -> dict[str, Any]:
 
 
 def turns(cfg: DrawsBench) -> int:
-    """How often `run` calls `progress`."""
+    """Say how often `run` calls `progress`."""
     return 2 * (1 + cfg.repeats)

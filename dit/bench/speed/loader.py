@@ -63,7 +63,7 @@ class LoaderBench:
 
     @property
     def steps(self) -> int:
-        """Of an epoch."""
+        """Steps of an epoch."""
         return self.samples // self.batch
 
 
@@ -154,12 +154,12 @@ def open_stream(
     rank: int = 0,
     size: int = 1,
 ) -> Stream:
-    """The stream that is measured."""
+    """Open the stream that is measured."""
     return Stream(manifest, 0, cfg.batch, rank, size, cfg.lanes, cfg.window, readers=cfg.readers)
 
 
 def ours(stream: Stream, cfg: LoaderBench) -> Callable[[int], int]:
-    """An epoch a turn, on and on."""
+    """Make a contender that reads an epoch a turn, on and on."""
 
     def run(turn: int) -> int:
         steps = stream.iterate(turn * cfg.steps, (turn + 1) * cfg.steps, cfg.prefetch)
@@ -169,7 +169,7 @@ def ours(stream: Stream, cfg: LoaderBench) -> Callable[[int], int]:
 
 
 def first_epoch(stream: Stream, cfg: LoaderBench) -> Callable[[int], int]:
-    """An epoch a turn in which every block is checked, as in the first one."""
+    """Make a contender that reads an epoch a turn in which every block is checked, as in the first one."""
     epoch = ours(stream, cfg)
 
     def run(turn: int) -> int:
@@ -181,7 +181,7 @@ def first_epoch(stream: Stream, cfg: LoaderBench) -> Callable[[int], int]:
 
 
 def memory_map(array: np.ndarray, cfg: LoaderBench) -> Callable[[int], int]:
-    """An epoch a turn, in a new random order."""
+    """Make a contender that reads an epoch a turn, in a new random order."""
 
     def run(turn: int) -> int:
         order = np.random.default_rng(turn).permutation(len(array))
@@ -193,7 +193,7 @@ def memory_map(array: np.ndarray, cfg: LoaderBench) -> Callable[[int], int]:
 
 
 def plain_webdataset(shards: list[str], cfg: LoaderBench) -> Callable[[int], int]:
-    """The per-sample shards once a turn, as their users read them: shuffled in a buffer of 1000, batched."""
+    """Make a contender that reads per-sample shards as their users do: shuffled in a buffer of 1000, batched."""
     import webdataset
 
     def run(turn: int) -> int:
@@ -208,7 +208,7 @@ def plain_webdataset(shards: list[str], cfg: LoaderBench) -> Callable[[int], int
 
 
 def run(folder: Path, cfg: LoaderBench, progress: Callable[[], object] = lambda: None) -> dict[str, Any]:
-    """All figures, as JSON values. progress: called `turns(cfg)` times."""
+    """Measure all figures, as JSON values. progress: called `turns(cfg)` times."""
     files = write_files(folder, cfg)
     stream = open_stream(files.blocks, cfg)
     checked = open_stream(files.blocks, cfg)
@@ -238,7 +238,7 @@ def run(folder: Path, cfg: LoaderBench, progress: Callable[[], object] = lambda:
 
 
 def turns(cfg: LoaderBench) -> int:
-    """How often `run` calls `progress`."""
+    """Say how often `run` calls `progress`."""
     return 4 * (cfg.repeats + 1) + cfg.repeats + len(cfg.ranks)
 
 

@@ -55,7 +55,7 @@ class _SavingContenders:
         self.stalls: list[float] = []
 
     def plain(self, turn: int) -> int:
-        """The bytes in one file, through to the disk."""
+        """Write the bytes in one file, through to the disk."""
         path = self.folder / "plain"
         with path.open("wb") as file:
             for start in range(0, self.bytes, len(self.block)):
@@ -66,7 +66,7 @@ class _SavingContenders:
         return self.bytes
 
     def save(self, turn: int) -> int:
-        """A checkpoint, as training has it written."""
+        """Write a checkpoint, as training has it written."""
         started = time.perf_counter()
         self.saver.begin(turn, self.state, {})
         self.stalls.append(time.perf_counter() - started)
@@ -76,7 +76,7 @@ class _SavingContenders:
         return self.bytes
 
     def load(self, turn: int) -> int:
-        """The newest one, with its checksums."""
+        """Load the newest checkpoint, with its checksums."""
         found = checkpoint.latest(self.saver.folder)
         assert found is not None
         checkpoint.load_into(found, self.state)
@@ -84,7 +84,7 @@ class _SavingContenders:
 
 
 def run(folder: Path, cfg: SavingBench, progress: Callable[[], object]) -> dict[str, Any]:
-    """Seconds of each; `save / plain write` and `stall / save` as spreads over turns."""
+    """Measure the seconds of each, `save / plain write` and `stall / save`: medians and ranges over turns."""
     bench = _SavingContenders(folder, cfg)
     contenders = [
         Contender("plain write", bench.plain),
@@ -104,5 +104,5 @@ def run(folder: Path, cfg: SavingBench, progress: Callable[[], object]) -> dict[
 
 
 def turns(cfg: SavingBench) -> int:
-    """How often `run` calls `progress`."""
+    """Say how often `run` calls `progress`."""
     return 3 * (1 + cfg.repeats)

@@ -26,7 +26,7 @@ class Contender:
 
 @dataclass
 class TurnFigures:
-    """Of one contender, a value a turn: items a second, and microseconds of CPU (all threads) an item."""
+    """One contender's figures, a value a turn: items a second, and microseconds of CPU (all threads) an item."""
 
     rate: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
@@ -43,7 +43,7 @@ def take_turns(
     warmup: int = 1,
     progress: Callable[[], object] = lambda: None,
 ) -> dict[str, TurnFigures]:
-    """Each contender `repeats` times after `warmup` turns that do not count, in alternating order."""
+    """Run each contender `repeats` times after `warmup` turns that do not count, in alternating order."""
     found = {c.name: TurnFigures() for c in contenders}
     for turn in range(warmup + repeats):
         for contender in contenders if turn % 2 == 0 else reversed(contenders):
@@ -66,7 +66,7 @@ class MedianRange:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> MedianRange:
-        """Of these, at least one."""
+        """Sum up values, at least one."""
         return cls(statistics.median(values), min(values), max(values))
 
     def __str__(self) -> str:
@@ -74,12 +74,12 @@ class MedianRange:
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> MedianRange:
-    """Of values of the same turns."""
+    """Compare values of the same turns."""
     return MedianRange.of([a / b for a, b in zip(ours, theirs, strict=True)])
 
 
 def protocol(**settings: Any) -> dict[str, Any]:
-    """What a figure depends on: the settings given, and the machine and versions it was measured on."""
+    """Say what a figure depends on: the settings given, and the machine and versions it was measured on."""
     return {
         **settings,
         "code": code_version(),

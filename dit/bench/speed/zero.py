@@ -60,7 +60,7 @@ class ZeroBench:
 
 
 def run(cfg: ZeroBench, progress: Callable[[], object] = lambda: None) -> dict[str, Any]:
-    """For each number of ranks {contender: figures}, as JSON values. progress: called once for each."""
+    """Measure {contender: figures} for each number of ranks, as JSON values. progress: called once for each."""
     found = {}
     for size in cfg.ranks:
         with tempfile.TemporaryDirectory() as folder:

@@ -64,16 +64,15 @@ class Bench:
     cfg: SurvivalBench
 
     def run(self, progress: Callable[[], object] = lambda: None) -> dict[str, Any]:
-        """All of it, or what is left where it was interrupted: {"problems": [...], "kills": [...], ...}."""
+        """Do all of it, or what is left where it was interrupted: {"problems": [...], "kills": [...], ...}."""
         claim(self.folder, to_dict(self.cfg))
         pace, kills = self._undisturbed(), read_lines(self._log)
         planned = aims(self.cfg.kills, self.cfg.ranks, self.cfg.seed)
         for _ in kills:
             progress()
         for number, aim in enumerate(planned[len(kills) :], len(kills)):
-            start = next(
-                (k["started"] for k in reversed(kills) if k["started"]), pace.start
-            )  # the first one is cold
+            # the undisturbed run's start is a cold one
+            start = next((k["started"] for k in reversed(kills) if k["started"]), pace.start)
             before = kills[-1]["checkpoint"] if kills else None
             kills.append(self._kill(number, aim, replace(pace, start=start), before))
             with self._log.open("a", encoding="utf-8") as file:
@@ -214,7 +213,7 @@ class Bench:
 
 
 def table(found: dict[str, Any]) -> str:
-    """The figures of `run` for people."""
+    """Show the figures of `run` to people."""
     phases = ("start", "steps", "saving", "removing")
     rows = [f"{'killed while':12s} " + " ".join(f"{p:>9s}" for p in phases)]
     for hit, counts in found["phases"].items():

@@ -14,7 +14,7 @@ REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # owner/name
 
 
 def find_folder(path: str, subfolder: str, files: Sequence[str], download: bool) -> Path:
-    """The folder that holds `files`: path/subfolder, or of the hub's `path` = owner/name in the local cache.
+    """Find the folder that holds `files`: path/subfolder, or that of the hub's `path` = owner/name in the local cache.
 
     download: fetch what the cache lacks. DataError where a file is missing, with what to do.
     """

@@ -25,11 +25,8 @@ from dit.data.codecs.base import Codec, CodecConfig
 from dit.files import expand, not_found
 
 PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.")
-PREFIXES = (
-    "first_stage_model.",
-    "vae.",
-    "",
-)  # of a whole latent diffusion model, of one of its forks, of none
+# of a whole latent diffusion model, of one of its forks, of none
+PREFIXES = ("first_stage_model.", "vae.", "")
 WRAPPERS = ("state_dict", "model")  # of training scripts, around the tensors
 
 # CompVis' names to diffusers'. Levels of the decoder count from the image there and from the latents here: {up}.
@@ -77,7 +74,7 @@ class Ldm(CodecConfig):
 
 
 def read_first_stage(file: Path) -> dict[str, Tensor]:
-    """The autoencoder's tensors by CompVis' names, without prefixes. DataError where it cannot be had."""
+    """Read the autoencoder's tensors by CompVis' names, without prefixes. DataError where it cannot be had."""
     if not file.is_file():
         what = f"{file} is a folder: the codec vae reads those" if file.is_dir() else not_found(file)
         raise DataError(f"{what}; expected the file of weights itself (.ckpt, .pt, .safetensors)")
@@ -95,7 +92,7 @@ def read_first_stage(file: Path) -> dict[str, Tensor]:
 
 
 def _names(state: Mapping[str, Any]) -> dict[str, str]:
-    """Of the tensors that belong to the autoencoder: name in the file -> CompVis' name."""
+    """Map names in the file to CompVis' names, for the tensors that belong to the autoencoder."""
     for prefix in PREFIXES:
         if any(str(name).startswith(f"{prefix}encoder.down.") for name in state):
             cut = {n: n.removeprefix(prefix) for n in map(str, state) if n.startswith(prefix)}
@@ -143,7 +140,7 @@ def build_autoencoder(
     scale: float = 0.18215,
     shift: float | None = None,
 ) -> Any:
-    """diffusers' AutoencoderKL with these weights. DataError for tensors that are not one's; named: their file."""
+    """Build diffusers' AutoencoderKL of these weights. DataError for tensors that are not one's; named: their file."""
     if any(name.startswith("quantize.") for name in state):
         raise DataError(
             f"{named} is vector quantised; the codec ldm reads KL autoencoders. diffusers' VQModel is read by vae"

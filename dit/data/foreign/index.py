@@ -94,7 +94,7 @@ class UnknownCodec:
 
 
 def codec_of(name: str, keys: Mapping[str, str], scale: float = 1.0) -> Codec | UnknownCodec:
-    """The codec that made latents: one of CODECS, or "unknown", whose scaling_factor is `scale` by default."""
+    """Build the codec that made latents: one of CODECS, or "unknown", whose scaling_factor is `scale` by default."""
     if name != "unknown":
         return parse_codec({"name": name}, keys).build("cpu")
     known = {} if scale == 1.0 else {"scaling_factor": scale}
@@ -105,7 +105,7 @@ def codec_of(name: str, keys: Mapping[str, str], scale: float = 1.0) -> Codec | 
 
 
 def probe(location: str, options: IndexOptions, channels: int) -> SampleFormat:
-    """How the samples are stored, from a shard's first one. Raises DataError where that is not clear."""
+    """Find out how samples are stored, from a shard's first one. Raises DataError where that is not clear."""
     file = Beginning(location)
     key, members = _first_sample(file, options)
     where = f"{public(location)}: the sample {key!r}"
@@ -162,7 +162,7 @@ def _found_label(where: str, file: Beginning, members: dict[str, Member]) -> str
 
 
 def codec_shape(array: Literal["latents", "moments"], stored: tuple[int, ...]) -> tuple[int, ...]:
-    """(C, H, W), or (2, C, H, W) of moments, for one stored array. ValueError for a shape that is neither."""
+    """Return (C, H, W), or (2, C, H, W) of moments, for one stored array. ValueError for a shape that is neither."""
     inner = stored[1:] if len(stored) > 3 and stored[0] == 1 else stored
     if array == "latents" and len(inner) == 3:
         return inner
@@ -301,7 +301,7 @@ def _refuse_twice(found: list[Indexed]) -> None:
 
 
 def shard_name(location: str, folder: Path) -> str:
-    """A shard's name: inside the folder of the manifest a relative one, so that both can be moved together."""
+    """Name a shard: relative to the manifest's folder where it lies inside, so that both can be moved together."""
     if is_remote(location) or not Path(location).is_relative_to(folder):
         return location
     return str(Path(location).relative_to(folder))

@@ -13,8 +13,10 @@ from dit.files import expand, read_text
 
 
 def find_shards(spec: str) -> list[str]:
-    """Whole paths and URLs of shards, in order: of one tar, a folder of tars, a pattern (shards/*.tar), a brace range
-    (shards/{000..099}.tar, also in URLs), or a text file with one of these a line. DataError where there are none.
+    """Find whole paths and URLs of shards, in order. DataError where there are none.
+
+    spec: one tar, a folder of tars, a pattern (shards/*.tar), a brace range (shards/{000..099}.tar, also in URLs), or a
+    text file with one of these a line.
     """
     spec = expand(spec)
     path = Path(spec)
@@ -40,7 +42,7 @@ def _expand(spec: str, base: Path) -> list[str]:
 
 
 def total_bytes(shards: list[str]) -> int:
-    """Bytes of all shards. DataError for one that is not there."""
+    """Sum the bytes of all shards. DataError for one that is not there."""
     storage, total = AnyStorage(""), 0
     for shard in shards:
         try:

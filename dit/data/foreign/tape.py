@@ -61,7 +61,7 @@ class Beginning:
         return piece
 
     def member(self, member: Member, most: int) -> bytes:
-        """A member's data. ValueError for one of more than `most` bytes."""
+        """Read a member's data. ValueError for one of more than `most` bytes."""
         if member.size > most:
             raise ValueError(f"{member.size} bytes, expected at most {most}")
         self.seek(member.offset)
@@ -81,7 +81,7 @@ class Tape(Beginning):
         self.sha256, self._progress = hashlib.sha256(), progress
 
     def take(self, start: int, stop: int) -> bytearray:
-        """These bytes; all before `stop` are forgotten."""
+        """Return these bytes; all before `stop` are forgotten."""
         self._hold(start, stop)
         piece = self._held[start - self._base : stop - self._base]
         del self._held[: stop - self._base]
@@ -214,7 +214,7 @@ class ShardIndexer:
 
 
 def groups(tape: Beginning, location: str) -> Iterator[tuple[str, Iterator[Member]]]:
-    """The members of a tar by the key that those next to each other share."""
+    """Group the members of a tar by the key that those next to each other share."""
     return groupby(
         walk(cast(BinaryIO, tape), public(location)), lambda m: split_path(m.path.encode())[0].decode()
     )

@@ -61,7 +61,7 @@ class BatchRing:
         self.label[at, slot], self.id[at, slot], self.valid[at, slot] = -1, -1, False
 
     def take(self, step: int, pin: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Copies of the big and the small arrays of a step. pin: the big ones in page-locked memory."""
+        """Return copies of a step's big and small arrays. pin: the big ones in page-locked memory."""
         at = step % self.depth
         big = {}
         for name, ring in self.big.items():

@@ -58,7 +58,7 @@ class Source:
         return min(-(-samples // order.per_lane(last)), order.steps_per_epoch) + 1
 
     def lanes(self, first: int, last: int) -> list[Lane]:
-        """Its lanes that slots [first, last) of the global batch lie in."""
+        """Return its lanes that slots [first, last) of the global batch lie in."""
         found = []
         for index in range(self.order.lanes):
             start = self.offset + self.order.slots[index]
@@ -115,7 +115,7 @@ class Filler:
         self.forget()
 
     def depth(self, ahead: int) -> int:
-        """Steps of which something may be in memory at once, `ahead` steps being covered after the asked one."""
+        """Count the steps of which something may be in memory at once, with `ahead` covered after the asked one."""
         return ahead + 2 + max(source.window_steps for source in self.sources)
 
     @property
@@ -227,7 +227,7 @@ class Filler:
         return held
 
     def take(self, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The big and the small arrays of the covered step `step`, once they are filled. Each step once."""
+        """Return the big and the small arrays of a covered step, once they are filled. Each step once."""
         needed = step * self._k + self._high
         for i in np.flatnonzero(self._ready < needed).tolist():
             for window, reads in self.lanes[i].opened:

@@ -124,7 +124,7 @@ class Stream:
         return sum(source.reader.reads for source in self.sources)
 
     def memory_bytes(self, ahead: int = 0) -> int:
-        """What the batches that are being filled take at most: steps a window reaches into x samples a step."""
+        """Return what the batches that are being filled take: steps that a window reaches into x samples a step."""
         return self._filler.depth(ahead) * len(self.slots) * self._filler.row_bytes
 
     def forget(self) -> None:
@@ -139,7 +139,7 @@ class Stream:
     # --- one batch -----------------------------------------------------------------------------------------
 
     def batch(self, step: int, ahead: int = 0) -> Batch:
-        """The batch of any step. ahead: steps after it whose blocks begin to be read meanwhile."""
+        """Return the batch of any step. ahead: steps after it whose blocks begin to be read meanwhile."""
         with self._lock:
             try:
                 self._filler.cover(step, ahead)
@@ -156,7 +156,7 @@ class Stream:
     # --- many batches --------------------------------------------------------------------------------------
 
     def iterate(self, start_step: int, stop_step: int | None = None, prefetch: int = 4) -> Iterator[Batch]:
-        """Batches from `start_step` on, without end or up to `stop_step`, made by a thread up to `prefetch` ahead.
+        """Yield batches from `start_step` on, endless or up to `stop_step`, made by a thread up to `prefetch` ahead.
 
         An error in the thread is raised here, after the batches before it. Closing the iterator ends the thread.
         """

@@ -47,16 +47,15 @@ class BlockReader:
         self.storage = with_cache(
             self.open_storage(manifest.root), cache, _table(manifest), manifest.root, verify == "always"
         )
-        self.big: dict[str, np.dtype[Any]] = {
-            manifest.array: np.dtype(manifest.dtype)
-        }  # a record's first arrays
+        # a record's first arrays
+        self.big: dict[str, np.dtype[Any]] = {manifest.array: np.dtype(manifest.dtype)}
         if manifest.eps:
             self.big["eps"] = np.dtype(np.float32)
         self._verified: dict[int, State] = {}  # block -> state of its shard
         self._lock = threading.Lock()
 
     def open_storage(self, root: str) -> Storage:
-        """Where the shards lie."""
+        """Open what holds the shards."""
         return open_storage(root)
 
     @property
@@ -70,7 +69,7 @@ class BlockReader:
             self._verified.clear()
 
     def read(self, index: int, buffer: memoryview | None = None) -> dict[str, np.ndarray]:
-        """Block `index`: {"moments" or "latents": (n, *shape), "label": (n,) int64, "id": (n,) uint64}.
+        """Read block `index`: {"moments" or "latents": (n, *shape), "label": (n,) int64, "id": (n,) uint64}.
 
         With "eps": (n, *shape) float32 where the data set stores noise. buffer: at least the block's bytes, which the
         arrays then lie in: they hold until it is filled again; memory of their own by default.
@@ -104,7 +103,7 @@ class BlockReader:
             raise self.fault(index, f"cannot be read: {describe(error)}") from None
 
     def parse(self, index: int, record: memoryview) -> dict[str, np.ndarray]:
-        """The arrays in a block's bytes, each as the manifest says it is. Raises ValueError or tarfile.TarError."""
+        """Return the arrays in a block's bytes, checked against the manifest. Raises ValueError or tarfile.TarError."""
         n, members = self.manifest.blocks[index].samples, list(parse_members(record))
         rows = (n, *self.manifest.shape)
         expected = {name: (dtype, rows) for name, dtype in self.big.items()}
@@ -135,16 +134,16 @@ class BlockReader:
             raise self.fault(index, f"sample {row} has the label {labels[row]}, of {classes} classes")
 
     def keys(self, record: bytes) -> list[str]:
-        """What the records in a block's bytes are called."""
+        """Return what the records in a block's bytes are called."""
         name = tarfile.TarInfo.frombuf(record[:TAR_BLOCK], "utf-8", "strict").name
         return [name.partition(".")[0]]
 
     def expected_keys(self, index: int, names: list[str]) -> list[str]:
-        """What they should be called; names: of the names file."""
+        """Return what they should be called; names: of the names file."""
         return [self.manifest.record(index)]
 
     def fault(self, index: int, what: str) -> BlockError:
-        """An error about block `index`: shard, record and offset, what is wrong and what to do."""
+        """Make an error about block `index`: shard, record and offset, what is wrong and what to do."""
         block = self.manifest.blocks[index]
         return BlockError(
             what,

@@ -36,7 +36,7 @@ class Reading:
         return state
 
     def rest(self, name: str, size: int) -> Iterator[memoryview]:
-        """What comes after the last block, to the file's end."""
+        """Read what comes after the last block, to the file's end."""
         while (at := self.at[name]) < size:
             chunk = memoryview(bytearray(min(CHUNK, size - at)))
             self._asked(partial(self.storage.read, name, at, chunk))

@@ -38,7 +38,7 @@ class Damage:
 
 
 def check_manifest(path: str | os.PathLike[str]) -> tuple[Manifest | None, list[Damage]]:
-    """A data set's manifest and what is wrong with the file itself; the manifest also where it was altered.
+    """Load a data set's manifest and say what is wrong with the file itself; the manifest also where it was altered.
 
     None where it cannot be understood. Raises DataError where there is no manifest at all.
     """
@@ -107,7 +107,7 @@ def verify(manifest: Manifest, progress: Progress = lambda n: None, threads: int
 
 
 def strays(manifest: Manifest) -> list[str]:
-    """Shards in the data set's folder, where that is here, that are no part of it: of another encode, say."""
+    """List shards in the data set's folder, where that is here, that are no part of it: of another encode, say."""
     if is_remote(manifest.root) or manifest.foreign is not None:
         return []
     ours = {shard.name for shard in manifest.shards}
@@ -115,7 +115,7 @@ def strays(manifest: Manifest) -> list[str]:
 
 
 def check_answers(manifest: Manifest) -> None:
-    """DataError where shards lie behind a URL that does not answer, or sends no parts of files."""
+    """Raise DataError where shards lie behind a URL that does not answer, or sends no parts of files."""
     reading = Reading(open_reader(manifest).storage, lambda n: None)
     with contextlib.suppress(OSError, EOFError):  # what is wrong with the file is for verify
         reading.read(manifest.shards[0].name, 0, memoryview(bytearray(1)))
@@ -168,7 +168,7 @@ class _Shard:
         return not self.faults
 
     def check_file(self, reading: Reading, sound: bool) -> None:
-        """What the blocks left unread, and the file as a whole. sound: whether the manifest says where blocks are."""
+        """Check what the blocks left unread, and the whole file. sound: whether the manifest says where blocks are."""
         shard = self.manifest.shards[self.number]
         end, left_over, size = reading.at[shard.name], False, self.size
         if size != shard.bytes:
@@ -188,7 +188,7 @@ class _Shard:
         self.faults.append(Damage(self.manifest.shards[self.number].name, part, what))
 
     def check_block(self, reader: BlockReader, reading: Reading, index: int, names: list[str] | None) -> None:
-        """One block by its hash and its contents. names: the names file's, where it can be used."""
+        """Check one block by its hash and its contents. names: the names file's, where it can be used."""
         name = self.manifest.shards[self.number].name
         try:
             arrays = reader.read(index)
@@ -265,9 +265,8 @@ def _together(manifest: Manifest, shards: list[_Shard]) -> Iterator[Damage]:
     for shard in shards:
         stats.merge(shard.stats)
         noise.merge(shard.noise)
-    if np.isfinite(
-        noise.std if manifest.eps else stats.std
-    ).all():  # else it has been said where they are not
+    std = noise.std if manifest.eps else stats.std
+    if np.isfinite(std).all():  # else it has been said where they are not
         yield from _generated(noise) if manifest.eps else _statistics(manifest, stats)
 
 

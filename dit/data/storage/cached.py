@@ -66,7 +66,7 @@ class CachedStorage:
 def with_cache(
     source: Storage, settings: NodeCacheConfig | None, blocks: BlockTable, root: str, always: bool
 ) -> Storage:
-    """The storage with the cache that the settings ask for, if they do.
+    """Put the cache that the settings ask for before a storage, if they do.
 
     root: the data set's, for messages. Raises ConfigError where the cache could keep nothing.
     """

@@ -21,14 +21,14 @@ class Storage(Protocol):
         """Fill a buffer of bytes from a file's `offset` on. EOFError where it ends before."""
 
     def bytes(self, name: str) -> bytes:
-        """All of a small file."""
+        """Read all of a small file."""
 
     def size(self, name: str) -> int:
-        """Bytes of a file."""
+        """Return the bytes that a file has."""
 
 
 def open_storage(root: str) -> Storage:
-    """The storage of a folder or URL. Raises DataError where a protocol is unknown or its package missing."""
+    """Open the storage of a folder or URL. Raises DataError where a protocol is unknown or its package missing."""
     if not is_remote(root):
         return LocalStorage(Path(root))
     protocol, _, rest = root.partition("://")
@@ -38,7 +38,7 @@ def open_storage(root: str) -> Storage:
 
 
 def describe(error: OSError) -> str:
-    """What went wrong, without the file's name."""
+    """Say what went wrong, without the file's name."""
     return error.strerror or str(error)
 
 
@@ -59,7 +59,7 @@ class LocalStorage:
         self.root = root
 
     def read(self, name: str, offset: int, buffer: memoryview) -> State:
-        """State: the file's inode, size and time."""
+        """Fill the buffer; the state is the file's inode, size and time."""
         descriptor = os.open(self.root / name, os.O_RDONLY)
         try:
             stat = os.fstat(descriptor)

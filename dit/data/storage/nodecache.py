@@ -59,8 +59,10 @@ class NodeCacheConfig:
 
 @dataclass
 class CacheStats:
-    """What one process did: blocks found and not found, damaged ones found, bytes fetched from the source for want of
-    them, blocks stored, blocks evicted."""
+    """Counts of what one process did.
+
+    Blocks found, not found and found damaged, bytes fetched from the source for want of them, blocks stored, evicted.
+    """
 
     hits: int = 0
     misses: int = 0
@@ -259,12 +261,12 @@ def has_writer(partial: Path) -> bool:
 
 
 def file_of(sha256: str, offset: int, size: int) -> str:
-    """The name of the file that keeps a block: `size` bytes at `offset` of the shard with this hash."""
+    """Name the file that keeps a block: `size` bytes at `offset` of the shard with this hash."""
     return f"{sha256}-{offset}-{size}"
 
 
 def size_of(name: str) -> int:
-    """Bytes of a block, which its file's name tells even where the file is damaged."""
+    """Return the bytes of a block, which its file's name tells even where the file is damaged."""
     return int(name.removesuffix(PARTIAL).rpartition("-")[2])
 
 
@@ -274,5 +276,5 @@ def touch(descriptor: int, modified: int) -> None:
 
 
 def state_of(stat: os.stat_result) -> State:
-    """What differs after a file has changed."""
+    """Return what differs after a file has changed."""
     return stat.st_ino, stat.st_size, stat.st_mtime_ns

@@ -59,7 +59,7 @@ class HttpStorage(RemoteStorage):
             return bytes(await answer.read())
 
     async def _get_size(self, system: Any, url: str) -> int:
-        """By asking for one byte: what an answer to HEAD says is not always true, or not said at all."""
+        """Ask for one byte: what an answer to HEAD says is not always true, or not said at all."""
         async with await self._ask(system, url, 0, 1) as answer:
             _, size = content_range(answer)
             if answer.status != 416:
@@ -100,7 +100,7 @@ class HttpStorage(RemoteStorage):
 
 
 def content_range(answer: Any) -> tuple[int | None, int | None]:
-    """(first byte, size of the file) as far as the answer's Content-Range tells them."""
+    """Return (first byte, size of the file) as far as the answer's Content-Range tells them."""
     match = re.match(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", answer.headers.get("Content-Range", ""))
     if match is None:
         return None, None
