@@ -28,7 +28,7 @@ SCHEDULES: Registry[Schedule] = Registry("schedule")
 
 @SCHEDULES.register("constant")
 @config
-class Constant(Schedule):
+class ConstantRate(Schedule):
     """The peak learning rate throughout."""
 
     def factor(self, done: float) -> float:
@@ -38,7 +38,7 @@ class Constant(Schedule):
 
 @SCHEDULES.register("cosine")
 @config
-class Cosine(Schedule):
+class CosineDecay(Schedule):
     """Half a cosine from 1 to `final` (Loshchilov & Hutter, arXiv 1608.03983, eq. 5, without restarts)."""
 
     final: float = 0.0  # factor of optim.lr at the end
@@ -58,7 +58,7 @@ class OptimConfig:
     weight_decay: float = 0.0  # on matrices only: biases, norms and embeddings' gains have one dimension
     clip: float | None = 1.0  # norm of the whole gradient; null = no clipping
     warmup: int = 0  # updates of linear warm-up from lr / warmup
-    schedule: Annotated[Schedule, SCHEDULES] = Constant()
+    schedule: Annotated[Schedule, SCHEDULES] = ConstantRate()
 
     def __post_init__(self) -> None:
         if not 0 < self.lr < math.inf or self.warmup < 0 or not (self.clip is None or self.clip > 0):
