@@ -12,7 +12,7 @@ import resource
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
@@ -23,11 +23,12 @@ import torch.distributed as td
 from torch import Tensor
 
 from dit.errors import Stopped, UserError
+from dit.ranks import early
 from dit.ranks.join import JoinError, Meeting, patience, ranks_text
 
 T = TypeVar("T")
 
-# By which schedulers ask a job to end in good order, before they end it themselves.
+# Those by which schedulers ask a job to end in good order, before they end it themselves.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 FILES = 65536  # open at a time
 _LAUNCHERS = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
@@ -171,19 +172,25 @@ def is_broken_connection(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def on_signals(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Have SIGNALS handled inside (in the main thread, where alone they can be), and as before afterwards.
+def on_signals(
+    handle: Callable[[int, FrameType | None], None], numbers: Sequence[int] = SIGNALS
+) -> Iterator[None]:
+    """Have signals handled inside (in the main thread, where alone they can be), and as before afterwards.
 
-    Once Stopped was raised they do nothing any more: a launcher passes them on to ranks that are just leaving.
+    Those that came while Python was still importing (`dit.ranks.early`) are handled at once. Once Stopped was raised
+    they do nothing any more: a launcher passes them on to ranks that are just leaving.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, handle) for number in SIGNALS}
+    kept = early.stop_listening()
+    before: dict[int, Any] = {number: signal.signal(number, handle) for number in numbers}
     try:
+        for number in kept:
+            handle(number, None)
         yield
     except Stopped:
-        before = dict.fromkeys(SIGNALS, signal.SIG_IGN)
+        before = dict.fromkeys(numbers, signal.SIG_IGN)
         raise
     finally:
         for number, handler in before.items():

@@ -78,8 +78,8 @@ def _event() -> torch.cuda.Event:
 
 
 @dataclass(frozen=True)
-class Report:
-    """What a rank tells the others of its interval. Seconds."""
+class RankInterval:
+    """What a rank tells the others of its logging interval. Times are seconds."""
 
     batch_hash: int
     forward: float
@@ -113,6 +113,12 @@ class Meters:
     def pause(self, seconds: float) -> None:
         """Leave out seconds that were not spent on training."""
         self._paused += seconds
+
+    def add_step(self, losses: Iterable[Loss], fingerprints: Tensor) -> None:
+        """Add a step: the losses of its micro-batches, and the (B,) int64 fingerprints of its slots, on the CPU."""
+        for loss in losses:
+            self.add(loss)
+        self.add_hash(fingerprints)
 
     def add(self, loss: Loss) -> None:
         """Add one micro-batch, by its samples: how the batch was cut does not show."""
@@ -173,7 +179,7 @@ class Meters:
         data_wait_max the longest of all ranks.
         """
         sums = self._reduced()
-        reports = group.gather_objects(Report(self.batch_hash, self.forward.take(), self.wait_seconds))
+        shares = group.gather_objects(RankInterval(self.batch_hash, self.forward.take(), self.wait_seconds))
         elapsed = max(1e-9, time.perf_counter() - self._since - self._paused)
         count = max(1.0, float(sums["count"]))  # none where every sample was missing
         row: dict[str, float | int | None] = {"loss": float(sums["loss"]) / count}
@@ -185,11 +191,11 @@ class Meters:
             if n.startswith("metric/")
         }
         row |= {"images_per_s": samples / elapsed, "step_ms": 1e3 * elapsed / max(1, steps)}
-        row |= {"data_wait": self.wait_seconds / elapsed, "batch_hash": _total(r.batch_hash for r in reports)}
-        forward = [1e3 * r.forward / max(1, steps) for r in reports]
+        row |= {"data_wait": self.wait_seconds / elapsed, "batch_hash": _total(r.batch_hash for r in shares)}
+        forward = [1e3 * r.forward / max(1, steps) for r in shares]
         row |= {"forward_ms": median(forward), "forward_ms_max": max(forward)}
         row |= {"slowest_rank": forward.index(max(forward))}
-        row |= {"data_wait_max": max(r.wait for r in reports) / elapsed}
+        row |= {"data_wait_max": max(r.wait for r in shares) / elapsed}
         self.clear()
         self.reset_clock()
         return row
@@ -200,24 +206,24 @@ def _total(hashes: Iterable[int]) -> int:
 
 
 class RunLog:
-    """RUN/metrics.jsonl and RUN/tensorboard, written by rank 0 alone."""
+    """Writes RUN/metrics.jsonl and RUN/tensorboard, on rank 0 alone; nothing before `open`."""
 
-    def __init__(self, run_dir: Path, step: int, is_main: bool, hooks_step: int | None = None):
-        """step: steps done; whatever was logged beyond it (by a run that was killed later) is cut off.
-
-        hooks_step: those whose hooks are done, where they are not as many.
-        """
-        self.run_dir, self.path, self.held_out_path = (
-            run_dir,
-            run_dir / "metrics.jsonl",
-            run_dir / "held_out.jsonl",
-        )
+    def __init__(self, run_dir: Path, is_main: bool):
+        self.run_dir, self.is_main = run_dir, is_main
+        self.path, self.held_out_path = run_dir / "metrics.jsonl", run_dir / "held_out.jsonl"
         self._writer: SummaryWriter | None = None
-        if is_main:
-            self._open(step, step if hooks_step is None else hooks_step)
 
-    def _open(self, step: int, hooks_step: int) -> None:
-        for path, last in ((self.path, step), (self.held_out_path, hooks_step)):
+    def open(self, step: int, hooks_step: int | None = None) -> None:
+        """Begin to write behind `step` steps done; what was logged beyond (by a run that was killed later) is cut off.
+
+        hooks_step: the steps done whose hooks have been called, where they are not as many.
+        """
+        if not self.is_main:
+            return
+        for path, last in (
+            (self.path, step),
+            (self.held_out_path, step if hooks_step is None else hooks_step),
+        ):
             if path.is_file():
                 truncate(path, last)
         self._writer = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=step + 1)
@@ -226,7 +232,7 @@ class RunLog:
         """Take back what was logged beyond a step."""
         if self._writer is not None:
             self._writer.close()
-            self._open(step, step)
+            self.open(step)
 
     def point(self, step: int, name: str, value: float) -> None:
         """A point on a curve of TensorBoard alone."""

@@ -16,6 +16,7 @@ from dit.experiments.parts import make_parts
 from dit.ranks import group
 from dit.ranks.group import SIGNALS
 from dit.train.checkpoints import checkpoint
+from dit.train.loop import Loop
 from dit.train.start import train
 from dit.train.stop import rank_flags, stop_request
 from tests.datasets import Digits
@@ -89,18 +90,19 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(
 
 def stopped_at(given: Values, step: int) -> None:
     """Train, and get a signal on every rank when `step` steps are nearly done."""
-    loop = built(given)
-    loop.resume()
+    run = built(given)
+    run.resume()
+    loop = Loop(run)
     train_step = loop.train_step
 
     def step_and_hear(batch: Any) -> Any:
-        if loop.step == step - 1 - (loop.world.size > 1):  # with several ranks it is agreed on one step later
+        if run.step == step - 1 - (run.world.size > 1):  # with several ranks it is agreed on one step later
             os.kill(os.getpid(), signal.SIGUSR1)
         return train_step(batch)
 
     loop.train_step = step_and_hear  # type: ignore[method-assign]
     with stop_request() as stop:
-        loop.run(stop)
+        loop.train(stop)
 
 
 @pytest.mark.parametrize("size", [1, 2])

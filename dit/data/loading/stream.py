@@ -13,8 +13,8 @@ import contextlib
 import itertools
 import queue
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -56,15 +56,6 @@ class Batch:
     def whole(self) -> bool:
         """Whether no sample is missing. Of a batch on the CPU."""
         return self.valid is None or bool(self.valid.all())
-
-    def to(self, device: torch.device | str) -> Batch:
-        """The same batch on a device (not waiting for the copy where the memory is pinned)."""
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("moments", "label", "id", "view", "slots", "eps", "valid")
-            if getattr(self, name) is not None
-        }
-        return replace(self, **moved)
 
 
 class Stream:
@@ -164,7 +155,7 @@ class Stream:
 
     # --- many batches --------------------------------------------------------------------------------------
 
-    def iterate(self, start_step: int, stop_step: int | None = None, prefetch: int = 4) -> Iterator[Batch]:
+    def iterate(self, start_step: int, stop_step: int | None = None, prefetch: int = 4) -> Generator[Batch]:
         """Batches from `start_step` on, without end or up to `stop_step`, made by a thread up to `prefetch` ahead.
 
         An error in the thread is raised here, after the batches before it. Closing the iterator ends the thread.

@@ -36,7 +36,7 @@ class Probe:
             average = task.loss(self.engine, self.samples).mean
         return group.gather_objects({"model": float(live), "ema": float(average)})
 
-    def spoilt(self, state: State) -> str | None:
+    def not_finite(self, state: State) -> str | None:
         """Which of a rank's numbers are not finite, also those that the losses do not see yet; or None."""
         sizes: dict[str, list[Tensor]] = {}
         for _, kinds in state.pieces():
