@@ -8,6 +8,11 @@ from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dit.ranks import early
+
+if __name__ == "__main__":
+    early.listen()  # before seconds of imports
+
 import torch
 
 from dit.cli import run
@@ -34,6 +39,8 @@ def main(
     The same command resumes a run that was killed, on any number of ranks and at any ZeRO stage. On several
     devices start it through launch/local.sh, on a SLURM cluster through launch/multinode.sh.
     """
+    if dry_run or preflight:
+        early.end_if_asked()
     cfg = load(Experiment, config, overrides)
     if dry_run:
         print(report(cfg))
