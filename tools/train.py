@@ -8,6 +8,11 @@ from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dit.ranks import early
+
+if __name__ == "__main__":
+    early.listen()  # before seconds of imports
+
 import torch
 
 from dit.cli import run
@@ -18,7 +23,7 @@ from dit.ranks.group import World
 from dit.train import run_dir
 from dit.train.engines.zero_config import Device, choose
 from dit.train.hooks import held_out_hook
-from dit.train.preflight.checks import alone as check_alone
+from dit.train.preflight.checks import check_and_print
 from dit.train.start import device_peak, train
 
 
@@ -34,11 +39,13 @@ def main(
     The same command resumes a run that was killed, on any number of ranks and at any ZeRO stage. On several
     devices start it through launch/local.sh, on a SLURM cluster through launch/multinode.sh.
     """
+    if dry_run or preflight:
+        early.end_if_asked()
     cfg = load(Experiment, config, overrides)
     if dry_run:
         print(report(cfg))
     elif preflight:
-        check_alone(cfg, lambda manifest: cfg.cost(manifest).parameters.trainable)
+        check_and_print(cfg, lambda manifest: cfg.cost(manifest).parameters.trainable)
     else:
         train(cfg, make_parts)
 

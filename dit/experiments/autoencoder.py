@@ -27,8 +27,8 @@ from dit.train.checkpoints import checkpoint
 from dit.train.checkpoints.checkpoint import CheckpointError, Reader
 from dit.train.engines.base import Engine
 from dit.train.hooks import Hook, SampleGrid, held_out_hook, open_held_out
+from dit.train.run import Parts
 from dit.train.settings import RunConfig
-from dit.train.start import Parts
 
 KL_WEIGHT = 1e-3
 

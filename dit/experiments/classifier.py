@@ -28,9 +28,9 @@ from dit.sample.guide import LogitsFn
 from dit.train.checkpoints import checkpoint
 from dit.train.checkpoints.checkpoint import CheckpointError, Reader
 from dit.train.hooks import held_out_hook
+from dit.train.run import Parts
 from dit.train.settings import RunConfig
-from dit.train.start import Parts
-from dit.train.task import PlainTask, Samples
+from dit.train.task import Network, PlainTask, Samples
 
 
 @config
@@ -77,13 +77,13 @@ class ClassifierTask(PlainTask):
     norm: LatentNorm
     classes: int
 
-    def loss(self, model: Any, samples: Samples) -> Loss:
+    def loss(self, network: Network, samples: Samples) -> Loss:
         data = self.norm.draw(samples.moments, samples.draws)  # (B, C, H, W)
         path = self.noise.path
         u = self.noise.spread(samples.draws).double()  # in float32 a time depends on its place in the batch
         t = self.noise.times(u, path).to(data.dtype)  # (B,)
         x = path.coeffs(t).mix(data, samples.draws.normal(Purpose.EPS, data.shape[1:]))
-        logits = call_network(model, path, x, t, {})  # (B, classes)
+        logits = call_network(network, path, x, t, {})  # (B, classes)
         each = F.cross_entropy(logits, samples.label.clamp(min=0), reduction="none")
         per_sample = torch.where(samples.label >= 0, each, 0.0)
         accuracy = (logits.argmax(1) == samples.label).float().mean()

@@ -19,7 +19,7 @@ from dit.sample.generate import Sampler, image_grid, labels_for
 from dit.sample.guide import Context
 from dit.train.engines.base import Engine
 from dit.train.hooks import Hook, SampleGrid, held_out_hook
-from dit.train.start import Parts
+from dit.train.run import Parts
 from dit.train.task import LatentTask
 
 

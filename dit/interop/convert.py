@@ -28,6 +28,7 @@ from dit.files import expand, sync
 from dit.flow.objective import Objective
 from dit.interop.weights import Arguments, Count, StateDict, WeightsError, infer, network
 from dit.model.dit import DiT
+from dit.ranks.group import World
 from dit.train.checkpoints import saver
 from dit.train.checkpoints.checkpoint import State
 from dit.train.ema import MAIN
@@ -149,7 +150,8 @@ def to_run(source: str | Path, out: str | Path, format: Format, choices: Choices
     pieces = [Fragment(n, tuple(w.shape), 0, live[n].view(-1)) for n, w in ema.items() if n != "position"]
     averages = [ema[piece.name].view(-1) for piece in pieces]
     shutil.rmtree(partial, ignore_errors=True)
-    saver.save(partial / "checkpoints", 0, State(pieces, {MAIN: averages}, network(ema, kept)), meta)
+    state = State(pieces, {MAIN: averages}, network(ema, kept))
+    saver.save(partial / "checkpoints", 0, state, meta, World())
     write_yaml(partial / CONFIG, experiment)
     partial.rename(folder)
     sync(folder.absolute().parent)

@@ -20,6 +20,8 @@ from dit.train.settings import OPERATIONAL, RunConfig
 from dit.version import code_version
 
 CONFIG = "config.yaml"
+LOCK = ".lock"
+PATIENCE = 30.0  # seconds to wait for a run directory whose job may be dying
 
 
 def claim(cfg: RunConfig, world: World, facts: Mapping[str, Any] | None = None) -> Path:
@@ -52,39 +54,76 @@ def claim(cfg: RunConfig, world: World, facts: Mapping[str, Any] | None = None) 
 
 
 @contextlib.contextmanager
-def locked(run_dir: Path, world: World, patience: float = 30.0) -> Iterator[None]:
+def locked(run_dir: Path, world: World, patience: float | None = None) -> Iterator[None]:
     """Hold the run directory: two jobs in one would cut off each other's logs and checkpoints. Collective.
 
-    patience: seconds to wait for a job that is still dying. The lock goes with the process, however it ends.
+    patience: seconds to wait for a job that is still dying; None: PATIENCE. The lock goes with the process, however
+    that ends. Where nothing else was written inside, a directory that was not there before is gone again afterwards.
+    Raises ConfigError on every rank, with who holds it; then nothing in the directory was touched.
     """
-
-    def hold() -> IO[str]:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        file = (run_dir / ".lock").open("a+", encoding="utf-8")
-        end = time.monotonic() + patience
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() > end:
-                    file.seek(0)
-                    raise ConfigError(
-                        f"{run_dir} is in use by another process ({file.read().strip()}); end that one, or choose "
-                        "another run_dir"
-                    ) from None
-                time.sleep(0.2)
-            else:
-                file.truncate(0)
-                file.write(f"{group.job_name()}, process {os.getpid()}")
-                file.flush()
-                return file
-
-    held = group.together(lambda: hold() if world.is_main else None)
-    try:
+    seconds = PATIENCE if patience is None else patience
+    with contextlib.ExitStack() as held:
+        group.together(lambda: held.enter_context(_held(run_dir, seconds)) if world.is_main else None)
         yield
-    finally:
-        if held is not None:
-            held.close()
+
+
+@contextlib.contextmanager
+def _held(run_dir: Path, patience: float) -> Iterator[None]:
+    """Hold the lock, on one rank."""
+    made: list[Path] = []  # folders that were not there before, the inmost first
+    with _wait_for(run_dir / LOCK, patience, made) as file:
+        file.truncate(0)
+        file.write(f"{group.job_name()}, process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        file.flush()
+        try:
+            yield
+        finally:
+            if made and [path.name for path in run_dir.iterdir()] == [LOCK]:
+                (run_dir / LOCK).unlink()
+                for folder in made:
+                    with contextlib.suppress(OSError):  # somebody else has found a use for it
+                        folder.rmdir()
+
+
+def _wait_for(path: Path, patience: float, made: list[Path]) -> IO[str]:
+    """Open and lock a file, once nobody else holds it; that somebody does is said at once. made: takes new folders."""
+    end, is_said = time.monotonic() + patience, False
+    while True:
+        made += [folder for folder in path.parents if not folder.exists()]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+        if _lock(file):
+            if _is_at(path, file):
+                return file
+            file.close()  # its holder has removed it: what was locked is no file of the directory any more
+            continue
+        file.seek(0)
+        holder = file.read().strip() or "which has not said yet who it is"
+        file.close()
+        in_use = f"{path.parent} is in use by another process ({holder})"
+        if time.monotonic() > end:
+            raise ConfigError(f"{in_use}; end that one, or choose another run_dir. Nothing of it was touched")
+        if not is_said:
+            is_said = True
+            print(f"{in_use}: waiting up to {patience:.0f} s for its end", flush=True)
+        time.sleep(0.2)
+
+
+def _lock(file: IO[str]) -> bool:
+    """Lock an open file; False where another process holds it. Works over NFS, where flock is a lock of all bytes."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_at(path: Path, file: IO[str]) -> bool:
+    """Whether an open file is the one that lies there."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def compare(path: Path, cfg: RunConfig) -> dict[str, list[Any]]:

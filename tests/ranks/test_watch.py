@@ -289,17 +289,17 @@ def unlimited(folder: str) -> str:
 
 def troubled(given: dict[str, Any], what: str) -> None:
     """A run in which the data of rank 1 do not come, or cannot be read, at step 3."""
-    loop: Loop = built(given)
-    iterate = loop.stream.iterate
+    run = built(given)
+    iterate = run.feed.stream.iterate
 
     def with_trouble(*args: Any) -> Any:
         for step, batch in enumerate(iterate(*args)):
-            if loop.world.rank == 1:
+            if run.world.rank == 1:
                 act(what, step)
             yield batch
 
-    loop.stream.iterate = with_trouble  # type: ignore[method-assign]
-    loop.run(StopRequest())
+    run.feed.stream.iterate = with_trouble  # type: ignore[method-assign]
+    Loop(run).train(StopRequest())
 
 
 def test_a_run_whose_data_do_not_come_ends_with_the_rank_named(

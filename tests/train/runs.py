@@ -21,7 +21,7 @@ from dit.experiments.parts import make_parts
 from dit.ranks import group
 from dit.train.checkpoints import checkpoint
 from dit.train.checkpoints.checkpoint import Reader
-from dit.train.loop import Loop
+from dit.train.run import Run
 from dit.train.start import build, train
 from tests.datasets import Digits
 
@@ -78,8 +78,8 @@ def go_until(given: Values, step: int, released: Path) -> None:
     go(given)
 
 
-def built(given: Values) -> Loop:
-    """The loop of a run, in a session that is open already."""
+def built(given: Values) -> Run:
+    """A run, in a session that is open already."""
     cfg = experiment(given)
     return build(cfg, make_parts, group.World.from_env())
 

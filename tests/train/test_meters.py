@@ -170,7 +170,8 @@ def test_the_slowest_rank_and_the_longest_wait_are_told(ranks: Server) -> None:
 
 
 def test_a_line_is_json_without_nan(tmp_path: Path) -> None:
-    log = RunLog(tmp_path, 0, is_main=True)
+    log = RunLog(tmp_path, is_main=True)
+    log.open(0)
     log.scalars(3, {"loss": math.nan, "grad_norm": math.inf, "lr": 0.1, "batch_hash": 2**63 - 1, "mfu": None})
     log.image(3, "samples", np.zeros((4, 4, 3), np.uint8))
     log.held_out(3, {"loss": 1.0, "protocol": "abc"})
@@ -187,7 +188,8 @@ def test_a_line_is_json_without_nan(tmp_path: Path) -> None:
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
-    log = RunLog(tmp_path, 0, is_main=False)
+    log = RunLog(tmp_path, is_main=False)
+    log.open(0)
     log.scalars(1, {"loss": 1.0})
     log.held_out(1, {"x": 1.0})
     log.image(1, "samples", np.zeros((4, 4, 3), np.uint8))

@@ -50,7 +50,7 @@ class _SavingContenders:
         engine = LocalEngine(module, OptimConfig(), World())
         self.state = State(engine.fragments(), Ema(engine, EmaConfig()).averages, module)
         self.folder, self.bytes = folder, KINDS * 4 * sum(p.numel() for p in module.parameters())
-        self.saver = Saver(folder / "ours", ALL)
+        self.saver = Saver(folder / "ours", ALL, World())
         self.block = torch.ones(4 << 20).numpy().data.cast("B")  # 16 MiB
         self.stalls: list[float] = []
 

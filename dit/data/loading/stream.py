@@ -13,7 +13,7 @@ import contextlib
 import itertools
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -155,7 +155,7 @@ class Stream:
 
     # --- many batches --------------------------------------------------------------------------------------
 
-    def iterate(self, start_step: int, stop_step: int | None = None, prefetch: int = 4) -> Iterator[Batch]:
+    def iterate(self, start_step: int, stop_step: int | None = None, prefetch: int = 4) -> Generator[Batch]:
         """Yield batches from `start_step` on, endless or up to `stop_step`, made by a thread up to `prefetch` ahead.
 
         An error in the thread is raised here, after the batches before it. Closing the iterator ends the thread.
