@@ -65,7 +65,7 @@ class Job:
         """What a rank wrote to stdout and stderr."""
         return self.logs[rank].read_text()
 
-    def wait(self, timeout: float = 120) -> list[Any]:
+    def wait(self, timeout: float = 250) -> list[Any]:
         """Each rank's result. RanksFailed if one failed, died or took longer than `timeout` seconds."""
         errors: dict[int, tuple[str, str]] = {}
         results: list[Any] = [None] * len(self.pipes)
