@@ -23,7 +23,7 @@ from dit.ranks.group import World
 from dit.train import run_dir
 from dit.train.engines.zero_config import Device, choose
 from dit.train.hooks import held_out_hook
-from dit.train.preflight.checks import alone as check_alone
+from dit.train.preflight.checks import check_and_print
 from dit.train.start import device_peak, train
 
 
@@ -45,7 +45,7 @@ def main(
     if dry_run:
         print(report(cfg))
     elif preflight:
-        check_alone(cfg, lambda manifest: cfg.cost(manifest).parameters.trainable)
+        check_and_print(cfg, lambda manifest: cfg.cost(manifest).parameters.trainable)
     else:
         train(cfg, make_parts)
 

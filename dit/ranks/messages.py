@@ -28,7 +28,7 @@ class Connection:
 
     @classmethod
     def open(cls, host: str, port: int, timeout: float) -> Connection:
-        """Connect; seconds. OSError if nobody answers."""
+        """Connect within `timeout` seconds. OSError if nobody answers."""
         return cls(socket.create_connection((host, port), timeout))
 
     def fileno(self) -> int:
@@ -39,7 +39,7 @@ class Connection:
             self._socket.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self, timeout: float) -> list[Message]:
-        """The messages that have come, after waiting for the first for `timeout` seconds; none if nothing came.
+        """Take the messages that have come, after waiting `timeout` seconds for the first; none if nothing came.
 
         ConnectionError at the end of the connection, or where what comes is no message.
         """
@@ -66,7 +66,7 @@ class Connection:
 
 
 def listener(backlog: int) -> socket.socket:
-    """A socket that takes connections on a free port, over IPv4 and, where there is one, IPv6."""
+    """Open a socket that takes connections on a free port, over IPv4 and, where there is one, IPv6."""
     if socket.has_dualstack_ipv6():
         with contextlib.suppress(OSError):  # compiled in, but switched off on this machine
             return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=backlog)
@@ -74,7 +74,7 @@ def listener(backlog: int) -> socket.socket:
 
 
 def connect(host: str, port: int, patience: float) -> Connection:
-    """As Connection.open, tried again until `patience` seconds are over: many ranks ask at once."""
+    """Open a connection, trying again until `patience` seconds are over: many ranks ask at once."""
     end = time.monotonic() + patience
     while True:
         try:

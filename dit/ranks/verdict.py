@@ -57,7 +57,7 @@ class Peer:
         return self.step, PHASES[self.phase].order
 
     def move(self, step: int, phase: str, now: float) -> None:
-        """It was heard of, at this place."""
+        """Note that it was heard of, at this place."""
         self.heard = now
         if (step, phase) != (self.step, self.phase):
             self.step, self.phase, self.since = step, phase, now
@@ -65,7 +65,10 @@ class Peer:
 
 @dataclass(frozen=True)
 class Verdict:
-    """text: which ranks, and why. ranks: those. breaks: connections to them break, or soon will."""
+    """Names the ranks that a run cannot go on with.
+
+    text: which, and why. ranks: those. breaks: connections to them break, or soon will.
+    """
 
     text: str
     ranks: tuple[int, ...]
@@ -74,7 +77,9 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Judge:
-    """silence: seconds that a rank may not be heard of. stall: seconds without progress in a limited phase.
+    """Judges by what was heard of each rank.
+
+    silence: seconds that a rank may not be heard of. stall: seconds without progress in a limited phase.
 
     slack: seconds by which the last words of ranks that ended together may differ.
     """
@@ -84,7 +89,7 @@ class Judge:
     slack: float
 
     def verdict(self, peers: Sequence[Peer], now: float) -> Verdict | None:
-        """The first of: ranks that ended without a word, that are heard of no more, that hold the others up."""
+        """Name the first there are of: ranks that ended without a word, are heard of no more, hold the others up."""
         there = [p for p in peers if not p.left]
         return self._gone(there) or self._silent(there, now) or self._stalled(there, now)
 
@@ -107,7 +112,7 @@ class Judge:
         )
 
     def _stalled(self, there: list[Peer], now: float) -> Verdict | None:
-        """The ranks that are furthest behind, if none of them has moved for the limit and none may rest there."""
+        """Name the ranks that are furthest behind, if none of them has moved for the limit and none may rest there."""
         last = min((p.place for p in there), default=(0, 0))
         behind = [p for p in there if p.place == last]
         seconds = min((now - p.since for p in behind), default=0.0)
@@ -124,7 +129,7 @@ class Judge:
 
 
 def failed(peer: Peer, error: str) -> Verdict:
-    """A rank said itself why it ends."""
+    """Make the verdict of what a rank says itself of why it ends."""
     return Verdict(f"{peer.name} failed {_where(peer)}: {error}", (peer.rank,), breaks=True)
 
 

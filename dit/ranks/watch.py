@@ -34,7 +34,7 @@ class WatchError(UserError):
 
 
 class Watch:
-    """A context around a loop that all ranks run; entering is collective.
+    """Watches the ranks inside, a loop that all of them run; entering is collective.
 
     Inside, `at` says what this rank is at. Where a rank ends by an error of its own, the others' broken connections
     become a PeerError that names it and its error. Where nothing breaks, the watch ends the process (exit status 1),
@@ -53,7 +53,7 @@ class Watch:
         self._thread: Watcher | None = None
 
     def at(self, phase: str, step: int) -> None:
-        """phase: a key of verdict.PHASES. step: steps done."""
+        """Note what this rank is at. phase: a key of verdict.PHASES. step: steps done."""
         self._post.place = (step, phase)
 
     def __enter__(self) -> Self:
@@ -66,7 +66,7 @@ class Watch:
         return self
 
     def _open(self) -> tuple[str, int, str, Peer]:
-        """On rank 0: the host and port where its watch listens, the word that opens it, and rank 0 itself."""
+        """Begin on rank 0: give host and port where its watch listens, the word that opens it, and rank 0 itself."""
         server = None
         if self.world.size > 1:
             server = listener(self.world.size)
@@ -78,7 +78,7 @@ class Watch:
         return host, server.getsockname()[1] if server else 0, token, me
 
     def _join(self, host: str, port: int, token: str, main: Peer) -> None:
-        """On the other ranks."""
+        """Begin on the other ranks, by connecting to rank 0's watch."""
         if self.world.is_main:
             return
         try:

@@ -24,7 +24,7 @@ LINGER = 1.0  # seconds for the others to take the verdict
 
 @dataclass
 class Post:
-    """What a rank's two threads share. place: (steps done, phase), of which the training thread keeps track.
+    """Holds what a rank's two threads share. place: (steps done, phase), of which the training thread keeps track.
 
     beat: seconds between two words to rank 0. grace: seconds for a broken connection to show in the training thread,
     which then ends the process in good order. folder: for the stacks.
@@ -38,13 +38,13 @@ class Post:
     place: tuple[int, str] = (0, "data")
 
     def peer(self) -> Peer:
-        """This rank, for the judge."""
+        """Describe this rank for the judge."""
         step, phase = self.place
         return Peer(self.rank, group.node_name(), os.getpid(), step, 0.0, step, phase, 0.0)
 
 
 class _Clock:
-    """Seconds in which this process ran: one that was suspended with its job must not find the others late."""
+    """Counts the seconds in which this process ran: one that was suspended with its job must find nobody late."""
 
     def __init__(self, most: float):
         """most: seconds between two looks that count."""
@@ -58,7 +58,7 @@ class _Clock:
 
 
 class Watcher(threading.Thread):
-    """A rank's watching thread."""
+    """Watches the other ranks, in a thread of this one."""
 
     def __init__(self, post: Post):
         super().__init__(name="watch", daemon=True)  # never what keeps a process alive
@@ -70,7 +70,7 @@ class Watcher(threading.Thread):
     # --- for the training thread ---
 
     def wait_for_verdict(self, seconds: float) -> Verdict | None:
-        """The verdict, if there is one within `seconds`."""
+        """Give the verdict, if there is one within `seconds`."""
         self._judged.wait(seconds)
         return self.verdict
 
@@ -120,7 +120,7 @@ def _verdict(message: Message) -> Verdict:
 
 
 class Spoke(Watcher):
-    """Any rank but 0: says where it is, and listens."""
+    """Says where a rank other than 0 is, and listens to rank 0."""
 
     def __init__(self, post: Post, connection: Connection, main: Peer):
         """main: rank 0."""
@@ -147,7 +147,7 @@ class Spoke(Watcher):
             self._connection.close()
 
     def _watch(self) -> Verdict | None:
-        """A verdict, or None where this rank or rank 0 leaves in good order."""
+        """Listen until there is a verdict, or None: until this rank or rank 0 leaves in good order."""
         judge = Judge(self.post.judge.silence, math.inf, 0.0)
         while True:
             try:
@@ -170,7 +170,7 @@ class Spoke(Watcher):
                 return verdict
 
     def _beat(self) -> list[Message]:
-        """All that rank 0 says within a beat, or until it says the last it has to say."""
+        """Hear all that rank 0 says within a beat, or until it says the last it has to say."""
         heard: list[Message] = []
         end = time.monotonic() + self.post.beat
         while time.monotonic() < end and not any({"verdict", "left"} & m.keys() for m in heard):
@@ -179,7 +179,7 @@ class Spoke(Watcher):
 
 
 class Hub(Watcher):
-    """Rank 0: hears them all, judges, and tells them."""
+    """Hears all ranks on rank 0, judges, and tells them."""
 
     def __init__(self, post: Post, server: socket.socket | None, token: str):
         """server: where the others connect; None where there are none. token: by which they are known."""
@@ -277,7 +277,7 @@ class Hub(Watcher):
             self._drop(connection)
 
     def _admit(self, connection: Connection, message: Message) -> None:
-        """A rank of this run; whatever else has found the port is sent away."""
+        """Admit a rank of this run; whatever else has found the port is sent away."""
         if message.pop("token", None) != self._token:
             raise ConnectionError("a stranger")
         peer = Peer(**message)

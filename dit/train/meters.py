@@ -30,7 +30,7 @@ SPEEDS = (
 
 
 class HostTimer:
-    """How long something took in all, by this process's clock."""
+    """Measures how long something took in all, by this process's clock."""
 
     def __init__(self) -> None:
         self._seconds = 0.0
@@ -43,13 +43,13 @@ class HostTimer:
         self._seconds += time.perf_counter() - begun
 
     def take(self) -> float:
-        """Seconds since the last call."""
+        """Give the seconds measured since the last call."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 
 
 class DeviceTimer:
-    """The same by the GPU's clock. Nothing waits for it but `take`."""
+    """Measures the same by the GPU's clock. Nothing waits for it but `take`."""
 
     def __init__(self) -> None:
         self._pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []  # recorded
@@ -65,7 +65,7 @@ class DeviceTimer:
         self._pairs.append((begin, end))
 
     def take(self) -> float:
-        """Seconds since the last call."""
+        """Give the seconds measured since the last call."""
         if self._pairs:
             self._pairs[-1][1].synchronize()
         milliseconds = math.fsum(begin.elapsed_time(end) for begin, end in self._pairs)
@@ -87,7 +87,7 @@ class RankInterval:
 
 
 class Meters:
-    """Sums since the last logged step. Nothing here waits for the device except `take`."""
+    """Sums the figures of the steps since the last logged one. Nothing here waits for the device except `take`."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -136,11 +136,11 @@ class Meters:
             self._sums[name] = self._sums[name] + value.double() if name in self._sums else value.double()
 
     def add_hash(self, fingerprints: Tensor) -> None:
-        """fingerprints: (B,) int64 on the CPU."""
+        """Add the fingerprints of a step's slots: (B,) int64 on the CPU."""
         self.batch_hash = (self.batch_hash + int(fingerprints.sum())) & _MASK63
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint between two logged steps must keep; collective."""
+        """Give what a checkpoint between two logged steps must keep; collective."""
         return {
             "sums": {k: v.tolist() for k, v in self._reduced().items()},
             "batch_hash": _total(group.gather_objects(self.batch_hash)),
@@ -156,7 +156,7 @@ class Meters:
             self.batch_hash = int(state["batch_hash"])
 
     def _reduced(self) -> dict[str, Tensor]:
-        """Sums over ranks, one all-reduce for all of them. Ranks may hold different names (after a resume)."""
+        """Sum over ranks, by one all-reduce for all of them. Ranks may hold different names (after a resume)."""
         names = sorted({n for found in group.gather_objects(sorted(self._sums)) for n in found})
         shapes = {n: (2, QUARTERS) if n == "quarters" else () for n in names}
         parts = [
@@ -170,7 +170,7 @@ class Meters:
         return {n: p.view(shapes[n]).cpu() for n, p in zip(names, pieces, strict=True)}
 
     def take(self, steps: int, samples: int) -> dict[str, float | int | None]:
-        """The interval's figures, after which a new one starts; collective.
+        """Give the figures of the interval, and start a new one; collective.
 
         steps, samples: since the last call, on the clock. Keys as in metrics.jsonl; loss_q1..q4 are the means over
         t in [0, 1/4), ..., [3/4, 1], None where no t fell there. Losses are means over the samples that are not
@@ -235,12 +235,12 @@ class RunLog:
             self.open(step)
 
     def point(self, step: int, name: str, value: float) -> None:
-        """A point on a curve of TensorBoard alone."""
+        """Write a point on a curve of TensorBoard alone."""
         if self._writer is not None:
             self._writer.add_scalar(name, value, step)
 
     def scalars(self, step: int, row: dict[str, Any]) -> None:
-        """One line in metrics.jsonl and a point on each curve."""
+        """Write one line in metrics.jsonl and a point on each curve."""
         if self._writer is None:
             return
         self._append(self.path, step, row)
@@ -249,7 +249,7 @@ class RunLog:
                 self._writer.add_scalar(_group(name), value, step)
 
     def held_out(self, step: int, row: dict[str, Any]) -> None:
-        """One line in held_out.jsonl and a point on each curve."""
+        """Write one line in held_out.jsonl and a point on each curve."""
         if self._writer is not None:
             self._append(self.held_out_path, step, row)
             for name, value in row.items():
@@ -262,7 +262,7 @@ class RunLog:
             file.write(json.dumps({"step": step, **{k: _finite(v) for k, v in row.items()}}) + "\n")
 
     def image(self, step: int, name: str, grid: np.ndarray) -> None:
-        """grid: (H, W, 3) uint8."""
+        """Write a picture for TensorBoard: (H, W, 3) uint8."""
         if self._writer is not None:
             self._writer.add_image(name, grid, step, dataformats="HWC")
 
@@ -273,12 +273,12 @@ class RunLog:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN: a figure that is not finite is null (`skipped` and nonfinite/ say why)."""
+    """Make a figure that is not finite null, for JSON has no NaN (`skipped` and nonfinite/ say why)."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _group(name: str) -> str:
-    """TensorBoard's tab of a scalar: health first, then speed, then the loss by time."""
+    """Name TensorBoard's tab of a scalar: health first, then speed, then the loss by time."""
     groups = dict.fromkeys(SPEEDS, "speed")
     groups |= {
         "lr": "optim",

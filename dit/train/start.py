@@ -96,7 +96,7 @@ def _started(
 
 @contextlib.contextmanager
 def _leaving_together() -> Iterator[None]:
-    """A rank that ends with a status that is not 0 may make its launcher end the others: none does before all can."""
+    """Let no rank end before all can: one whose status is not 0 may make its launcher end the others."""
     try:
         yield
     except Stopped:
@@ -105,7 +105,7 @@ def _leaving_together() -> Iterator[None]:
 
 
 def _done(run: Run) -> str:
-    """What to say of a run that has no step left to do."""
+    """Say of a run that it has no step left to do."""
     steps = run.cfg.train.steps
     if run.step == steps:
         return f"{run.folder} has done its {steps} steps; raise train.steps to go on"
@@ -154,7 +154,7 @@ def build(cfg: AnyConfig, make_parts: Callable[[AnyConfig, Manifest, World], Par
 
 
 def _identity(cfg: RunConfig, manifest: Manifest, parts: Parts) -> dict[str, Any]:
-    """What every checkpoint says about its run."""
+    """Collect what every checkpoint says about its run."""
     return {
         "config": to_dict(cfg),
         "data": {"digest": manifest.digest, "samples": manifest.samples, "classes": list(manifest.classes)},
@@ -165,7 +165,7 @@ def _identity(cfg: RunConfig, manifest: Manifest, parts: Parts) -> dict[str, Any
 
 
 def _left_out(stream: Stream, blocks: Iterable[tuple[int, int]]) -> str:
-    """How much of the data is in quarantine."""
+    """Say how much of the data is in quarantine."""
     found = list(blocks)
     lost = sum(stream.sources[n].reader.manifest.blocks[block].samples for n, block in found)
     whole = sum(source.order.samples for source in stream.sources)
@@ -177,7 +177,7 @@ def _shares(stream: Stream) -> str:
 
 
 def stored_shape(manifest: Manifest) -> tuple[int, ...]:
-    """(2, C, H, W) where moments are stored, (1, C, H, W) where latents are: one sample of one view."""
+    """Give one sample's shape in one view: (2, C, H, W) where moments are stored, (1, C, H, W) where latents are."""
     one = manifest.shape[1:]
     return one if manifest.array == "moments" else (1, *one)
 
@@ -252,14 +252,14 @@ def _engine(cfg: RunConfig, parts: Parts, world: World, zero: Choice, accumulati
 
 
 def device_peak(device: torch.device) -> float:
-    """Peak FLOP/s of this rank's device for MFU: by the maker's table, else what a matrix product reaches here."""
+    """Give the peak FLOP/s of this rank's device for MFU: the maker's, else what a matrix product reaches here."""
     known = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return known or _measured_peak(device)
 
 
 @functools.cache
 def _measured_peak(device: torch.device, size: int = 1024, repeats: int = 5) -> float:
-    """FLOP/s of the best of some square fp32 matrix products (0.1 s on a CPU core)."""
+    """Measure the FLOP/s of the best of some square fp32 matrix products (0.1 s on a CPU core)."""
     a = torch.ones(size, size, device=device)
     best = float("inf")
     for _ in range(repeats):

@@ -29,7 +29,7 @@ LEAVE = 3.0  # seconds for the words of a second Ctrl-C, before the process ends
 
 
 class RankFlags:
-    """Small numbers of all ranks, of which the greatest counts. Nobody waits for the answer.
+    """Compares small numbers of all ranks, of which the greatest counts. Nobody waits for the answer.
 
     The numbers of a step are compared while the next one is computed (over gloo, beside whatever the devices do), and
     so are known one step later.
@@ -43,7 +43,7 @@ class RankFlags:
         self._work: Any = None  # the comparison of the last step's numbers
 
     def exchange(self, *mine: int) -> Sequence[int]:
-        """Once after every step, on every rank: for each number the greatest of the step before; 0 at first."""
+        """Give for each number the greatest of the step before, 0 at first. Once after every step, on every rank."""
         if self._group is None:
             return mine
         found = [0] * len(mine)
@@ -62,7 +62,7 @@ class RankFlags:
 
 
 class StopRequest:
-    """Whether this rank was asked to end, and how urgently.
+    """Hears whether this rank is asked to end, and how urgently.
 
     A scheduler's signal is heard at the next step. So is the first Ctrl-C, while steps are being done; before, where
     there is nothing to save, it ends the process as ever, by a KeyboardInterrupt, and so does a second one.

@@ -45,7 +45,7 @@ class Samples:
     valid: Tensor | None = None
 
     def micro_batches(self, size: int) -> Iterator[Samples]:
-        """Consecutive slots, `size` at a time."""
+        """Cut into micro-batches of `size` consecutive slots."""
         for start in range(0, len(self.label), size):
             cut = slice(start, start + size)
             eps, valid = (None if part is None else part[cut] for part in (self.eps, self.valid))
@@ -55,23 +55,23 @@ class Samples:
 
 
 class Task(Protocol):
-    """A way to train a model on the stream."""
+    """Defines what a model is trained for on the stream."""
 
     @property
     def group(self) -> int:
-        """Consecutive slots that must stay together in a micro-batch."""
+        """How many consecutive slots must stay together in a micro-batch."""
 
     def uncoupled(self) -> Task:
-        """The same task with samples that know nothing of each other: its loss takes any batch (the probe's)."""
+        """Give the same task with samples that know nothing of each other: its loss takes any batch (the probe's)."""
 
     def drops(self, draws: Draws) -> Tensor:
-        """(B,) bool: which labels are dropped."""
+        """Draw which labels are dropped: (B,) bool."""
 
     def loss(self, network: Network, samples: Samples) -> Loss:
         """Compute the loss of one micro-batch; every random number is a function of samples.draws alone."""
 
     def check_first_loss(self, losses: list[Loss], numel: int) -> str | None:
-        """What is wrong with the first losses of a model from scratch, or None. numel: of one latent."""
+        """Say what is wrong with the first losses of a model from scratch, or None. numel: of one latent."""
 
 
 class PlainTask:
@@ -98,7 +98,7 @@ class PlainTask:
 
 @dataclass(frozen=True)
 class LatentTask:
-    """Diffusion or flow matching on latents."""
+    """Trains diffusion or flow matching on latents."""
 
     objective: Objective
     norm: LatentNorm
@@ -121,7 +121,7 @@ class LatentTask:
         return self.objective.loss(network, latents, cond, samples.draws, paired=samples.eps)
 
     def check_first_loss(self, losses: list[Loss], numel: int) -> str | None:
-        """Each loss against what is expected at its own time: weights and times scatter by far more than latents."""
+        """Compare each loss with what is expected at its own time: weights and times scatter far more than latents."""
         per_sample = torch.cat([loss.per_sample.detach().double().cpu() for loss in losses])
         times = torch.cat([loss.t.detach().double().cpu() for loss in losses if loss.t is not None])
         drops = [float(loss.metrics[COST_DROP]) for loss in losses if COST_DROP in loss.metrics]
@@ -141,7 +141,7 @@ class LatentTask:
 
 
 def batch_samples(batch: Batch, task: Task, draws: Draws, device: torch.device) -> tuple[Samples, Tensor]:
-    """A stored batch on the device, and the (B,) fingerprints of its slots, on the CPU.
+    """Put a stored batch on the device; give with it the (B,) fingerprints of its slots, on the CPU.
 
     draws: of the whole share, on the CPU, where the integers that the fingerprints record are made.
     """
@@ -174,7 +174,7 @@ def guarded(loss: Loss, max_loss: float | None) -> Tensor:
 def synthetic_samples(
     shape: tuple[int, ...], num_classes: int, device: torch.device, count: int = 8
 ) -> Samples:
-    """The probe: a fixed batch made of nothing but our own random numbers.
+    """Make the probe's samples: a fixed batch of nothing but our own random numbers.
 
     shape: of one sample's stored moments, (2 or 1, C, H, W).
     """

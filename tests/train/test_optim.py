@@ -32,7 +32,11 @@ def rates(cfg: OptimConfig, total: int) -> list[float]:
     [
         (OptimConfig(lr=8.0), 3, [8, 8, 8]),
         (OptimConfig(lr=8.0, warmup=4), 6, [2, 4, 6, 8, 8, 8]),
-        (OptimConfig(lr=8.0, schedule=CosineDecay()), 4, [8, 4 + 2 * math.sqrt(2) * 1, 4, 4 - 2 * math.sqrt(2)]),
+        (
+            OptimConfig(lr=8.0, schedule=CosineDecay()),
+            4,
+            [8, 4 + 2 * math.sqrt(2) * 1, 4, 4 - 2 * math.sqrt(2)],
+        ),
         (OptimConfig(lr=8.0, schedule=CosineDecay(final=0.5)), 2, [8, 6]),
         (OptimConfig(lr=8.0, warmup=2, schedule=CosineDecay(final=0.25)), 6, [4, 8, 8, None, 5, None]),
         (OptimConfig(lr=8.0, warmup=9), 3, [8 / 9, 16 / 9, 24 / 9]),

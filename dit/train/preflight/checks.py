@@ -1,6 +1,6 @@
 """What a run needs of its machines, looked at before it starts: what is wrong is said in seconds, with the node's name.
 
-`check` is called by every start and takes milliseconds; `alone` is all that `tools/train.py CONFIG --preflight` does.
+`check` is called by every start and takes milliseconds; `check_and_print` is all that `--preflight` does.
 """
 
 from __future__ import annotations
@@ -277,7 +277,7 @@ def check(cfg: RunConfig, world: World) -> None:
             run(site)
 
 
-def alone(cfg: RunConfig, parameters: Callable[[Manifest], int]) -> None:
+def check_and_print(cfg: RunConfig, parameters: Callable[[Manifest], int]) -> None:
     """Every check, a line each, also after one that failed; nothing is trained. Collective.
 
     parameters: numbers in those of the model for the data. Raises PreflightError with what failed.

@@ -92,7 +92,7 @@ class Site:
 
 @contextlib.contextmanager
 def open_site(cfg: RunConfig, world: World) -> Iterator[Site]:
-    """Collective."""
+    """Find which ranks are on which nodes. Collective."""
     over_gloo = td.new_group(backend="gloo") if world.size > 1 else None
     try:
         yield Site(cfg, world, over_gloo, tuple(group.gather_objects(group.node_name(), over_gloo)))

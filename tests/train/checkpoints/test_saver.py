@@ -140,7 +140,8 @@ def test_a_rank_that_has_no_memory_for_the_copy_stops_all(ranks: Server, tmp_pat
 
 
 def test_a_disk_that_is_full_is_told_at_the_next_step(small_disk: Path) -> None:
-    saver, small = Saver(small_disk, ALL, World.from_env()), Small(1, width=128)  # 4 x 66 kB, on a disk of 400 kB
+    saver = Saver(small_disk, ALL, World.from_env())
+    small = Small(1, width=128)  # 4 x 66 kB, on a disk of 400 kB
     saver.begin(1, small.state(), {})
     saver.wait()
     saver.begin(2, small.state(), {})
