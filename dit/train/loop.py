@@ -56,7 +56,7 @@ class Loop:
         bar = tqdm(total=steps, initial=run.step, unit="step", disable=not run.world.is_main, smoothing=0.05)
         run.watch.at("data", run.step)
         try:
-            with rank_flags(run.world) as flags, run.watch, stop.is_heard_after_steps():
+            with rank_flags(run.world) as flags, run.watch, stop.is_heard_after_steps(self._words):
                 if run.hooks_are_due:
                     self._show(last=False)
                     run.hooks_are_due = False
@@ -69,11 +69,15 @@ class Loop:
                 run.complete()
         except KeyboardInterrupt:
             at_once = True
-            run.say(f"interrupted after step {run.step}, which is not saved: {whats_there(run.folder)}")
+            run.say(f"interrupted {self._words()}")
             raise
         finally:
             bar.close()
             run.close(at_once)
+
+    def _words(self) -> str:
+        """Say what there is of a run that ends at once."""
+        return f"after step {self.run.step}, which is not saved: {whats_there(self.run.folder)}"
 
     def _next_batch(self) -> Batch:
         """Wait for the next step's batch, on the clock of the meters."""

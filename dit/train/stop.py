@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as td
@@ -25,7 +26,7 @@ from dit.ranks.group import SIGNALS, World, on_signals
 # With which urgency a rank was asked to end. Over ranks the greatest counts.
 GO_ON, STOPPED, INTERRUPTED = range(3)
 SAME = 2.0  # seconds within which signals are one: a terminal and the launchers under it may each send theirs
-LEAVE = 3.0  # seconds for the words of a second Ctrl-C, before the process ends whatever it is at
+LEAVE = 3.0  # seconds until the process ends whatever it is at, after a Ctrl-C that ends it at once
 
 
 class RankFlags:
@@ -70,8 +71,10 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.heard: signal.Signals | None = None
-        self._between_steps = False
-        self._last = -float("inf")  # when the last signal came, on time.monotonic's clock
+        self.words: Callable[[], str] | None = (
+            None  # what to say if steps end at once; None where none are done
+        )
+        self._presses = _Presses()
 
     @property
     def urgency(self) -> int:
@@ -82,49 +85,100 @@ class StopRequest:
 
     def hear(self, number: int, frame: FrameType | None) -> None:
         """Take note of a signal, as its handler. Raises KeyboardInterrupt as the class says."""
-        now, before = time.monotonic(), self._last
-        self._last = now
         if number != signal.SIGINT:
             self.heard = self.heard or signal.Signals(number)
-        elif not self._between_steps:
+        elif self._presses.is_second() or self.words is None:
             raise KeyboardInterrupt
         elif self.heard != signal.SIGINT:
             self.heard = signal.SIGINT
             _print(
                 "Ctrl-C: the run ends after this step, once it is saved; a second one ends it at once, unsaved"
             )
-        elif now - before > SAME:
-            _end_soon()
-            raise KeyboardInterrupt
 
     @contextlib.contextmanager
-    def is_heard_after_steps(self) -> Iterator[None]:
-        """Have the first Ctrl-C wait for the end of a step: there are steps inside."""
-        self._between_steps = True
+    def is_heard_after_steps(self, words: Callable[[], str]) -> Iterator[None]:
+        """Have the first Ctrl-C wait for the end of a step: there are steps inside.
+
+        words: what to say of what there is, where a second one ends a process that hangs.
+        """
+        self.words = words
         try:
             yield
         finally:
-            self._between_steps = False
+            self.words = None
+
+
+class _Presses:
+    """Counts Ctrl-C: those that come within SAME seconds are one."""
+
+    def __init__(self) -> None:
+        self._last: float | None = None
+
+    def is_second(self) -> bool:
+        """Count one more, and tell whether it is another than the first."""
+        now, before = time.monotonic(), self._last
+        self._last = now
+        return before is not None and now - before > SAME
+
+
+class _Backstop(threading.Thread):
+    """Ends the process after a Ctrl-C that asks for it, where the main thread sits in a call that no exception reaches.
+
+    Python runs the handlers of signals in the main thread, between two of its own instructions: not while that waits
+    for a device or another rank. This thread hears of signals as the system delivers them.
+    """
+
+    def __init__(self, request: StopRequest):
+        super().__init__(name="backstop", daemon=True)
+        self._request = request
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._end = threading.Timer(LEAVE, self._leave)
+        self._end.daemon = True
+        self._is_final, self._said = False, ""
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+            self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.is_alive():
+            signal.set_wakeup_fd(self._before)
+        self._writer.close()
+        if not self._is_final:  # else threads that still write may keep the process from ending
+            self._end.cancel()
+
+    def run(self) -> None:
+        presses = _Presses()
+        while number := self._reader.recv(1):
+            if number[0] != signal.SIGINT:
+                continue
+            is_second, words = presses.is_second(), self._request.words
+            if is_second or words is None:
+                self._is_final = is_second
+                self._end.start()  # first of all: the words look at a file system, which may be what hangs
+                self._said = words() if words is not None else ""
+                return
+
+    def _leave(self) -> None:
+        if self._said:
+            _print(f"ended at once: {self._said}")
+        os._exit(Interrupted.status)
 
 
 def _print(text: str) -> None:
-    """Print from a signal's handler, which may have come in the middle of another print."""
+    """Print on rank 0, in the middle of another print perhaps."""
     if World.from_env().is_main:
         os.write(sys.stderr.fileno(), f"\n{text}\n".encode())
-
-
-def _end_soon() -> None:
-    """End the process though it may hang where no exception reaches, or its threads still write."""
-    end = threading.Timer(LEAVE, os._exit, (Interrupted.status,))
-    end.daemon = True
-    end.start()
 
 
 @contextlib.contextmanager
 def stop_request() -> Iterator[StopRequest]:
     """Hear the signals of schedulers and Ctrl-C inside."""
     request = StopRequest()
-    with on_signals(request.hear, (*SIGNALS, signal.SIGINT)):
+    with _Backstop(request), on_signals(request.hear, (*SIGNALS, signal.SIGINT)):
         yield request
 
 

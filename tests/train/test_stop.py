@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dit.errors import Interrupted, Stopped
 from dit.experiments.parts import make_parts
@@ -20,7 +21,7 @@ from dit.ranks.group import SIGNALS
 from dit.train.checkpoints import checkpoint
 from dit.train.loop import Loop
 from dit.train.start import train
-from dit.train.stop import GO_ON, INTERRUPTED, SAME, STOPPED, rank_flags, stop_request
+from dit.train.stop import GO_ON, INTERRUPTED, LEAVE, SAME, STOPPED, rank_flags, stop_request
 from tests.datasets import Digits
 from tests.rank_processes import RanksFailed, Server
 from tests.train.runs import (
@@ -43,7 +44,7 @@ from tests.train.runs import (
 def test_one_rank_alone_hears_it_at_once(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     urgency = INTERRUPTED if number == signal.SIGINT else STOPPED
-    with stop_request() as stop, rank_flags(group.World()) as flags, stop.is_heard_after_steps():
+    with stop_request() as stop, rank_flags(group.World()) as flags, stop.is_heard_after_steps(str):
         assert flags.exchange(stop.urgency) == (GO_ON,)
         os.kill(os.getpid(), number)
         assert flags.exchange(stop.urgency) == (urgency,)
@@ -54,7 +55,7 @@ def test_one_rank_alone_hears_it_at_once(number: signal.Signals) -> None:
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
 def test_signals_that_come_together_are_one_and_ctrl_c_is_what_counts(first: signal.Signals) -> None:
     """A terminal's goes to the ranks and to their launchers, which pass it on, as it came or as SIGTERM."""
-    with stop_request() as stop, stop.is_heard_after_steps():
+    with stop_request() as stop, stop.is_heard_after_steps(str):
         for number in (first, signal.SIGINT, signal.SIGTERM, signal.SIGINT):
             os.kill(os.getpid(), number)
         assert stop.urgency == INTERRUPTED
@@ -68,7 +69,7 @@ def test_before_the_first_step_ctrl_c_ends_it_at_once() -> None:
 def interrupted_twice(between: float) -> list[str]:
     """What a second Ctrl-C does so many seconds after the first."""
     seen = []
-    with stop_request() as stop, stop.is_heard_after_steps():
+    with stop_request() as stop, stop.is_heard_after_steps(str):
         try:
             for _ in range(2):
                 os.kill(os.getpid(), signal.SIGINT)
@@ -269,6 +270,31 @@ def test_a_second_ctrl_c_does_not_wait_for_what_the_first_asks_for(
     assert failed.value.errors[0][0] == KeyboardInterrupt.__name__
     assert "Ctrl-C: the run ends after this step, once it is saved" in job.output()
     assert ", which is not saved: there is no checkpoint yet" in job.output()
+
+
+def stuck(folder: Path) -> None:
+    """Wait for another rank that never comes: no signal's handler runs while it does."""
+    with stop_request() as stop, stop.is_heard_after_steps(lambda: "there is no checkpoint yet"):
+        if group.World.from_env().rank == 1:
+            time.sleep(100)
+        (folder / "stuck").touch()
+        group.all_sum(torch.ones(1))
+
+
+def test_a_second_ctrl_c_ends_a_rank_that_hangs(ranks: Server, tmp_path: Path) -> None:
+    with ranks.start(2, stuck, tmp_path) as job:
+        end = time.monotonic() + 60
+        while not (tmp_path / "stuck").exists():
+            assert time.monotonic() < end, job.output()
+            time.sleep(0.01)
+        time.sleep(0.5)  # until it is in the call
+        os.kill(job.processes[0].pid, signal.SIGINT)
+        time.sleep(SAME + 0.2)
+        assert job.processes[0].is_alive()
+        os.kill(job.processes[0].pid, signal.SIGINT)
+        job.processes[0].join(LEAVE + 10)
+        assert job.processes[0].exitcode == 130
+        assert "ended at once: there is no checkpoint yet" in job.output()
 
 
 EARLY = """
