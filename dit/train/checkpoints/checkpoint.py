@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dit.errors import UserError
-from dit.files import expand, not_found
+from dit.files import expand, sought
 from dit.train.engines.base import ADAM_STATE, Fragment
 
 EXPORT = "dit"  # key of an exported file's metadata
@@ -171,14 +171,11 @@ def resolve(run_or_checkpoint: str | Path) -> Checkpoint:
         return exported(path)
     if (path / "meta.json").is_file():
         return read(path)
-    if not path.exists():
-        raise CheckpointError(
-            f"{not_found(path)}; expected a run directory, a checkpoint in it or an exported file"
-        )
     found = latest(path / "checkpoints") if (path / "checkpoints").is_dir() else None
     if found is None:
         raise CheckpointError(
             f"{path}: no checkpoint here; expected RUN/checkpoints/step-*/COMPLETE or one such directory"
+            f"{'' if path.exists() else sought(path)}"
         )
     return found
 
