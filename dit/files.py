@@ -102,11 +102,13 @@ def expand(path: str) -> str:
     return home
 
 
-def not_found(path: Path | str) -> str:
-    """Say that a path is missing; and of a relative one, which may have been meant for another folder, where."""
+def sought(path: Path | str) -> str:
+    """What to add to a message of a missing path: of a relative one, which may have been meant for another folder,
+    where it was looked for; nothing for others.
+    """
     if os.path.isabs(path) or URL.match(str(path)):
-        return f"{path} is missing"
-    return f"{path} is missing in {os.getcwd()}, to which the path is relative (a whole path holds anywhere)"
+        return ""
+    return f" (the path is relative to {os.getcwd()}; a whole one holds anywhere)"
 
 
 # --- writing -----------------------------------------------------------------------------------------------

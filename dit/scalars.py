@@ -148,6 +148,8 @@ def _real(value: Any) -> Any:
 def _whole(value: Any) -> Any:
     """A number, for ints: 1e3 and 40.0 are whole."""
     found = _real(value)
+    if found in (float("inf"), float("-inf")):
+        raise ValueError("expected a whole number, and infinity is none")
     if isinstance(found, int | float) and abs(found) > LARGEST:
         raise ValueError(f"expected a whole number of at most {LARGEST}")
     if isinstance(found, float) and isinstance(value, str):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports torch: several ranks share the cores
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # where more are asked for, none spins on a core that others need
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "PASSIVE"
+)  # where more are asked for, none spins on a core that others need
 
 from collections.abc import Iterator
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dit.errors import UserError
-from dit.files import FileError, decoded, expand, not_found, read_text, write_atomically
+from dit.files import FileError, decoded, expand, read_text, sought, write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 GERMAN = "# Größe\nrun_dir: läufe/π\n"
@@ -211,12 +211,8 @@ def test_a_relative_path_that_is_missing_says_where_it_was_sought(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert (
-        not_found("a/b")
-        == f"a/b is missing in {tmp_path}, to which the path is relative (a whole path holds anywhere)"
-    )
-    assert not_found("/a/b") == "/a/b is missing"
-    assert not_found("s3://a/b") == "s3://a/b is missing"
+    assert sought("a/b") == f" (the path is relative to {tmp_path}; a whole one holds anywhere)"
+    assert sought("/a/b") == sought("s3://a/b") == ""
 
 
 # --- writing -----------------------------------------------------------------------------------------------

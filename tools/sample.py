@@ -79,9 +79,11 @@ def main(
         about = described(trained, sampler) | {"codec": codec_keys, "precision": chosen_precision}
         about |= {"classes": chosen, "batch_size": batch_size, "num_samples": num_samples}
         labels, origin = labels_for(torch.arange(num_samples), chosen), Origin.of(trained.contract, spec.seed)
-        produce(
-            sampler, labels, batch_size, world, Path(expand(out)) if out else None, save_pairs, origin, about
-        )
+        produce(sampler, labels, batch_size, world, _folder(out), save_pairs, origin, about)
+
+
+def _folder(out: str | None) -> Path | None:
+    return Path(expand(out)) if out else None
 
 
 def produce(

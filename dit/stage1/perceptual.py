@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dit.config import ConfigError, config, did_you_mean
-from dit.files import expand, not_found
+from dit.files import expand, sought
 
 VGG16_LAYERS = (
     "features.3",
@@ -117,7 +117,7 @@ def _load(cfg: PerceptualConfig, model: nn.Module, where: str) -> None:
     """Fill a model from the weight file; its last layer, which tells classes, may be another one or missing."""
     path = Path(expand(cfg.weights))
     if not path.is_file():
-        raise ConfigError(f"perceptual.weights = {not_found(path)}. Get it with: {where}")
+        raise ConfigError(f"perceptual.weights = {path} does not exist{sought(path)}. Get it with: {where}")
     try:
         held = timm.models.load_state_dict(str(path), device="cpu", weights_only=True)
         found = {name: value for name, value in held.items() if isinstance(value, Tensor)}

@@ -61,7 +61,7 @@ class OptimConfig:
     weight_decay: float = 0.0  # on matrices only: biases, norms and embeddings' gains have one dimension
     clip: float | None = 1.0  # norm of the whole gradient; null = no clipping
     warmup: int = 0  # updates of linear warm-up from lr / warmup
-    schedule: Annotated[Schedule, SCHEDULES] = ConstantRate()
+    schedule: Annotated[Schedule, SCHEDULES] = ConstantRate()  # of the learning rate after warm-up
 
     def __post_init__(self) -> None:
         if not 0 < self.lr < math.inf or self.warmup < 0 or not (self.clip is None or self.clip > 0):

@@ -91,7 +91,7 @@ def _wait_for(path: Path, patience: float, made: list[Path]) -> IO[str]:
     while True:
         made += [folder for folder in path.parents if not folder.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+")
+        file = path.open("a+", encoding="utf-8")
         if _lock(file):
             if _is_at(path, file):
                 return file

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -82,14 +81,14 @@ def _started(
         world = held.enter_context(group.session())
         held.enter_context(_leaving_together())
         checks.check(cfg, world)
-        held.enter_context(run_dir.locked(Path(cfg.run_dir), world))
+        held.enter_context(run_dir.locked(cfg.folder, world))
         run = build(cfg, make_parts, world)
         run.resume()
         return run
     except KeyboardInterrupt:
         if World.from_env().is_main:
             print(
-                f"interrupted while starting, before any step: {whats_there(Path(cfg.run_dir))}", flush=True
+                f"interrupted while starting, before any step: {whats_there(cfg.folder)}", flush=True
             )
         raise
 
@@ -200,7 +199,7 @@ def _stream(cfg: RunConfig, mixture: Mixture, world: World) -> Stream:
 
 def _initialise(module: nn.Module, cfg: RunConfig, world: World) -> None:
     """Load the weights of init.from, if it is set and the run has no checkpoint of its own."""
-    if cfg.init.from_ is None or group.on_main(lambda: checkpoint.exists(checkpoints_of(Path(cfg.run_dir)))):
+    if cfg.init.from_ is None or group.on_main(lambda: checkpoint.exists(checkpoints_of(cfg.folder))):
         return
     source = checkpoint.resolve(cfg.init.from_)
     try:

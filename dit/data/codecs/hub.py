@@ -8,7 +8,7 @@ from http import HTTPStatus
 from pathlib import Path
 
 from dit.data import DataError
-from dit.files import expand, not_found
+from dit.files import expand, sought
 
 REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # owner/name
 
@@ -43,7 +43,7 @@ def _not_found(path: str, wanted: Sequence[str], download: bool, reason: str) ->
         return f"cannot get {path} from the Hugging Face hub ({why}); on a machine with a network: {fetch}"
     why = f" ({reason})" if reason else ""
     return (
-        f"no folder {path} is here (in {Path.cwd()}, to which it is relative), and the local cache of the Hugging "
+        f"no folder {path} is here{sought(path)}, and the local cache of the Hugging "
         f"Face hub does not hold it{why}. The network is used only when asked for: --codec.download=true, or {fetch}"
     )
 
@@ -69,13 +69,13 @@ def _checked(folder: Path, subfolder: str, files: Sequence[str]) -> Path:
             continue
         nested = ""
         if not folder.is_dir():
-            nested = f": there is no folder {folder}"
+            nested = f": there is no folder {folder}{sought(folder)}"
         elif (folder / subfolder / "vae").is_dir():
             nested = "; it has a folder vae/: set the codec's subfolder to vae"
         elif file.with_suffix(".bin").is_file():
             nested = f"; {file.with_suffix('.bin').name} is a pickle, and those are not read"
         raise DataError(
-            f"{not_found(file)}{nested}. Copy it there, train one with tools/train_vae.py, or fetch one: hf download "
+            f"{file} is missing{nested}. Copy it there, train one with tools/train_vae.py, or fetch one: hf download "
             f"stabilityai/sd-vae-ft-ema {' '.join(files)} --local-dir {folder / subfolder}"
         )
     return folder / subfolder

@@ -22,7 +22,7 @@ from dit.config import ConfigError, config
 from dit.data import DataError
 from dit.data.codecs.autoencoders import Dtype, Tile, VaeCodec
 from dit.data.codecs.base import Codec, CodecConfig
-from dit.files import expand, not_found
+from dit.files import expand, sought
 
 PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.")
 # of a whole latent diffusion model, of one of its forks, of none
@@ -76,7 +76,11 @@ class Ldm(CodecConfig):
 def read_first_stage(file: Path) -> dict[str, Tensor]:
     """Read the autoencoder's tensors by CompVis' names, without prefixes. DataError where it cannot be had."""
     if not file.is_file():
-        what = f"{file} is a folder: the codec vae reads those" if file.is_dir() else not_found(file)
+        what = (
+            f"{file} is a folder: the codec vae reads those"
+            if file.is_dir()
+            else f"{file} is missing{sought(file)}"
+        )
         raise DataError(f"{what}; expected the file of weights itself (.ckpt, .pt, .safetensors)")
     try:
         state = _safetensors(file) if file.suffix == ".safetensors" else _checkpoint(file)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from dit.data.storage.remote import is_remote, public
+from dit.files import sought
 
 PARTIAL = ".partial"  # what follows the name of a data set whose encode has not finished
 
@@ -17,5 +18,6 @@ def absent(root: str, file: str) -> str:
     for partial in (root, root + PARTIAL):
         if partial.endswith(PARTIAL) and os.path.isdir(partial):
             return f"{shown}: its encode is unfinished ({partial}): start the same encode command again"
-    there = "not a data set" if is_remote(root) or os.path.isdir(root) else "no such folder"
+    is_there = is_remote(root) or os.path.isdir(root)
+    there = "not a data set" if is_there else f"no such folder{sought(root)}"
     return f"{shown}: no {file} ({there}); make data sets with tools/encode.py, or tools/shards.py index for tars"

@@ -97,7 +97,7 @@ def _from_file(source: ImageSource, file: Path) -> ImageSource:
 def _rows(file: Path) -> list[tuple[str, str]]:
     """(name, class) of each line, with a tab, else a comma, else the first space between them."""
     try:
-        lines = [line for line in file.read_text("utf-8-sig").splitlines() if line.strip()]
+        lines = [line for line in read_text(file).splitlines() if line.strip()]
     except (OSError, FileError) as error:
         raise DataError(f"{file}: cannot be read as a file of labels: {error}") from None
     separator = next((s for s in "\t," if lines and all(s in line for line in lines)), None)

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dit.errors import UserError
-from dit.files import not_found
+from dit.files import expand, sought
 from dit.train.engines.base import ADAM_STATE, Fragment
 
 EXPORT = "dit"  # key of an exported file's metadata
@@ -166,19 +166,16 @@ def latest(directory: Path, report: Any = print, up_to: int | None = None) -> Ch
 
 def resolve(run_or_checkpoint: str | Path) -> Checkpoint:
     """Find a run directory's newest good checkpoint, or the one checkpoint named, or weights that were exported."""
-    path = Path(run_or_checkpoint)
+    path = Path(expand(str(run_or_checkpoint)))
     if path.is_file():
         return exported(path)
     if (path / "meta.json").is_file():
         return read(path)
-    if not path.exists():
-        raise CheckpointError(
-            f"{not_found(path)}; expected a run directory, a checkpoint in it or an exported file"
-        )
     found = latest(path / "checkpoints") if (path / "checkpoints").is_dir() else None
     if found is None:
         raise CheckpointError(
             f"{path}: no checkpoint here; expected RUN/checkpoints/step-*/COMPLETE or one such directory"
+            f"{'' if path.exists() else sought(path)}"
         )
     return found
 

@@ -293,7 +293,7 @@ def test_a_folder_that_cannot_be_made_is_refused(source, tmp_path):
 
 
 def test_a_variable_that_is_not_set_is_refused(source):
-    with pytest.raises(ConfigError, match=r"a variable in it is not set \(it gives \$NOT_SET_HERE/cache\)"):
+    with pytest.raises(ConfigError, match=r"data.cache.folder = .*variable NOT_SET_HERE is not set"):
         reader_of(source, "$NOT_SET_HERE/cache")
 
 
