@@ -23,6 +23,7 @@ from dit.data.shards.manifest import Manifest
 from dit.data.shards.verify import verify
 from dit.data.shards.write import PLAN
 from dit.data.sources.crops import RandomResized
+from dit.data.sources.decode import Decode
 from dit.data.sources.images import open_source
 from tests.data.helpers import tiny_vae
 
@@ -156,7 +157,7 @@ def test_float32(folder, tmp_path):
 def test_random_crops(folder, tmp_path):
     crop = RandomResized(scale_min=0.3)
     manifest = run(folder, tmp_path / "out", crop=crop, seed=4).manifest
-    assert manifest.transform == crop.text
+    assert manifest.transform == f"{Decode().text}; {crop.text}"
     data, source = read_all(Manifest.load(tmp_path / "out")), open_source(folder)
     for i, latents in zip(data["id"], data["latents"], strict=True):
         for view, pixels in zip(
@@ -471,14 +472,24 @@ def test_with_very_many_damaged_images_it_gives_up(tmp_path):
     assert len((tmp_path / "out.partial" / "bad.txt").read_text().splitlines()) == 104
 
 
-def test_latents_that_are_not_finite_are_named(folder, tmp_path):
+@pytest.mark.parametrize(
+    ("dtype", "scale", "words"),
+    [
+        (torch.float32, torch.inf, "the codec itself gives them, in float32: its weights are damaged"),
+        (torch.bfloat16, torch.inf, "overflows in torch.bfloat16; try --codec.dtype=float32"),
+        (torch.float32, 1e6, "too large for it; try --dtype=float32"),
+    ],
+)
+def test_latents_that_are_not_finite_are_named(folder, tmp_path, dtype, scale, words):
     vae = tiny_vae()
     with torch.no_grad():
-        vae.encoder.conv_in.weight.fill_(torch.inf)
+        layer = vae.encoder.conv_in.weight if scale == torch.inf else vae.quant_conv.bias
+        layer.fill_(scale)
+    codec = VaeCodec(vae.to(dtype), dtype=dtype) if dtype != torch.float32 else VaeCodec(vae)
     with pytest.raises(
-        DataError, match=r"[abc]/\d\d.png: the codec gives latents that are not finite in float16"
+        DataError, match=rf"[abc]/\d\d.png: the codec gives latents that are not finite in float16; .*{words}"
     ):
-        run(folder, tmp_path / "out", VaeCodec(vae))
+        run(folder, tmp_path / "out", codec)
     assert partial(tmp_path) == ["parts", PLAN, "run"]
 
 
