@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -153,6 +154,9 @@ def _encode(
     images: str, source: ImageSource, codec: Codec, out: str, options: EncodeOptions, world: group.World
 ) -> None:
     """This rank's share; rank 0 says what will be done, has a bar over the whole set, and says what was done."""
+    warnings.filterwarnings(
+        "ignore", module=r"PIL\."
+    )  # which images are damaged or odd is said by the report
     if world.is_main:
         _tell(images, source, as_begun(Path(out).resolve(), options))
     with contextlib.closing(_Bar(len(source), world)) as bar:

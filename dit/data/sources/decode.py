@@ -177,8 +177,8 @@ def check_pixels(image: Image.Image, most: int) -> None:
     count = image.width * image.height
     if count > most:
         raise Refused(
-            f"{image.width} x {image.height} = {count / 1e6:.0f} megapixels, expected at most {most / 1e6:.0f}; "
-            f"--max_pixels={count} takes it, in about {3 * count / 2**30:.1f} GiB of memory a thread"
+            f"{image.width} x {image.height} = {count:,} pixels, expected at most {most:,}; --max_pixels={count} takes "
+            f"it, in about {6 * count / 2**30:.1f} GiB of memory a thread"
         )
 
 
