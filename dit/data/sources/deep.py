@@ -40,11 +40,8 @@ def as_eight_bits(image: Image.Image, bits: int) -> Image.Image:
     """
     is_16 = image.mode.startswith("I;16") or (image.mode == "I" and image.format in UNSIGNED)
     if not is_16:
-        kind = (
-            "floating-point numbers"
-            if image.mode == "F"
-            else f"whole numbers of {max(bits, 16)} bits with a sign"
-        )
+        whole = f"whole numbers of {bits} bits{' with a sign' if bits == 16 else ''}"
+        kind = "floating-point numbers" if image.mode == "F" else whole
         low, high = (f"{v:g}" for v in image.getextrema())
         raise Refused(
             f"its pixels are {kind} (Pillow's mode {image.mode}, from {low} to {high}), of which nobody knows what "

@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 
 from dit.data import DataError
-from dit.data.sources.formats import HEAD, count_endings, format_of, is_image, is_junk, says_nothing
-from dit.data.sources.source import ImageSource, check_size, listing
+from dit.data.sources.formats import HEAD, Refused, count_endings, format_of, is_image, is_junk, says_nothing
+from dit.data.sources.source import ImageSource, check_size, leads_to, listing
 from dit.rng import Purpose, permutation
 
 DIGITS_HELD_OUT = 500
@@ -86,9 +86,12 @@ def _unpack(file: Path) -> str:
 def is_class(root: Path) -> bool:
     """Whether a folder looks like one class of its parent: it has images, and a folder beside it has some, too."""
     parent = root.resolve().parent
-    names = [e.name for e in os.scandir(parent) if _kind(e) == stat.S_IFDIR and not is_junk(e.name)]
-    beside = (parent / name for name in names if name != root.resolve().name)
-    return _has_images(root) and any(map(_has_images, beside))
+    try:
+        names = [e.name for e in os.scandir(parent) if _kind(e) == stat.S_IFDIR and not is_junk(e.name)]
+        beside = (parent / name for name in names if name != root.resolve().name)
+        return _has_images(root) and any(map(_has_images, beside))
+    except PermissionError:  # what lies beside it is not to be seen, so nothing can be said
+        return False
 
 
 def _has_images(folder: Path) -> bool:
@@ -97,7 +100,13 @@ def _has_images(folder: Path) -> bool:
 
 def _read(root: Path, names: list[str], index: int) -> bytes:
     """The bytes of an image's file, which may have become anything since it was listed."""
-    return _bytes(root / names[index])
+    file = root / names[index]
+    try:
+        return _bytes(file)
+    except FileNotFoundError:
+        if file.is_symlink():
+            raise Refused(f"leads nowhere{leads_to(file)}") from None
+        raise
 
 
 def _bytes(path: Path, most: int = -1) -> bytes:

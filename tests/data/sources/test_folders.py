@@ -123,7 +123,8 @@ def test_what_is_neither_file_nor_folder_is_a_bad_image(cats, make, name):
     assert source.labels.tolist() == [0, 0, 0, 1]
     assert source.ignored == 0
     with pytest.raises(
-        BadImage, match=rf"^cat/{name}: (\w+Error: .*(No such|Too many levels|neither|No such device))"
+        BadImage,
+        match=rf"^cat/{name}: (leads nowhere \(a link to |\w+Error: .*(Too many levels|neither|No such device))",
     ):
         source.load(source.names.index(f"cat/{name}"), 8)
 
@@ -143,7 +144,7 @@ def test_a_loose_image_link_that_leads_nowhere_is_a_bad_image(cats):
     a_link(cats / "lone.jpg")
     source = open_source(cats)
     assert (source.names[0], source.labels[0]) == ("lone.jpg", -1)
-    with pytest.raises(BadImage, match=r"lone\.jpg: FileNotFoundError"):
+    with pytest.raises(BadImage, match=r"lone\.jpg: leads nowhere \(a link to .*gone"):
         source.load(0, 8)
 
 
@@ -172,7 +173,7 @@ def test_shards_that_are_links_to_nowhere_are_refused(tmp_path):
     for name in ("a.tar", "b.tar"):
         a_link(tmp_path / name)
     with pytest.raises(
-        DataError, match=r"2 of 2 are no files: mend or remove:\n  .*a.tar, a link to .*gone/a.tar"
+        DataError, match=r"2 of 2 are no files: mend or remove:\n  .*a.tar \(a link to .*gone/a.tar"
     ):
         open_source(tmp_path)
 
