@@ -180,7 +180,7 @@ def _family(kinds: Mapping[str, Any]) -> str:
 def _split(
     words: list[str], switches: set[str], known: list[str], family: str
 ) -> tuple[list[str], dict[str, str]]:
-    """Loose words, and flags as {name: text}; `--name value` and `--name=value` are the same.
+    """Loose words, and flags as {name: text}; `--name value` and `--name=value` are the same, `--no-name` is false.
 
     known: the flags there are; family: a pattern of others that may be given.
     """
@@ -194,6 +194,8 @@ def _split(
             continue
         key, equals, text = word.lstrip("-").partition("=")
         key = key.replace("-", "_")
+        if key not in known and not equals and key.removeprefix("no_") in switches:
+            key, equals, text = key.removeprefix("no_"), "=", "false"
         if key not in known and not re.fullmatch(family, key):
             raise UsageError(f"unknown flag --{key}{did_you_mean(key, known)}")
         if not equals:

@@ -106,6 +106,9 @@ def exit_code(commands: Any, *words: str, config: type | None = None) -> int:
         (["a", "--many=1,x"], "--many=1,x"),
         (["a", "--limit=x"], "--limit=x"),
         (["a", "b", "--verbose", "false"], "unexpected argument 'false'"),  # a switch takes no word after it
+        (["a", "--no-verbose=true"], "unknown flag --no_verbose"),
+        (["a", "--no-size"], "unknown flag --no_size"),  # no switch
+        (["a", "--verbose", "--no-verbose"], "--verbose is given twice"),
         (["a", "--verbos"], "unknown flag --verbos; did you mean verbose?"),
     ],
 )
@@ -214,6 +217,12 @@ def test_overrides_arrive_as_they_were_typed(train, calls: Calls) -> None:
             "model.size": "S",
         }
     ]
+
+
+@pytest.mark.parametrize("word", ["--no-verbose", "--no_verbose"])
+def test_a_switch_is_turned_off_by_no(work, calls: Calls, word: str) -> None:
+    assert exit_code(work, "a", word, "b") == 0
+    assert (calls[0]["verbose"], calls[0]["other"]) == (False, "b")
 
 
 def test_a_switch_beside_overrides(train, calls: Calls) -> None:

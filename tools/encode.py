@@ -7,7 +7,9 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, Literal
@@ -23,8 +25,10 @@ from dit.data.codecs.base import Codec, CodecConfig
 from dit.data.codecs.codec import CODECS
 from dit.data.encoding.checks import check_early, check_out
 from dit.data.encoding.encode import EncodeOptions, Waiting, encode
+from dit.data.encoding.older import as_begun
 from dit.data.encoding.parts import images_done
 from dit.data.sources.crops import CROPS
+from dit.data.sources.decode import MAX_PIXELS, Decode
 from dit.data.sources.images import ImageSource, check_spec, open_source, unlabelled_note
 from dit.data.sources.parquet import Columns
 from dit.errors import Stopped
@@ -41,7 +45,11 @@ def main(
     codec: Annotated[str, "which of the codecs below"] = "vae",
     image_size: Annotated[int, "pixels a side, a multiple of the codec's factor"] = 256,
     crop: Annotated[str, "which of the crops below"] = "centre",
-    flip: Annotated[bool, "store a flipped view beside each image"] = True,
+    flip: Annotated[bool, "store a mirrored view beside each image; --no-flip for digits and text"] = True,
+    exif: Annotated[Literal["turn", "ignore"], "turn images upright, or take them as stored"] = "turn",
+    background: Annotated[str, "under transparent places: white, black, #rrggbb"] = "white",
+    icc: Annotated[Literal["convert", "ignore"], "colours to sRGB by ICC profiles, or not"] = "convert",
+    max_pixels: Annotated[int, "of an image; larger ones are unreadable"] = MAX_PIXELS,
     classes: Annotated[str | None, "imagenet1k: its 1000 labels, for folders or tars named by wnid"] = None,
     labels: Annotated[str | None, "file of lines `name class`, in place of the images' folders"] = None,
     posterior: Annotated[Literal["moments", "sample"], "keep mean and std, or one draw"] = "moments",
@@ -61,31 +69,35 @@ def main(
 
     IMAGES: a folder (CLASS/name.jpg), a tar of such a folder, WebDataset tars of KEY.jpg and KEY.cls, ImageNet's tar
     of class tars, Parquet with image bytes (each: one file, a folder of them, train-{000..099}.tar or a pattern), or
-    digits:train and digits:test (scikit-learn's handwritten digits).
+    digits:train and digits:test. Formats: JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, JPEG 2000, PPM, QOI.
 
     Stopped or killed, the same command goes on with what is done. Ranks share the work: launch/local.sh
     tools/encode.py IMAGES OUT ..., or sbatch ... launch/multinode.sh tools/encode.py IMAGES OUT ... (OUT on a file
     system that the nodes share). The same images, codec and options give the same bytes, whatever the ranks.
     """
     images, out = expand(images), expand(out)
-    first = {"image_size": image_size, "flip": flip, "posterior": posterior, "dtype": dtype, "block": block}
-    more = {"shard_mb": shard_mb, "seed": seed, "batch_size": batch_size, "max_bad": max_bad}
-    how = {**first, **more, "workers": workers, "crop": _named("crop", crop, codec_crop_keys)}
-    options = from_dict(EncodeOptions, how)
+    options = _options(locals())
     chosen = CODECS.parse(_named("codec", codec, codec_crop_keys))
     world, columns = group.World.from_env(), Columns(image_column, label_column)
     with _interruptible(Path(out).resolve(), world):
         built = _checked(images, out, chosen, options, _device(device, world))
         source = open_source(images, classes, labels, columns)
-        _tell(images, source, world)
-        _encode(source, built, out, options, world)
+        _encode(images, source, built, out, options, world)
 
 
-def _tell(images: str, source: ImageSource, world: group.World) -> None:
-    """What was found, and what is odd about it."""
-    if world.is_main:
-        note = unlabelled_note(images, source)
-        print(f"{images}: {source}", *([f"note: {note}"] if note else []), sep="\n", flush=True)
+def _options(given: Mapping[str, Any]) -> EncodeOptions:
+    """Those of the arguments that say how to encode; each is called as its option."""
+    plain = {f.name: given[f.name] for f in fields(EncodeOptions) if f.name in given}
+    decode = {f.name: given[f.name] for f in fields(Decode)}
+    crop = _named("crop", given["crop"], given["codec_crop_keys"])
+    return from_dict(EncodeOptions, {**plain, "crop": crop, "decode": decode})
+
+
+def _tell(images: str, source: ImageSource, options: EncodeOptions) -> None:
+    """What was found, what is odd about it, and what will be done to it."""
+    note = unlabelled_note(images, source)
+    notes = [f"note: {note}"] if note else []
+    print(f"{images}: {source}", *notes, *options.steps(), sep="\n", flush=True)
 
 
 def _device(text: str | None, world: group.World) -> torch.device:
@@ -140,8 +152,15 @@ def _stop(number: int, frame: FrameType | None) -> None:
     raise Stopped
 
 
-def _encode(source: ImageSource, codec: Codec, out: str, options: EncodeOptions, world: group.World) -> None:
-    """This rank's share; rank 0 has a bar over the whole set, and says what was done when that is closed."""
+def _encode(
+    images: str, source: ImageSource, codec: Codec, out: str, options: EncodeOptions, world: group.World
+) -> None:
+    """This rank's share; rank 0 says what will be done, has a bar over the whole set, and says what was done."""
+    warnings.filterwarnings(
+        "ignore", module=r"PIL\."
+    )  # which images are damaged or odd is said by the report
+    if world.is_main:
+        _tell(images, source, as_begun(Path(out).resolve(), options))
     with contextlib.closing(_Bar(len(source), world)) as bar:
         me = {"rank": world.rank, "size": world.size}
         tell = {"resumed": bar.resumed, "waiting": bar.waiting}

@@ -24,6 +24,7 @@ from dit.data.loading.stream import Stream
 from dit.data.shards.manifest import Manifest
 from dit.data.shards.verify import check_answers, check_manifest, strays
 from dit.data.shards.verify import verify as find_faults
+from dit.data.sources.decode import count_lines
 from dit.data.sources.labels import read_classes
 from dit.flags import options_as_flags
 
@@ -132,6 +133,7 @@ def _print_info(m: Manifest, memory: int, mixed: str, in_order: str) -> None:
         "samples": f"{m.samples} in {len(m.blocks)} block(s) of at most {m.block}, {len(m.shards)} shard(s)",
         "bytes": f"{size} ({size / m.samples:.0f} a sample)",
         "images": f"{m.image_size} x {m.image_size}, views: {', '.join(m.views)}; {m.transform}",
+        **({"done": "; ".join(count_lines(m.counted))} if m.counted else {}),
         "left out": f"{len(m.bad)} unreadable image(s) {' '.join(m.bad[:5])}".strip(),
         "array": f"{m.array} {m.dtype} {' x '.join(map(str, m.shape))}, posterior: {m.posterior}"
         + (", with the noise that they were generated from" if m.eps else ""),

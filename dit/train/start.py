@@ -87,9 +87,7 @@ def _started(
         return run
     except KeyboardInterrupt:
         if World.from_env().is_main:
-            print(
-                f"interrupted while starting, before any step: {whats_there(cfg.folder)}", flush=True
-            )
+            print(f"interrupted while starting, before any step: {whats_there(cfg.folder)}", flush=True)
         raise
 
 

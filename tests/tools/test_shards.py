@@ -90,6 +90,14 @@ def test_info(manifest, capsys):
         assert words in out
 
 
+def test_info_says_what_was_done_to_images(manifest, capsys):
+    edit_manifest(manifest.root, counted={"turned": 3, "transparent": 1})
+    info(manifest.root)
+    assert "3 turned upright by their EXIF orientation; 1 with transparency" in capsys.readouterr().out
+    info(manifest.root, json=True)
+    assert json.loads(capsys.readouterr().out)["counted"] == {"turned": 3, "transparent": 1}
+
+
 def test_info_says_in_a_few_words_what_the_codec_is(tmp_path, capsys):
     config = {"block_out_channels": [128, 256], "latent_channels": 4, "in_channels": 3, "mid": "x" * 600}
     for codec, words in (

@@ -82,6 +82,13 @@ def latent_norm(manifest: Manifest, which: Literal["dataset", "codec"] = "datase
     """Choose by `dataset`, the statistics of these latents, or `codec`, the codec's own constant (official weights)."""
     if which == "codec":
         return codec_norm(manifest.codec)
+    constant = [str(i) for i, std in enumerate(manifest.std) if std == 0]
+    if constant:
+        raise DataError(
+            f"{public(manifest.root)}: {len(constant)} of {len(manifest.std)} channels ({', '.join(constant)}) have "
+            "one value everywhere, so there is no scale to normalise by: set latents.norm=codec for the codec's own "
+            "(pixels as they are), or encode images that differ"
+        )
     try:
         return from_dict(LatentNorm, {"mean": manifest.mean, "std": manifest.std})
     except ConfigError as error:

@@ -12,6 +12,7 @@ from dit.data import DataError
 from dit.data.codecs.base import Codec
 from dit.data.encoding.differences import differences, shown
 from dit.data.encoding.job import EncodeOptions, check_fit, planned, views
+from dit.data.encoding.older import as_begun
 from dit.data.encoding.parts import refuse_other
 from dit.data.shards.manifest import FILE, Manifest
 from dit.data.shards.write import PLAN
@@ -37,6 +38,7 @@ def check_early(out: Path, codec: Codec, options: EncodeOptions) -> None:
     """ConfigError where codec and options do not go together, DataError where `out` is of others, done or begun."""
     check_fit(codec, options)
     check_out(out)
+    options = as_begun(out, options)
     if (out / FILE).exists():
         there = to_dict(Manifest.load(out))
         here = {
@@ -44,7 +46,7 @@ def check_early(out: Path, codec: Codec, options: EncodeOptions) -> None:
             "dtype": options.dtype,
             "views": views(options),
             "image_size": options.image_size,
-            "transform": options.crop.text,
+            "transform": options.transform,
             "seed": options.seed,
         }
         refuse_something_else(out, {k: there[k] for k in here}, here)

@@ -14,7 +14,7 @@ WIDTH = 40  # characters of a value
 BEFORE = 8  # of them that stand before the first that differs, where two values begin alike
 DIGEST = re.compile(r"[0-9a-f]{16,}")
 # The manifest's words for what the command line calls otherwise.
-FLAGS = {"views": "flip", "transform": "crop"}
+FLAGS = {"views": "flip", "transform": "crop, exif, icc or background"}
 # What follows from others, or is spoken of otherwise: shown where no cause is found.
 FOLLOWS = (
     "samples",
@@ -84,7 +84,7 @@ def _options(values: Values) -> list[str]:
 
 
 def _flag(key: str) -> str:
-    return FLAGS.get(key, key.removeprefix("options."))
+    return FLAGS.get(key, key.removeprefix("options.").removeprefix("decode."))
 
 
 def _plain(key: str, pair: tuple[Any, Any]) -> tuple[Any, Any]:

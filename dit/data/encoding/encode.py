@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -17,12 +18,14 @@ from dit.data import DataError
 from dit.data.codecs.base import Codec
 from dit.data.encoding.checks import check_out, refuse_something_else
 from dit.data.encoding.job import EncodeOptions, Job, filled
+from dit.data.encoding.older import BEFORE, as_begun
 from dit.data.encoding.part_encoder import PartEncoder
 from dit.data.encoding.parts import Books, Done, Part, Unreadable, forget_plan, images_done
 from dit.data.encoding.report import Report, Waiting
 from dit.data.shards.manifest import FILE, Manifest
 from dit.data.shards.write import PLAN
 from dit.data.sources.images import BadImage, ImageSource
+from dit.errors import Notice
 from dit.files import expand, write_atomically
 
 __all__ = ["EncodeOptions", "Report", "Waiting", "encode"]
@@ -58,7 +61,11 @@ def encode(
     while there is nothing else to do. Raises DataError where images cannot be read, latents are not finite or
     `out` or OUT.partial is something else; nothing that looks like a data set is left then, and nothing done is lost.
     """
-    job, out = Job(source, codec, options), Path(expand(str(out))).resolve()
+    out = Path(expand(str(out))).resolve()
+    begun = as_begun(out, options)
+    if begun != options and rank == 0:
+        warnings.warn(f"{out} {BEFORE}", Notice, stacklevel=2)
+    job = Job(source, codec, begun)
     found = _already(job, out)
     if found is not None:
         resumed(len(source))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,19 +21,21 @@ from dit.data.shards.manifest import Manifest, Names
 from dit.data.shards.records import END, member_bytes
 from dit.data.shards.write import ChannelStats, names_file, samples_per_block
 from dit.data.sources.crops import CROPS, Centre, Crop
+from dit.data.sources.decode import Decode, in_order
 from dit.data.sources.images import ImageSource
 from dit.rng import Purpose, permutation
 
 OPERATIONAL = (
     "max_bad",
     "workers",
+    "max_pixels",
 )  # options that may change from one start to the next: no byte depends on them
 MAX_BATCH_BYTES = 16 << 30  # of its pixels as float32
 
 
 @config
 class EncodeOptions:
-    """How to encode. `max_bad` and `workers` may change between starts; all the others decide about the bytes."""
+    """How to encode. OPERATIONAL ones may change between starts; all the others decide about the bytes."""
 
     image_size: Annotated[int, Field(ge=1, le=8192)]  # pixels a side, a multiple of the codec's factor
     flip: bool = True  # store a flipped view beside each image
@@ -45,6 +48,24 @@ class EncodeOptions:
     workers: Annotated[int, Field(ge=0)] = 0  # threads that decode images; 0: one a core, 16 at most
     dtype: Literal["float16", "float32"] = "float16"  # of the latents or pixels that are stored
     crop: Annotated[Crop, CROPS] = Centre()  # how a square is cut from an image
+    decode: Decode | None = Decode()  # how files become pixels; None: as before there was a choice (older.py)
+
+    @property
+    def transform(self) -> str:
+        """What is done to each image, for the manifest."""
+        return self.crop.text if self.decode is None else f"{self.decode.text}; {self.crop.text}"
+
+    def steps(self) -> list[str]:
+        """What is done to each image, for whoever encodes, a line each."""
+        side = f"{self.image_size} x {self.image_size}"
+        flips = (
+            "--flip: a mirrored copy of each is stored too; give --no-flip where left and right matter, as in digits "
+            "and text"
+        )
+        return [
+            f"each image: {self.transform}; to {side}",
+            flips if self.flip else "--no-flip: no mirrored copies",
+        ]
 
 
 def check_fit(codec: Codec, options: EncodeOptions) -> None:
@@ -66,6 +87,10 @@ def check_fit(codec: Codec, options: EncodeOptions) -> None:
 def planned(codec: Codec, options: EncodeOptions) -> dict[str, Any]:
     """What the bytes follow from beside the images, as JSON values."""
     kept = {k: v for k, v in to_dict(options).items() if k not in OPERATIONAL}
+    if options.decode is None:
+        del kept["decode"]
+    else:
+        kept["decode"] = {k: v for k, v in kept["decode"].items() if k not in OPERATIONAL}
     computes = {"device": codec.device.type, "dtype": str(codec.dtype), "tile": codec.tile}
     return {"options": kept, "codec": codec.identity(), "computes": computes}
 
@@ -166,7 +191,7 @@ class Job:
             "views": self.views,
             "posterior": self.posterior,
             "image_size": self.options.image_size,
-            "transform": self.options.crop.text,
+            "transform": self.options.transform,
             "classes": self.source.classes,
             "class_counts": tuple(counts.tolist()),
             "unlabelled": int((labels < 0).sum()),
@@ -197,6 +222,7 @@ class Job:
             mean=tuple(np.asarray(stats.mean).tolist()),
             std=tuple(stats.std.tolist()),
             bad=tuple(self.source.names[image.id] for image in bad),
+            counted=in_order(sum((Counter(d.counted) for d in parts), Counter[str]())),
             shards=tuple(d.shard for d in written if d.shard),
             blocks=tuple(blocks),
         )

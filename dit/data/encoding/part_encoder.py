@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -21,11 +21,12 @@ from dit.data.encoding.job import Job
 from dit.data.encoding.parts import Done, Part, Unreadable
 from dit.data.shards.manifest import Shard
 from dit.data.shards.write import BlockCutter, ChannelStats, ShardFile
-from dit.data.sources.images import BadImage
+from dit.data.sources.decode import in_order
+from dit.data.sources.source import BadImage, Loaded
 from dit.ranks import group
 from dit.rng import Draws, Purpose
 
-Loaded = tuple[np.ndarray, bool] | BadImage  # the bool: whether it was enlarged
+Found = Loaded | BadImage
 
 
 class _Clock(dict[str, float]):
@@ -49,6 +50,7 @@ class _Batch:
     images: np.ndarray  # (n, S, S, 3) uint8
     good: np.ndarray  # (n,) bool
     enlarged: int  # images of it
+    counted: Counter[str]  # the same, by what was done to them
 
 
 class _Gathered:
@@ -58,11 +60,13 @@ class _Gathered:
         self.shard, self._cutter = shard, BlockCutter(block)
         self.stats = ChannelStats()
         self.enlarged = 0  # images
+        self.counted: Counter[str] = Counter()  # images, by what was done to them
         self.labels: list[np.ndarray] = [np.empty(0, np.int64)]
 
-    def add(self, arrays: dict[str, np.ndarray], enlarged: int) -> None:
+    def add(self, arrays: dict[str, np.ndarray], batch: _Batch) -> None:
         """Take in what is stored of a batch."""
-        self.enlarged += enlarged
+        self.enlarged += batch.enlarged
+        self.counted += batch.counted
         if len(arrays["id"]):
             for block in self._cutter.full(arrays):
                 self._write(block)
@@ -72,6 +76,17 @@ class _Gathered:
         for block in self._cutter.rest():
             self._write(block)
         return self.shard.finish() if self.shard.blocks else None
+
+    def counts(self, classes: int) -> dict[str, Any]:
+        """What `Done` says of the samples taken in."""
+        labels = np.concatenate(self.labels)
+        return {
+            "stats": self.stats.to_plain(),
+            "label_counts": tuple(np.bincount(labels[labels >= 0], minlength=classes).tolist()),
+            "unlabelled": int((labels < 0).sum()),
+            "enlarged": self.enlarged,
+            "counted": in_order(self.counted),
+        }
 
     def _write(self, arrays: dict[str, np.ndarray]) -> None:
         self.shard.add(arrays)
@@ -91,7 +106,7 @@ class PartEncoder:
         self.job, self.folder, self.tag = job, folder, tag
         workers = job.options.workers or min(16, group.cores())
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="dit-decode")
-        self._early: dict[int, Future[Loaded]] = {}  # images of what is likely to be the next part
+        self._early: dict[int, Future[Found]] = {}  # images of what is likely to be the next part
 
     def __enter__(self) -> Self:
         return self
@@ -99,11 +114,12 @@ class PartEncoder:
     def __exit__(self, *error: object) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def load(self, index: int) -> Loaded:
+    def load(self, index: int) -> Found:
         """An image, or why it cannot be read."""
         options = self.job.options
         try:
-            return self.job.source.load_and_tell(index, options.image_size, options.crop, options.seed)
+            how = options.image_size, options.crop, options.seed, options.decode
+            return self.job.source.load_and_tell(index, *how)
         except BadImage as bad:
             return bad
 
@@ -133,24 +149,19 @@ class PartEncoder:
                 with clock.of("codec"):
                     arrays = self._arrays(batch, latents)
                 with clock.of("writing"):
-                    gathered.add(arrays, batch.enlarged)
+                    gathered.add(arrays, batch)
                 progress(len(batch.ids))
             with clock.of("writing"):
                 finished = gathered.finish()
-        labels = np.concatenate(gathered.labels)
-        counts = np.bincount(labels[labels >= 0], minlength=len(self.job.source.classes))
         return Done(
             shard=finished,
             blocks=tuple(shard.blocks),
-            stats=gathered.stats.to_plain(),
-            label_counts=tuple(counts.tolist()),
-            unlabelled=int((labels < 0).sum()),
             bad=tuple(bad),
             images=len(part),
             seconds=dict(clock),
             rank=rank,
             ended=time.time(),
-            enlarged=gathered.enlarged,
+            **gathered.counts(len(self.job.source.classes)),
         )
 
     def _encoded(self, batches: Iterator[_Batch], clock: _Clock) -> Iterator[tuple[_Batch, Tensor]]:
@@ -169,7 +180,7 @@ class PartEncoder:
         return [int(i) for i in self.job.order[part.start : part.stop]]
 
     def _batches(
-        self, part: Part, loaded: Iterator[Loaded], on_bad: Callable[[BadImage, int], object], clock: _Clock
+        self, part: Part, loaded: Iterator[Found], on_bad: Callable[[BadImage, int], object], clock: _Clock
     ) -> Iterator[_Batch]:
         """The part's images in the order of writing, batch_size at a time."""
         ids = self.job.order[part.start : part.stop]
@@ -178,20 +189,21 @@ class PartEncoder:
             chosen = ids[start : start + size]
             with clock.of("decoding"):
                 images = np.zeros((len(chosen), side, side, 3), np.uint8)
-                good, enlarged = np.ones(len(chosen), bool), 0
+                good, enlarged, counted = np.ones(len(chosen), bool), 0, Counter[str]()
                 for place, (index, image) in enumerate(zip(chosen.tolist(), loaded, strict=False)):
                     if isinstance(image, BadImage):
                         good[place] = False
                         on_bad(image, index)
                     else:
-                        images[place], smaller = image
-                        enlarged += smaller
-            yield _Batch(chosen, images, good, enlarged)
+                        images[place] = image.pixels
+                        enlarged += image.enlarged
+                        counted.update(image.told)
+            yield _Batch(chosen, images, good, enlarged, counted)
 
-    def _decoded(self, ids: list[int], after: list[int]) -> Iterator[Loaded]:
+    def _decoded(self, ids: list[int], after: list[int]) -> Iterator[Found]:
         """The images of `ids`, two batches ahead; at their end the first of `after` are begun with."""
         early, self._early = self._early, {}
-        pending: deque[Future[Loaded]] = deque()
+        pending: deque[Future[Found]] = deque()
         ahead = 2 * self.job.options.batch_size
         for index in ids:
             pending.append(early.pop(index) if index in early else self._pool.submit(self.load, index))
@@ -228,10 +240,18 @@ class PartEncoder:
         if not finite.all():
             raise DataError(
                 f"{job.source.names[ids[int(np.argmin(finite))]]}: the codec gives latents that are not finite in "
-                f"{job.options.dtype}; try --codec.dtype=float32 and --dtype=float32"
+                f"{job.options.dtype}; {self._advice(moments[torch.from_numpy(batch.good)][int(np.argmin(finite))])}"
             )
         labels = job.source.labels[ids].astype(np.int64)
         return {job.array: array, "label": labels, "id": ids.astype(np.uint64)}
+
+    def _advice(self, latents: Tensor) -> str:
+        """What helps where the latents of an image, as the codec gives them, are not finite once they are stored."""
+        if latents.isfinite().all():
+            return f"they are too large for it; try --dtype=float32, not {self.job.options.dtype}"
+        if self.job.codec.dtype != torch.float32:
+            return f"the codec itself overflows in {self.job.codec.dtype}; try --codec.dtype=float32"
+        return "the codec itself gives them, in float32: its weights are damaged, or not those of such images"
 
     def _sample(self, moments: Tensor, ids: np.ndarray) -> Tensor:
         """One draw of each posterior, (n, views, C, h, w), from (n, views, 2, C, h, w); whatever the batches."""

@@ -23,6 +23,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,8 @@ class Done:
 
     blocks: with the part's number as their shard. stats: ChannelStats as JSON values. label_counts: by class.
     images: readable or not. seconds: of the rank that wrote it: decoding, codec, writing, whole. ended: Unix time.
-    enlarged: images that were smaller than what was cut from them.
+    enlarged: images that were smaller than what was cut from them. counted: images by what else was done to them
+    (decode.COUNTED); none in parts that were written before that was counted.
     """
 
     shard: Shard | None
@@ -98,6 +100,7 @@ class Done:
     rank: int
     ended: float
     enlarged: int = 0
+    counted: dict[str, int] = field(default_factory=dict)
 
 
 class Books:

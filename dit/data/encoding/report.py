@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dit.data.shards.manifest import Manifest
+from dit.data.sources.decode import count_lines
 
 
 @dataclass
@@ -36,7 +37,7 @@ class Report:
         size = f"{m.samples} images in {len(m.views)} view(s) -> {len(m.blocks)} block(s) in {len(m.shards)} shard(s)"
         left_out = f"; {len(m.bad)} unreadable left out: {', '.join(m.bad[:10])}" if m.bad else ""
         if not self.images + self.others:
-            return f"{size}; all was there already{left_out}{self._enlarged()}"
+            return f"{size}; all was there already{left_out}{self._notes()}"
         busy = max(self.busy, 1e-9)
         shares = ", ".join(f"{n} {getattr(self, n) / busy:.0%}" for n in ("decoding", "codec", "writing"))
         total = self.images if self.finished else self.images + self.others
@@ -47,10 +48,17 @@ class Report:
                 if self.images
                 else "none of them by this rank"
             )
-            return f"{size}: {speed}, {own}{left_out}{self._enlarged()}"
+            return f"{size}: {speed}, {own}{left_out}{self._notes()}"
         ranks = f" on {self.ranks} ranks" if self.ranks > 1 else ""
         resumed = f"; {self.resumed} images were done before" if self.resumed else ""
-        return f"{size}: {speed}{ranks} ({shares}){resumed}{left_out}{self._enlarged()}"
+        return f"{size}: {speed}{ranks} ({shares}){resumed}{left_out}{self._notes()}"
+
+    def _notes(self) -> str:
+        counts = [
+            f"\nnote: of {self.manifest.samples} images, {line}"
+            for line in count_lines(self.manifest.counted)
+        ]
+        return "".join([self._enlarged(), *counts])
 
     def _enlarged(self) -> str:
         """Nobody should find out from blurred samples."""

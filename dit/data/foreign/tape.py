@@ -190,7 +190,7 @@ class ShardIndexer:
             self.fail(start + error.offset, f"{error}")
         odd = [s for s, array in zip(samples, out, strict=True) if not np.isfinite(array).all()]
         if odd:
-            what = f"values that are not finite in {layout.dtype} (try --dtype=float32)"
+            what = f"values that are not finite{self._why(odd[0], data)}"
             place = odd[0].members[layout.foreign.array]
             self.fail(start + place.offset - TAR_BLOCK, f"the sample {odd[0].key.decode()!r} has {what}")
         self._none_labelled(start, data)
@@ -198,6 +198,14 @@ class ShardIndexer:
         self.found.keys += [s.key.decode() for s in samples]
         self.found.labels.append(labels)
         self.found.stats.add(out if out.ndim == 6 else out[:, :, None])
+
+    def _why(self, sample: Sample, data: bytearray) -> str:
+        """Whether that is for the array itself, or because it does not fit into the data set's dtype."""
+        exact = np.empty((1, *self.layout.shape), np.float32)
+        decode(self.layout.foreign, [sample], data, exact)
+        if np.isfinite(exact).all():
+            return f" in {self.layout.dtype}, though they are as stored: --dtype=float32 takes them"
+        return " as they are stored, which no --dtype mends: make this sample anew, or leave it out"
 
     def _none_labelled(self, start: int, data: bytearray) -> None:
         for path, offset, size in self.labels:

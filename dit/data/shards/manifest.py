@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
+from dataclasses import field
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -95,6 +96,8 @@ class Manifest:
     posterior: what is kept of the codec's posterior: its moments, one sample, or nothing (pixels have none, and
         generated latents do not come from it).
     names.count: images the source had; `bad` are those of them that could not be read, so are not here.
+    counted: images by what was done to them beside cropping (sources/decode.py: COUNTED), such as turned upright;
+        not in the file where that was done to none, or was not counted yet.
     foreign: of an index of shards made elsewhere. Their names may be whole paths and URLs, a block is a stretch of
         whole members, the id of a sample is its place in the data set, and its name its key.
     """
@@ -119,6 +122,7 @@ class Manifest:
     block: int
     names: Names
     bad: tuple[str, ...] = ()
+    counted: dict[str, int] = field(default_factory=dict)
     shards: tuple[Shard, ...]
     blocks: tuple[Block, ...]
     foreign: Foreign | None = None
@@ -178,6 +182,8 @@ class Manifest:
     def _plain(self) -> dict[str, Any]:
         plain: dict[str, Any] = to_dict(self)
         del plain["root"]
+        if not self.counted:  # nothing else tells the digests of data sets from before it
+            del plain["counted"]
         return plain
 
     def problems(self) -> list[str]:

@@ -13,7 +13,7 @@ from pydantic import Field
 from dit.config import ConfigError, Registry, config
 from dit.rng import Draws, Purpose
 
-MAX_PIXELS = 178_956_970  # of an image while it is cropped; Pillow opens none with more
+MAX_PIXELS = 178_956_970  # of an image while it is cropped
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 
@@ -28,7 +28,7 @@ class Crop:
         raise NotImplementedError
 
     def __call__(self, image: Image.Image, size: int, draws: Draws | None) -> np.ndarray:
-        """A square of an image of any size and mode: (size, size, 3) uint8 RGB.
+        """A square of an RGB image of any size: (size, size, 3) uint8.
 
         draws: of one slot, the image's id; only random crops need them.
         """
@@ -51,7 +51,7 @@ class Centre(Crop):
         return "box-halve while short side >= 2 x size; bicubic to short side = size; centre crop; uint8 RGB"
 
     def __call__(self, image: Image.Image, size: int, draws: Draws | None = None) -> np.ndarray:
-        image = _rgb(image)
+        _check(image)
         while min(image.size) >= 2 * size:
             image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
         scale = size / min(image.size)
@@ -98,7 +98,7 @@ class RandomResized(Crop):
     def __call__(self, image: Image.Image, size: int, draws: Draws | None) -> np.ndarray:
         if draws is None:
             raise ConfigError("a random crop needs draws of the image's id")
-        image = _rgb(image)
+        _check(image)
         box = self.box(image.width, image.height, draws)
         return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
 
@@ -119,7 +119,6 @@ class RandomResized(Crop):
         return left, top, left + w, top + h
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips everything above 255 to white
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB")
+def _check(image: Image.Image) -> None:
+    if image.mode != "RGB":
+        raise ConfigError(f"a crop takes RGB pixels, as Decode gives them, not mode {image.mode}")

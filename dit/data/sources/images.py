@@ -10,15 +10,17 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 from dit.data import DataError
 from dit.data.sources.folders import is_class, open_digits, open_folder
+from dit.data.sources.formats import ENDINGS, shown_endings
 from dit.data.sources.labels import relabel
 from dit.data.sources.parquet import Columns, open_parquet
-from dit.data.sources.source import EXTENSIONS, BadImage, ImageSource
+from dit.data.sources.source import BadImage, ImageSource
 from dit.data.sources.tars import open_tars
 from dit.files import expand
 
@@ -41,6 +43,10 @@ def check_spec(spec: str) -> None:
         )
     if not SPECIAL.search(spec) and not Path(spec).exists():
         raise DataError(f"{spec}: no such folder, tar or Parquet file, and not digits:train or digits:test")
+
+
+def _found(source: ImageSource) -> str:
+    return f"{source.ignored} files: {shown_endings(source.others)}" if source.ignored else "it is empty"
 
 
 def unlabelled_note(spec: str, source: ImageSource) -> str | None:
@@ -93,7 +99,8 @@ def open_source(
         source = next(found for opener in SOURCES if (found := opener(spec)) is not None)
     if not len(source):
         raise DataError(
-            f"{spec}: no images in it (looked for {', '.join(EXTENSIONS)}); expected CLASS/name.jpg, "
-            "a tar of such files, WebDataset tars of KEY.jpg and KEY.cls, or Parquet with image bytes"
+            f"{spec}: no images in it ({_found(source)}; taken are {', '.join(chain(*ENDINGS.values()))}, and what "
+            "begins as one of those); expected CLASS/name.jpg, a tar of such files, WebDataset tars of KEY.jpg and "
+            "KEY.cls, or Parquet with image bytes"
         )
     return relabel(source, classes, None if labels is None else os.fspath(labels))

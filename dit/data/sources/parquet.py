@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from dit.data import DataError
-from dit.data.sources.source import ImageSource, check_size, files_of, listing, open_image
+from dit.data.sources.source import ImageSource, check_size, files_of, listing
 from dit.data.sources.spill import Spill
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ class Layout:
 
 @dataclass
 class ParquetImages:
-    """Opens image i; the first call writes the images of all files to a local file."""
+    """Gives the file of image i; the first call writes the images of all files to a local file."""
 
     files: Sequence[Path]
     layout: Layout
@@ -66,12 +65,12 @@ class ParquetImages:
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _spill: Spill | None = None
 
-    def __call__(self, index: int) -> Image.Image:
+    def __call__(self, index: int) -> bytes:
         with self._lock:
             if self._spill is None:
                 self._spill = Spill(self._key(), self.count, self._size(), self._records)
         check_size(self._spill.size(index), f"row {index}")
-        return open_image(self._spill.read(index))
+        return self._spill.read(index)
 
     def _key(self) -> str:
         state = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in self.files]

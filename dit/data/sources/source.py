@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import io
-import os
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 
 from dit.data import DataError
 from dit.data.sources.crops import Centre, Crop
+from dit.data.sources.decode import Decode, Decoded, ImageFileOrPixels, before
+from dit.data.sources.formats import Refused, is_junk, is_usual, shown_endings
 from dit.rng import Draws
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF", "JPEG2000")  # not EPS, which runs a program
 MAX_IMAGE = 1 << 30  # bytes of a file
 SPLIT = re.compile(r"(?<![a-z])(train|test|val|valid|validation|dev)(?![a-z])", re.IGNORECASE)
 
@@ -31,18 +29,27 @@ class BadImage(DataError):
         super().__init__(f"{name}: {reason}")
 
 
+class Loaded(NamedTuple):
+    """An image as it is encoded: (size, size, 3) uint8, whether it was enlarged for that, and what else was done."""
+
+    pixels: np.ndarray
+    enlarged: bool
+    told: frozenset[str]  # of decode.COUNTED
+
+
 @dataclass(frozen=True)
 class ImageSource:
-    """Images in a fixed order. names, labels: one each; open(i) gives image i as PIL has it, from any thread.
+    """Images in a fixed order. names, labels: one each; open(i) gives the bytes of image i's file, or its pixels.
 
+    others: how many files of each ending are no images. open is called from any thread.
     Raises DataError for names that cannot stand as a line of UTF-8 each.
     """
 
     names: tuple[str, ...]
     labels: np.ndarray  # (N,) int64, index into classes or -1
     classes: tuple[str, ...]
-    open: Callable[[int], Image.Image]
-    ignored: int = 0  # files that are not images
+    open: Callable[[int], ImageFileOrPixels]
+    others: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         odd = [repr(name) for name in (*self.names, *self.classes) if not _is_line(name)]
@@ -56,23 +63,39 @@ class ImageSource:
     def __str__(self) -> str:
         loose = int((self.labels < 0).sum())
         counts = f"{len(self)} images in {len(self.classes)} classes"
-        return f"{counts}, {loose} without a label, {self.ignored} other files"
+        which = f": {shown_endings(self.others)}" if self.others else ""
+        return f"{counts}, {loose} without a label, {self.ignored} other files{which}"
+
+    @property
+    def ignored(self) -> int:
+        """Files that are not images."""
+        return sum(self.others.values())
 
     def load(self, index: int, size: int, crop: Crop = Centre(), seed: int = 0) -> np.ndarray:  # noqa: B008
         """Image `index`, cropped to (size, size, 3) uint8: a pure function of the image, the crop, seed and index.
 
         Raises BadImage with its name; DataError where the source itself is broken.
         """
-        return self.load_and_tell(index, size, crop, seed)[0]
+        return self.load_and_tell(index, size, crop, seed).pixels
 
-    def load_and_tell(self, index: int, size: int, crop: Crop, seed: int) -> tuple[np.ndarray, bool]:
-        """As load; and whether the image is smaller than `size`, and so was enlarged."""
+    def load_and_tell(
+        self,
+        index: int,
+        size: int,
+        crop: Crop,
+        seed: int,
+        decode: Decode | None = Decode(),  # noqa: B008
+    ) -> Loaded:
+        """As load; and what was done to the image. decode: None for pixels as they were before there was a choice."""
         try:
-            with self.open(index) as image:
-                draws = Draws(seed, 0, torch.tensor([index]), 1) if crop.is_random else None
-                return crop(image, size, draws), min(image.size) < size
+            file = self.open(index)
+            image, told = decode(file) if decode is not None else Decoded(before(file), frozenset())
+            draws = Draws(seed, 0, torch.tensor([index]), 1) if crop.is_random else None
+            return Loaded(crop(image, size, draws), min(image.size) < size, told)
         except (MemoryError, DataError):
             raise
+        except Refused as error:
+            raise BadImage(self.names[index], str(error)) from error
         except Exception as error:
             # Pillow's decoders raise nearly any exception on damaged bytes (OSError, SyntaxError, struct.error, ...)
             raise BadImage(self.names[index], f"{type(error).__name__}: {error}") from error
@@ -88,20 +111,10 @@ def _encodes(name: str) -> bool:
     )  # what file systems and tars give for bytes that are not UTF-8
 
 
-def is_image(name: str) -> bool:
-    """Whether a file of this name counts as an image: by its ending, hidden files do not."""
-    return name.lower().endswith(EXTENSIONS) and not os.path.basename(name).startswith(".")
-
-
 def check_size(size: int, where: object) -> None:
-    """Before a file is read whole. ValueError where no image is as large."""
+    """Before a file is read whole. Refused where no image is as large."""
     if size > MAX_IMAGE:
-        raise ValueError(f"{where}: {size} bytes, expected at most {MAX_IMAGE} of an image")
-
-
-def open_image(data: bytes) -> Image.Image:
-    """The image in the bytes of a file."""
-    return Image.open(io.BytesIO(data), formats=FORMATS)
+        raise Refused(f"{where}: {size} bytes, expected at most {MAX_IMAGE} of an image")
 
 
 def listing(head: str, faults: Iterable[str], most: int = 5) -> str:
@@ -119,10 +132,10 @@ def files_of(spec: str, suffix: str) -> list[Path]:
     """
     path = Path(spec)
     if path.is_dir():
-        seen = [entry for entry in path.iterdir() if not entry.name.startswith(".")]
-        if any(entry.is_dir() or is_image(entry.name) for entry in seen):
+        seen = [entry for entry in path.iterdir() if not is_junk(entry.name)]
+        if any(entry.is_dir() or is_usual(entry.name) for entry in seen):
             return []
-        files = sorted(entry for entry in seen if entry.suffix == suffix)
+        files = _whole(spec, sorted(entry for entry in seen if entry.suffix == suffix))
         splits = sorted({m[0].lower() for file in files if (m := SPLIT.search(file.stem))})
         if len(splits) > 1:
             each = " or ".join(f"{path}/*{split}*{suffix}" for split in splits)
@@ -135,7 +148,22 @@ def files_of(spec: str, suffix: str) -> list[Path]:
     missing = [p for p in patterns if not any(c in str(p) for c in "*?[") and not p.exists()]
     if len(patterns) > 1 and missing and path.suffix == suffix:
         raise DataError(f"{spec}: {len(missing)} of {len(patterns)} shards are missing, first {missing[0]}")
-    return sorted(found)
+    return _whole(spec, sorted(found))
+
+
+def _whole(spec: str, files: list[Path]) -> list[Path]:
+    """The same, if all of them are files: what is left out in silence would shift all that comes after it."""
+    faults = [f"{file}{leads_to(file)}" for file in files if not file.is_file()]
+    if faults:
+        raise DataError(
+            listing(f"{spec}: {len(faults)} of {len(files)} are no files: mend or remove", faults)
+        )
+    return files
+
+
+def leads_to(path: Path) -> str:
+    """Of a link, where to; nothing of others."""
+    return f" (a link to {path.readlink()})" if path.is_symlink() else ""
 
 
 def expand_range(spec: str) -> list[str]:

@@ -13,11 +13,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from dit.data import DataError
-from dit.data.sources.source import ImageSource, check_size, files_of, is_image, listing, open_image
+from dit.data.sources.formats import (
+    HEAD,
+    count_endings,
+    format_of,
+    is_image,
+    is_junk,
+    is_usual,
+    says_nothing,
+)
+from dit.data.sources.source import ImageSource, check_size, files_of, listing
 from dit.data.sources.tarwalk import walk
 
 WNID = re.compile(r"n\d{8}")  # WordNet's number of a noun, which ImageNet's classes are called by
@@ -53,25 +61,25 @@ class Held(NamedTuple):
 
 @dataclass(frozen=True)
 class HeldImages:
-    """Opens image i; arrays instead of objects, of which ImageNet would have over a million."""
+    """Gives the file of image i; arrays instead of objects, of which ImageNet would have over a million."""
 
     tars: tuple[Path, ...]
     tar: np.ndarray  # (N,) int32, index into tars
     offset: np.ndarray  # (N,) int64
     size: np.ndarray  # (N,) int64
 
-    def __call__(self, index: int) -> Image.Image:
+    def __call__(self, index: int) -> bytes:
         tar, offset, size = self.tars[self.tar[index]], int(self.offset[index]), int(self.size[index])
         check_size(size, f"{tar}, byte {offset}")
-        return open_image(Held(tar, "", offset, size).read())
+        return Held(tar, "", offset, size).read()
 
 
 class Shard(NamedTuple):
-    """The images of one tar, their labels where files beside them say so, and how many other files there are."""
+    """The images of one tar, their labels where files beside them say so, and how many other files of each ending."""
 
     images: list[Held]
     labels: list[int] | None
-    others: int
+    others: Counter[str]
 
 
 def open_tars(spec: str) -> ImageSource | None:
@@ -109,10 +117,24 @@ def _walked(parts: Sequence[Held]) -> Iterator[tuple[Held, list[Held]]]:
             held = []
             with part.tar.open("rb") as file:
                 for m in walk(file, str(part), part.offset, part.offset + part.size):
-                    if not os.path.basename(m.path).startswith("."):
+                    if not is_junk(m.path):
                         held.append(Held(part.tar, m.path, m.offset, m.size))
                     bar.update(m.size)
             yield part, held
+
+
+def _images(held: Sequence[Held]) -> list[Held]:
+    """Those that are images, by their endings, or by their first bytes where the ending says nothing."""
+    return [m for m in held if is_image(m.path) or _begins_as_image(m)]
+
+
+def _begins_as_image(file: Held) -> bool:
+    return says_nothing(file.path) and format_of(file._replace(size=min(file.size, HEAD)).read()) is not None
+
+
+def _others(held: Sequence[Held], taken: Sequence[Held]) -> Counter[str]:
+    known = {m.path for m in taken}
+    return count_endings(m.path for m in held if m.path not in known)
 
 
 def _source(
@@ -138,18 +160,18 @@ def _class_tars(spec: str, parts: Sequence[Held]) -> ImageSource:
     images: list[Held] = []
     names: list[str] = []
     labels: list[int] = []
-    ignored = 0
+    others: Counter[str] = Counter()
     for label, (part, held) in enumerate(_walked(parts)):
-        inside = sorted((m for m in held if is_image(m.path)), key=lambda m: m.path)
+        inside = sorted(_images(held), key=lambda m: m.path)
         if not inside:
             faults.append(f"{part}: no images in it")
         images += inside
         names += [f"{part.stem}/{m.path.removeprefix(part.stem + '/')}" for m in inside]
         labels += [label] * len(inside)
-        ignored += len(held) - len(inside)
+        others += _others(held, inside)
     if faults:
         raise DataError(listing(f"{spec}: {len(faults)} class tar(s) that cannot be used", faults))
-    return _source(images, names, labels, classes=tuple(p.stem for p in parts), ignored=ignored)
+    return _source(images, names, labels, classes=tuple(p.stem for p in parts), others=others)
 
 
 # --- each tar a shard --------------------------------------------------------------------------------------
@@ -172,7 +194,8 @@ def _shards(spec: str, shards: Sequence[Shard], faults: list[str]) -> ImageSourc
         images.sort(key=lambda m: (m.path, m.tar))
         labels, classes = _path_labels(images)
     names = [f"{m.tar.name}:{m.path}" if len(shards) > 1 else m.path for m in images]
-    return _source(images, names, labels, classes=classes, ignored=sum(shard.others for shard in shards))
+    others = sum((shard.others for shard in shards), Counter[str]())
+    return _source(images, names, labels, classes=classes, others=others)
 
 
 def _path_labels(images: Sequence[Held]) -> tuple[list[int], tuple[str, ...]]:
@@ -193,19 +216,14 @@ def _shard(tar: Path, held: Sequence[Held], faults: list[str]) -> Shard:
     """Images with the numbers in the files of the same key; what is wrong is added to `faults`."""
     ending = _label_ending(held)
     if ending is None:
-        images = [m for m in held if is_image(m.path)]
-        return Shard(images, None, len(held) - len(images))
-    samples: dict[str, dict[str, Held]] = {}
-    others = 0
+        images = _images(held)
+        return Shard(images, None, _others(held, images))
+    members: dict[str, list[Held]] = {}
     for m in held:
         folder, base = os.path.split(m.path)
-        kind = "image" if is_image(base) else "label" if base.endswith(ending) else "other"
-        sample = samples.setdefault(os.path.join(folder, base.split(".", 1)[0]), {})
-        if kind != "other" and sample.setdefault(kind, m) is not m:
-            faults.append(f"{tar}: '{sample[kind].path}' and '{m.path}' belong to the same sample")
-        others += kind == "other"
+        members.setdefault(os.path.join(folder, base.split(".", 1)[0]), []).append(m)
     images, labels = [], []
-    for sample in samples.values():
+    for sample in (_sample(tar, parts, ending, faults) for parts in members.values()):
         if "image" in sample and "label" in sample:
             images.append(sample["image"])
             labels.append(_label(sample["label"], LABELS[ending], faults))
@@ -213,14 +231,37 @@ def _shard(tar: Path, held: Sequence[Held], faults: list[str]) -> Shard:
             faults.append(f"{tar}: '{sample['image'].path}' has no {ending} beside it, though others have")
         elif "label" in sample:
             faults.append(f"{tar}: '{sample['label'].path}' has no image beside it, though others have")
+    others = _others(held, [*images, *(m for m in held if m.path.endswith(ending))])
     return Shard(images, labels, others)
+
+
+def _sample(tar: Path, members: Sequence[Held], ending: str, faults: list[str]) -> dict[str, Held]:
+    """The image and the label among the files of one key; two of them are a fault."""
+    sample: dict[str, Held] = {}
+    kinds = {"image": _image_of(members), "label": [m for m in members if m.path.endswith(ending)]}
+    for kind, found in kinds.items():
+        for m in found:
+            if sample.setdefault(kind, m) is not m:
+                faults.append(f"{tar}: '{sample[kind].path}' and '{m.path}' belong to the same sample")
+    return sample
+
+
+def _image_of(members: Sequence[Held]) -> list[Held]:
+    """By the usual endings; only where there is none, by the others, and then by first bytes.
+
+    Beside a photo there may be masks or depths that are pictures, too.
+    """
+    for is_one in (lambda m: is_usual(m.path), lambda m: is_image(m.path), _begins_as_image):
+        if found := [m for m in members if is_one(m)]:
+            return found
+    return []
 
 
 def _label_ending(held: Sequence[Held]) -> str | None:
     """What the files with labels end in: .cls if there is one, else .json if that of the first image holds one."""
     if any(m.path.endswith(".cls") for m in held):
         return ".cls"
-    first = next((m.path for m in held if is_image(m.path)), "")
+    first = next((m.path for m in held if is_image(m.path) or _begins_as_image(m)), "")
     key = os.path.join(os.path.dirname(first), os.path.basename(first).split(".", 1)[0])
     beside = next((m for m in held if m.path == f"{key}.json"), None)
     return ".json" if beside is not None and LABELS[".json"](_small(beside)) is not None else None

@@ -1,11 +1,16 @@
 """The normalisation of latents: by the statistics of the data, or by the codec's own constant."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dit.config import ConfigError, from_dict, to_dict
 from dit.data import DataError
+from dit.data.codecs.codec import PixelCodec
 from dit.data.codecs.norm import LatentNorm, codec_norm, latent_norm
+from dit.data.encoding.encode import EncodeOptions, encode
+from dit.data.sources.images import open_source
 from dit.rng import Draws, Purpose
 from tests.data.helpers import write_dataset
 
@@ -52,6 +57,19 @@ def test_a_micro_batch_draws_what_the_batch_draws():
 def test_statistics_that_cannot_normalise(fields, words):
     with pytest.raises(ConfigError, match=words):
         from_dict(LatentNorm, fields)
+
+
+def test_a_channel_of_one_value_names_the_way_out(tmp_path):
+    for i in range(8):
+        pixels = np.random.default_rng(i).integers(0, 256, (8, 8, 3), np.uint8)
+        pixels[..., 1] = 51
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+    made = encode(open_source(tmp_path), PixelCodec(), tmp_path / "out", EncodeOptions(image_size=8)).manifest
+    with pytest.raises(
+        DataError, match=r"1 of 3 channels \(1\) have one value everywhere.*set latents.norm=codec"
+    ):
+        latent_norm(made)
+    assert latent_norm(made, "codec") == LatentNorm(mean=(0.0,) * 3, std=(1.0,) * 3)
 
 
 def test_a_wrong_number_of_channels_is_refused():

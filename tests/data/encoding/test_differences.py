@@ -51,7 +51,7 @@ def test_of_the_manifest_in_the_words_of_the_command():
     }
     assert differences(there, here) == [
         "flip: False there, True here",
-        "crop: 'adm centre 32' there, 'adm centre 64' here",
+        "crop, exif, icc or background: 'adm centre 32' there, 'adm centre 64' here",
     ]
     assert differences({"samples": 10}, {"samples": 9}) == [
         "samples: 10 there, 9 here"

@@ -3,6 +3,7 @@
 Several ranks, and ranks that are killed: test_ranks.py.
 """
 
+import json
 import os
 import shutil
 from dataclasses import replace
@@ -10,20 +11,23 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from dit.config import ConfigError, from_dict
 from dit.data import DataError
 from dit.data.codecs.autoencoders import VaeCodec
 from dit.data.codecs.codec import PixelCodec
 from dit.data.encoding.encode import EncodeOptions, encode
+from dit.data.encoding.job import planned
 from dit.data.shards import write as write_module
 from dit.data.shards.blocks import BlockReader
 from dit.data.shards.manifest import Manifest
 from dit.data.shards.verify import verify
 from dit.data.shards.write import PLAN
 from dit.data.sources.crops import RandomResized
+from dit.data.sources.decode import Decode
 from dit.data.sources.images import open_source
+from dit.errors import Notice
 from tests.data.helpers import tiny_vae
 
 
@@ -156,7 +160,7 @@ def test_float32(folder, tmp_path):
 def test_random_crops(folder, tmp_path):
     crop = RandomResized(scale_min=0.3)
     manifest = run(folder, tmp_path / "out", crop=crop, seed=4).manifest
-    assert manifest.transform == crop.text
+    assert manifest.transform == f"{Decode().text}; {crop.text}"
     data, source = read_all(Manifest.load(tmp_path / "out")), open_source(folder)
     for i, latents in zip(data["id"], data["latents"], strict=True):
         for view, pixels in zip(
@@ -471,14 +475,24 @@ def test_with_very_many_damaged_images_it_gives_up(tmp_path):
     assert len((tmp_path / "out.partial" / "bad.txt").read_text().splitlines()) == 104
 
 
-def test_latents_that_are_not_finite_are_named(folder, tmp_path):
+@pytest.mark.parametrize(
+    ("dtype", "scale", "words"),
+    [
+        (torch.float32, torch.inf, "the codec itself gives them, in float32: its weights are damaged"),
+        (torch.bfloat16, torch.inf, "overflows in torch.bfloat16; try --codec.dtype=float32"),
+        (torch.float32, 1e6, "too large for it; try --dtype=float32"),
+    ],
+)
+def test_latents_that_are_not_finite_are_named(folder, tmp_path, dtype, scale, words):
     vae = tiny_vae()
     with torch.no_grad():
-        vae.encoder.conv_in.weight.fill_(torch.inf)
+        layer = vae.encoder.conv_in.weight if scale == torch.inf else vae.quant_conv.bias
+        layer.fill_(scale)
+    codec = VaeCodec(vae.to(dtype), dtype=dtype) if dtype != torch.float32 else VaeCodec(vae)
     with pytest.raises(
-        DataError, match=r"[abc]/\d\d.png: the codec gives latents that are not finite in float16"
+        DataError, match=rf"[abc]/\d\d.png: the codec gives latents that are not finite in float16; .*{words}"
     ):
-        run(folder, tmp_path / "out", VaeCodec(vae))
+        run(folder, tmp_path / "out", codec)
     assert partial(tmp_path) == ["parts", PLAN, "run"]
 
 
@@ -542,3 +556,144 @@ def test_an_image_size_that_the_codec_cannot_halve(folder, tmp_path):
     with pytest.raises(ConfigError, match="image_size 9 is not a multiple of the codec's factor 2"):
         run(folder, tmp_path / "out", VaeCodec(tiny_vae()), image_size=9)
     assert list(tmp_path.iterdir()) == []
+
+
+# --- how files become pixels -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory):
+    """20 images in one class: 0 to 4 on their sides, 5 to 11 half transparent, the others as they are."""
+    root = tmp_path_factory.mktemp("odd") / "set"
+    (root / "c").mkdir(parents=True)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    for i in range(20):
+        how = {"exif": exif} if i < 5 else {}
+        picture = Image.fromarray(np.random.default_rng(i).integers(0, 256, (10, 8, 3), np.uint8))
+        if 5 <= i < 12:
+            picture.putalpha(128)
+        picture.save(root / "c" / f"{i:02d}.png", **how)
+    return root
+
+
+COUNTED = {"turned": 5, "transparent": 7}
+
+
+def test_what_was_done_to_images_is_counted_and_recorded(odd, tmp_path):
+    report = run(odd, tmp_path / "out", flip=False)
+    manifest = Manifest.load(tmp_path / "out")
+    assert manifest.counted == report.manifest.counted == COUNTED
+    assert manifest.transform.startswith(
+        "upright by EXIF orientation; ICC profiles to sRGB; transparency on white; "
+    )
+    assert (
+        "note: of 20 images, 5 turned upright by their EXIF orientation\nnote: of 20 images, 7 with"
+        in str(report)
+    )
+    assert "note: of 20 images, 5 turned" in str(
+        run(odd, tmp_path / "out", flip=False)
+    )  # all was there already
+    data, source = read_all(manifest), open_source(odd)
+    for i, latents in zip(data["id"], data["latents"], strict=True):
+        got = np.rint((latents[0].astype(np.float32) + 1) * 127.5).astype(np.uint8)
+        assert np.array_equal(got.transpose(1, 2, 0), source.load(int(i), 8))
+
+
+def test_counts_survive_a_stop(odd, tmp_path):
+    run(odd, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        encode(open_source(odd), PixelCodec(), tmp_path / "out", options(), stop_after(8))
+    run(odd, tmp_path / "out")
+    assert Manifest.load(tmp_path / "out").counted == COUNTED
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_images_left_out_are_not_counted(odd, tmp_path):
+    shutil.copytree(odd, tmp_path / "set")
+    for name in ("00", "05"):
+        (tmp_path / "set" / "c" / f"{name}.png").write_bytes(b"")
+    manifest = run(tmp_path / "set", tmp_path / "out", max_bad=2).manifest
+    assert manifest.counted == {"turned": 4, "transparent": 6}
+
+
+def test_nothing_is_counted_of_ordinary_images(folder, tmp_path):
+    manifest = run(folder, tmp_path / "out").manifest
+    assert manifest.counted == {}
+    assert "counted" not in json.loads((tmp_path / "out" / "manifest.json").read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"exif": "ignore"}, "exif: 'turn' there, 'ignore' here"),
+        ({"background": "black"}, "background: '#ffffff' there, '#000000' here"),
+        ({"icc": "ignore"}, "icc: 'convert' there, 'ignore' here"),
+    ],
+)
+def test_other_pixels_are_another_command(odd, tmp_path, change, words):
+    with pytest.raises(KeyboardInterrupt):
+        encode(open_source(odd), PixelCodec(), tmp_path / "out", options(), stop_after(8))
+    with pytest.raises(DataError, match=rf"of another command \({words}\)"):
+        run(odd, tmp_path / "out", decode=Decode(**change))
+    run(odd, tmp_path / "out")
+    with pytest.raises(DataError, match=r"is something else \(crop, exif, icc or background: "):
+        run(odd, tmp_path / "out", decode=Decode(**change))
+
+
+def test_more_pixels_may_be_allowed_when_going_on(odd, tmp_path):
+    with pytest.raises(DataError, match=r"8 x 10 = 80 pixels, expected at most 79; --max_pixels=80 takes it"):
+        run(odd, tmp_path / "out", decode=Decode(max_pixels=79))
+    assert run(odd, tmp_path / "out", decode=Decode(max_pixels=80)).manifest.samples == 20
+
+
+# --- data sets from before there was a choice --------------------------------------------------------------
+
+
+def older(folder, out, stop=None):
+    """What an older version wrote, or began to: its plan says nothing of how files become pixels."""
+    source, fields = open_source(folder), options(decode=None)
+    if stop is None:
+        return encode(source, PixelCodec(), out, fields)
+    with pytest.raises(KeyboardInterrupt):
+        encode(source, PixelCodec(), out, fields, stop_after(stop))
+    assert "decode" not in json.loads((out.with_name(out.name + ".partial") / PLAN).read_bytes())["options"]
+    return None
+
+
+def test_what_an_older_version_began_goes_on_as_it_was(odd, tmp_path):
+    older(odd, tmp_path / "whole")
+    older(odd, tmp_path / "out", 8)
+    with pytest.warns(
+        Notice, match="is of an older version and stays as it was begun: no image is turned upright"
+    ):
+        run(odd, tmp_path / "out")
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    assert Manifest.load(tmp_path / "out").transform == options().crop.text
+    with pytest.warns(Notice, match="older version"):
+        assert "all was there already" in str(run(odd, tmp_path / "out"))
+    run(odd, tmp_path / "new")
+    assert files(tmp_path / "new")["shard-000000.tar"] != files(tmp_path / "out")["shard-000000.tar"]
+
+
+def test_an_older_one_does_not_go_on_in_another_way(odd, tmp_path):
+    older(odd, tmp_path / "out", 8)
+    with pytest.raises(DataError, match="older version, which had no --exif, --background and --icc"):
+        run(odd, tmp_path / "out", decode=Decode(background="black"))
+    with pytest.warns(Notice, match="older version"):
+        run(odd, tmp_path / "out", decode=Decode(max_pixels=10**9))
+
+
+def test_plans_of_older_versions_have_kept_their_form():
+    """To the digit what the version before wrote for these options."""
+    assert planned(PixelCodec(), options(decode=None))["options"] == {
+        "image_size": 8,
+        "flip": True,
+        "block": 7,
+        "shard_mb": 512.0,
+        "seed": 0,
+        "batch_size": 4,
+        "posterior": "moments",
+        "dtype": "float16",
+        "crop": {"name": "centre"},
+    }

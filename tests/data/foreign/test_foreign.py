@@ -382,7 +382,11 @@ REFUSED = {
     ),
     "not finite": (
         changed(npy=npy(array_of(0) * np.float16("nan"))),
-        "sample '2' has .* not finite in float16",
+        "sample '2' has .* not finite as they are stored, which no --dtype mends",
+    ),
+    "too large for float16": (
+        [("a.npy", npy(np.full((2, 3, 3), 1e5, np.float32)))],
+        "sample 'a' has .* not finite in float16, though they are as stored: --dtype=float32 takes them",
     ),
     "objects": (changed(npy=npy(np.array([{}], object), allow_pickle=True)), "npy"),
     "a pickle": (changed(npy=pickle.dumps([1])), "magic"),

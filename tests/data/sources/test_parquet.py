@@ -228,16 +228,14 @@ def test_files_that_differ_are_named(tmp_path):
 def test_an_image_that_is_no_image_by_its_size_is_not_read(tmp_path, monkeypatch):
     source = open_source(write(tmp_path / "set.parquet"))
     monkeypatch.setattr("dit.data.sources.source.MAX_IMAGE", min(map(len, IMAGES)) - 1)
-    with pytest.raises(
-        BadImage, match=r"3.png: ValueError: row 3: \d+ bytes, expected at most \d+ of an image"
-    ):
+    with pytest.raises(BadImage, match=r"3.png: row 3: \d+ bytes, expected at most \d+ of an image"):
         source.load(3, 8)
 
 
 def test_an_image_that_cannot_be_read_is_named(tmp_path):
     source = open_source(write(tmp_path / "set.parquet", [*IMAGES[:4], b"no picture", *IMAGES[5:]]))
     assert source.load(3, 16).shape == (16, 16, 3)
-    with pytest.raises(BadImage, match=r"^4.png: UnidentifiedImageError"):
+    with pytest.raises(BadImage, match=r"^4.png: not an image that is read"):
         source.load(4, 16)
 
 

@@ -28,6 +28,34 @@ def test_a_tar_of_class_folders(tmp_path, above):
     assert np.array_equal(source.load(1, 16), centre(picture(1), 16))
 
 
+def test_a_tar_of_all_kinds_of_images(tmp_path):
+    files = {
+        "c/1.gif": encoded(1, "GIF"),
+        "c/2": encoded(2),
+        "c/3.jpg_large": encoded(3, "JPEG"),
+        "c/4.txt": encoded(4),
+    }
+    junk = {"__MACOSX/c/._1.gif": b"", "c/Thumbs.db": encoded(5), "__MACOSX/c/9.png": encoded(5)}
+    source = open_source(write_tar(tmp_path / "set.tar", files | {"c/README": b"text"} | junk))
+    assert source.names == ("c/1.gif", "c/2", "c/3.jpg_large")
+    assert (source.classes, source.others) == (("c",), {".txt": 1, "": 1})
+    assert np.array_equal(source.load(1, 16), centre(picture(2), 16))
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
+@pytest.mark.parametrize("name", ["cat/a.png", "dog"])
+def test_links_in_a_tar_are_refused_wherever_they_lead(tmp_path, kind, name):
+    tar = write_tar(tmp_path / "set.tar", {"cat/b.png": encoded(1)})
+    with tarfile.open(tar, "a") as links:
+        info = tarfile.TarInfo(name)
+        info.type, info.linkname = kind, "gone"
+        links.addfile(info)
+    with pytest.raises(
+        DataError, match=rf"member '{name}': is a link; write the tar anew with `tar --dereference"
+    ):
+        open_source(tar)
+
+
 def test_a_tar_without_folders_has_no_labels(tmp_path):
     source = open_source(write_tar(tmp_path / "set.tar", {"b.png": encoded(1), "a.png": encoded(2)}))
     assert (source.names, source.labels.tolist(), source.classes) == (("a.png", "b.png"), [-1, -1], ())
@@ -114,6 +142,17 @@ def test_webdataset_of_other_images(tmp_path, kind):
     source = open_source(write_tar(tmp_path / "set.tar", webdataset_files(0, [1, 0], kind)))
     assert source.labels.tolist() == [1, 0]
     assert source.load(1, 16).shape == (16, 16, 3)
+
+
+def test_of_a_webdataset_sample_the_image_is_the_one_that_is_called_so(tmp_path):
+    """The usual endings first, then the others, then first bytes: masks and depths beside a photo are not it."""
+    files = {"0.jpg": encoded(0, "JPEG"), "0.gif": encoded(9, "GIF"), "0.depth": encoded(9), "0.cls": b"0"}
+    files |= {"1.gif": encoded(1, "GIF"), "1.depth": encoded(9), "1.cls": b"1"}
+    files |= {"2.image": encoded(2), "2.cls": b"2", "2.txt": b"text"}
+    source = open_source(write_tar(tmp_path / "set.tar", files))
+    assert (source.names, source.labels.tolist()) == (("0.jpg", "1.gif", "2.image"), [0, 1, 2])
+    assert source.others == {".gif": 1, ".depth": 2, ".txt": 1}
+    assert np.array_equal(source.load(2, 16), centre(picture(2), 16))
 
 
 def test_the_webdataset_library_gives_the_same_samples(tmp_path):
