@@ -20,7 +20,7 @@ MAX_FUNCTION_LINES = 45
 
 # Layer -> the layers it may import besides itself. A layer is a package or a module directly in dit/, and
 # tools/. `dit` is dit/__init__.py: everybody may import it, so it imports nobody.
-BASE = frozenset({"dit", "errors", "files", "version", "config", "configfile", "ranks", "rng"})
+BASE = frozenset({"dit", "errors", "files", "version", "config", "configfile", "outputs", "ranks", "rng"})
 EVALS = BASE | {"flow", "model", "sample", "data"}
 TRAIN = EVALS | {"evals"}
 TOP = TRAIN | {"train", "stage1"}
@@ -31,6 +31,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "config": BASE,
     "configfile": BASE,
     "version": frozenset({"dit"}),
+    "outputs": BASE,
     "ranks": BASE,
     "rng": BASE,
     "flow": BASE,
