@@ -200,13 +200,14 @@ def test_what_holds_no_classifier_is_refused(digits: Digits, tmp_path: Path) -> 
 
 def test_the_contract_is_the_guided_models(digits: Digits) -> None:
     """So that the two can be compared: see tests/experiments/test_latents.py."""
+    from dit.experiments.parts import make_parts
     from tests.experiments.test_diffusion import experiment
 
     manifest = Manifest.load(digits.moments)
     cfg = from_dict(ClassifierExperiment, values(digits, Path("x")))
     guided = experiment(data={"path": str(digits.moments)}, model={"size": "nano"})
     parts = cfg.make_parts(manifest, World())
-    assert parts.contract == guided.make_parts(manifest, World()).contract
+    assert parts.contract == make_parts(guided, manifest, World()).contract
     assert from_dict(ClassifierExperiment, to_dict(cfg)) == cfg
 
 

@@ -269,7 +269,7 @@ def test_its_sampler_decodes_with_the_datas_codec(digits: Digits, run: Path) -> 
 def classifier(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("classifier")
     cfg = from_dict(ClassifierExperiment, classifier_values(digits, folder, train={"steps": 1}))
-    train(cfg, make_parts)
+    train(cfg, ClassifierExperiment.make_parts)
     return folder
 
 
