@@ -21,7 +21,7 @@ from dit.evals.plane import (
     PROBLEMS,
     PROTOCOL,
     Budget,
-    Problem,
+    PlaneProblem,
     carry,
     even,
     floor,
@@ -94,7 +94,7 @@ def write(out: Path, table: dict[str, dict[str, Any]], protocol: dict[str, Any],
     print("\n".join(lines))
 
 
-def section(problem: Problem, rows: dict[str, Any]) -> list[str]:
+def section(problem: PlaneProblem, rows: dict[str, Any]) -> list[str]:
     """The lines of one problem's table."""
     columns = [
         "path energy",
@@ -118,7 +118,9 @@ def section(problem: Problem, rows: dict[str, Any]) -> list[str]:
     ]
 
 
-def draw(problem: Problem, flows: dict[str, Denoiser], rows: dict[str, Any], seed: int, file: Path) -> None:
+def draw(
+    problem: PlaneProblem, flows: dict[str, Denoiser], rows: dict[str, Any], seed: int, file: Path
+) -> None:
     """Paths above, samples after four steps below, a column for each coupling."""
     import matplotlib as mpl
 

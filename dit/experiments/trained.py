@@ -73,6 +73,11 @@ class Trained:
         facts = (found.step, found.path, weights, found.updates, found.digest)
         return cls(model, experiment, norm, contract, *facts)
 
+    def denoiser(self, device: torch.device, precision: Precision) -> Denoiser:
+        """The model as a denoiser of noisy latents, without gradients of its weights."""
+        objective, model = self.experiment.objective, self.model.requires_grad_(False)
+        return Denoiser(with_precision(model, device, precision), objective.path, objective.prediction)
+
     def sampler(
         self,
         spec: SamplerSpec,
