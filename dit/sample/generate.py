@@ -143,9 +143,8 @@ class Sampler:
         Raises NotFiniteError naming the first image that the codec cannot make of its latents.
         """
         decoded = self.decode(latents)
-        reach = f"its latents reach {float(latents.abs().max()):.3g}"
-        advice = f"{self._advice(self.codec_advice)} ({reach})"
-        return to_uint8(check_finite(decoded, index, label, "its pixels, as the codec decodes them,", advice))
+        what = f"its pixels, decoded from latents of up to {float(latents.abs().max()):.3g},"
+        return to_uint8(check_finite(decoded, index, label, what, self._advice(self.codec_advice)))
 
     def images(self, index: Tensor, label: Tensor) -> np.ndarray:
         """(B, H, W, 3) uint8. Raises NotFiniteError, as `latents` and `pictures` do."""

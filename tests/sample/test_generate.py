@@ -379,7 +379,7 @@ def test_pixels_that_are_not_finite_are_named_with_what_the_codec_advises(value:
         sampler(lambda x, t, cond: 0 * x, num_steps=1), decode=decode, codec_advice="take float32"
     )
     with pytest.raises(
-        NotFiniteError, match=r"image 7 \(class 4\): 2% of its pixels.*take float32 .*latents reach"
+        NotFiniteError, match=r"image 7 \(class 4\): 2% of its pixels, decoded from latents.*; take float32"
     ):
         drawn.images(torch.arange(5, 9), torch.arange(2, 6))
 
