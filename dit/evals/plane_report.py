@@ -40,8 +40,8 @@ def write_report(
         "itself. Reflow learns to end, in fewer steps, where the flow that made its pairs ends (that one's W2 at 64 "
         "steps), whose error it inherits.",
         "",
-        f"`python tools/toys.py --out=OUT --steps={protocol['steps']} --seed={protocol['seed']}`, {seconds:.0f} s of CPU time; "
-        f"protocol {digest}: `{json.dumps(protocol)}`",
+        f"`python tools/toys.py --out=OUT --steps={protocol['steps']} --seed={protocol['seed']}`, {seconds:.0f} s of "
+        f"CPU time; protocol {digest}: `{json.dumps(protocol)}`",
     ]
     write_atomically(out.with_name(f"{out.name}.md"), ("\n".join(lines) + "\n").encode())
     write_record(out.with_name(f"{out.name}.json"), values)  # last: it says that the others are whole

@@ -4,6 +4,7 @@ Several ranks, and ranks that are killed: test_ranks.py.
 """
 
 import os
+import re
 import shutil
 from dataclasses import replace
 
@@ -471,14 +472,21 @@ def test_with_very_many_damaged_images_it_gives_up(tmp_path):
     assert len((tmp_path / "out.partial" / "bad.txt").read_text().splitlines()) == 104
 
 
-def test_latents_that_are_not_finite_are_named(folder, tmp_path):
+@pytest.mark.parametrize(
+    ("factor", "dtype", "says"),
+    [
+        (torch.inf, torch.float32, "the codec gives latents that are not finite; take another codec"),
+        (1e6, torch.float16, "that are not finite; set codec.dtype to float32 (it is float16)"),
+        (1e6, torch.float32, "and are not finite in float16; try --dtype=float32"),
+    ],
+)
+def test_latents_that_are_not_finite_are_named(folder, tmp_path, factor, dtype, says):
     vae = tiny_vae()
     with torch.no_grad():
-        vae.encoder.conv_in.weight.fill_(torch.inf)
-    with pytest.raises(
-        DataError, match=r"[abc]/\d\d.png: the codec gives latents that are not finite in float16"
-    ):
-        run(folder, tmp_path / "out", VaeCodec(vae))
+        vae.quant_conv.weight.mul_(factor)
+    codec = VaeCodec(vae, dtype)
+    with pytest.raises(DataError, match=rf"[abc]/\d\d.png: .*{re.escape(says)}"):
+        run(folder, tmp_path / "out", codec)
     assert partial(tmp_path) == ["parts", PLAN, "run"]
 
 
