@@ -19,6 +19,7 @@ from dit.train.checkpoints.export import export as write_export
 Heads = Annotated[int | None, "attention heads; none = those of S, B, L or XL, by the width"]
 Classes = Annotated[int | None, "classes; none = the label table's rows but the null one"]
 Scale = Annotated[float | None, "latents were multiplied with it; none = the codec's own, or 0.18215"]
+Overwrite = Annotated[bool, "replace a file that is there"]
 Weights = Annotated[str, "which weights: ema, model, or another average, as ema_0.999"]
 
 
@@ -68,9 +69,11 @@ def to_facebook_dit(
     out: Annotated[str, "a new .pt or .safetensors file"],
     *,
     weights: Weights = "ema",
+    overwrite: Overwrite = False,
 ) -> None:
     """A checkpoint's weights as a state dict for facebookresearch/DiT: eps on DDPM's linear betas."""
-    print(f"{from_run(run_or_ckpt, out, FacebookDiT(), weights)}: a state dict for facebookresearch/DiT")
+    line = from_run(run_or_ckpt, out, FacebookDiT(), weights, overwrite)
+    print(f"{line}\n{out}: a state dict for facebookresearch/DiT")
 
 
 def to_sit(
@@ -81,11 +84,11 @@ def to_sit(
     learn_sigma: Annotated[
         bool, "with rows of zeros where SiT's learn_sigma=True has ones to discard"
     ] = True,
+    overwrite: Overwrite = False,
 ) -> None:
     """A checkpoint's weights as a state dict for willisma/SiT: a path with model times of 1 - t."""
-    print(
-        f"{from_run(run_or_ckpt, out, SiT(learn_sigma=learn_sigma), weights)}: a state dict for willisma/SiT"
-    )
+    line = from_run(run_or_ckpt, out, SiT(learn_sigma=learn_sigma), weights, overwrite)
+    print(f"{line}\n{out}: a state dict for willisma/SiT")
 
 
 def export(
@@ -97,18 +100,15 @@ def export(
         float | None,
         "an average of this width (sigma_rel), made of the run's snapshots; none = as it was kept",
     ] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """One set of weights as one file that tools/sample.py takes: the model's own names, and what it was trained as.
 
     Averages of any width can be made after training with ema.power and ema.snapshot_every (EDM2's post-hoc EMA).
     """
-    written, off = write_export(run_or_ckpt, out, weights, width)
-    how = (
-        f"the {written.kind} weights"
-        if off is None
-        else f"an average of width {width:g} (profile off by {off:.2%})"
-    )
-    print(f"{out}: {how} of step {written.meta['step']}")
+    written, off = write_export(run_or_ckpt, out, weights, width, overwrite)
+    how = "" if off is None else f", an average of width {width:g} (profile off by {off:.2%})"
+    print(f"{out}: {written.line}{how}")
     if off is not None and off > 0.1:
         print(
             "note: the snapshots cannot make an average of that width (the profile is what each step's weights count "

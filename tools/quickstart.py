@@ -65,6 +65,7 @@ def main(
             f"--cfg_scale={scale}",
             f"--num_steps={num_steps}",
             "--batch_size=100",
+            "--overwrite",
         )
     finish(folder, first / "vae" / "vae")
 

@@ -17,7 +17,7 @@ from dit.cli import run
 from dit.configfile import load
 from dit.experiments.autoencoder import AutoencoderExperiment, export
 from dit.ranks.group import World
-from dit.stage1.figures import newest, told
+from dit.stage1.figures import figures_line, newest
 from dit.train.start import train
 
 
@@ -35,7 +35,7 @@ def main(config: Annotated[str, "a YAML file such as configs/digits_vae.yaml"], 
         print(f"the autoencoder of step {done.step} is in {done.folder}")
         figures = newest(cfg.folder, done.step)
         if figures is not None:
-            print(told(figures))
+            print(figures_line(figures))
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def checkerboard(u: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Problem:
+class PlaneProblem:
     """From points of `source`, at t = 1, to points of `target`, at t = 0."""
 
     title: str
@@ -77,8 +77,8 @@ class Problem:
 
 
 PROBLEMS = {
-    "moons": Problem("Eight Gaussians to two moons", eight_gaussians, moons, 5.2, 3.6),
-    "checkerboard": Problem("Gaussian noise to a checkerboard", normal, checkerboard, 3.6, 2.6),
+    "moons": PlaneProblem("Eight Gaussians to two moons", eight_gaussians, moons, 5.2, 3.6),
+    "checkerboard": PlaneProblem("Gaussian noise to a checkerboard", normal, checkerboard, 3.6, 2.6),
 }
 
 
@@ -134,7 +134,7 @@ class Network(nn.Module):
 Pairing = Callable[[int], tuple[Tensor, Tensor]]  # step -> data and eps, (B, 2) each
 
 
-def train(problem: Problem, budget: Budget, progress: Callable[[], Any]) -> dict[str, Denoiser]:
+def train(problem: PlaneProblem, budget: Budget, progress: Callable[[], Any]) -> dict[str, Denoiser]:
     """A flow for each coupling, and for the pairs that each of those flows makes."""
     flows = {}
     for name, coupling in COUPLINGS.items():
@@ -162,7 +162,7 @@ def fit(pairs: Pairing, budget: Budget, progress: Callable[[], Any]) -> Denoiser
     return Denoiser(network, objective.path, objective.prediction)
 
 
-def drawn(problem: Problem, coupling: Coupling, budget: Budget) -> Pairing:
+def drawn(problem: PlaneProblem, coupling: Coupling, budget: Budget) -> Pairing:
     """New points at every step, paired by a coupling."""
 
     def batch(step: int) -> tuple[Tensor, Tensor]:
@@ -173,7 +173,7 @@ def drawn(problem: Problem, coupling: Coupling, budget: Budget) -> Pairing:
     return batch
 
 
-def regenerated(problem: Problem, flow: Denoiser, budget: Budget) -> Pairing:
+def regenerated(problem: PlaneProblem, flow: Denoiser, budget: Budget) -> Pairing:
     """Pairs that a flow has made: points of the source and where its ODE takes them."""
     eps = problem.source(uniform(budget.seed, Purpose.PRIOR, 0, PAIRS)).float()
     data = torch.cat([carry(flow, part, 25, Heun()) for part in eps.split(4096)])
@@ -199,7 +199,7 @@ def times(steps: int) -> Tensor:
 # --- measuring ---------------------------------------------------------------------------------------------
 
 
-def judge(problem: Problem, flow: Denoiser, seed: int) -> dict[str, Any]:
+def judge(problem: PlaneProblem, flow: Denoiser, seed: int) -> dict[str, Any]:
     """How straight a flow is, and what few steps of Euler's method make of it.
 
     w2: to the target, by the number of steps. error: mean distance from where the ODE itself ends.
@@ -217,7 +217,7 @@ def judge(problem: Problem, flow: Denoiser, seed: int) -> dict[str, Any]:
     }
 
 
-def floor(problem: Problem, seed: int) -> dict[str, float]:
+def floor(problem: PlaneProblem, seed: int) -> dict[str, float]:
     """What is known without a flow: W2 of two draws of the target, and W2² of source and target, the least energy."""
     target, other = (problem.target(even(seed + n)).numpy() for n in (2, 3))
     source = problem.source(even(seed + 1)).numpy()

@@ -19,10 +19,10 @@ from dit.model.cost import counted_training_flops
 from dit.ranks.group import World
 from dit.sample.generate import image_grid, to_uint8
 from dit.stage1.autoencoder import AUTOENCODERS, Autoencoder, AutoencoderConfig, Kl, Quantizer
+from dit.stage1.autoencoder_task import L2, PIXEL_LOSSES, AutoencoderTask, PixelLoss
 from dit.stage1.discriminator import DiscriminatorConfig, Opposed
-from dit.stage1.figures import Figures
+from dit.stage1.figures import ReconstructionFigures
 from dit.stage1.perceptual import PerceptualConfig
-from dit.stage1.task import L2, PIXEL_LOSSES, AutoencoderTask, PixelLoss
 from dit.train.checkpoints import checkpoint
 from dit.train.checkpoints.checkpoint import CheckpointError, Reader
 from dit.train.engines.base import Engine
@@ -105,7 +105,7 @@ class AutoencoderExperiment(RunConfig):
         hooks: list[Hook] = held_out_hook(self, manifest, alone, world)
         held_out = open_held_out(self, manifest, alone, world)
         if held_out is not None:
-            hooks.append(Figures(self.val.every, alone, held_out))
+            hooks.append(ReconstructionFigures(self.val.every, alone, held_out))
         if self.sample.every:
             draw = self._reconstructions(alone)
             hooks.append(SampleGrid(self.sample.every, draw, self.folder / "samples"))

@@ -112,6 +112,7 @@ class TrainedClassifier:
     path: Path
     step: int
     device: torch.device
+    digest: str  # of the checkpoint's content
 
     @classmethod
     def load(cls, run_or_checkpoint: str, weights: str, device: torch.device) -> TrainedClassifier:
@@ -130,7 +131,7 @@ class TrainedClassifier:
         model = experiment.classifier.build((height, width), channels, len(agreed["classes"]))
         model.load_state_dict(Reader(found).state_dict(weights))
         model.to(device).eval().requires_grad_(False)
-        return cls(model, experiment, agreed, found.path, found.step, device)
+        return cls(model, experiment, agreed, found.path, found.step, device, found.digest)
 
     def logits(self, precision: str) -> LogitsFn:
         """(x (B, C, H, W), t (B,)) → logits (B, classes), differentiable in x. precision: fp32 or bf16."""

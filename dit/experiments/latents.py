@@ -50,6 +50,18 @@ def check_same_latents(ours: Mapping[str, Any], theirs: Mapping[str, Any], named
             )
 
 
+def check_same_data(contract: Mapping[str, Any], manifest: Manifest, named: str, data: str) -> None:
+    """DataError unless data are like those that a model was trained on. named, data: the model and they, in words."""
+    check_same_codec(contract["codec"], manifest.codec, named, data)
+    found = {"shape": [manifest.channels, *manifest.input_size], "classes": list(manifest.classes)}
+    for name, value in found.items():
+        if contract[name] != value:
+            raise DataError(
+                f"{data} and {named} differ in {name}: {value!r} against {contract[name]!r}; encode the data as those "
+                "of the run were"
+            )
+
+
 def check_same_path(ours: NoisePath, theirs: NoisePath, named: str, other: str) -> None:
     """ConfigError unless x at every time is the same mixture of data and eps on both."""
     t = torch.linspace(0, 1, 101, dtype=torch.float64)

@@ -51,15 +51,15 @@ def _hooks(
         codec = cfg.open_codec(manifest, world.device)
         agreed, device = latent_contract(manifest, norm), world.device
         opener = Checkpoints(cfg.objective.path, agreed, cfg.run_dir, "ema", device, cfg.train.precision)
-        draw = _grid(cfg, manifest, lambda x: codec.decode(norm.invert(x)), opener)
+        draw = _grid(cfg, manifest, lambda x: codec.decode(norm.invert(x)), opener, codec.advice)
         hooks.append(SampleGrid(cfg.sample.every, draw, cfg.folder / "samples"))
     return hooks
 
 
 def _grid(
-    cfg: Experiment, manifest: Manifest, decode: Callable[[Tensor], Tensor], opener: Checkpoints
+    cfg: Experiment, manifest: Manifest, decode: Callable[[Tensor], Tensor], opener: Checkpoints, advice: str
 ) -> Callable[[Engine], np.ndarray]:
-    """What draws the pictures during training, a column a class."""
+    """What draws the pictures during training, a column a class. advice: the codec's."""
     classes = range(len(manifest.classes)) if manifest.classes else [-1]
     index = torch.arange(cfg.sample.count)
     shape = (manifest.channels, *manifest.input_size)
@@ -68,7 +68,9 @@ def _grid(
         guidance(lambda x, t, cond: Endpoints(x, x), Context(path, opener))
 
     def draw(engine: Engine) -> np.ndarray:
-        sampler = Sampler(engine, path, prediction, decode, shape, cfg.sample, opener.device, opener)
+        sampler = Sampler(
+            engine, path, prediction, decode, shape, cfg.sample, opener.device, opener, codec_advice=advice
+        )
         return image_grid(sampler.images(index, labels_for(index, classes)), columns=min(10, len(classes)))
 
     return draw

@@ -22,11 +22,13 @@ from dit.experiments.latents import (
     open_codec,
 )
 from dit.flow.path import NoisePath
+from dit.sample.classes import chosen_classes
 from dit.sample.denoise import DenoiseFn, Denoiser, with_precision
-from dit.sample.generate import Sampler, SamplerSpec, check_classes
+from dit.sample.generate import Sampler, SamplerSpec
 from dit.sample.guide import LogitsFn
 from dit.train.checkpoints import checkpoint
 from dit.train.checkpoints.checkpoint import CheckpointError, Reader
+from dit.train.checkpoints.nearby import MODEL, kind_of, suggestion
 from dit.train.ema import MAIN
 
 Precision = Literal["fp32", "bf16"]
@@ -43,6 +45,8 @@ class Trained:
     step: int
     path: Path
     weights: str = "ema"  # or "model"
+    updates: int = 0
+    digest: str = ""  # of the checkpoint's content, wherever it lies
 
     @classmethod
     def load(cls, run_or_checkpoint: str, weights: str, device: torch.device) -> Trained:
@@ -50,21 +54,29 @@ class Trained:
         found = checkpoint.resolve(run_or_checkpoint)
         if not found.is_sharded and weights == MAIN:
             (weights,) = found.weights  # an exported file has one set, which is what is meant
+        kind = kind_of(found.meta["config"])
+        if kind != MODEL:
+            above = (found.path.parents[1] if found.is_sharded else found.path).parent
+            raise CheckpointError(f"{found.path} holds no model to draw from ({kind}){suggestion(above)}")
         try:
             experiment = from_dict(Experiment, found.meta["config"])
         except ConfigError as error:
-            kind = (
-                "a classifier, for --guidance"
-                if "classifier" in found.meta["config"]
-                else "not of tools/train.py"
-            )
-            raise CheckpointError(f"{found.path} holds no model to draw from ({kind}): {error}") from None
+            raise CheckpointError(
+                f"{found.path} holds no model to draw from (not of tools/train.py): {error}"
+            ) from None
         contract = found.meta["contract"]
         channels, height, width = contract["shape"]
         model = experiment.model.build((height, width), channels, len(contract["classes"]))
         model.load_state_dict(Reader(found).state_dict(weights))
         norm = from_dict(LatentNorm, contract["norm"])
-        return cls(model.to(device).eval(), experiment, norm, contract, found.step, found.path, weights)
+        model = model.to(device).eval()
+        facts = (found.step, found.path, weights, found.updates, found.digest)
+        return cls(model, experiment, norm, contract, *facts)
+
+    def denoiser(self, device: torch.device, precision: Precision) -> Denoiser:
+        """The model as a denoiser of noisy latents, without gradients of its weights."""
+        objective, model = self.experiment.objective, self.model.requires_grad_(False)
+        return Denoiser(with_precision(model, device, precision), objective.path, objective.prediction)
 
     def sampler(
         self,
@@ -102,6 +114,8 @@ class Trained:
             spec,
             device,
             Checkpoints(objective.path, contract, str(self.path), self.weights, device, precision),
+            model_advice="compute in float32 (--precision=fp32)" if precision == "bf16" else "",
+            codec_advice="" if opened is None else opened.advice,
         )
 
     def _codec(self, keys: Mapping[str, str], device: torch.device) -> Codec:
@@ -113,14 +127,19 @@ class Trained:
         return open_codec(choice, self.contract["codec"], str(self.path), device)
 
     def classes(self, text: str) -> list[int]:
-        """Class numbers from "all" or "0,3"; ConfigError where they are out of range."""
-        count = len(self.contract["classes"])
-        try:
-            chosen = list(range(count)) or [-1] if text == "all" else [int(c) for c in text.split(",")]
-        except ValueError:
-            raise ConfigError(f"classes must be 'all' or numbers like 0,3; got '{text}'") from None
-        check_classes(chosen, count)
-        return chosen
+        """Class numbers from "all", "0,3" or names; ConfigError for what is none (`chosen_classes`)."""
+        return chosen_classes(text, self.contract["classes"])
+
+    @property
+    def run_dir(self) -> Path:
+        """The run directory that the checkpoint lies in; the folder of an exported file."""
+        return self.path.parents[1] if self.path.parent.name == "checkpoints" else self.path.parent
+
+    def weights_line(self) -> str:
+        """Which weights these are, in a line for a person."""
+        parts = [f"weights: {self.weights} of step {self.step}, after {self.updates} updates"]
+        # HERE goes the share of the first weights that an average still holds (dit/train/ema.py), and its warning
+        return ", ".join([*parts, f"from {self.path}"])
 
 
 @dataclass(frozen=True)
@@ -146,7 +165,7 @@ class Checkpoints:
         if run_or_checkpoint not in self.held:
             other = Trained.load(run_or_checkpoint, self.weights, self.device)
             objective = other.experiment.objective
-            self._take(run_or_checkpoint, other.contract, objective.path, other.path, other.step)
+            self._take(run_or_checkpoint, objective.path, other)
             network = with_precision(other.model, self.device, self.precision)
             self.held[run_or_checkpoint] = Denoiser(network, objective.path, objective.prediction)
         return self.held[run_or_checkpoint]  # type: ignore[no-any-return]
@@ -156,12 +175,12 @@ class Checkpoints:
         if run_or_checkpoint not in self.held:
             other = TrainedClassifier.load(run_or_checkpoint, self.weights, self.device)
             path = other.experiment.objective.path
-            self._take(run_or_checkpoint, other.contract, path, other.path, other.step)
+            self._take(run_or_checkpoint, path, other)
             self.held[run_or_checkpoint] = other.logits(self.precision)
         return self.held[run_or_checkpoint]  # type: ignore[no-any-return]
 
-    def _take(self, name: str, theirs: Mapping[str, Any], path: NoisePath, found: Path, step: int) -> None:
+    def _take(self, name: str, path: NoisePath, other: Trained | TrainedClassifier) -> None:
         """Check what was found, and note it: a run directory is another checkpoint after more training."""
-        check_same_latents(self.contract, theirs, self.named, str(found))
-        check_same_path(self.path, path, self.named, str(found))
-        self.opened[name] = {"checkpoint": str(found), "step": step}
+        check_same_latents(self.contract, other.contract, self.named, str(other.path))
+        check_same_path(self.path, path, self.named, str(other.path))
+        self.opened[name] = {"checkpoint": str(other.path), "step": other.step, "digest": other.digest}

@@ -28,6 +28,7 @@ from dit.files import expand, sync
 from dit.flow.objective import Objective
 from dit.interop.weights import Arguments, Count, StateDict, WeightsError, infer, network
 from dit.model.dit import DiT
+from dit.outputs import claim
 from dit.ranks.group import World
 from dit.train.checkpoints import saver
 from dit.train.checkpoints.checkpoint import State
@@ -200,16 +201,18 @@ def _contract(arguments: Arguments, choices: Choices) -> dict[str, Any]:
 # --- out ---------------------------------------------------------------------------------------------------
 
 
-def from_run(run_or_checkpoint: str, out: str | Path, format: Format, weights: str) -> Path:
-    """Weights ("ema" or "model") of a checkpoint as a file for the project: .pt or .safetensors.
+def from_run(
+    run_or_checkpoint: str, out: str | Path, format: Format, weights: str, overwrite: bool = False
+) -> str:
+    """Write weights ("ema", "model" or another average) of a checkpoint as a file for the project: .pt or .safetensors.
 
-    Raises WeightsError for a model that the project does not have, ConfigError where `out` exists.
+    Gives the line that says which weights they are. Raises WeightsError for a model that the project does not have,
+    OutputError where `out` exists (overwrite: it is replaced).
     """
     path = Path(expand(str(out)))
-    if path.exists():
-        raise ConfigError(f"{path} is there already; give a new file name")
+    claim([path], overwrite=overwrite)
     trained = Trained.load(run_or_checkpoint, weights, torch.device("cpu"))
     if not isinstance(trained.model, DiT):
         raise WeightsError(f"{trained.path} holds no DiT, but a {type(trained.model).__name__}")
     write_weights(path, format.theirs(trained.model, trained.experiment.objective))
-    return path
+    return trained.weights_line()

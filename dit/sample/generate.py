@@ -20,6 +20,7 @@ from dit.flow.path import NoisePath
 from dit.flow.predict import Model, Prediction
 from dit.rng import Draws, Purpose
 from dit.sample.denoise import DenoiseFn, Denoiser
+from dit.sample.finite import NotFiniteError, check_finite, first_not_finite
 from dit.sample.grid import GRIDS, Grid, UniformGrid
 from dit.sample.guide import GUIDANCES, ClassifierFree, Context, Guidance, Opener, cfg
 from dit.sample.solve import SOLVERS, Heun, Solver
@@ -96,7 +97,8 @@ class SamplerSpec:
 class Sampler:
     """Draws images. shape: (C, H, W) of a latent. decode: model-side latents (B, C, H, W) to images in [-1, 1].
 
-    open: opens the checkpoints that guidance names. tally: counts what was evaluated.
+    open: opens the checkpoints that guidance names. tally: counts what was evaluated. model_advice, codec_advice: what
+    to try where latents, or the pictures made of them, are not finite; empty where nothing is known to help.
     """
 
     model: Model
@@ -108,6 +110,8 @@ class Sampler:
     device: torch.device
     open: Opener | None = None
     tally: Tally = field(default_factory=Tally, compare=False)
+    model_advice: str = ""
+    codec_advice: str = ""
 
     @cached_property
     def denoise(self) -> DenoiseFn:
@@ -133,7 +137,10 @@ class Sampler:
 
     @torch.no_grad()
     def latents(self, index: Tensor, label: Tensor) -> Tensor:
-        """(B, C, H, W) for images `index` (B,) of classes `label` (B,), both int64; label -1 = no class."""
+        """(B, C, H, W) for images `index` (B,) of classes `label` (B,), both int64; label -1 = no class.
+
+        Raises NotFiniteError naming the first image whose latents are not finite.
+        """
         index, label = index.to(self.device), label.to(self.device)
 
         def noise(draw: int) -> Tensor:
@@ -142,32 +149,45 @@ class Sampler:
         self.tally.images += len(index)
         times = self.times()
         x = self.path.prior(self.noise(index), float(times[0]))
-        return self.spec.solver(self.denoise, x, times, self.path, noise, {"label": label})
+        drawn = self.spec.solver(self.denoise, x, times, self.path, noise, {"label": label})
+        return check_finite(drawn, index, label, "its latents", self._advice(self.model_advice))
 
     @torch.no_grad()
+    def pictures(self, latents: Tensor, index: Tensor, label: Tensor) -> np.ndarray:
+        """(B, H, W, 3) uint8 of latents (B, C, H, W) that were drawn for images `index` of classes `label`, (B,) each.
+
+        Raises NotFiniteError naming the first image that the codec cannot make of its latents.
+        """
+        decoded = self.decode(latents)
+        what = f"its pixels, decoded from latents of up to {float(latents.abs().max()):.3g},"
+        return to_uint8(check_finite(decoded, index, label, what, self._advice(self.codec_advice)))
+
     def images(self, index: Tensor, label: Tensor) -> np.ndarray:
-        """(B, H, W, 3) uint8."""
-        return to_uint8(self.decode(self.latents(index, label)))
+        """(B, H, W, 3) uint8. Raises NotFiniteError, as `latents` and `pictures` do."""
+        return self.pictures(self.latents(index, label), index, label)
+
+    def _advice(self, known: str) -> str:
+        """What to try: what is known to help, and less guidance where there is any."""
+        scales = [f"cfg_scale (it is {self.spec.cfg_scale:g})"] * (self.spec.cfg_scale != 1.0)
+        scales += [f"the strength of guidance {GUIDANCES.name_of(g)}" for g in self.spec.guidance]
+        lower = f"lower {' and '.join(scales)}" if scales else ""
+        found = ", or ".join(part for part in (known, lower) if part)
+        return found or "try another solver, more steps, or an earlier checkpoint"
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
-    """(B, 3, H, W) in [-1, 1] to (B, H, W, 3) uint8, rounded to the nearest."""
-    scaled = ((images.float().clamp(-1, 1) + 1) * 127.5).round()
+    """(B, 3, H, W) in [-1, 1] to (B, H, W, 3) uint8, rounded to the nearest. NotFiniteError where one is not finite."""
+    images = images.float()
+    place = first_not_finite(images)
+    if place is not None:
+        raise NotFiniteError(f"image {place} of {len(images)} has pixels that are not finite")
+    scaled = ((images.clamp(-1, 1) + 1) * 127.5).round()
     return scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 def labels_for(indices: Tensor, classes: Sequence[int]) -> Tensor:
     """(B,) int64: classes[i mod n]."""
     return torch.tensor(list(classes), dtype=torch.int64)[indices % len(classes)]
-
-
-def check_classes(classes: Sequence[int], num_classes: int) -> None:
-    """ConfigError for labels that the model has never seen."""
-    wrong = [c for c in classes if not -1 <= c < num_classes]
-    if wrong:
-        raise ConfigError(
-            f"classes {wrong} are out of range: this model knows 0..{num_classes - 1} (-1 = no class)"
-        )
 
 
 def image_grid(images: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:

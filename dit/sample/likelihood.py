@@ -31,7 +31,7 @@ def bits_per_dim(nats: Tensor, dimensions: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Problem:
+class LikelihoodProblem:
     """Whose density it is. slots: (B,) int64 on data's device; the random numbers of a sample are those of its slot."""
 
     denoise: DenoiseFn
@@ -53,7 +53,7 @@ class Problem:
 class Likelihood:
     """A way to log p(data). Subclasses are frozen `@config` classes."""
 
-    def __call__(self, problem: Problem, data: Tensor) -> Tensor:
+    def __call__(self, problem: LikelihoodProblem, data: Tensor) -> Tensor:
         """(B,) float64 nats: log p(data), data (B, C, ...), or a lower bound of its mean."""
         raise NotImplementedError
 
@@ -67,7 +67,7 @@ LIKELIHOODS: Registry[Likelihood] = Registry("likelihood")
 class Divergence:
     """A way to the divergence of a vector field. Subclasses are frozen `@config` classes."""
 
-    def __call__(self, problem: Problem, evaluation: int, x: Tensor, slope: Tensor) -> Tensor:
+    def __call__(self, problem: LikelihoodProblem, evaluation: int, x: Tensor, slope: Tensor) -> Tensor:
         """(B,) float64 from x (B, ...) and the field there, `slope`, computed from it with gradients on."""
         raise NotImplementedError
 
@@ -80,7 +80,7 @@ DIVERGENCES: Registry[Divergence] = Registry("divergence", default="hutchinson")
 class Exact(Divergence):
     """The trace of the Jacobian, one backward pass a dimension."""
 
-    def __call__(self, problem: Problem, evaluation: int, x: Tensor, slope: Tensor) -> Tensor:
+    def __call__(self, problem: LikelihoodProblem, evaluation: int, x: Tensor, slope: Tensor) -> Tensor:
         total = _none(x)
         for i in range(x[0].numel()):
             axis = torch.zeros_like(x).flatten(1)
@@ -99,7 +99,7 @@ class Hutchinson(Divergence):
 
     probes: Annotated[int, Field(ge=1)] = 1  # of random signs per evaluation
 
-    def __call__(self, problem: Problem, evaluation: int, x: Tensor, slope: Tensor) -> Tensor:
+    def __call__(self, problem: LikelihoodProblem, evaluation: int, x: Tensor, slope: Tensor) -> Tensor:
         total = _none(x)
         for probe in range(self.probes):
             draws = problem.draws(evaluation * self.probes + probe)
@@ -124,7 +124,7 @@ def _curvature(x: Tensor, slope: Tensor, v: Tensor) -> Tensor:
 class _Watched(At):
     """The denoiser as a solver calls it, noting at every call the divergence of dx~/ds."""
 
-    problem: Problem
+    problem: LikelihoodProblem
     divergence: Divergence
     found: list[Tensor] = field(default_factory=list)
 
@@ -155,7 +155,7 @@ class Ode(Likelihood):
     power: Annotated[float, Field(gt=0)] = 2.0  # more = finer steps near data
     divergence: Annotated[Divergence, DIVERGENCES] = Hutchinson()  # how the trace of the Jacobian is found
 
-    def __call__(self, problem: Problem, data: Tensor) -> Tensor:
+    def __call__(self, problem: LikelihoodProblem, data: Tensor) -> Tensor:
         data = data.to(torch.promote_types(data.dtype, torch.float32))
         at = _Watched(problem.denoise, problem.path, problem.cond, problem, self.divergence)
         solver, points = RungeKutta4(), self.points(at)
@@ -219,10 +219,10 @@ class Bound(Likelihood):
     # density of latents, or discretised: 256 levels of pixels
     decoder: Literal["density", "discretised"] = "density"
 
-    def __call__(self, problem: Problem, data: Tensor) -> Tensor:
+    def __call__(self, problem: LikelihoodProblem, data: Tensor) -> Tensor:
         return -self.terms(problem, data).total
 
-    def times(self, problem: Problem) -> Tensor:
+    def times(self, problem: LikelihoodProblem) -> Tensor:
         """(num_steps + 1,) float64, falling to the data; ConfigError where the path has no steps of its own."""
         path, num_steps = problem.path, self.num_steps
         if num_steps is not None:
@@ -235,7 +235,7 @@ class Bound(Likelihood):
         check_steps(path, problem.prediction)
         return times[times <= usable(path, problem.prediction)[1]]  # from where sampling would start
 
-    def terms(self, problem: Problem, data: Tensor) -> Terms:
+    def terms(self, problem: LikelihoodProblem, data: Tensor) -> Terms:
         """The bound's terms for data (B, C, ...), in float32 at least."""
         data = data.to(torch.promote_types(data.dtype, torch.float32))
         points = nodes(problem.path, self.times(problem))
@@ -253,7 +253,14 @@ class Bound(Likelihood):
 
     @torch.no_grad()
     def _cost(
-        self, problem: Problem, data: Tensor, now: Node, step: Posterior, log_small: float, i: int, last: bool
+        self,
+        problem: LikelihoodProblem,
+        data: Tensor,
+        now: Node,
+        step: Posterior,
+        log_small: float,
+        i: int,
+        last: bool,
     ) -> Tensor:
         """Nats per element, (B, C, ...), of the step down from `now`."""
         eps = problem.draws(i).normal(Purpose.LIKELIHOOD, data.shape[1:]).to(data.dtype)

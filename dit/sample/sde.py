@@ -44,7 +44,7 @@ DIFFUSIONS: Registry[Diffusion] = Registry("diffusion")
 
 @DIFFUSIONS.register("constant")
 @config
-class Constant(Diffusion):
+class ConstantDiffusion(Diffusion):
     """The norm at all times."""
 
     def __call__(self, t: Tensor, coeffs: Coeffs) -> Tensor:

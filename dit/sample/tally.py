@@ -21,6 +21,11 @@ class Tally:
     calls: int = 0  # samples through the guided denoiser
     evaluations: int = 0  # samples through any network: every branch of the guidance, its other models
 
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Images, calls and evaluations so far."""
+        return self.images, self.calls, self.evaluations
+
     def of_calls(self, denoise: DenoiseFn) -> DenoiseFn:
         """`denoise`, counted as what the solver calls."""
 

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
+from dit.data.codecs.base import in_range
 from dit.evals.frechet import Gaussian, frechet_distance
 from dit.evals.protocol import protocol_hash
 from dit.files import read_text
 from dit.ranks import group
 from dit.stage1.autoencoder import code_perplexity, count_codes
-from dit.stage1.task import AutoencoderTask
+from dit.stage1.autoencoder_task import AutoencoderTask
 from dit.train.ema import Ema
 from dit.train.engines.base import Engine
 from dit.train.hooks import HeldOut
@@ -47,7 +48,7 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
 
 @dataclass
-class Figures:
+class ReconstructionFigures:
     """Figures of held-out images' reconstructions with EMA weights, a line in held_out.jsonl beside the loss's."""
 
     every: int
@@ -92,7 +93,7 @@ class Figures:
 
     def _of_each(self, images: Tensor, outputs: Any) -> dict[str, Tensor]:
         """Values (B, ...) of each image."""
-        shown = outputs[0].float().clamp(-1, 1)
+        shown = in_range(outputs[0])
         a, b = (shown + 1) / 2, (images + 1) / 2
         found = {"psnr": psnr(a, b)}
         if min(images.shape[-2:]) >= SSIM_SIDE:
@@ -112,7 +113,7 @@ def newest(run_dir: Path, step: int) -> dict[str, Any] | None:
     return next((row for row in reversed(rows) if "psnr" in row and row["step"] <= step), None)
 
 
-def told(row: dict[str, Any]) -> str:
+def figures_line(row: dict[str, Any]) -> str:
     """One line of figures for a person."""
     units = {"psnr": "PSNR {:.2f} dB", "ssim": "SSIM {:.4f}"}
     parts = [units.get(k, k + " {:.4g}").format(v) for k, v in row.items() if isinstance(v, float)]

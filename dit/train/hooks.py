@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,12 @@ from dit.data import DataError
 from dit.data.codecs.codec import check_same_codec
 from dit.data.loading.stream import Stream
 from dit.data.shards.manifest import Manifest
+from dit.errors import Notice
 from dit.evals.protocol import protocol_hash
 from dit.evals.valloss import held_out_loss
 from dit.ranks.group import World
 from dit.rng import Draws
+from dit.sample.finite import NotFiniteError
 from dit.train.ema import Ema
 from dit.train.engines.base import Engine
 from dit.train.meters import RunLog
@@ -54,15 +57,23 @@ class HeldOutLoss:
 
 @dataclass
 class SampleGrid:
-    """A grid of images from the same noise each time: watch them sharpen."""
+    """A grid of images from the same noise each time: watch them sharpen.
+
+    Where one is not finite there is no picture of that step, a Notice says so, and the run goes on.
+    """
 
     every: int
     draw: Callable[[Engine], np.ndarray]  # -> (H, W, 3) uint8
     folder: Path
 
     def __call__(self, step: int, engine: Engine, ema: Ema, log: RunLog) -> None:
-        with ema.swapped_in(), torch.no_grad():
-            grid = self.draw(engine)
+        try:
+            with ema.swapped_in(), torch.no_grad():
+                grid = self.draw(engine)
+        except NotFiniteError as error:  # after all that ranks do together
+            if engine.world.is_main:
+                warnings.warn(f"no picture of step {step}: {error}. The run goes on", Notice, stacklevel=2)
+            return
         if engine.world.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(grid).save(self.folder / f"step-{step:08d}.png")

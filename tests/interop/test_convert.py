@@ -23,6 +23,7 @@ from dit.interop.facebook_dit import FacebookDiT
 from dit.interop.sit import SiT
 from dit.interop.weights import WeightsError
 from dit.model.dit import DiTConfig
+from dit.outputs import OutputError
 from dit.train.checkpoints.checkpoint import CheckpointError, Reader, read
 from tests.datasets import Digits
 from tests.gaussian import normal
@@ -217,12 +218,17 @@ def test_there_and_back_through_files(file: Path, suffix: str) -> None:
     torch.save({"model": weights(1), "ema": weights(2)}, file)
     to_run(file, file.parent / "out", FacebookDiT(), HEADS)
     for seed, which in ((1, "model"), (2, "ema")):
-        back = from_run(str(file.parent / "out"), file.parent / f"{which}.{suffix}", FacebookDiT(), which)
+        back = file.parent / f"{which}.{suffix}"
+        line = from_run(str(file.parent / "out"), back, FacebookDiT(), which)
+        assert line.startswith(f"weights: {which} of step 0, after 0 updates, from ")
         held = load_file(back) if suffix == "safetensors" else torch.load(back, weights_only=True)
         assert same(held, weights(seed))
     assert not list(file.parent.glob("*.partial"))
-    with pytest.raises(ConfigError, match="is there already"):
+    with pytest.raises(OutputError, match="is there already"):
         from_run(str(file.parent / "out"), back, FacebookDiT(), "ema")
+    from_run(str(file.parent / "out"), back, FacebookDiT(), "model", overwrite=True)
+    held = load_file(back) if suffix == "safetensors" else torch.load(back, weights_only=True)
+    assert same(held, weights(1))
 
 
 def test_a_sit_is_not_given_out_as_a_dit(file: Path) -> None:
@@ -235,7 +241,8 @@ def test_a_sit_is_not_given_out_as_a_dit(file: Path) -> None:
 def test_a_run_of_ours_can_be_given_out(digits: Digits, tmp_path: Path) -> None:
     objective = {"path": "ddpm", "prediction": "eps"}
     go(values(digits, tmp_path / "run", engine="local", train={"steps": 1}, objective=objective))
-    out = from_run(str(tmp_path / "run"), tmp_path / "dit.pt", FacebookDiT(), "ema")
+    out = tmp_path / "dit.pt"
+    from_run(str(tmp_path / "run"), out, FacebookDiT(), "ema")
     held = torch.load(out, weights_only=True)
     arguments = {**TINY, "hidden_size": 64, "num_heads": 2, "learn_sigma": False}
     model = facebook_dit.from_state_dict(held, **arguments).model

@@ -17,10 +17,10 @@ from dit.flow.predict import PREDICTIONS, Cond, Endpoints, Eps, Model, Predictio
 from dit.model.dit import DiTConfig
 from dit.rng import Draws, Purpose
 from dit.sample.denoise import DenoiseFn
+from dit.sample.finite import NotFiniteError
 from dit.sample.generate import (
     Sampler,
     SamplerSpec,
-    check_classes,
     image_grid,
     labels_for,
     to_uint8,
@@ -331,17 +331,6 @@ def test_labels_go_round() -> None:
     assert labels_for(torch.arange(2), range(1)).dtype == torch.int64
 
 
-@pytest.mark.parametrize(("classes", "wrong"), [([0, 10], "[10]"), ([-2, 3, 11], "[-2, 11]")])
-def test_classes_out_of_range_are_refused(classes: list[int], wrong: str) -> None:
-    with pytest.raises(ConfigError) as error:
-        check_classes(classes, 10)
-    assert f"classes {wrong} are out of range: this model knows 0..9" in str(error.value)
-
-
-def test_classes_in_range_and_no_class_are_taken() -> None:
-    check_classes([0, 9, -1], 10)
-
-
 def test_to_uint8_rounds_to_the_nearest_and_clips() -> None:
     levels = torch.arange(256) / 127.5 - 1
     image = levels.reshape(1, 1, 16, 16).expand(1, 3, 16, 16)
@@ -352,6 +341,65 @@ def test_to_uint8_rounds_to_the_nearest_and_clips() -> None:
     apart[0, 0], apart[0, 1], apart[0, 2] = -1.0, 0.0, 1.0
     assert to_uint8(apart).shape == (1, 2, 5, 3)
     assert to_uint8(apart)[0, 0, 0].tolist() == [0, 128, 255]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_to_uint8_makes_no_picture_of_what_is_not_finite(value: float) -> None:
+    images = torch.zeros(3, 3, 2, 2)
+    images[1, 2, 0, 1] = value
+    with pytest.raises(NotFiniteError, match="image 1 of 3 has pixels that are not finite"):
+        to_uint8(images)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_latents_that_are_not_finite_are_named(value: float) -> None:
+    """The fourth image, of class 2: from the network's answer to its label alone."""
+
+    def odd(x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        return torch.where(cond["label"].view(-1, 1, 1, 1) == 2, value, torch.zeros_like(x))
+
+    drawn = replace(sampler(odd, num_steps=2), model_advice="compute in float32")
+    index, label = torch.arange(10, 16), torch.tensor([0, 1, 0, 2, 1, 2])
+    with pytest.raises(
+        NotFiniteError, match=r"image 13 \(class 2\): 100% of its latents .*; compute in float32$"
+    ):
+        drawn.images(index, label)
+    assert drawn.images(index[:3], label[:3]).shape == (3, 4, 4, 3)
+
+
+def test_less_guidance_is_advised_where_there_is_any() -> None:
+    def flat(x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        return torch.where(cond["label"] == 0, 1.0, 0.5).view(-1, 1, 1, 1) * torch.full_like(x, math.nan)
+
+    with pytest.raises(NotFiniteError, match=r"image 0 \(no class\).*try another solver"):
+        sampler(flat, num_steps=1).latents(torch.arange(1), torch.tensor([-1]))
+    threshold = {"name": "threshold", "quantile": 0.5, "floor": 1}
+    for spec, says in (
+        ({"guidance": [threshold]}, r"; lower the strength of guidance threshold$"),
+        ({"cfg_scale": 1e30}, r"; lower cfg_scale \(it is 1e\+30\)$"),
+        (
+            {"cfg_scale": 3, "guidance": [threshold]},
+            r"cfg_scale \(it is 3\) and the strength of guidance thres",
+        ),
+    ):
+        with pytest.raises(NotFiniteError, match=says):
+            sampler(flat, num_steps=1, **spec).latents(torch.arange(1), torch.tensor([0]))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_pixels_that_are_not_finite_are_named_with_what_the_codec_advises(value: float) -> None:
+    def decode(latents: Tensor) -> Tensor:
+        decoded = torch.zeros_like(latents)
+        decoded[2, 0, 1, 1] = value
+        return decoded
+
+    drawn = replace(
+        sampler(lambda x, t, cond: 0 * x, num_steps=1), decode=decode, codec_advice="take float32"
+    )
+    with pytest.raises(
+        NotFiniteError, match=r"image 7 \(class 4\): 2% of its pixels, decoded from latents.*; take float32"
+    ):
+        drawn.images(torch.arange(5, 9), torch.arange(2, 6))
 
 
 def test_a_grid_holds_each_image_in_its_place() -> None:

@@ -25,8 +25,8 @@ from dit.sample.likelihood import (
     Exact,
     Hutchinson,
     Likelihood,
+    LikelihoodProblem,
     Ode,
-    Problem,
     bits_per_dim,
 )
 from dit.sample.solve import Node, nodes
@@ -39,10 +39,10 @@ ODE = Ode(num_steps=8, power=1.0, divergence=Exact())
 CLEAN = Node(0.0, 1.0, 0.0)
 
 
-def problem(oracle: Oracle, path: NoisePath, prediction: Prediction, count: int) -> Problem:
+def problem(oracle: Oracle, path: NoisePath, prediction: Prediction, count: int) -> LikelihoodProblem:
     """That of the best network."""
     denoise = Denoiser(oracle.network(path, prediction), path, prediction)
-    return Problem(denoise, path, prediction, {}, torch.arange(count))
+    return LikelihoodProblem(denoise, path, prediction, {}, torch.arange(count))
 
 
 def log_normal(x: Tensor, mean: float, std: float) -> Tensor:
@@ -61,7 +61,7 @@ def log_density(oracle: Oracle, node: Node, x: Tensor) -> Tensor:
     return torch.logaddexp(math.log(oracle.share) + one, math.log(1 - oracle.share) + other)
 
 
-def ends(given: Problem) -> tuple[Node, Node]:
+def ends(given: LikelihoodProblem) -> tuple[Node, Node]:
     """Where the ODE starts and ends."""
     visited: list[float] = []
 
@@ -74,7 +74,7 @@ def ends(given: Problem) -> tuple[Node, Node]:
     return first, last
 
 
-def model_density(oracle: Gaussian | Mixture, given: Problem, data: Tensor) -> Tensor:
+def model_density(oracle: Gaussian | Mixture, given: LikelihoodProblem, data: Tensor) -> Tensor:
     """(B,) what the ODE must give: the prior's density where it takes the data, by the volume that it changes.
 
     In one dimension that change is the ratio of the true densities before and after.
@@ -162,7 +162,7 @@ def test_hutchinson_is_unbiased_and_more_probes_are_surer() -> None:
     denoise, turn = turned(oracle, path)
     straight = oracle.draw(1, 4)
     data = (straight @ turn.T).expand(count, 4)
-    given = Problem(denoise, path, Velocity(), {}, torch.arange(count))
+    given = LikelihoodProblem(denoise, path, Velocity(), {}, torch.arange(count))
     first = Ode(num_steps=16, divergence=Exact())(replace(given, slots=torch.arange(1)), data[:1])
     true = log_density(oracle, CLEAN, straight).sum(1)
     torch.testing.assert_close(first, true, rtol=0, atol=3e-3)
@@ -179,7 +179,7 @@ def test_hutchinson_is_unbiased_and_more_probes_are_surer() -> None:
 def test_a_sample_s_probes_are_those_of_its_slot() -> None:
     path = VP()
     denoise, _ = turned(Mixture(), path)
-    given = Problem(denoise, path, Eps(), {}, torch.tensor([3, 8, 5]))
+    given = LikelihoodProblem(denoise, path, Eps(), {}, torch.tensor([3, 8, 5]))
     data, ode = normal(3, 4), Ode(num_steps=4)
     whole = ode(given, data)
     alone = ode(replace(given, slots=torch.tensor([8])), data[1:2])
@@ -197,7 +197,7 @@ def test_a_network_is_differentiated_in_x_alone(divergence: str) -> None:
     path, prediction = Linear(), Velocity()
     denoise = Denoiser(lambda x, t, cond: layer(x) + cond["label"][:, None], path, prediction)
     label = torch.tensor([0, 1])
-    given = Problem(denoise, path, prediction, {"label": label}, torch.arange(2))
+    given = LikelihoodProblem(denoise, path, prediction, {"label": label}, torch.arange(2))
     ode = Ode(num_steps=3, divergence=DIVERGENCES[divergence]())
     data = normal(1, 3, dtype=torch.float32).expand(2, 3)
     got = ode(given, data)
@@ -215,7 +215,7 @@ def test_a_shift_keeps_volumes(divergence: str) -> None:
     def denoise(x: Tensor, t: Tensor, cond: Cond) -> Endpoints:
         return Endpoints(torch.zeros_like(x), torch.full_like(x, 0.25))
 
-    given = Problem(denoise, Linear(), Velocity(), {}, torch.arange(2))
+    given = LikelihoodProblem(denoise, Linear(), Velocity(), {}, torch.arange(2))
     data = normal(2, 3)
     got = Ode(num_steps=2, divergence=DIVERGENCES[divergence]())(given, data)
     torch.testing.assert_close(got, log_normal(data + 0.25, 0.0, 1.0).sum(1))
@@ -224,13 +224,13 @@ def test_a_shift_keeps_volumes(divergence: str) -> None:
 # --- the bound ---------------------------------------------------------------------------------------------
 
 
-def steps_of(bound: Bound, given: Problem) -> list[tuple[Node, Node]]:
+def steps_of(bound: Bound, given: LikelihoodProblem) -> list[tuple[Node, Node]]:
     """(now, before) of every step, the last to clean data."""
     points = nodes(given.path, bound.times(given))
     return list(pairwise([*points[:-1], CLEAN]))
 
 
-def with_variance(oracle: Gaussian, bound: Bound, given: Problem) -> Problem:
+def with_variance(oracle: Gaussian, bound: Bound, given: LikelihoodProblem) -> LikelihoodProblem:
     """The same problem, whose network knows the variance of p(x_s | x_t) too and says it in its channels."""
     channels, log_small = {}, 0.0
     for now, before in steps_of(bound, given):
@@ -252,7 +252,7 @@ def left(oracle: Gaussian, now: Node) -> float:
     return (oracle.std * now.sigma) ** 2 / math.hypot(now.alpha * oracle.std, now.sigma) ** 2
 
 
-def expected(oracle: Gaussian, bound: Bound, given: Problem) -> float:
+def expected(oracle: Gaussian, bound: Bound, given: LikelihoodProblem) -> float:
     """The bound's mean over data and noise, in nats per element, for a variance of the range's ends."""
     (first, _), *_ = steps = steps_of(bound, given)
     std, total, log_small = given.prior_std(first), 0.0, 0.0
@@ -363,7 +363,7 @@ def test_the_bound_adds_up_what_the_learned_variance_is_trained_by() -> None:
     data = (normal(3, numel) * 60).round().clamp(-127, 127) / 127.5
     layer = torch.nn.Linear(numel, 2 * numel).double()
     denoise = Denoiser(lambda x, t, cond: layer(x) * (1 + broadcast(t, x)) / 10, path, Eps())
-    given = Problem(denoise, path, Eps(), {}, torch.arange(3), seed=4)
+    given = LikelihoodProblem(denoise, path, Eps(), {}, torch.arange(3), seed=4)
     bound = Bound(variance="learned", decoder="discretised")
     terms, sums = bound.terms(given, data), torch.zeros(3, dtype=torch.float64)
     points = [float(t) for t in bound.times(given)]

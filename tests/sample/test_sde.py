@@ -18,7 +18,7 @@ from dit.sample.grid import UniformGrid
 from dit.sample.sde import (
     DIFFUSIONS,
     SBDM,
-    Constant,
+    ConstantDiffusion,
     Decreasing,
     Diffusion,
     EulerMaruyama,
@@ -63,7 +63,7 @@ def test_the_other_diffusions_are_sit_s_in_its_time(norm: float) -> None:
     torch.testing.assert_close(
         IncreasingDecreasing(norm=norm)(t, coeffs), norm * torch.sin(math.pi * reverse) ** 2
     )
-    assert Constant(norm=norm)(t, coeffs).tolist() == [norm] * 8
+    assert ConstantDiffusion(norm=norm)(t, coeffs).tolist() == [norm] * 8
 
 
 @every_path

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from dit.rng import Draws
 from dit.stage1.autoencoder import AutoencoderConfig, Kl, Vq
-from dit.stage1.figures import Figures, newest, psnr, ssim, told
+from dit.stage1.autoencoder_task import AutoencoderTask
+from dit.stage1.figures import ReconstructionFigures, figures_line, newest, psnr, ssim
 from dit.stage1.perceptual import Backbone, Perceptual
-from dit.stage1.task import AutoencoderTask
 from dit.train.hooks import HeldOut
 from dit.train.task import Samples
 
@@ -72,10 +72,12 @@ def look() -> Perceptual:
     return Perceptual(1.0, {"backbone": "the:eye", "sha256": "0"}, Backbone(Look(), (0.5,) * 3, (0.5,) * 3))
 
 
-def figures(autoencoder: AutoencoderConfig | None = None, perceptual: Perceptual | None = None) -> Figures:
+def figures(
+    autoencoder: AutoencoderConfig | None = None, perceptual: Perceptual | None = None
+) -> ReconstructionFigures:
     task = AutoencoderTask(autoencoder or Kl(), 0.1, (2, 4, 4), perceptual=perceptual)
     held_out: Any = HeldOut(None, lambda task, device: iter(()), {"data": "some"})  # type: ignore[arg-type]
-    return Figures(1, task, held_out)
+    return ReconstructionFigures(1, task, held_out)
 
 
 def batches(images: Tensor, size: int) -> Iterator[Samples]:
@@ -130,7 +132,7 @@ def test_the_protocol_says_what_was_measured_and_on_what() -> None:
     assert plain.protocol == figures(Vq()).protocol  # the same figures of another model
     assert plain.protocol != figures(perceptual=look()).protocol
     other: Any = HeldOut(None, lambda task, device: iter(()), {"data": "other"})  # type: ignore[arg-type]
-    assert plain.protocol != Figures(1, plain.task, other).protocol
+    assert plain.protocol != ReconstructionFigures(1, plain.task, other).protocol
 
 
 def test_the_newest_figures_are_told(tmp_path: Path) -> None:
@@ -146,5 +148,6 @@ def test_the_newest_figures_are_told(tmp_path: Path) -> None:
     found = newest(tmp_path, 10)
     assert found == rows[3]
     assert (
-        told(found) == "PSNR 31.23 dB, SSIM 0.5432, frechet_the_eye 0.01235 (held out, step 10, protocol b)"
+        figures_line(found)
+        == "PSNR 31.23 dB, SSIM 0.5432, frechet_the_eye 0.01235 (held out, step 10, protocol b)"
     )

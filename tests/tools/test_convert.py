@@ -173,7 +173,7 @@ def test_an_exported_file_draws_the_same_images_and_so_can_an_average_made_after
     said = capsys.readouterr().out
     assert "the ema weights of step 4" in said
     assert "the ema_0.5 weights of step 4" in said
-    assert "an average of width 0.08 (profile off by" in said
+    assert "the ema weights of step 4, after 4 updates, an average of width 0.08 (profile off by" in said
     plain, other, wide = sorted(tmp_path.glob("*.safetensors"))
     for file, weights_of in ((plain, "ema"), (other, "ema_0.5"), (wide, "ema")):
         assert call(tools.sample.main, file, *DRAW, f"--weights={weights_of}", f"--out={file}.drawn") == 0

@@ -116,7 +116,9 @@ def test_batches_and_ranks_change_nothing(
     assert ranks.run(2, call, tools.likelihood.main, *told) == [0, 0]
     assert json.loads(out.read_text())["bits_per_dim"] == pytest.approx(base["bits_per_dim"], rel=1e-6)
     several = [
-        figures(tmp_path / "b.json", run, digits.moments_val, *words, "--count=0", f"--batch_size={size}")
+        figures(
+            tmp_path / f"{size}.json", run, digits.moments_val, *words, "--count=0", f"--batch_size={size}"
+        )
         for size in (11, 48)
     ]
     assert several[0]["samples"] == several[0]["protocol"]["count"] == 48
@@ -207,7 +209,44 @@ def test_other_data_are_refused(run: Path, digits: Digits, tmp_path: Path, capsy
     assert "no manifest.json" in capsys.readouterr().err
 
 
-def test_as_a_command(run: Path, digits: Digits, base: dict[str, Any], tmp_path: Path) -> None:
+def test_by_default_it_is_written_under_the_run_and_measured_once(
+    run: Path, digits: Digits, base: dict[str, Any], tmp_path: Path, capsys
+) -> None:
     done = execute("likelihood.py", run, digits.moments_val, *BASE, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "likelihood.json").read_text())["bits_per_dim"] == base["bits_per_dim"]
+    assert list(tmp_path.iterdir()) == []
+    (file,) = (run / "likelihood").iterdir()
+    assert file.name == f"moments_val-step-00000001-ema-{base['protocol_hash']}.json"
+    assert json.loads(file.read_text())["bits_per_dim"] == base["bits_per_dim"]
+    assert str(file) in done.stdout
+    assert f"weights: ema of step 1, after 1 updates, from {at_step(run, 1)}" in done.stdout
+    before = file.stat().st_mtime_ns
+    assert call(tools.likelihood.main, run, digits.moments_val, *BASE) == 0
+    assert "measured already" in capsys.readouterr().out
+    assert file.stat().st_mtime_ns == before
+    assert call(tools.likelihood.main, run, digits.moments_val, *BASE, "--overwrite") == 0
+    assert file.stat().st_mtime_ns > before
+
+
+def test_other_figures_are_not_replaced_in_silence(
+    run: Path, digits: Digits, base: dict[str, Any], tmp_path: Path, capsys
+) -> None:
+    out = tmp_path / "out.json"
+    figures(out, run, digits.moments_val, *BASE)
+    other = (*BASE[:-1], "--seed=5", f"--out={out}")
+    assert call(tools.likelihood.main, run, digits.moments_val, *other) == 1
+    assert "protocol.seed: 4 there, 5 now" in capsys.readouterr().err
+    assert call(tools.likelihood.main, run, digits.moments_val, *BASE, "--weights=model", f"--out={out}") == 1
+    assert "weights: 'ema' there, 'model' now" in capsys.readouterr().err
+    assert json.loads(out.read_text())["bits_per_dim"] == base["bits_per_dim"]
+    assert call(tools.likelihood.main, run, digits.moments_val, *other, "--overwrite") == 0
+    assert json.loads(out.read_text())["bits_per_dim"] != base["bits_per_dim"]
+
+
+def test_a_likelihood_that_is_not_finite_is_no_figure(digits: Digits, tmp_path: Path, capsys) -> None:
+    folder = train(digits, tmp_path / "run", float("inf"))
+    out = tmp_path / "out.json"
+    assert call(tools.likelihood.main, folder, digits.moments_val, *BASE, f"--out={out}") == 1
+    assert "sample 0 of" in (said := capsys.readouterr().err)
+    assert "its log-likelihood is nan" in said
+    assert not out.exists()

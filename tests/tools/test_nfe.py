@@ -12,6 +12,7 @@ from PIL import Image
 
 import tools.nfe
 from dit.config import ConfigError, from_dict
+from dit.evals.budgets import most_steps
 from dit.experiments.trained import Trained
 from dit.sample.generate import SamplerSpec
 from dit.sample.solve import SOLVERS
@@ -42,7 +43,7 @@ def test_a_budget_is_used_up_and_never_passed(run: Path, name: str, budget: int)
     sampler = Trained.load(str(run), "ema", CPU).sampler(
         from_dict(SamplerSpec, {"solver": name}), {}, CPU, "fp32"
     )
-    found = tools.nfe.most_steps(sampler, budget)
+    found = most_steps(sampler, budget)
     if found is None:
         assert (SOLVERS[name]().nfe(1) or 0) > budget
         return
@@ -59,7 +60,7 @@ def test_a_solver_that_chooses_its_steps_has_no_budget(run: Path) -> None:
         from_dict(SamplerSpec, {"solver": "dopri5"}), {}, CPU, "fp32"
     )
     with pytest.raises(ConfigError, match="chooses its own steps"):
-        tools.nfe.most_steps(sampler, 8)
+        most_steps(sampler, 8)
 
 
 def test_names_of_runs() -> None:
@@ -95,9 +96,34 @@ def test_the_table_its_picture_and_going_on(
     assert {(r["solver"], r["budget"]) for r in again[len(held["rows"]) :]} == {("euler", 4), ("heun", 4)}
 
     assert call(tools.nfe.main, *words, "--nfe=1", "--cfg_scale=2") == 1
-    assert "another protocol" in capsys.readouterr().err
+    assert "protocol.cfg_scale: 1.0 there, 2.0 now" in capsys.readouterr().err
+    assert call(tools.nfe.main, *words, "--nfe=1", "--weights=model") == 1
+    assert "protocol.weights: 'ema' there, 'model' now" in capsys.readouterr().err
     assert call(tools.nfe.main, *words, "--nfe=1,x") == 1
     assert "whole numbers above 0" in capsys.readouterr().err
     out.with_name("nfe.json").write_text("{")
     assert call(tools.nfe.main, *words, "--nfe=1") == 1
     assert "is not JSON" in capsys.readouterr().err
+    assert call(tools.nfe.main, *words, "--nfe=1", "--weights=model", "--overwrite") == 0
+    rows = json.loads(out.with_name("nfe.json").read_text())
+    assert rows["protocol"]["weights"] == "model"
+    assert "flow: weights: model of step 2" in capsys.readouterr().out
+    assert not any(r["frechet"] == 123.0 for r in rows["rows"])
+
+
+def test_a_table_without_its_figures_is_not_replaced(run: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "nfe.md").write_text("mine")
+    assert call(tools.nfe.main, run, f"--out={tmp_path / 'nfe'}", *FEW) == 1
+    assert "nfe.md is there already, and nothing says how it was made" in capsys.readouterr().err
+    assert (tmp_path / "nfe.md").read_text() == "mine"
+
+
+def test_images_that_are_none_have_no_figure(run: Path, tmp_path: Path, capsys) -> None:
+    words = (f"flow={run}", f"--out={tmp_path / 'nfe'}", *FEW, "--solvers=euler", "--cfg_scale=1e38")
+    assert call(tools.nfe.main, *words, "--nfe=1,2") == 1
+    said = capsys.readouterr().err
+    assert "flow, euler in 2 evaluations: no figure. image 0 (class 0)" in said
+    assert "lower cfg_scale" in said
+    assert "holds no figure of drawn images" in said
+    (row,) = json.loads((tmp_path / "nfe.json").read_text())["rows"]
+    assert row["solver"] == "real images"

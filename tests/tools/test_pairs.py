@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +119,20 @@ def test_pictures_beside_them_show_the_same(run: Path, pairs: Path, tmp_path: Pa
     assert np.abs(decoded.astype(int) - images).max() <= 1
 
 
+def test_the_same_spec_is_complete_and_says_so(run: Path, pairs: Path, tmp_path: Path, capsys) -> None:
+    """Pictures are then drawn without drawing the pairs anew, and --overwrite makes a data set of another spec."""
+    before = {p.name: p.stat().st_mtime_ns for p in pairs.iterdir()}
+    assert call(tools.sample.main, run, *BASE, f"--save_pairs={pairs}", f"--out={tmp_path / 'out'}") == 0
+    assert f"40 pairs in {pairs}: train on them" in (said := capsys.readouterr().out)
+    assert "drawn already by the same spec" in said
+    assert {p.name: p.stat().st_mtime_ns for p in pairs.iterdir()} == before
+    copy = Path(shutil.copytree(pairs, tmp_path / "copy"))
+    assert call(tools.sample.main, run, *BASE[:-1], "--seed=4", f"--save_pairs={copy}", "--overwrite") == 0
+    assert stored(copy)["eps"].shape == stored(pairs)["eps"].shape
+    assert not torch.equal(stored(copy)["eps"], stored(pairs)["eps"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["copy", "out"]
+
+
 def shards(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "spec.json"}
 
@@ -214,8 +229,9 @@ def test_pairs_may_be_trained_on_without_their_noise(config: Path, tmp_path: Pat
     [
         (["--solver=euler_maruyama", "--save_pairs={new}"], 1, "adds noise on the way"),
         (["--solver=ddim", "--solver.eta=1", "--save_pairs={new}"], 1, "take an ODE solver, such as heun"),
-        (["--save_pairs={old}"], 1, "exists already: remove it or choose another name"),
-        (["--save_pairs={old}", "--out={new}"], 1, "exists already"),
+        (["--save_pairs={old}", "--seed=4"], 1, "  sampler.seed: 3 there, 4 now"),
+        (["--save_pairs={old}", "--out={new}", "--num_samples=20"], 1, "  num_samples: 40 there, 20 now"),
+        (["--save_pairs={new}", "--out={new}"], 1, "give each a folder of its own"),
         ([], 2, "missing --out (a folder for pictures) or --save_pairs"),
         (["--save_pairs={new}", "--classes=11"], 1, "out of range"),
     ],
@@ -225,7 +241,8 @@ def test_what_is_wrong_is_said_and_nothing_is_written(
 ) -> None:
     before = shards(pairs)
     given = [w.format(new=tmp_path / "new", old=pairs) for w in words]
-    assert call(tools.sample.main, run, *BASE, *given) == code
+    kept = [w for w in BASE if w.split("=")[0] not in {x.split("=")[0] for x in words}]
+    assert call(tools.sample.main, run, *kept, *given) == code
     assert says in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
     assert shards(pairs) == before

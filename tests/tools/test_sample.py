@@ -5,26 +5,37 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import subprocess
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 
 import tools.sample
 from dit.cli import run as run_command
 from dit.config import from_dict, to_dict
+from dit.data.codecs.autoencoders import Vae
+from dit.data.encoding.encode import EncodeOptions, encode
+from dit.data.sources.images import open_source
+from dit.experiments.autoencoder import AutoencoderExperiment
+from dit.experiments.trained import Trained
 from dit.sample.generate import SamplerSpec
 from dit.sample.grid import GRIDS
 from dit.sample.guide import GUIDANCES
 from dit.sample.solve import SOLVERS
 from dit.stage1.autoencoder import Kl
-from tests.commands import call, execute
-from tests.datasets import Digits
+from dit.train.start import train
+from tests.commands import call, command, environment, execute
+from tests.datasets import Digits, first
 from tests.rank_processes import Server
-from tests.train.runs import at_step, flip_bit, go, rewrite_tensors, values
+from tests.train.runs import at_step, flip_bit, go, rewrite_tensors, sign, values
 
+CPU = torch.device("cpu")
 BASE = ("--num_samples=7", "--classes=0,3", "--cfg_scale=2", "--num_steps=2", "--batch_size=4", "--seed=5")
 
 
@@ -110,7 +121,162 @@ def test_ranks_change_nothing_and_old_parts_are_not_taken_in(
     assert ranks.run(2, call, tools.sample.main, run, *BASE, f"--out={tmp_path}") == [0, 0]
     for ours, theirs in zip(arrays(tmp_path), arrays(base), strict=True):
         assert (ours == theirs).all()
-    assert not (tmp_path / ".part-00000.npz").exists()
+    left = (".part-00002.npz", ".part-00007.npz")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [*left, "grid.png", "samples.npz", "spec.json"]
+
+
+# --- going on, and what lies there -------------------------------------------------------------------------
+
+
+def blocks(out: Path) -> list[str]:
+    return sorted(p.name for p in out.with_name(f"{out.name}.partial").glob("block-*"))
+
+
+def killed(out: Path, words: Sequence[object], done: int) -> None:
+    """A process that is killed with SIGKILL as soon as it has drawn so many blocks."""
+    process = subprocess.Popen(command("sample.py", *words, f"--out={out}"), env=environment())
+    end = time.monotonic() + 120
+    while len(blocks(out)) < done and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert not (out / "spec.json").exists(), "it ended before it could be killed"
+
+
+def test_killed_it_goes_on_with_any_ranks_and_the_arrays_are_the_same(
+    run: Path, ranks: Server, tmp_path: Path, capsys
+) -> None:
+    words = ("--num_samples=40", "--batch_size=2", "--cfg_scale=2", "--num_steps=25", "--seed=5")
+    killed(tmp_path / "out", (run, *words), done=3)
+    kept = {name: (tmp_path / "out.partial" / name).stat().st_mtime_ns for name in blocks(tmp_path / "out")}
+    assert 3 <= len(kept) < 20
+    (tmp_path / "out.partial" / "block-00000001.npz").write_bytes(b"spoilt")
+    del kept["block-00000001.npz"]
+    shutil.copytree(tmp_path / "out.partial", tmp_path / "two.partial")
+    draw(tmp_path / "whole", run, *words)
+    capsys.readouterr()
+    assert (draw(tmp_path / "out", run, *words) == arrays(tmp_path / "whole")[0]).all()
+    said = capsys.readouterr()
+    assert f"{2 * len(kept)} of 40 images are drawn already; going on with the others" in said.out
+    assert "block-00000001.npz is damaged" in said.err
+    assert ranks.run(2, call, tools.sample.main, run, *words, f"--out={tmp_path / 'two'}") == [0, 0]
+    for ours, theirs in zip(arrays(tmp_path / "two"), arrays(tmp_path / "whole"), strict=True):
+        assert (ours == theirs).all()
+    spec, other = (json.loads((tmp_path / n / "spec.json").read_text()) for n in ("two", "whole"))
+    assert spec == other  # the evaluations of both starts are counted
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "two", "whole"]
+
+
+def test_the_same_command_finds_it_complete(run: Path, base: Path, capsys) -> None:
+    before = {p: p.stat().st_mtime_ns for p in base.iterdir()}
+    draw(base, run, *BASE)
+    assert "drawn already by the same spec" in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in base.iterdir()} == before
+
+
+def test_more_images_are_drawn_to_those_that_are_there(run: Path, base: Path, tmp_path: Path, capsys) -> None:
+    out = Path(shutil.copytree(base, tmp_path / "out"))
+    words = ("--num_samples=18", *BASE[1:])
+    found = draw(out, run, *words)
+    assert "4 of 18 images are drawn already" in capsys.readouterr().out  # whole blocks of four
+    assert (found == draw(tmp_path / "fresh", run, *words)).all()
+    specs = [json.loads((f / "spec.json").read_text()) for f in (out, tmp_path / "fresh")]
+    assert specs[0] == specs[1]
+    assert call(tools.sample.main, run, *BASE, f"--out={out}") == 1
+    assert "  num_samples: 18 there, 7 now" in capsys.readouterr().err
+    assert (arrays(out)[0] == found).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "row"),
+    [
+        ("--seed=6", "sampler.seed: 5 there, 6 now"),
+        ("--weights=model", "weights: 'ema' there, 'model' now"),
+        ("--classes=1,2", "classes: [0, 3] there, [1, 2] now"),
+        ("--batch_size=3", "batch_size: 4 there, 3 now"),
+        ("--solver=euler", "sampler.solver.name: 'heun' there, 'euler' now"),
+        ("--codec_dtype=bfloat16", "codec.codec_dtype: None there, 'bfloat16' now"),
+    ],
+)
+def test_another_spec_is_refused_and_can_be_told_to_replace(
+    run: Path, base: Path, tmp_path: Path, capsys, change: str, row: str
+) -> None:
+    out = Path(shutil.copytree(base, tmp_path / "out"))
+    words = [*(w for w in BASE if w.split("=")[0] != change.split("=")[0]), change]
+    assert call(tools.sample.main, run, *words, f"--out={out}") == 1
+    assert row in capsys.readouterr().err
+    assert (arrays(out)[0] == arrays(base)[0]).all()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    replaced = draw(out, run, *words, "--overwrite")
+    assert (replaced == draw(tmp_path / "fresh", run, *words)).all()
+
+
+def test_another_checkpoint_of_the_same_name_is_another_spec(
+    run: Path, base: Path, tmp_path: Path, capsys
+) -> None:
+    """The run was moved away, and another trained in its place: same path, same step."""
+    out = Path(shutil.copytree(base, tmp_path / "out"))
+    moved = Path(shutil.copytree(run, tmp_path / "moved"))
+    draw(out, moved, *BASE)
+    assert "drawn already by the same spec" in capsys.readouterr().out  # wherever it lies
+    rewrite_tensors(at_step(moved, 2), lambda tensors: [t.mul_(1.1) for t in tensors.values()])
+    assert call(tools.sample.main, moved, *BASE, f"--out={out}") == 1
+    assert "  digest: " in capsys.readouterr().err
+
+
+def test_images_of_which_nothing_is_known_are_not_replaced(
+    run: Path, base: Path, tmp_path: Path, capsys
+) -> None:
+    out = Path(shutil.copytree(base, tmp_path / "out"))
+    (out / "spec.json").unlink()
+    assert call(tools.sample.main, run, *BASE, f"--out={out}") == 1
+    assert "samples.npz is there already, and nothing says how it was made" in capsys.readouterr().err
+    (out / "samples.npz").write_bytes(b"cut")
+    shutil.copy(base / "spec.json", out)
+    assert call(tools.sample.main, run, "--num_samples=9", *BASE[1:], f"--out={out}") == 1
+    assert "samples.npz is damaged" in capsys.readouterr().err
+
+
+# --- what is not finite ------------------------------------------------------------------------------------
+
+
+def overflowing(digits: Digits, folder: Path) -> Path:
+    """A run whose VAE's decoder is beyond float16, and well in float32."""
+    vae = AutoencoderKL.from_pretrained(digits.vae)
+    with torch.no_grad():
+        vae.decoder.conv_in.weight.mul_(3e6)
+    vae.save_pretrained(folder / "vae")
+    images = first(open_source("digits:train"), 64)
+    options = EncodeOptions(image_size=16, block=16, workers=1)
+    encode(images, Vae(path=str(folder / "vae")).build(), folder / "latents", options)
+    sections = {"data": {"path": str(folder / "latents")}, "codec": {"path": str(folder / "vae")}}
+    go(
+        values(
+            digits, folder / "run", engine="local", train={"steps": 1}, checkpoint={"every": 1}, **sections
+        )
+    )
+    return folder / "run"
+
+
+def test_a_decoder_that_overflows_makes_no_pictures(digits: Digits, tmp_path: Path, capsys) -> None:
+    folder, out = overflowing(digits, tmp_path), tmp_path / "out"
+    words = ("--num_samples=4", "--num_steps=2", "--classes=3", f"--out={out}")
+    assert call(tools.sample.main, folder, *words, "--codec.dtype=float16") == 1
+    said = capsys.readouterr().err
+    assert "image 0 (class 3): " in said
+    assert "its pixels, decoded from latents" in said
+    assert "set codec.dtype to float32 (it is float16)" in said
+    assert not out.exists()
+    assert not (tmp_path / "out.partial").exists()  # so that the advice can be followed with the same --out
+    assert draw(out, folder, *words[:-1], "--codec.dtype=float32").std() > 1
+
+
+def test_guidance_that_overflows_makes_no_pictures(run: Path, tmp_path: Path, capsys) -> None:
+    for place in (f"--out={tmp_path / 'out'}", f"--save_pairs={tmp_path / 'pairs'}"):
+        assert call(tools.sample.main, run, *BASE[:2], "--cfg_scale=1e38", place) == 1
+        said = capsys.readouterr().err
+        assert "image 0 (class 0): 100% of its latents are not finite; lower cfg_scale (it is 1e+38)" in said
+        assert not list(tmp_path.iterdir())
 
 
 def test_more_ranks_than_batches(run: Path, base: Path, ranks: Server, tmp_path: Path) -> None:
@@ -179,8 +345,9 @@ def test_a_weaker_checkpoint_guides_and_is_counted(
     for folder in ("a", "b"):
         spec = json.loads((tmp_path / folder / "spec.json").read_text())
         assert (spec["nfe"], spec["network_evaluations"]) == (4, 12)
-        found = {"checkpoint": str(at_step(run, 1)), "step": 1}
-        assert spec["guidance_checkpoints"] == {str(at_step(run, 1)): found}
+        (held,) = spec["guidance_checkpoints"].items()
+        assert held[0] == held[1].pop("checkpoint") == str(at_step(run, 1))
+        assert held[1] == {"step": 1, "digest": Trained.load(held[0], "ema", CPU).digest}
 
 
 def test_what_an_adaptive_solver_took_is_the_mean_over_all_ranks(
@@ -229,7 +396,7 @@ def test_all_classes_and_no_class(run: Path, tmp_path: Path) -> None:
     ("words", "code", "says"),
     [
         (["--classes=0,10"], 1, "classes [10] are out of range: this model knows 0..9"),
-        (["--classes=zero"], 1, "classes must be 'all' or numbers like 0,3; got 'zero'"),
+        (["--classes=zero"], 1, "no class is named 'zero'"),
         (["--num_samples=0"], 1, "at least 1"),
         (["--batch_size=0"], 1, "at least 1"),
         (["--num_steps=0"], 1, "num_steps"),
@@ -290,6 +457,42 @@ def test_a_run_without_a_checkpoint_and_a_call_without_a_folder(run: Path, tmp_p
     assert "no checkpoint here" in capsys.readouterr().err
     assert call(tools.sample.main, run) == 2
     assert "missing --out" in capsys.readouterr().err
+
+
+def test_classes_by_name(run: Path, base: Path, tmp_path: Path, capsys) -> None:
+    """The digits' classes are named by their numbers: give them other names."""
+    named = Path(shutil.copytree(run, tmp_path / "run"))
+    names = ["cat", "golden retriever", "tench, Tinca tinca", *(f"thing {i}" for i in range(3, 10))]
+    sign(at_step(named, 2), lambda meta: meta["contract"].update(classes=names))
+    rest = [w for w in BASE if not w.startswith("--classes")]
+    found = draw(tmp_path / "out", named, *rest, "--classes=cat,thing 3")
+    assert (found == arrays(base)[0]).all()
+    draw(tmp_path / "two", named, *rest, '--classes="tench, Tinca tinca",golden retriever')
+    assert arrays(tmp_path / "two")[1].tolist() == [2, 1, 2, 1, 2, 1, 2]
+    assert call(tools.sample.main, named, *rest, "--classes=golden retreiver", f"--out={tmp_path / 'x'}") == 1
+    assert "did you mean 'golden retriever'?" in capsys.readouterr().err
+
+
+def test_a_folder_above_runs_and_runs_of_another_kind(
+    digits: Digits, run: Path, tmp_path: Path, capsys
+) -> None:
+    shutil.copytree(run, tmp_path / "quick" / "dit")
+    given = {
+        "data": {"path": str(digits.pixels)},
+        "run_dir": str(tmp_path / "quick" / "vae"),
+        "engine": "local",
+    }
+    given |= {"train": {"steps": 1, "global_batch": 8}, "autoencoder": {"widths": [8, 8], "groups": 4}}
+    train(from_dict(AutoencoderExperiment, given), AutoencoderExperiment.make_parts)
+    assert call(tools.sample.main, tmp_path / "quick", f"--out={tmp_path / 'x'}") == 1
+    said = capsys.readouterr().err
+    assert "quick: no checkpoint here" in said
+    assert f"  {tmp_path / 'quick' / 'dit'} (a model to draw from, step 2)" in said
+    assert f"  {tmp_path / 'quick' / 'vae'} (an autoencoder, for --codec.path=RUN/vae, step 1)" in said
+    assert call(tools.sample.main, tmp_path / "quick" / "vae", f"--out={tmp_path / 'x'}") == 1
+    said = capsys.readouterr().err
+    assert "holds no model to draw from (an autoencoder, for --codec.path=RUN/vae)" in said
+    assert f"  {tmp_path / 'quick' / 'dit'} (a model to draw from, step 2)" in said
 
 
 def test_the_vae_may_have_moved_but_not_changed(

@@ -47,6 +47,18 @@ def test_transport_straightens_and_reflow_straightens_further(small, tmp_path, c
     assert table == capsys.readouterr().out
     assert "| optimal transport, then reflow | " in table
     assert f"protocol {values['hash']}" in table
+    assert call(tools.toys.main, *words) == 0
+    assert "made already by the same protocol" in capsys.readouterr().out
+    assert call(tools.toys.main, *words, "--seed=1") == 1
+    assert "protocol.seed: 0 there, 1 now" in capsys.readouterr().err
+
+
+def test_a_picture_of_something_else_is_not_replaced(small, tmp_path, capsys) -> None:
+    (tmp_path / "toys_moons.png").touch()
+    assert call(tools.toys.main, "--steps=1", f"--out={tmp_path / 'toys'}") == 1
+    assert "toys_moons.png is there already, and nothing says how it was made" in capsys.readouterr().err
+    assert call(tools.toys.main, "--steps=1") == 2
+    assert "missing --out" in capsys.readouterr().err
 
 
 def test_what_is_wrong_is_said(tmp_path, capsys) -> None:

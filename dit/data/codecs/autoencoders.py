@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dit.config import ConfigError, config
 from dit.data import DataError
-from dit.data.codecs.base import Codec, CodecConfig
+from dit.data.codecs.base import Codec, CodecConfig, in_range
 from dit.data.codecs.hub import find_folder
 from dit.files import read_text
 
@@ -113,7 +113,7 @@ class VaeCodec(Codec):
         if self.tile:
             self.vae.use_tiling = max(latents.shape[-2:]) * self.factor > self.tile
         images: Tensor = self.vae.decode(latents.to(self.device, self.dtype)).sample
-        return images.float().clamp(-1, 1)
+        return in_range(images)
 
     def identity(self) -> dict[str, Any]:
         return self._identity

@@ -11,6 +11,12 @@ from torch import Tensor
 from dit.data.codecs.norm import LatentNorm, codec_norm
 
 
+def in_range(images: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W) clamped to [-1, 1], in float32. What is not finite stays so, for the caller to see."""
+    images = images.float()
+    return torch.where(images.isfinite(), images.clamp(-1, 1), images)
+
+
 class Codec(ABC):
     """Images in [-1, 1] to latents of `channels` channels and 1 / `factor` of the size, and back."""
 
@@ -30,13 +36,19 @@ class Codec(ABC):
         """
         return codec_norm(self.identity())
 
+    @property
+    def advice(self) -> str:
+        """What to try where what it computes is not finite; empty where it computes in float32 already."""
+        name = str(self.dtype).removeprefix("torch.")
+        return "" if self.dtype == torch.float32 else f"set codec.dtype to float32 (it is {name})"
+
     @abstractmethod
     def encode(self, images: Tensor) -> Tensor:
         """Turn (B, 3, H, W) in [-1, 1] into (B, 2, C, h, w), mean and std; (B, 1, C, h, w) without a posterior."""
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """Turn (B, C, h, w), not normalised, into images (B, 3, H, W) in [-1, 1]."""
+        """Turn (B, C, h, w), not normalised, into images (B, 3, H, W) in [-1, 1]; what overflows stays so."""
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from dit.config import Registry, config, flatten, merge
 from dit.data import DataError
 from dit.data.codecs.autoencoders import Vae
-from dit.data.codecs.base import Codec, CodecConfig
+from dit.data.codecs.base import Codec, CodecConfig, in_range
 from dit.data.codecs.ldm import Ldm
 
 SHOWN = 6  # differing keys in a message
@@ -40,7 +40,7 @@ class PixelCodec(Codec):
         return images[:, None].float()
 
     def decode(self, latents: Tensor) -> Tensor:
-        return latents.float().clamp(-1, 1)
+        return in_range(latents)
 
     def identity(self) -> dict[str, Any]:
         return {"name": "pixels"}

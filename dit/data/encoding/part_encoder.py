@@ -238,20 +238,19 @@ class PartEncoder:
         ids = batch.ids[batch.good]
         finite = np.isfinite(array).all(axis=tuple(range(1, array.ndim)))
         if not finite.all():
-            raise DataError(
-                f"{job.source.names[ids[int(np.argmin(finite))]]}: the codec gives latents that are not finite in "
-                f"{job.options.dtype}; {self._advice(moments[torch.from_numpy(batch.good)][int(np.argmin(finite))])}"
-            )
+            place = int(np.argmin(finite))
+            given = moments[torch.from_numpy(batch.good)][place]
+            raise DataError(f"{job.source.names[ids[place]]}: {self._why_not_finite(given)}")
         labels = job.source.labels[ids].astype(np.int64)
         return {job.array: array, "label": labels, "id": ids.astype(np.uint64)}
 
-    def _advice(self, latents: Tensor) -> str:
-        """What helps where the latents of an image, as the codec gives them, are not finite once they are stored."""
-        if latents.isfinite().all():
-            return f"they are too large for it; try --dtype=float32, not {self.job.options.dtype}"
-        if self.job.codec.dtype != torch.float32:
-            return f"the codec itself overflows in {self.job.codec.dtype}; try --codec.dtype=float32"
-        return "the codec itself gives them, in float32: its weights are damaged, or not those of such images"
+    def _why_not_finite(self, moments: Tensor) -> str:
+        """What is wrong with an image whose latents, as the codec gave them, cannot be stored, and what to try."""
+        if bool(torch.isfinite(moments).all()):
+            reach, dtype = float(moments.abs().max()), self.job.options.dtype
+            return f"its latents reach {reach:.3g} and are not finite in {dtype}; try --dtype=float32"
+        advice = self.job.codec.advice or "take another codec, or leave the image out"
+        return f"the codec gives latents that are not finite; {advice}"
 
     def _sample(self, moments: Tensor, ids: np.ndarray) -> Tensor:
         """One draw of each posterior, (n, views, C, h, w), from (n, views, 2, C, h, w); whatever the batches."""

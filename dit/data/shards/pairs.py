@@ -6,10 +6,10 @@ coupling trains on it.
 
 from __future__ import annotations
 
-import contextlib
-import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,9 @@ from dit.config import from_dict
 from dit.data import DataError
 from dit.data.codecs.norm import LatentNorm
 from dit.data.shards.manifest import Manifest
-from dit.data.shards.write import BlockCutter, ShardWriter, folder_beside, write_names
-from dit.files import expand, write_atomically
-from dit.ranks import group
-
-SPEC = "spec.json"  # how the pairs were made, for people to read
+from dit.data.shards.write import BlockCutter, ShardWriter, write_names
+from dit.files import sync
+from dit.outputs import RECORD, Blocks, replace_folder, write_record
 
 
 @dataclass(frozen=True)
@@ -49,16 +47,15 @@ class Origin:
         return cls(norm, contract["codec"], tuple(contract["classes"]), contract["image_size"], seed)
 
 
-@dataclass
-class PairWriter:
-    """Takes what a rank generates. Batches wait in files of `folder`, which all ranks share, for rank 0 to sort."""
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs in the making: what ranks generate waits in `blocks`, for rank 0 to put together."""
 
-    folder: Path
+    blocks: Blocks
     origin: Origin
-    firsts: list[int] = field(default_factory=list)  # the first index of each batch that this rank added
 
-    def add(self, index: Tensor, latents: Tensor, eps: Tensor, label: Tensor) -> None:
-        """Take in a batch of consecutive indices.
+    def arrays(self, latents: Tensor, eps: Tensor, index: Tensor, label: Tensor) -> dict[str, np.ndarray]:
+        """What is kept of a block.
 
         latents: (B, C, H, W) as the model sees them, normalised. eps: their noise, of that shape. index, label: (B,)
         int64. DataError where a latent is not finite.
@@ -69,59 +66,37 @@ class PairWriter:
             raise DataError(f"sample {odd} is not finite: a data set of it would be of no use; try fp32")
         arrays = {"latents": self.origin.norm.invert(latents), "eps": eps.float()}
         arrays = {name: values[:, None].cpu() for name, values in arrays.items()}  # (B, 1, C, H, W): one view
-        np.savez(self._part(int(index[0])), label=label.cpu(), id=index.cpu(), **arrays)  # type: ignore[arg-type]
-        self.firsts.append(int(index[0]))
+        return {name: values.numpy() for name, values in {**arrays, "label": label.cpu()}.items()}
 
-    def _part(self, first: int) -> Path:
-        return self.folder / f"part-{first:012d}.npz"
+    def write(self, out: Path, spec: Mapping[str, Any], *, block: int = 256, shard_mb: float = 512.0) -> None:
+        """Put the data set together from all blocks, and give it its place. On rank 0.
 
-    def batches(self, firsts: list[int]) -> Iterator[dict[str, np.ndarray]]:
-        """Yield the batches that begin at these indices, in order; their files are removed. ValueError for a gap."""
-        expected = 0
-        for first in sorted(firsts):
-            with np.load(self._part(first)) as held:
-                batch = {name: held[name] for name in ("latents", "eps", "label", "id")}
-            self._part(first).unlink()
-            if batch["id"].tolist() != list(range(expected, expected + len(batch["id"]))):
-                raise ValueError(
-                    f"pairs from {first} on follow those up to {expected}: indices must be 0, 1, 2, ..."
-                )
-            expected += len(batch["id"])
-            yield {**batch, "id": batch["id"].astype(np.uint64)}
+        The bytes depend on the pairs alone, not on blocks or ranks. spec: JSON values that say how they were made, kept
+        beside them. block: pairs in a block of the data set, at most. shard_mb: MB (10^6 bytes) a shard, at most.
+        """
+        folder = self.blocks.folder / "whole"
+        shutil.rmtree(folder, ignore_errors=True)  # of a start that was killed in here
+        folder.mkdir()
+        _assemble(self, folder, block, int(shard_mb * 1e6))
+        write_record(folder / RECORD, spec)
+        sync(folder)
+        replace_folder(folder, Path(os.path.abspath(out)))
 
 
-@contextlib.contextmanager
-def writing(
-    out: str | Path,
-    origin: Origin,
-    spec: Mapping[str, Any],
-    *,
-    block: int = 256,
-    shard_mb: float = 512.0,
-) -> Iterator[PairWriter]:
-    """Write a new folder `out` of pairs: each rank adds its share of the indices 0, 1, 2, ... Collective.
-
-    It is there, whole, when rank 0 leaves; after any failure there is nothing. The bytes depend on the pairs alone,
-    not on batches or ranks. spec: JSON values that say how they were made, kept beside them. block: pairs a block at
-    most. shard_mb: MB (10^6 bytes) a shard at most. Raises DataError where `out` exists or a latent is not finite.
-    """
-    with contextlib.ExitStack() as stack:
-        folder = group.on_main(lambda: stack.enter_context(folder_beside(Path(expand(str(out))).resolve())))
-        writer = PairWriter(folder, origin)
-        yield writer
-        gathered = group.gather_objects(writer.firsts)  # waits for all ranks
-        firsts = [first for part in gathered for first in part]
-        if group.World.from_env().is_main:
-            _assemble(writer, firsts, block, int(shard_mb * 1e6))
-            write_atomically(folder / SPEC, (json.dumps(dict(spec), indent=1) + "\n").encode())
+def pair_files(out: Path) -> list[Path]:
+    """What of a data set of pairs lies at `out`: its record, and everything else that may be there."""
+    return [out / RECORD, *(sorted(out.iterdir()) if out.is_dir() else [out])]
 
 
-def _assemble(pairs: PairWriter, firsts: list[int], block: int, shard_bytes: int) -> None:
-    """Shards and the manifest from the batches of all ranks."""
+def _assemble(pairs: Pairs, folder: Path, block: int, shard_bytes: int) -> None:
+    """Shards and the manifest from all blocks."""
     origin, cutter, labels = pairs.origin, BlockCutter(block), []
     shape: tuple[int, ...] = ()
-    with ShardWriter(pairs.folder, shard_bytes) as writer:
-        for batch in pairs.batches(firsts):
+    with ShardWriter(folder, shard_bytes) as writer:
+        for number in range(pairs.blocks.number):
+            held = pairs.blocks.read(number)
+            batch = {name: held[name] for name in ("latents", "eps", "label")}
+            batch["id"] = held["id"].astype(np.uint64)
             shape = batch["latents"].shape[1:]
             labels.append(batch["label"])
             for arrays in cutter.full(batch):
@@ -130,7 +105,7 @@ def _assemble(pairs: PairWriter, firsts: list[int], block: int, shard_bytes: int
             writer.add(arrays)
         writer.finish()
     label = np.concatenate(labels)
-    names = write_names(pairs.folder, [f"seed-{origin.seed}-sample-{i}" for i in range(len(label))])
+    names = write_names(folder, [f"seed-{origin.seed}-sample-{i}" for i in range(len(label))])
     manifest = Manifest(
         samples=len(label),
         array="latents",
@@ -153,4 +128,4 @@ def _assemble(pairs: PairWriter, firsts: list[int], block: int, shard_bytes: int
         shards=tuple(writer.shards),
         blocks=tuple(writer.blocks),
     )
-    manifest.save(pairs.folder)
+    manifest.save(folder)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +16,7 @@ import xxhash
 from dit.data import DataError
 from dit.data.shards.manifest import MAX_BLOCK_BYTES, Block, Names, Shard, record_key
 from dit.data.shards.records import END, pack, record_bytes
-from dit.files import sync, write_atomically
+from dit.files import write_atomically
 
 PLAN = "plan.json"  # in an OUT.partial that several ranks write (parts.py)
 
@@ -211,35 +209,3 @@ class ChannelStats:
         """Return what to_plain was called on."""
         arrays = {name: np.array(plain[name], np.float64) for name in ("mean", "spread", "noise")}
         return cls(int(plain["count"]), **arrays)
-
-
-@contextlib.contextmanager
-def folder_beside(out: Path) -> Iterator[Path]:
-    """Make an empty folder OUT.partial that becomes `out` if the body ends well, and is removed if it does not.
-
-    What a killed process left there is cleared by the next one; a lock keeps two at a time apart.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f"{out} exists already: remove it or choose another name")
-    partial = out.with_name(out.name + ".partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    if (partial / PLAN).exists():
-        raise DataError(f"{partial} holds an encode that can go on: remove it or choose another name")
-    descriptor = os.open(partial, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise DataError(f"{partial} is being written by another process") from None
-        for left_over in partial.iterdir():
-            left_over.unlink()
-        try:
-            yield partial
-            sync(partial)
-            partial.rename(out)  # onto nothing or an empty folder
-        except BaseException:
-            shutil.rmtree(partial)
-            raise
-        sync(out.parent)
-    finally:
-        os.close(descriptor)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dit.errors import UserError
 from dit.files import expand, sought
+from dit.train.checkpoints.nearby import suggestion
 from dit.train.engines.base import ADAM_STATE, Fragment
 
 EXPORT = "dit"  # key of an exported file's metadata
@@ -43,6 +44,16 @@ class Checkpoint:
     def step(self) -> int:
         """Steps done when it was saved."""
         return int(self.meta["step"])
+
+    @property
+    def updates(self) -> int:
+        """Updates applied when it was saved."""
+        return int(self.meta.get("updates", self.step))
+
+    @property
+    def digest(self) -> str:
+        """sha256 over all that it holds: of meta.json, with the files' checksums in it, or of an exported file."""
+        return sha256(self.path / "meta.json" if self.is_sharded else self.path)
 
     @property
     def weights(self) -> tuple[str, ...]:
@@ -175,7 +186,7 @@ def resolve(run_or_checkpoint: str | Path) -> Checkpoint:
     if found is None:
         raise CheckpointError(
             f"{path}: no checkpoint here; expected RUN/checkpoints/step-*/COMPLETE or one such directory"
-            f"{'' if path.exists() else sought(path)}"
+            + (suggestion(path) if path.exists() else sought(path))
         )
     return found
 

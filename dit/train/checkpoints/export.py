@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from dit.config import ConfigError
 from dit.files import expand, sync
+from dit.outputs import claim
 from dit.train.checkpoints import checkpoint
 from dit.train.checkpoints.checkpoint import EXPORT, Checkpoint, CheckpointError, Reader
 from dit.train.checkpoints.tensorfile import write_tensors
@@ -32,25 +33,29 @@ class Weights:
     meta: Mapping[str, Any]
     kind: str
 
-    def write(self, out: Path) -> None:
-        """As a new safetensors file, there whole or not at all. Its tensors have the state dict's names.
+    @property
+    def line(self) -> str:
+        """Which weights these are, in words."""
+        return f"the {self.kind} weights of step {self.meta['step']}, after {self.meta.get('updates', '?')} updates"
 
-        Raises ConfigError where it is there already, or has another ending.
+    def write(self, out: Path, overwrite: bool = False) -> None:
+        """Write a safetensors file, there whole or not at all. Its tensors have the state dict's names.
+
+        Raises OutputError where a file is there already (overwrite: it is replaced), ConfigError for another ending.
         """
-        _check_new(out)
+        _check_place(out, overwrite)
         meta = {**self.meta, "weights": [self.kind], "buffers": list(self.buffers)}
         out.parent.mkdir(parents=True, exist_ok=True)
         partial = out.with_name(f".{out.name}.partial")
         write_tensors(partial, self.tensors, {EXPORT: json.dumps(meta)})
-        partial.rename(out)
+        partial.replace(out)
         sync(out.absolute().parent)
 
 
-def _check_new(out: Path) -> None:
+def _check_place(out: Path, overwrite: bool) -> None:
     if out.suffix != ".safetensors":
         raise ConfigError(f"{out}: expected a file name that ends in .safetensors")
-    if out.exists():
-        raise ConfigError(f"{out} is there already; give a new file name")
+    claim([out], overwrite=overwrite)
 
 
 def of_checkpoint(found: Checkpoint, kind: str) -> Weights:
@@ -89,9 +94,11 @@ def of_width(run_dir: Path, width: float) -> tuple[Weights, float]:
     return Weights({**tensors, **buffers}, tuple(buffers), {**kept, "width": width}, MAIN), off
 
 
-def export(run_or_checkpoint: str, out: str, kind: str, width: float | None) -> tuple[Weights, float | None]:
+def export(
+    run_or_checkpoint: str, out: str, kind: str, width: float | None, overwrite: bool = False
+) -> tuple[Weights, float | None]:
     """Write a file that tools/sample.py takes. width: an average of this width, of a run directory's snapshots."""
-    _check_new(Path(expand(out)))
+    _check_place(Path(expand(out)), overwrite)
     if width is not None and kind != MAIN:
         raise ConfigError(
             f"a width is of an average that is made now; leave weights = {kind} out, or the width"
@@ -100,5 +107,5 @@ def export(run_or_checkpoint: str, out: str, kind: str, width: float | None) -> 
         weights, off = of_checkpoint(checkpoint.resolve(run_or_checkpoint), kind), None
     else:
         weights, off = of_width(Path(expand(run_or_checkpoint)), width)
-    weights.write(Path(expand(out)))
+    weights.write(Path(expand(out)), overwrite)
     return replace(weights, tensors={}), off

@@ -18,9 +18,11 @@ from dit.data.codecs.norm import LatentNorm, latent_norm
 from dit.data.loading.stream import Stream
 from dit.data.shards.blocks import BlockReader
 from dit.data.shards.manifest import Manifest
-from dit.data.shards.pairs import Origin, writing
+from dit.data.shards.pairs import Origin, Pairs
 from dit.data.shards.records import pack
 from dit.data.shards.verify import verify
+from dit.data.shards.write import PLAN
+from dit.outputs import OutputError, unfinished
 from dit.ranks import group
 from dit.rng import Draws, Purpose
 from tests.data.helpers import CHANNELS, SIZE, flip_byte, noise_of, write_dataset
@@ -40,15 +42,20 @@ def latents(index: torch.Tensor) -> torch.Tensor:
     return 0.9 * noise(index) + 1e-4 * index.view(-1, 1, 1, 1)
 
 
-def write(out: Path, batch: int = 16, change=lambda index, data, eps: (data, eps), **options) -> Path:
-    """This rank's share of the pairs, whole batches in turn."""
-    world = group.World.from_env()
-    with writing(out, ORIGIN, {"solver": "heun"}, **{"block": 25, "shard_mb": 0.01, **options}) as pairs:
-        for start in range(0, COUNT, batch)[world.rank :: world.size]:
-            index = torch.arange(start, min(start + batch, COUNT))
+def write(
+    out: Path, batch: int = 16, change=lambda index, data, eps: (data, eps), block=25, shard_mb=0.01
+) -> Path:
+    """This rank's share of the pairs that are missing, whole batches in turn, and the data set of all of them."""
+    world, spec = group.World.from_env(), {"solver": "heun", "num_samples": COUNT}
+    with unfinished(out, spec, spec, (COUNT, batch)) as blocks:
+        pairs = Pairs(blocks, ORIGIN)
+        for number in blocks.missing()[world.rank :: world.size]:
+            index = torch.tensor(blocks.samples(number))
             label = torch.where(index % 4 == 3, -1, index % 4)
             data, eps = change(index, latents(index), noise(index))
-            pairs.add(index, data, eps, label)
+            blocks.add(number, pairs.arrays(data, eps, index, label))
+        group.barrier()
+        group.on_main(lambda: pairs.write(out, spec, block=block, shard_mb=shard_mb))
     return out
 
 
@@ -97,7 +104,7 @@ def test_what_is_written_is_what_went_in(folder):
     assert found["label"].tolist() == [0, 1, 2, -1] * 22 + [0, 1]
     assert manifest.read_names()[5] == "seed-7-sample-5"
     assert (manifest.class_counts, manifest.unlabelled) == ((23, 23, 22), 22)
-    assert json.loads((folder / "spec.json").read_text()) == {"solver": "heun"}
+    assert json.loads((folder / "spec.json").read_text()) == {"solver": "heun", "num_samples": COUNT}
 
 
 def test_what_the_next_model_sees_is_what_this_one_made(folder):
@@ -135,32 +142,47 @@ def broken(index, data, eps):
     return data, eps
 
 
-def test_what_fails_leaves_nothing(tmp_path):
+def test_what_fails_keeps_the_blocks_before_it_and_goes_on(folder, tmp_path):
     with pytest.raises(DataError, match="sample 40 is not finite"):
         write(tmp_path / "set", change=broken)
-    with (
-        pytest.raises(ValueError, match=r"indices must be 0, 1, 2"),
-        writing(tmp_path / "set", ORIGIN, {}) as pairs,
-    ):
-        pairs.add(torch.arange(5, 9), latents(torch.arange(4)), noise(torch.arange(4)), torch.zeros(4).long())
-    with pytest.raises(KeyboardInterrupt), writing(tmp_path / "set", ORIGIN, {}):
-        raise KeyboardInterrupt
+    assert not (tmp_path / "set").exists()
+    kept = sorted(p.name for p in (tmp_path / "set.partial").iterdir())
+    assert kept == ["block-00000000.npz", "block-00000001.npz", "spec.json"]
+
+    def once(index, data, eps):
+        assert int(index[0]) >= 32
+        return data, eps
+
+    assert files(write(tmp_path / "set", change=once)) == files(folder)
+    assert [p.name for p in tmp_path.iterdir()] == ["set"]
+
+
+def test_what_fails_at_once_leaves_nothing(tmp_path):
+    with pytest.raises(DataError, match="sample 40 is not finite"):
+        write(tmp_path / "set", 50, change=broken)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_fails_on_one_rank_leaves_nothing(tmp_path, ranks):
+def test_what_fails_on_one_rank_is_not_there(tmp_path, ranks):
     with pytest.raises(AssertionError, match="sample 40 is not finite"):
         ranks.run(2, write, tmp_path / "set", 30, broken)  # the second rank's
-    assert list(tmp_path.iterdir()) == []
+    assert not (tmp_path / "set").exists()
 
 
-def test_a_folder_that_is_there_is_refused_before_anything_is_made(folder, ranks):
-    with pytest.raises(DataError, match="exists already"), writing(folder, ORIGIN, {}):
-        pytest.fail("nothing should be drawn")
-    before = files(folder)
-    with pytest.raises(AssertionError, match="exists already"):
-        ranks.run(2, write, folder)
-    assert files(folder) == before
+def test_a_folder_of_something_else_is_not_replaced(tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "thesis.tex").touch()
+    with pytest.raises(OutputError, match="holds something else"):
+        write(tmp_path / "set")
+    assert (tmp_path / "set" / "thesis.tex").exists()
+
+
+def test_a_folder_of_an_encode_is_not_cleared(tmp_path):
+    (tmp_path / "set.partial").mkdir()
+    (tmp_path / "set.partial" / PLAN).touch()
+    with pytest.raises(OutputError, match="holds something else"):
+        write(tmp_path / "set")
+    assert (tmp_path / "set.partial" / PLAN).exists()
 
 
 # --- reading -----------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dit.data import DataError
 from dit.data.shards.records import END, parse_members, parse_npy, record_bytes
-from dit.data.shards.write import PLAN, ChannelStats, ShardFile, ShardWriter, folder_beside, names_file
+from dit.data.shards.write import ChannelStats, ShardFile, ShardWriter, names_file
 
 
 def block(n, start=0):
@@ -109,14 +109,6 @@ def test_names_are_lines():
     assert (data.decode(), names.count) == ("a/1.png\nb/ü.png\n", 2)
     with pytest.raises(DataError, match=r"the name 'b\\nc' has a line break"):
         names_file(["a", "b\nc"])
-
-
-def test_a_folder_of_an_encode_is_not_cleared(tmp_path):
-    (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / PLAN).touch()
-    with pytest.raises(DataError, match="holds an encode that can go on"), folder_beside(tmp_path / "out"):
-        pass
-    assert (tmp_path / "out.partial" / PLAN).exists()
 
 
 # --- statistics --------------------------------------------------------------------------------------------

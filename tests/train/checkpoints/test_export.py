@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from dit.config import ConfigError
 from dit.experiments.trained import Trained
+from dit.outputs import OutputError
 from dit.train.checkpoints import checkpoint
 from dit.train.checkpoints.checkpoint import CheckpointError, Reader
 from dit.train.checkpoints.export import export
@@ -62,9 +63,11 @@ def test_nothing_is_written_over(reference: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"expected a file name that ends in .safetensors"):
         export(str(reference), str(tmp_path / "weights.pt"), "ema", None)
     (tmp_path / "w.safetensors").write_text("mine")
-    with pytest.raises(ConfigError, match="is there already"):
+    with pytest.raises(OutputError, match="is there already"):
         export(str(reference), str(tmp_path / "w.safetensors"), "ema", None)
     assert (tmp_path / "w.safetensors").read_text() == "mine"
+    export(str(reference), str(tmp_path / "w.safetensors"), "ema", None, overwrite=True)
+    assert Trained.load(str(tmp_path / "w.safetensors"), "ema", CPU).step == STEPS
 
 
 def test_files_that_are_something_else_are_named(reference: Path, tmp_path: Path) -> None:

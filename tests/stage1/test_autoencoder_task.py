@@ -14,9 +14,9 @@ from torch.func import functional_call
 
 from dit.rng import Draws, Purpose
 from dit.stage1.autoencoder import AUTOENCODERS, Kl
+from dit.stage1.autoencoder_task import PIXEL_LOSSES, AutoencoderTask
 from dit.stage1.discriminator import DiscriminatorConfig, Opposed
 from dit.stage1.perceptual import Backbone, Perceptual
-from dit.stage1.task import PIXEL_LOSSES, AutoencoderTask
 from dit.train.task import Samples
 
 START = 5

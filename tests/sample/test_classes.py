@@ -1,0 +1,77 @@
+"""Classes by number and by name."""
+
+from __future__ import annotations
+
+import pytest
+
+from dit.config import ConfigError
+from dit.errors import Notice
+from dit.sample.classes import chosen_classes
+
+NAMES = ("cat", "golden retriever", "tench, Tinca tinca", "tench", "owl")
+
+
+@pytest.mark.parametrize(
+    ("text", "chosen"),
+    [
+        ("all", [0, 1, 2, 3, 4]),
+        ("0,3", [0, 3]),
+        ("3,0,3", [3, 0, 3]),
+        ("-1", [-1]),
+        ("cat", [0]),
+        ("golden retriever,tench", [1, 3]),
+        (" golden retriever , tench ", [1, 3]),
+        ('"tench, Tinca tinca",cat', [2, 0]),
+        ('cat, "tench, Tinca tinca"', [0, 2]),
+        ("tench, Tinca tinca", [2]),
+        ("owl,1", [4, 1]),
+    ],
+)
+def test_what_is_asked_for(text: str, chosen: list[int]) -> None:
+    assert chosen_classes(text, NAMES) == chosen
+
+
+def test_a_model_without_classes() -> None:
+    assert chosen_classes("all", ()) == [-1]
+    assert chosen_classes("-1", ()) == [-1]
+    for text, says in (("0", "knows no classes: give -1"), ("cat", "knows no classes")):
+        with pytest.raises(ConfigError, match=says):
+            chosen_classes(text, ())
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("0,10", r"\[10\] are out of range: this model knows 0..4 \(-1 = no class\)"),
+        ("-2,3,11", r"\[-2, 11\] are out of range"),
+        ("caat", "no class is named 'caat': did you mean 'cat'"),
+        ("golden retreiver", "did you mean 'golden retriever'"),
+        ("cat,", "must be 'all'"),
+        ("", "must be 'all'"),
+        ('"cat', "not a list of names"),
+        ("zebra crossing", "there are cat, golden retriever, tench, Tinca tinca, tench, owl"),
+        ("1.5", "no class is named '1.5'"),
+    ],
+)
+def test_what_is_none_is_refused(text: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        chosen_classes(text, NAMES)
+
+
+def test_a_thousand_names_are_not_all_shown() -> None:
+    with pytest.raises(ConfigError, match=r"there are name 0, .*, name 7, \.\.\. \(1000 in all\)$"):
+        chosen_classes("xyz", [f"name {i}" for i in range(1000)])
+
+
+def test_names_that_are_numbers_are_numbers_and_said() -> None:
+    """Folders 1, 2, 10 sorted as text: class 2 is the folder '2' by luck, and 1 is '10'."""
+    names = ("1", "10", "2")
+    with pytest.warns(
+        Notice, match="1 is taken as a number, the class '10'; the class named '1' is number 0"
+    ):
+        assert chosen_classes("1", names) == [1]
+    assert chosen_classes("2", names) == [2]
+    with pytest.raises(ConfigError, match=r"\[10\] are out of range.*; the class named '10' is number 1"):
+        chosen_classes("10", names)
+    with pytest.raises(ConfigError, match=r"classes \[0, 1\] are all named 'a'"):
+        chosen_classes("a", ("a", "a"))

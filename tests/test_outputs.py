@@ -1,0 +1,235 @@
+"""Places for results: claimed before work begins; blocks of unfinished work that are checked and gone on with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dit.errors import Notice
+from dit.outputs import (
+    RECORD,
+    Blocks,
+    OutputError,
+    claim,
+    differences,
+    replace_folder,
+    unfinished,
+    write_record,
+)
+from dit.ranks import group
+from tests.rank_processes import Server
+
+SPEC = {"seed": 1, "sampler": {"name": "heun", "steps": (1, 2)}, "num_samples": 10}
+
+
+def with_record(folder: Path, **changes: Any) -> list[Path]:
+    """The files of a result that is there, the record last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "data").write_text("data")
+    write_record(folder / RECORD, {**SPEC, "code": "1", **changes})
+    return [folder / "data", folder / RECORD]
+
+
+# --- claiming ----------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_in_the_way(tmp_path: Path) -> None:
+    assert claim([tmp_path / "a", tmp_path / "b"], SPEC, record=tmp_path / "b") is None
+    (tmp_path / "other").touch()
+    assert claim([tmp_path / "a"], SPEC) is None
+
+
+def test_the_same_result_is_given_back(tmp_path: Path) -> None:
+    files = with_record(tmp_path)
+    held = claim(files, SPEC, record=files[-1])
+    assert held is not None
+    assert held["code"] == "1"  # not in the spec: it is not compared
+    assert held["sampler"]["steps"] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("now", "rows"),
+    [
+        ({"seed": 2}, ["  seed: 1 there, 2 now"]),
+        ({"sampler": {"name": "euler", "steps": [1, 2]}}, ["  sampler.name: 'heun' there, 'euler' now"]),
+        ({"digest": "x"}, ["  digest: None there, 'x' now"]),
+        ({"num_samples": 9}, ["  num_samples: 10 there, 9 now"]),
+        ({"num_samples": 11}, ["  num_samples: 10 there, 11 now"]),
+    ],
+)
+def test_another_result_is_refused_unless_told(tmp_path: Path, now: dict[str, Any], rows: list[str]) -> None:
+    files = with_record(tmp_path)
+    with pytest.raises(OutputError) as error:
+        claim(files, {**SPEC, **now}, record=files[-1])
+    assert str(error.value).splitlines()[1:-1] == rows
+    assert "--overwrite" in str(error.value).splitlines()[-1]
+    assert claim(files, {**SPEC, **now}, record=files[-1], overwrite=True) is None
+    assert files[0].read_text() == "data"  # claiming removes nothing
+
+
+def test_a_number_may_grow_and_not_shrink(tmp_path: Path) -> None:
+    files = with_record(tmp_path)
+    more, fewer = {**SPEC, "num_samples": 11}, {**SPEC, "num_samples": 9}
+    held = claim(files, more, record=files[-1], growing="num_samples")
+    assert held is not None
+    assert held["num_samples"] == 10
+    with pytest.raises(OutputError, match="num_samples: 10 there, 9 now"):
+        claim(files, fewer, record=files[-1], growing="num_samples")
+    assert differences({}, SPEC, "num_samples")[0] == "  num_samples: None there, 10 now"
+
+
+@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff\xfe"])
+def test_a_record_that_is_none(tmp_path: Path, content: bytes) -> None:
+    files = with_record(tmp_path)
+    files[-1].write_bytes(content)
+    with pytest.raises(OutputError, match=r"is not JSON|is not the record of a result"):
+        claim(files, SPEC, record=files[-1])
+
+
+def test_what_says_nothing_of_itself_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "data").touch()
+    for record in (None, tmp_path / RECORD):
+        with pytest.raises(OutputError, match="data is there already, and nothing says how it was made"):
+            claim([tmp_path / "data", tmp_path / RECORD], SPEC, record=record)
+
+
+def test_a_folder_takes_the_place_of_an_earlier_result_and_of_nothing_else(tmp_path: Path) -> None:
+    with_record(tmp_path / "out", seed=2)
+    with_record(tmp_path / "new")
+    replace_folder(tmp_path / "new", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / RECORD).read_text())["seed"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    with_record(tmp_path / "new")
+    (tmp_path / "out" / RECORD).unlink()
+    with pytest.raises(OutputError, match="holds something else"):
+        replace_folder(tmp_path / "new", tmp_path / "out")
+    assert (tmp_path / "out" / "data").exists()
+
+
+# --- blocks ------------------------------------------------------------------------------------------------
+
+
+def work(
+    out: Path,
+    count: int = 10,
+    size: int = 4,
+    until: int | None = None,
+    spec: Mapping[str, Any] = SPEC,
+    overwrite: bool = False,
+) -> list[int]:
+    """Do this rank's share of the missing blocks, and give up after `until` of them; those that were done."""
+    world, done = group.World.from_env(), []
+    given = {**spec, "num_samples": count}
+    with unfinished(out, {**given, "code": "1"}, given, (count, size), overwrite) as blocks:
+        for number in blocks.missing()[world.rank :: world.size][:until]:
+            done.append(number)
+            blocks.add(number, {"square": np.array(blocks.samples(number)) ** 2})
+        if until is not None:
+            raise KeyboardInterrupt
+        group.barrier()
+        group.on_main(lambda: finish(out, blocks))
+    return done
+
+
+def finish(out: Path, blocks: Blocks) -> None:
+    whole = np.concatenate([blocks.read(number)["square"] for number in range(blocks.number)])
+    assert whole.tolist() == [i * i for i in range(blocks.count)]
+    out.write_text("done")
+
+
+def stopped(out: Path, until: int, **options: Any) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        work(out, until=until, **options)
+
+
+def test_work_that_was_killed_goes_on_and_leaves_no_folder(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    stopped(out, 2)
+    assert sorted(p.name for p in (tmp_path / "out.partial").iterdir()) == [
+        "block-00000000.npz",
+        "block-00000001.npz",
+        RECORD,
+    ]
+    assert work(out) == [2]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_work_that_did_nothing_leaves_nothing(tmp_path: Path) -> None:
+    stopped(tmp_path / "out", 0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_ranks_go_on_with_it(tmp_path: Path, ranks: Server) -> None:
+    stopped(tmp_path / "out", 1, count=30)
+    done = ranks.run(3, work, tmp_path / "out", 30)
+    assert done == [[1, 4, 7], [2, 5], [3, 6]]
+    assert (tmp_path / "out").read_text() == "done"
+
+
+def test_more_may_be_wanted_and_the_last_block_is_made_anew(tmp_path: Path, recwarn) -> None:
+    stopped(tmp_path / "out", 2, count=7)  # of 4 and of 3 samples
+    with pytest.raises(OutputError, match="num_samples: 7 there, 6 now"):
+        work(tmp_path / "out", count=6)
+    assert work(tmp_path / "out", count=13) == [1, 2, 3]
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("damage", ["cut", "bit", "text", "name"])
+def test_a_damaged_block_is_said_and_made_anew(tmp_path: Path, damage: str) -> None:
+    stopped(tmp_path / "out", 2)
+    path = tmp_path / "out.partial" / "block-00000001.npz"
+    data = path.read_bytes()
+    middle = data.index(np.array([4, 5, 6, 7]).tobytes())
+    changed = {
+        "cut": data[: len(data) // 2],
+        "bit": data[:middle] + b"\x01" + data[middle + 1 :],
+        "text": b"nothing of the kind",
+        "name": data.replace(b"id.npy", b"ib.npy"),
+    }
+    path.write_bytes(changed[damage])
+    with pytest.warns(Notice, match=r"block-00000001.npz is damaged .*; it is made anew"):
+        assert work(tmp_path / "out") == [1, 2]
+
+
+def test_work_of_another_spec_is_kept_unless_told(tmp_path: Path) -> None:
+    stopped(tmp_path / "out", 2)
+    other = {**SPEC, "seed": 5}
+    with pytest.raises(OutputError, match=r"(?s)unfinished work of another spec:\n  seed: 1 there, 5 now"):
+        work(tmp_path / "out", spec=other)
+    assert work(tmp_path / "out", spec=other, overwrite=True) == [0, 1, 2]
+
+
+def test_overwriting_goes_on_with_its_own(tmp_path: Path) -> None:
+    stopped(tmp_path / "out", 2, overwrite=True)
+    assert work(tmp_path / "out", overwrite=True) == [2]
+
+
+def test_a_folder_of_something_else_is_not_touched(tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "thesis.tex").touch()
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match="holds something else"):
+            work(tmp_path / "out", overwrite=overwrite)
+    assert (tmp_path / "out.partial" / "thesis.tex").exists()
+
+
+def test_two_jobs_are_kept_apart(tmp_path: Path) -> None:
+    with unfinished(tmp_path / "out", SPEC, SPEC, (10, 4)) as blocks:
+        blocks.add(0, {})
+        with pytest.raises(OutputError, match="is being written by another process"):
+            work(tmp_path / "out")
+        assert blocks.missing() == [1, 2]
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_code_goes_on_and_is_said(tmp_path: Path) -> None:
+    stopped(tmp_path / "out", 1)
+    record = json.loads((tmp_path / "out.partial" / RECORD).read_text())
+    write_record(tmp_path / "out.partial" / RECORD, {**record, "code": "0"})
+    with pytest.warns(Notice, match="was begun with code 0, and goes on with 1"):
+        assert work(tmp_path / "out") == [1, 2]
