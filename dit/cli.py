@@ -27,10 +27,10 @@ from typing import Any
 
 import fire
 import pydantic
-from tqdm import tqdm
 
 from dit.config import Registry, annotation_at, class_at, did_you_mean, is_many, keys_of, parts_of, to_dict
 from dit.errors import Notice, Stopped, UserError
+from dit.progress import say
 from dit.ranks.group import World
 
 Command = Callable[..., Any]
@@ -97,7 +97,7 @@ def _clean_notices() -> Iterator[None]:
 
         def show(message: Any, category: type[Warning], *place: Any, **more: Any) -> None:
             if issubclass(category, Notice):
-                tqdm.write(f"warning{_where()}: {message}", file=sys.stderr)
+                say(f"warning{_where()}: {message}", sys.stderr)
             else:
                 others(message, category, *place, **more)
 

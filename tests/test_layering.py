@@ -20,7 +20,7 @@ MAX_FUNCTION_LINES = 45
 
 # Layer -> the layers it may import besides itself. A layer is a package or a module directly in dit/, and
 # tools/. `dit` is dit/__init__.py: everybody may import it, so it imports nobody.
-BASE = frozenset({"dit", "errors", "files", "version", "config", "configfile", "ranks", "rng"})
+BASE = frozenset({"dit", "errors", "files", "version", "config", "configfile", "ranks", "rng", "progress"})
 EVALS = BASE | {"flow", "model", "sample", "data"}
 TRAIN = EVALS | {"evals"}
 TOP = TRAIN | {"train", "stage1"}
@@ -33,6 +33,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "version": frozenset({"dit"}),
     "ranks": BASE,
     "rng": BASE,
+    "progress": frozenset({"dit"}),
     "flow": BASE,
     "model": BASE | {"flow"},
     "sample": BASE | {"flow", "model"},

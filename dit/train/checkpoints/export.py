@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dit.config import ConfigError
 from dit.files import sync
+from dit.progress import Bar
 from dit.train.checkpoints import checkpoint
 from dit.train.checkpoints.checkpoint import EXPORT, Checkpoint, CheckpointError, Reader
 from dit.train.checkpoints.tensorfile import write_tensors
@@ -79,7 +79,7 @@ def of_width(run_dir: Path, width: float) -> tuple[Weights, float]:
     readers = {s.path: Reader(s) for s in found}
     newest = readers[found[-1].path]
     tensors: dict[str, Tensor] = {}
-    for name in tqdm(newest.shapes, unit="tensor", leave=False):
+    for name in Bar(newest.shapes, total=len(newest.shapes), unit="tensor", leave=False):
         total = torch.zeros(newest.shapes[name], dtype=torch.float64)
         for (snapshot, kind), factor in zip(sources, factors.tolist(), strict=True):
             total.add_(readers[snapshot.path].whole(kind, name), alpha=factor)
