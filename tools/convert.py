@@ -15,6 +15,7 @@ from dit.interop.convert import Choices, Converted, from_run, to_run
 from dit.interop.facebook_dit import FacebookDiT
 from dit.interop.sit import PathName, PredictionName, SiT
 from dit.train.checkpoints.export import export as write_export
+from dit.train.ema import Average
 
 Heads = Annotated[int | None, "attention heads; none = those of S, B, L or XL, by the width"]
 Classes = Annotated[int | None, "classes; none = the label table's rows but the null one"]
@@ -108,7 +109,9 @@ def export(
         if off is None
         else f"an average of width {width:g} (profile off by {off:.2%})"
     )
-    print(f"{out}: {how} of step {written.meta['step']}")
+    average = Average.of_checkpoint(written.meta, written.kind)
+    print(f"{out}: {how} of step {written.meta['step']}: {average}")
+    average.warn()
     if off is not None and off > 0.1:
         print(
             "note: the snapshots cannot make an average of that width (the profile is what each step's weights count "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +15,13 @@ from dit.config import ConfigError, from_dict, to_dict
 from dit.data.codecs.base import Codec
 from dit.data.codecs.codec import parse_codec
 from dit.data.codecs.norm import LatentNorm
+from dit.errors import Notice
 from dit.experiments.classifier import TrainedClassifier
 from dit.experiments.diffusion import Experiment
 from dit.experiments.latents import (
     check_same_latents,
     check_same_path,
+    codec_doubts,
     open_codec,
 )
 from dit.flow.path import NoisePath
@@ -106,6 +109,8 @@ class Trained:
 
     def _codec(self, keys: Mapping[str, str], device: torch.device) -> Codec:
         choice = self.experiment.codec
+        for doubt in codec_doubts(choice, self.contract["codec"], f"the run of {self.path}", reads=False):
+            warnings.warn(doubt, Notice, stacklevel=2)
         if keys:
             base, name = to_dict(choice) or {}, self.contract["codec"]["name"]
             is_like_it = bool(base) and (base["name"] == "pixels") == (name == "pixels")

@@ -6,10 +6,9 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from tqdm import tqdm
-
 from dit.data.loading.stream import Batch
 from dit.errors import Stopped
+from dit.progress import Bar
 from dit.ranks import group
 from dit.rng import Draws
 from dit.train.faults import Fault, TrainingError, guarded
@@ -30,7 +29,7 @@ class Loop(PersistentRun):
         self.log = RunLog(self.run_dir, self.step, self.world.is_main, self.step - self.hooks_are_due)
         self._logged = self.step
         start, steps = self.step, self.train.steps
-        bar = tqdm(total=steps, initial=start, unit="step", disable=not self.world.is_main, smoothing=0.05)
+        bar = Bar[None](total=steps, initial=start, unit="step", desc="train", hidden=not self.world.is_main)
         self.watch.at("data", self.step)
         try:
             with rank_flags(self.world) as flags, self.watch:
@@ -58,7 +57,7 @@ class Loop(PersistentRun):
             self.snapshots.close()
 
     def _after_step(
-        self, bar: tqdm[Any], fault: Fault | None, stopped: int, saving: int, snapping: int
+        self, bar: Bar[None], fault: Fault | None, stopped: int, saving: int, snapping: int
     ) -> None:
         """Log, mend, call hooks and save, as is due. stopped: raise Stopped, once the step is saved.
 
@@ -149,7 +148,7 @@ class Loop(PersistentRun):
 
         group.together(refuse)
 
-    def _log(self, bar: tqdm[Any]) -> Fault | None:
+    def _log(self, bar: Bar[None]) -> Fault | None:
         """Log the steps since the last logged one, and judge their mean loss."""
         steps, self._logged = self.step - self._logged, self.step
         row = self.meters.take(steps, steps * self.train.global_batch)
@@ -167,9 +166,10 @@ class Loop(PersistentRun):
                 "mfu": mfu,
                 "updates": self.engine.updates,
                 "skipped": self.engine.skipped,
+                "ema_start_share": self.ema.main.start_share,
                 **self.faults.counts(),
                 **({"quarantined": len(self.quarantine.known())} if self.stream.quarantine.budget else {}),
             },
         )
-        bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        bar.note(f"loss={loss:.4f}")
         return fault

@@ -255,10 +255,12 @@ class RunLog:
         with path.open("a") as file:
             file.write(json.dumps({"step": step, **{k: _finite(v) for k, v in row.items()}}) + "\n")
 
-    def image(self, step: int, name: str, grid: np.ndarray) -> None:
-        """grid: (H, W, 3) uint8."""
+    def image(self, step: int, name: str, grid: np.ndarray, title: str = "") -> None:
+        """grid: (H, W, 3) uint8. title: what it shows, under TensorBoard's texts."""
         if self._writer is not None:
             self._writer.add_image(name, grid, step, dataformats="HWC")
+            if title:
+                self._writer.add_text(name, title, step)
 
     def close(self) -> None:
         """Flush and close."""
@@ -282,6 +284,7 @@ def _group(name: str) -> str:
         "samples": "optim",
         "spikes": "optim",
         "returned": "optim",
+        "ema_start_share": "optim",
     }
     groups |= {f"loss_q{i + 1}": "loss_by_t" for i in range(QUARTERS)}
     return f"{groups.get(name, 'train')}/{name}"

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from dit.config import flatten
 from dit.data.loading.stream import Stream
+from dit.progress import say
 from dit.ranks import group
 from dit.ranks.watch import Watch
 from dit.train.checkpoints import checkpoint, retention
-from dit.train.checkpoints.checkpoint import Checkpoint, CheckpointError, State
+from dit.train.checkpoints.checkpoint import Checkpoint, CheckpointError, State, check_same_data
 from dit.train.checkpoints.probe import Probe
 from dit.train.checkpoints.saver import ALL, Saver
 from dit.train.ema import Ema
@@ -81,7 +78,7 @@ class PersistentRun:
         if found is None:
             return False
         self.check_config(found.meta["config"], str(found.path))
-        self._check_data(found)
+        check_same_data(found, self.identity)
         self._restore(found)
         self.hooks_are_due = found.meta.get("hooks_are_due", False)
         self.probe.check(found)
@@ -188,21 +185,6 @@ class PersistentRun:
         self.save()
         self.saver.wait()  # so that the same command goes on here, and does not meet it again
 
-    def _check_data(self, found: checkpoint.Checkpoint) -> None:
-        """Refuse data, statistics or a codec that are not the checkpoint's."""
-        there, here = ({k: d[k] for k in ("data", "contract")} for d in (found.meta, self.identity))
-        before, now = flatten(there), flatten(json.loads(json.dumps(here)))
-        rows = [
-            f"  {k}: {before.get(k)!r} there, {now.get(k)!r} here"
-            for k in sorted({*before, *now})
-            if before.get(k) != now.get(k)
-        ]
-        if rows:
-            raise CheckpointError(
-                f"{found.path} was trained on other data than the ones given:\n" + "\n".join(rows) + "\n"
-                "Set data.path (or data.mix) to the data of this run, or another run_dir to start a new one."
-            )
-
     def complete(self) -> None:
         """Wait for what is being written."""
         self.watch.at("save", self.step)
@@ -218,4 +200,4 @@ class PersistentRun:
     def say(self, text: str) -> None:
         """Print on rank 0, beside a progress bar."""
         if self.world.is_main:
-            tqdm.write(text)
+            say(text)

@@ -3,73 +3,39 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
 
-from dit.config import to_dict
-from dit.data.loading.mixture import Mixture
-from dit.data.loading.quarantine import Quarantine
 from dit.data.loading.stream import Stream
-from dit.data.shards.manifest import Manifest
-from dit.data.storage.remote import public
 from dit.errors import Stopped
-from dit.model.cost import Memory, peak_flops, state_memory
 from dit.ranks import group
 from dit.ranks.group import World
 from dit.train import run_dir
-from dit.train.checkpoints import checkpoint
-from dit.train.checkpoints.checkpoint import CheckpointError, Reader
 from dit.train.ema import Ema
 from dit.train.engines.base import Engine
 from dit.train.engines.local import LocalEngine
-from dit.train.engines.zero_config import Choice, Device, choose
-from dit.train.hooks import Hook
+from dit.train.engines.zero_config import Choice
 from dit.train.loop import Loop
-from dit.train.optim import freeze
+from dit.train.plan import MakeParts, Plan, device_peak, stored_shape
 from dit.train.preflight import checks
 from dit.train.settings import RunConfig
 from dit.train.stop import stop_request
-from dit.train.task import Task, synthetic_samples
-from dit.version import code_version
-
-AnyConfig = TypeVar("AnyConfig", bound=RunConfig)
+from dit.train.summary import summary
+from dit.train.task import synthetic_samples
 
 
-@dataclass
-class Parts:
-    """What a kind of experiment brings to the loop.
-
-    contract: JSON values that travel with every checkpoint (latent statistics, codec, ...).
-    flops_per_image: of a training step. leaf_modules: see DeepSpeedEngine.
-    memory: (ZeRO stage, numbers in frozen parameters) -> what a rank holds; None: all but the activations is counted.
-    """
-
-    module: nn.Module
-    task: Task
-    flops_per_image: float
-    contract: dict[str, Any] = field(default_factory=dict)
-    hooks: list[Hook] = field(default_factory=list)
-    leaf_modules: tuple[type[nn.Module], ...] = ()
-    memory: Callable[[int, int], Memory] | None = None
-
-
-def train(cfg: AnyConfig, make_parts: Callable[[AnyConfig, Manifest, World], Parts]) -> None:
+def train(cfg: RunConfig, make_parts: MakeParts) -> None:
     """Train, or go on training, in cfg.run_dir. Collective: every rank of the job calls it."""
     if cfg.train.threads:
         torch.set_num_threads(cfg.train.threads)
     # from the beginning, for a signal may come while the run loads what it needs
     with stop_request() as stop, group.session() as world, _leaving_together():
-        checks.check(cfg, world)
-        loop = build(cfg, make_parts, world)
-        if len(loop.stream.sources) > 1:
-            loop.say(f"each batch of {cfg.train.global_batch}: {_shares(loop.stream)}")
+        plan = Plan(cfg, make_parts, world)
+        checks.check(plan)
+        loop = build(plan)
+        loop.say(summary(plan))
         with run_dir.locked(loop.run_dir, world):
             if loop.resume() and loop.step >= cfg.train.steps:
                 loop.say(f"{cfg.run_dir} has done its {cfg.train.steps} steps; raise train.steps to go on")
@@ -91,30 +57,13 @@ def _leaving_together() -> Iterator[None]:
         raise
 
 
-def build(cfg: AnyConfig, make_parts: Callable[[AnyConfig, Manifest, World], Parts], world: World) -> Loop:
+def build(plan: Plan) -> Loop:
     """Every part of the run, checked, and the run directory claimed. Collective."""
-    micro = cfg.train.micro(world)
-    mixture = group.together(cfg.data.open)
-    manifest = mixture.manifest
-    group.on_main(lambda: run_dir.compare(Path(cfg.run_dir) / run_dir.CONFIG, cfg))
-    torch.manual_seed(cfg.seed)
-    parts = group.together(lambda: make_parts(cfg, manifest, world))
-    group.together(lambda: _initialise(parts.module, cfg))
-    device = Device.smallest(world)
-    zero = group.together(lambda: _sharding(cfg, parts, world, device))
-    stream = group.together(lambda: _stream(cfg, mixture, world))
-    every = sum(p.numel() for p in parts.module.parameters())
-    trained = sum(p.numel() for p in parts.module.parameters() if p.requires_grad)
-    group.on_main(lambda: checks.space(cfg, every, trained))
+    cfg, world, parts, zero = plan.cfg, plan.world, plan.parts, plan.sharding
+    module = group.together(plan.build)
     folder = run_dir.claim(cfg, world, {"stage": zero.stage, **({"why": zero.why} if zero.why else {})})
-    engine = _engine(cfg, parts, world, zero, cfg.train.local_batch(world) // micro)
-    identity = {
-        "config": to_dict(cfg),
-        "data": {"digest": manifest.digest, "samples": manifest.samples, "classes": list(manifest.classes)},
-        "contract": parts.contract,
-        "code": code_version(),
-        "torch": torch.__version__,
-    }
+    accumulation = cfg.train.local_batch(world) // cfg.train.micro(world)
+    engine = _engine(cfg, module, parts.leaf_modules, world, zero, accumulation)
     return Loop(
         seed=cfg.seed,
         train=cfg.train,
@@ -124,11 +73,11 @@ def build(cfg: AnyConfig, make_parts: Callable[[AnyConfig, Manifest, World], Par
         engine=engine,
         ema=Ema(engine, cfg.ema),
         task=parts.task,
-        stream=stream,
+        stream=plan.stream,
         run_dir=folder,
-        identity=identity,
+        identity=plan.identity,
         check_config=lambda config, where: run_dir.differences(config, cfg, where),
-        samples=synthetic_samples(stored_shape(manifest), len(manifest.classes), world.device),
+        samples=synthetic_samples(stored_shape(plan.manifest), len(plan.manifest.classes), world.device),
         flops_per_image=parts.flops_per_image,
         peak_flops=float(group.all_sum(torch.tensor(device_peak(world.device), device=world.device))),
         from_scratch=cfg.init.from_ is None,
@@ -145,98 +94,25 @@ def _left_out(stream: Stream, blocks: Iterable[tuple[int, int]]) -> str:
     return f"{lost} of {whole} samples ({lost / whole:.2%}), in {len(found)} block(s) that cannot be read"
 
 
-def _shares(stream: Stream) -> str:
-    return ", ".join(f"{s.order.global_batch} from {public(s.reader.manifest.root)}" for s in stream.sources)
-
-
-def stored_shape(manifest: Manifest) -> tuple[int, ...]:
-    """(2, C, H, W) where moments are stored, (1, C, H, W) where latents are: one sample of one view."""
-    one = manifest.shape[1:]
-    return one if manifest.array == "moments" else (1, *one)
-
-
-def _stream(cfg: RunConfig, mixture: Mixture, world: World) -> Stream:
-    return Stream(
-        mixture,
-        cfg.seed,
-        cfg.train.global_batch,
-        world.rank,
-        world.size,
-        cfg.data.lanes,
-        cfg.data.window,
-        readers=cfg.data.readers,
-        cache=cfg.data.cache,
-        quarantine=Quarantine(cfg.data.max_quarantined),
-        pin=world.device.type == "cuda",
-    )
-
-
-def _initialise(module: nn.Module, cfg: RunConfig) -> None:
-    """Weights from init.from, if it is set and the run has no checkpoint of its own."""
-    if cfg.init.from_ is None or group.on_main(lambda: checkpoint.exists(Path(cfg.run_dir) / "checkpoints")):
-        return
-    source = checkpoint.resolve(cfg.init.from_)
-    try:
-        module.load_state_dict(Reader(source).state_dict(cfg.init.weights))
-    except RuntimeError as error:
-        _, *rows = str(error).splitlines()
-        more = f"\n  and {len(rows) - 3} more" if len(rows) > 3 else ""
-        raise CheckpointError(
-            f"init.from: {source.path} does not fit this model:\n" + "\n".join(rows[:3]) + more
-        ) from None
-    if World.from_env().is_main:
-        print(f"starting from the {cfg.init.weights} weights of {source.path}", flush=True)
-
-
-def _sharding(cfg: RunConfig, parts: Parts, world: World, device: Device) -> Choice:
-    """Freeze what is to be frozen and decide on the ZeRO stage."""
-    frozen = freeze(parts.module, cfg.train.freeze)
-    cfg.zero.check(world)
-    numbers = sum(p.numel() for p in parts.module.parameters())
-
-    def memory(stage: int) -> Memory:
-        if parts.memory is None:
-            return state_memory(numbers, stage, world.size, cfg.ema.count, frozen)
-        return parts.memory(stage, frozen)
-
-    found = choose(cfg.zero, memory, device)
-    if found.why and world.is_main:
-        print(found.why, flush=True)
-    return found
-
-
-def _engine(cfg: RunConfig, parts: Parts, world: World, zero: Choice, accumulation: int) -> Engine:
+def _engine(
+    cfg: RunConfig,
+    module: nn.Module,
+    leaf_modules: tuple[type[nn.Module], ...],
+    world: World,
+    zero: Choice,
+    accumulation: int,
+) -> Engine:
     if cfg.engine == "local":
-        return LocalEngine(
-            parts.module, cfg.optim, world, accumulation=accumulation, precision=cfg.train.precision
-        )
+        return LocalEngine(module, cfg.optim, world, accumulation=accumulation, precision=cfg.train.precision)
     from dit.train.engines.zero_engine import DeepSpeedEngine  # takes seconds to import
 
     return DeepSpeedEngine(
-        parts.module,
+        module,
         cfg.optim,
         world,
         zero=zero.zero,
         global_batch=cfg.train.global_batch,
         accumulation=accumulation,
         precision=cfg.train.precision,
-        leaf_modules=parts.leaf_modules,
+        leaf_modules=leaf_modules,
     )
-
-
-def device_peak(device: torch.device) -> float:
-    """Peak FLOP/s of this rank's device for MFU: by the maker's table, else what a matrix product reaches here."""
-    known = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    return known or _measured_peak(device)
-
-
-@functools.cache
-def _measured_peak(device: torch.device, size: int = 1024, repeats: int = 5) -> float:
-    """FLOP/s of the best of some square fp32 matrix products (0.1 s on a CPU core)."""
-    a = torch.ones(size, size, device=device)
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.perf_counter()
-        float((a @ a)[0, 0])  # waits for the device
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best

@@ -108,8 +108,10 @@ def _steps(loop: Loop, steps: int) -> list[dict[str, Any]]:
         after = full_weights(loop)
         applied = loop.engine.updates > updates
         if applied:
+            n, cfg = loop.engine.updates, loop.ema.cfg
+            decay = min(cfg.decay, (1 + n) / (10 + n)) if cfg.warmup else cfg.decay
             for name, w in after.items():
-                average[name].lerp_(w, 1 - loop.ema.cfg.decay)
+                average[name].lerp_(w, 1 - decay)
         now = assembled(loop, loop.ema.pieces)
         found.append(
             {

@@ -20,6 +20,7 @@ from dit.ranks import group
 from dit.train.checkpoints import checkpoint
 from dit.train.checkpoints.checkpoint import Reader
 from dit.train.loop import Loop
+from dit.train.plan import Plan
 from dit.train.start import build, train
 from tests.datasets import Digits
 
@@ -61,8 +62,7 @@ def go(given: Values) -> None:
 
 def built(given: Values) -> Loop:
     """The loop of a run, in a session that is open already."""
-    cfg = experiment(given)
-    return build(cfg, make_parts, group.World.from_env())
+    return build(Plan(experiment(given), make_parts, group.World.from_env()))
 
 
 # --- what a run left ---------------------------------------------------------------------------------------
