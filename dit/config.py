@@ -14,28 +14,27 @@ nearest valid one. `dit/configfile.py` reads them from YAML and the command line
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
 import inspect
-import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, TypeVar, Union, cast, dataclass_transform
+from typing import Any, Generic, TypeVar, cast, dataclass_transform
 
 import pydantic
 from pydantic_core import core_schema
 
 from dit.errors import UserError
+from dit.scalars import Scalar, typed
 
 T = TypeVar("T")
 C = TypeVar("C")
 
 
 @dataclass(frozen=True)
-class Problem:
+class Complaint:
     """One thing wrong with a configuration: the dotted key's parts and what to say about it."""
 
     key: tuple[str, ...]
@@ -45,55 +44,28 @@ class Problem:
 class ConfigError(UserError):
     """Bad configuration. `problems` lists every key at fault; the text says what, where and how to mend it."""
 
-    def __init__(self, message: str | None = None, *, problems: list[Problem] | None = None):
-        self.problems = problems if problems is not None else [Problem((), message or "bad configuration")]
+    def __init__(self, message: str | None = None, *, problems: list[Complaint] | None = None):
+        self.problems = problems if problems is not None else [Complaint((), message or "bad configuration")]
         super().__init__("\n".join(_line(p) for p in self.problems))
 
 
-def _line(problem: Problem) -> str:
+def _line(problem: Complaint) -> str:
     return f"{'.'.join(problem.key)}: {problem.message}" if problem.key else problem.message
 
 
 # --- config classes ----------------------------------------------------------------------------------------
 
 
-def _number(value: Any) -> Any:
-    """Refuse truth values; read "1e5" as the whole number it is, which pydantic does for floats alone."""
-    if isinstance(value, bool):
-        raise ValueError("expected a number, not a truth value")
-    if isinstance(value, str) and "e" in value.lower():
-        with contextlib.suppress(ValueError, OverflowError):
-            return int(float(value)) if float(value) == int(float(value)) else float(value)
-    return value
-
-
-def _numbers_refuse_bools(hint: Any) -> Any:
-    """The same type hint, with every int and float in it refusing True and False (pydantic takes them as 1, 0)."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    # Literal[0, 1] would take True, because True == 1
-    if hint is int or hint is float or (origin is Literal and any(type(a) is int for a in args)):
-        return Annotated[hint, pydantic.BeforeValidator(_number)]
-    if origin is Annotated:
-        return Annotated[(_numbers_refuse_bools(args[0]), *args[1:])]
-    if origin in (Union, types.UnionType):
-        if bool in args:
-            return hint
-        return Union[tuple(_numbers_refuse_bools(a) for a in args)]  # noqa: UP007
-    if origin in (tuple, list, dict):
-        return origin[tuple(a if a is Ellipsis else _numbers_refuse_bools(a) for a in args)]
-    return hint
-
-
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def config(cls: type[C]) -> type[C]:
     """Make `cls` a frozen, keyword-only, hashable pydantic dataclass that forbids unknown keys.
 
-    Numbers may be written as text ("1e-4"); truth values are never taken for numbers. A field named after a
-    Python keyword is spelled with a trailing underscore (`from_`) and is `from` in YAML.
+    Numbers may be written as text ("1e-4": scalars.py); truth values are never taken for numbers. A field named
+    after a Python keyword is spelled with a trailing underscore (`from_`) and is `from` in YAML.
     """
     own = inspect.get_annotations(cls)
     hints = typing.get_type_hints(cls, include_extras=True)
-    cls.__annotations__ = {name: _numbers_refuse_bools(hints[name]) for name in own}
+    cls.__annotations__ = {name: typed(hints[name]) for name in own}
     settings = pydantic.ConfigDict(
         extra="forbid", alias_generator=_key_of, populate_by_name=True, protected_namespaces=()
     )
@@ -183,21 +155,25 @@ def from_dict(cls: type[C], values: Mapping[str, Any]) -> C:
         raise ConfigError(problems=[p for e in error.errors() for p in _problems(cls, e)]) from None
 
 
-def _problems(cls: type, error: Any) -> list[Problem]:
+def _problems(cls: type, error: Any) -> list[Complaint]:
     """Pydantic's account of one error in our words; errors of nested registry members keep their own keys."""
     loc = tuple(str(part) for part in error["loc"] if not str(part).startswith("function-"))
     cause = error.get("ctx", {}).get("error")
     if isinstance(cause, ConfigError):
-        return [Problem(loc + p.key, p.message) for p in cause.problems]
+        return [Complaint(loc + p.key, p.message) for p in cause.problems]
     if error["type"] == "unexpected_keyword_argument":
-        return [Problem(loc, f"unknown key{_nearest_key(cls, loc)}")]
+        return [Complaint(loc, f"unknown key{_nearest_key(cls, loc)}")]
     if error["type"] == "missing":
-        return [Problem(loc, "is required and was not given")]
+        return [Complaint(loc, "is required and was not given")]
     if shape := {"dataclass_type": "{}", "tuple_type": "a list, [{}]"}.get(error["type"]):
         expected = shape.format(_syntax(class_at(cls, loc)))
-        return [Problem(loc, f"expected {expected}, got {error['input']!r}")]
+        return [Complaint(loc, f"expected {expected}, got {error['input']!r}")]
+    if error["type"] == "string_type" and error["input"] is None:
+        return [
+            Complaint(loc, "expected text, and null (~ alone, or nothing) is none; the home folder is ~/")
+        ]
     message = error["msg"].removeprefix("Value error, ")
-    return [Problem(loc, f"{message[0].lower()}{message[1:]}, got {error['input']!r}")]
+    return [Complaint(loc, f"{message[0].lower()}{message[1:]}, got {error['input']!r}")]
 
 
 def _syntax(cls: type | None) -> str:
@@ -312,7 +288,7 @@ def merge(base: Any, over: Any) -> Any:
     """`over` laid on `base`: mappings merge key by key; a change of a member's `name` replaces it whole."""
     if not isinstance(over, Mapping):
         return over
-    if isinstance(base, str):
+    if isinstance(base, str) and not isinstance(base, Scalar):
         base = {"name": base}
     if not isinstance(base, Mapping) or over.get("name", base.get("name")) != base.get("name"):
         base = {}

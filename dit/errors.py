@@ -11,5 +11,11 @@ class Stopped(Exception):
     status = 75  # that the command line exits with: EX_TEMPFAIL of sysexits.h, "try again"
 
 
+class Interrupted(Stopped):
+    """The same by Ctrl-C: whoever pressed it does not want the run to be started again for it."""
+
+    status = 130  # of shells after SIGINT
+
+
 class UserError(ValueError):
     """Something outside the code is wrong. The text says what came, what was expected and how to mend it."""

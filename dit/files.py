@@ -1,9 +1,115 @@
-"""Files that are there whole or not at all, and last through a stop of the machine."""
+"""Files and their names: text read in any locale, paths as people type them, writes that are whole or not at all."""
 
 from __future__ import annotations
 
+import codecs
 import os
+import re
 from pathlib import Path
+
+from dit.errors import UserError
+
+MARKS = {  # a file that begins so is in that encoding; UTF-32's begins with UTF-16's
+    codecs.BOM_UTF8: "utf-8",
+    codecs.BOM_UTF32_LE: "utf-32-le",
+    codecs.BOM_UTF32_BE: "utf-32-be",
+    codecs.BOM_UTF16_LE: "utf-16-le",
+    codecs.BOM_UTF16_BE: "utf-16-be",
+}
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::[A-Za-z][A-Za-z0-9+.-]*)*://")
+VARIABLE = re.compile(r"\$(?:([A-Za-z_][A-Za-z0-9_]*)|\{([^}]*)\})")
+
+
+class FileError(UserError):
+    """A file that is no text, or a path that leads nowhere by itself."""
+
+
+# --- text --------------------------------------------------------------------------------------------------
+
+
+def read_text(path: Path) -> str:
+    """A text file, whatever the locale: UTF-8, or UTF-16 and UTF-32 that begin with their mark. Lines end in "\\n".
+
+    FileError where it is anything else, with the first place that says so; OSError where it cannot be read.
+    """
+    return decoded(path.read_bytes(), str(path))
+
+
+def decoded(data: bytes, named: str) -> str:
+    """As `read_text`, of a file's bytes. named: the file, in messages."""
+    mark = next((m for m in MARKS if data.startswith(m)), b"")
+    encoding = MARKS.get(mark, "utf-8")
+    try:
+        text = data[len(mark) :].decode(encoding)
+    except UnicodeDecodeError as error:
+        place = error.start + len(mark)
+        raise FileError(_no_text(data, place, encoding, named)) from None
+    if "\0" in text:
+        line = text[: text.index("\0")].count("\n") + 1
+        raise FileError(
+            f"{named}: line {line} has a zero byte: a binary file, or UTF-16 without its mark at the beginning; "
+            "expected text in UTF-8"
+        )
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _no_text(data: bytes, place: int, encoding: str, named: str) -> str:
+    """Which byte is at fault, where, and how such a file is converted."""
+    before = data[:place]
+    line = (
+        before.count(b"\n") + 1
+        if encoding == "utf-8"
+        else len(before.decode(encoding, "replace").split("\n"))
+    )
+    told = f"{named}: line {line} is not {encoding.upper()} (byte 0x{data[place]:02x}, number {place} of the file"
+    if encoding != "utf-8":
+        return f"{told}): the file is damaged or cut off"
+    row = data[before.rfind(b"\n") + 1 :].split(b"\n", 1)[0][:200].decode("cp1252", "replace").strip()[:60]
+    return f'{told}; "{row}" if it is Latin-1): iconv -f CP1252 -t UTF-8 {named} > NEW writes it as UTF-8'
+
+
+# --- paths -------------------------------------------------------------------------------------------------
+
+
+def expand(path: str) -> str:
+    """A path with ~, ~user, $NAME and ${NAME} filled in, when it is used: what was typed is what is recorded.
+
+    URLs stay as they are. FileError for a variable that is not set, a user who is not known, and for no path at all.
+    """
+    if URL.match(path):
+        return path
+    if not path.strip():
+        raise FileError("an empty path was given, which a shell makes of a variable that is not set")
+
+    def value(found: re.Match[str]) -> str:
+        name = found[1] or found[2]
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise FileError(f"'{path}': {found[0]} is no name of a variable; expected $NAME or ${{NAME}}")
+        if not os.environ.get(name):
+            state = "empty" if name in os.environ else "not set"
+            raise FileError(
+                f"'{path}': the environment variable {name} is {state}; set it, or write the path out"
+            )
+        return os.environ[name]
+
+    filled = VARIABLE.sub(value, path)
+    home = os.path.expanduser(filled)
+    if home.startswith("~") and not os.path.lexists(home):
+        user = home.split("/", 1)[0]
+        raise FileError(
+            f"'{path}': no home folder of {user} is known; write the path out (./{user} for a name)"
+        )
+    return home
+
+
+def not_found(path: Path | str) -> str:
+    """Say that a path is missing; and of a relative one, which may have been meant for another folder, where."""
+    if os.path.isabs(path) or URL.match(str(path)):
+        return f"{path} is missing"
+    return f"{path} is missing in {os.getcwd()}, to which the path is relative (a whole path holds anywhere)"
+
+
+# --- writing -----------------------------------------------------------------------------------------------
 
 
 def write_atomically(path: Path, data: bytes, tag: str = "") -> None:

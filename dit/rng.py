@@ -41,7 +41,7 @@ class Purpose(IntEnum):
     VAL = 13  # held-out loss
     STRATA = 14  # dealing of stratified times
     KEY = 15  # the key of batch_hash
-    INIT = 16  # model initialisation
+    # 16 was the initialisation of models: never to be given again
     LIKELIHOOD = 17  # its probes and noisy latents
     CROP = 18  # random crops of images that are encoded
     ROTATION = 19  # at which row of a block an epoch begins

@@ -13,9 +13,11 @@ from hypothesis import settings
 
 from tests.datasets import Digits, encode_digits
 from tests.rank_processes import Server
+from tests.surroundings import forget
 
 settings.register_profile("dit", deadline=None)  # an example's time says how busy the machine is, and no more
 settings.load_profile("dit")
+forget()
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
@@ -89,6 +91,14 @@ def exit_code(commands: Any, *words: str, config: type | None = None) -> int:
         (["a", "--size", "--scale=2"], "--size needs a value"),
         (["a", "--size=big"], "--size=big: input should be a valid integer"),
         (["a", "--size=2.5"], "--size=2.5"),
+        (["a", "--size=0x10"], "--size=0x10: numbers are decimal: write 16"),
+        (["a", "--size=1,000"], "--size=1,000: numbers are decimal: write 1000"),
+        (["a", "--size=1:30"], "--size=1:30: numbers are decimal: write one number"),
+        (["a", "--size=yes"], "--size=yes: expected a number, not a truth value"),
+        (["a", "--size=99999999999999999999"], "whole number of at most 9223372036854775807"),
+        (["a", "--scale=nan"], "--scale=nan: expected a number, and NaN is none"),
+        (["a", "--scale=0,5"], "write 0.5"),
+        (["a", "--many=1,0x2"], "--many=1,0x2: numbers are decimal: write 2"),
         (["a", "--size="], "--size="),
         (["a", "--scale=fast"], "--scale=fast"),
         (["a", "--verbose=perhaps"], "--verbose=perhaps"),
@@ -151,6 +161,13 @@ def test_help_lists_the_configuration_keys(train, capsys) -> None:
         ("--out=none", "out", None),
         ("--size=12", "size", 12),
         ("--size=-3", "size", -3),
+        ("--size=010", "size", 10),
+        ("--size=1e3", "size", 1000),
+        ("--many=08,010", "many", (8, 10)),
+        ("--limit=007", "limit", 7),
+        ("--verbose=off", "verbose", False),
+        ("--other=010", "other", "010"),
+        ("--other=--x", "other", "--x"),
         ("--scale=1e-4", "scale", 1e-4),
         ("--scale=2", "scale", 2.0),
         ("--verbose", "verbose", True),
@@ -281,7 +298,7 @@ def test_a_result_is_not_printed(capsys) -> None:
 
 
 def test_parse_is_what_run_uses(work) -> None:
-    assert parse(work, ["a", "--size=3"]) == ([], {"place": "a", "size": 3})
+    assert parse(work, ["a", "--size=3"]) == {"place": "a", "size": "3"}
     with pytest.raises(UsageError, match="unknown flag"):
         parse(work, ["a", "--no"])
 
@@ -289,7 +306,7 @@ def test_parse_is_what_run_uses(work) -> None:
 def test_a_family_of_flags_takes_its_own_and_no_others() -> None:
     def work(place: str, *, size: int = 8, **codec_keys: str) -> None: ...
 
-    assert parse(work, ["a", "--codec.path=2024", "--codec_dtype=x"])[1] == {
+    assert parse(work, ["a", "--codec.path=2024", "--codec_dtype=x"]) == {
         "place": "a",
         "codec.path": "2024",
         "codec_dtype": "x",
@@ -305,7 +322,7 @@ def test_several_families_of_flags() -> None:
 
     given = ["a", "--solver=x", "--solver.eta=1e-2", "--grid_rho=7"]
     wanted = {"place": "a", "solver": "x", "solver.eta": "1e-2", "grid_rho": "7"}
-    assert parse(work, given)[1] == wanted
+    assert parse(work, given) == wanted
     for word in ("--codec.path=x", "--solver.=x", "--grid=x", "--sollver.eta=1", "--keys.x=1"):
         with pytest.raises(UsageError, match="unknown flag"):
             parse(work, ["a", word])
@@ -320,3 +337,21 @@ def test_help_lists_the_choices_of_a_flag_with_their_fields(work, calls: Calls, 
     assert [row[0] for row in rows] == ["round", "radius", "square", "side", "corners"]
     assert rows[-1] == ["corners", "=", "4"]
     assert calls == []
+
+
+def test_the_default_of_fire_reads_nothing(train, work, calls: Calls) -> None:
+    """Fire's own reader would make numbers, lists and names of Python's of what was typed."""
+    run(train, argv=["010", "--a.b=[1, 2]", "--c.d=True", "--e.f={x: 1}"])
+    assert calls == [{"config": "010", "dry_run": False, "a.b": "[1, 2]", "c.d": "True", "e.f": "{x: 1}"}]
+    assert not hasattr(train, "FIRE_METADATA")  # what is called is left as it is
+
+
+def test_help_is_printed_in_any_encoding(work, monkeypatch: pytest.MonkeyPatch) -> None:
+    def accented() -> None:
+        """Fr\u00e9chet, \u03b1\u00b2."""
+
+    raw = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    run(accented, argv=["--help"])
+    sys.stdout.flush()
+    assert b"Fr?chet, ??." in raw.getvalue()

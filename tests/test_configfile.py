@@ -10,6 +10,7 @@ import pytest
 
 from dit.config import ConfigError, config, from_dict, to_dict
 from dit.configfile import load, overridden, read_yaml, write_yaml
+from dit.scalars import resolved
 from tests.shapes import SHAPES, Round, Shape, Square
 
 
@@ -242,7 +243,7 @@ def test_what_is_written_reads_back_the_same_and_in_full(write, tmp_path: Path) 
     write_yaml(tmp_path / "out.yaml", cfg)
     assert load(Run, tmp_path / "out.yaml") == cfg
     values, sources = read_yaml(tmp_path / "out.yaml")
-    assert values == to_dict(cfg)
+    assert resolved(values) == to_dict(cfg)
     assert set(sources.values()) == {str(tmp_path / "out.yaml")}
 
 

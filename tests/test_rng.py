@@ -69,6 +69,18 @@ def test_draws_of_a_subset_are_the_subset_of_the_draws(slots: list[int], seed: i
     assert torch.equal(whole.select(slice(5, 9)).uniform(Purpose.DROP), whole.uniform(Purpose.DROP)[5:9])
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_normals_do_not_depend_on_threads_and_batch(threads: int) -> None:
+    """Bitwise: 3 threads cut 37 · 7 · 501 numbers where no vector register ends."""
+    before, shape = torch.get_num_threads(), (7, 501)
+    parts = torch.cat([draws(slots=[i]).normal(Purpose.PRIOR, shape) for i in range(37)])
+    torch.set_num_threads(threads)
+    try:
+        assert torch.equal(draws(slots=37).normal(Purpose.PRIOR, shape), parts)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_the_global_batch_size_changes_no_number() -> None:
     assert torch.equal(
         draws(batch=64).bits(Purpose.EPS, 4),

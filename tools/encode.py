@@ -27,6 +27,7 @@ from dit.data.sources.crops import CROPS
 from dit.data.sources.images import ImageSource, check_spec, open_source, unlabelled_note
 from dit.data.sources.parquet import Columns
 from dit.errors import Stopped
+from dit.files import expand
 from dit.progress import Bar, say
 from dit.ranks import group
 
@@ -66,6 +67,7 @@ def main(
     tools/encode.py IMAGES OUT ..., or sbatch ... launch/multinode.sh tools/encode.py IMAGES OUT ... (OUT on a file
     system that the nodes share). The same images, codec and options give the same bytes, whatever the ranks.
     """
+    images, out = expand(images), expand(out)
     first = {"image_size": image_size, "flip": flip, "posterior": posterior, "dtype": dtype, "block": block}
     more = {"shard_mb": shard_mb, "seed": seed, "batch_size": batch_size, "max_bad": max_bad}
     how = {**first, **more, "workers": workers, "crop": _named("crop", crop, codec_crop_keys)}

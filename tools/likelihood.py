@@ -27,7 +27,7 @@ from dit.data.shards.manifest import Manifest
 from dit.data.shards.readers import open_reader
 from dit.evals.protocol import protocol_hash
 from dit.experiments.trained import Trained
-from dit.files import write_atomically
+from dit.files import expand, write_atomically
 from dit.ranks import group
 from dit.rng import Draws
 from dit.sample.denoise import Denoiser, with_precision
@@ -41,10 +41,10 @@ CHOICES: dict[str, Registry[Any]] = {"method": LIKELIHOODS}
 class Spec:
     """Everything that decides about the figure besides weights and data."""
 
-    method: Annotated[Likelihood, LIKELIHOODS] = Ode()
-    count: int = 256
-    seed: int = 0
-    unconditional: bool = False
+    method: Annotated[Likelihood, LIKELIHOODS] = Ode()  # how log p(data) is found
+    count: int = 256  # samples, the first of the data; 0 = all
+    seed: int = 0  # of probes, noise and posterior draws
+    unconditional: bool = False  # drop every label
 
 
 def main(
@@ -89,7 +89,7 @@ def main(
         figures |= {"protocol": protocol, "protocol_hash": protocol_hash(protocol), "weights": weights}
         figures |= {"checkpoint": str(trained.path), "step": trained.step, "device": world.device.type}
         if world.is_main:
-            write(Path(out), figures)
+            write(Path(expand(out)), figures)
 
 
 def write(out: Path, figures: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from dit.evals.features import Pca
 from dit.evals.frechet import Gaussian, frechet_distance
 from dit.evals.protocol import protocol_hash
 from dit.experiments.trained import Trained
-from dit.files import write_atomically
+from dit.files import expand, read_text, write_atomically
 from dit.ranks import group
 from dit.sample.generate import Sampler, SamplerSpec, labels_for
 from dit.sample.solve import SOLVERS, Solver
@@ -57,7 +57,7 @@ def main(
     protocol |= {"cfg_scale": cfg_scale, "grid": grid, "seed": seed, "weights": "ema"}
     spec = from_dict(SamplerSpec, {"grid": grid, "seed": seed})
     with group.session() as world:
-        table = Table(Path(out), protocol)
+        table = Table(Path(expand(out)), protocol)
         for name, path in named(runs).items():
             trained = Trained.load(path, "ema", world.device)
             first = trained.sampler(spec, {}, world.device, "fp32")
@@ -153,7 +153,7 @@ class Table:
         self.out.parent.mkdir(parents=True, exist_ok=True)
         if self.file.is_file():
             try:
-                held = json.loads(self.file.read_text())
+                held = json.loads(read_text(self.file))
             except ValueError as error:
                 raise ConfigError(f"{self.file} is not JSON ({error}): remove it") from None
             if held["protocol"] != self.protocol:

@@ -22,6 +22,7 @@ from dit.data.codecs.autoencoders import Vae
 from dit.data.sources.images import open_source
 from dit.errors import UserError
 from dit.evals.digits import DigitsJudge, LabelledImages
+from dit.files import expand, read_text
 from dit.sample.generate import image_grid, to_uint8
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,7 +42,7 @@ def main(
     Every stage is one of the project's command lines, printed before it runs. Encoding and training that are done
     are not done again, and training that was interrupted goes on where it was.
     """
-    folder, first = Path(out), Path(stage1 or out)
+    folder, first = Path(expand(out)), Path(expand(stage1 or out))
     prepare(first)
     call(
         folder,
@@ -106,7 +107,7 @@ def call(folder: Path, stage: str, *words: str) -> None:
         seconds = spent(folder)
         seconds[stage] = round(seconds.get(stage, 0.0) + time.perf_counter() - start, 1)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "seconds.json").write_text(json.dumps(seconds))
+        (folder / "seconds.json").write_text(json.dumps(seconds), encoding="utf-8")
     if ended.returncode:
         raise UserError(
             f"this stage failed (exit status {ended.returncode}); mend it and start again to go on"
@@ -116,7 +117,7 @@ def call(folder: Path, stage: str, *words: str) -> None:
 def spent(folder: Path) -> dict[str, float]:
     """Seconds of each stage so far, over all starts."""
     file = folder / "seconds.json"
-    return dict(json.loads(file.read_text())) if file.is_file() else {}
+    return dict(json.loads(read_text(file))) if file.is_file() else {}
 
 
 def finish(folder: Path, vae: Path) -> None:
@@ -128,7 +129,7 @@ def finish(folder: Path, vae: Path) -> None:
     report["reconstruction_mse"] = reconstruction_mse(vae, held_out.images)
     seconds = {**spent(folder), "judge": round(time.perf_counter() - start, 1)}
     report["seconds"] = {**seconds, "total": round(sum(seconds.values()), 1)}
-    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     by_class = [guided.images[guided.labels == c][:10] for c in range(10)]
     picture = Image.fromarray(image_grid(np.concatenate(by_class), columns=10))
     picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST).save(

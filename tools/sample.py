@@ -23,7 +23,7 @@ from dit.config import ConfigError, Registry, from_dict, to_dict
 from dit.configfile import overridden
 from dit.data.shards.pairs import Origin, PairWriter, writing
 from dit.experiments.trained import Trained
-from dit.files import write_atomically
+from dit.files import expand, write_atomically
 from dit.ranks import group
 from dit.sample.generate import Sampler, SamplerSpec, image_grid, labels_for, to_uint8
 from dit.sample.grid import GRIDS
@@ -79,7 +79,9 @@ def main(
         about = described(trained, sampler) | {"codec": codec_keys, "precision": chosen_precision}
         about |= {"classes": chosen, "batch_size": batch_size, "num_samples": num_samples}
         labels, origin = labels_for(torch.arange(num_samples), chosen), Origin.of(trained.contract, spec.seed)
-        produce(sampler, labels, batch_size, world, Path(out) if out else None, save_pairs, origin, about)
+        produce(
+            sampler, labels, batch_size, world, Path(expand(out)) if out else None, save_pairs, origin, about
+        )
 
 
 def produce(

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
 from dit.cli import run
-from dit.config import from_dict, to_dict
+from dit.config import to_dict
 from dit.data.foreign.existing import already, refuse_encoded
 from dit.data.foreign.index import IndexOptions, codec_of
 from dit.data.foreign.index import index as write_index
@@ -25,6 +25,7 @@ from dit.data.shards.manifest import Manifest
 from dit.data.shards.verify import check_answers, check_manifest, strays
 from dit.data.shards.verify import verify as find_faults
 from dit.data.sources.labels import read_classes
+from dit.flags import options_as_flags
 
 CLASSES_SHOWN = 20
 BATCH = 256  # for which memory and mixing are stated
@@ -75,22 +76,14 @@ def _print_table(rows: list[tuple[str, str, str]]) -> None:
         print(f"{file:{widths[0]}s}  {where:{widths[1]}s}  {what}")
 
 
+@options_as_flags
 def index(
     path: str,
     out: str,
     *,
     codec: Annotated[str, "that made them: vae or ldm (with --codec.path), pixels, or unknown"],
-    array: Annotated[Literal["latents", "moments"], "(C, H, W), or (2C, H, W) and (2, C, H, W)"] = "latents",
-    spread: Annotated[Literal["std", "logvar"], "what the second half of moments is"] = "std",
-    scale: Annotated[float, "stored = latents of the codec * scale, such as 0.18215"] = 1.0,
-    extension: Annotated[str | None, "of the arrays: npy, pt, pth, or latent.npy; found by default"] = None,
-    flipped: Annotated[str | None, "extension of the flipped view beside them, such as flip.npy"] = None,
-    label: Annotated[Literal["auto", "cls", "json", "none"], "KEY.cls, KEY.json, or no labels"] = "auto",
     classes: Annotated[str | None, "imagenet1k, or a file of names, one a line; numbers by default"] = None,
-    dtype: Annotated[Literal["float16", "float32"], "of the samples when they are read"] = "float16",
-    image_size: Annotated[int | None, "pixels a side; the latents' times the codec's factor"] = None,
-    block: Annotated[int, "samples a block at most"] = 256,
-    threads: Annotated[int, "shards at a time"] = 4,
+    options: IndexOptions,
     **codec_keys: str,
 ) -> None:
     """Make a data set of latent shards from elsewhere: write manifest.json and names.txt in OUT, copy nothing.
@@ -102,9 +95,9 @@ def index(
     --codec.path=FOLDER --codec.subfolder=... configure the vae and ldm; --codec.channels=4 and, where known,
     --codec.scaling_factor=0.18215 --codec.factor=8 an unknown one.
     """
-    given = {**locals(), "classes": None if classes is None else read_classes(classes)}
-    options = from_dict(IndexOptions, {f.name: given[f.name] for f in fields(IndexOptions)})
-    made_by = codec_of(codec, codec_keys, scale)
+    if classes is not None:
+        options = replace(options, classes=read_classes(classes))
+    made_by = codec_of(codec, codec_keys, options.scale)
     shards = find_shards(path)
     refuse_encoded(shards)
     if (there := already(shards, out, made_by, options)) is not None:

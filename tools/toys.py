@@ -31,7 +31,7 @@ from dit.evals.plane import (
 )
 from dit.evals.protocol import protocol_hash
 from dit.evals.transport import trajectory
-from dit.files import write_atomically
+from dit.files import expand, write_atomically
 from dit.sample.denoise import Denoiser
 from dit.sample.solve import Euler
 
@@ -64,9 +64,9 @@ def main(
             flows = train(problem, budget, bar.update)
             table[name] = {coupling: judge(problem, flow, seed) for coupling, flow in flows.items()}
             table[name]["floor"] = floor(problem, seed)
-            draw(problem, flows, table[name], seed, Path(pictures) / f"toys_{name}.png")
+            draw(problem, flows, table[name], seed, Path(expand(pictures)) / f"toys_{name}.png")
     seconds = time.process_time() - started
-    write(Path(out), table, {**asdict(budget), **PROTOCOL}, seconds)
+    write(Path(expand(out)), table, {**asdict(budget), **PROTOCOL}, seconds)
 
 
 # --- reporting ---------------------------------------------------------------------------------------------

@@ -8,6 +8,11 @@ from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dit.ranks import early
+
+if __name__ == "__main__":
+    early.listen()  # before seconds of imports
+
 from dit.cli import run
 from dit.configfile import load
 from dit.experiments.diffusion import Experiment
@@ -27,6 +32,8 @@ def main(
     The same command resumes a run that was killed, on any number of ranks and at any ZeRO stage. On several
     devices start it through launch/local.sh, on a SLURM cluster through launch/multinode.sh.
     """
+    if dry_run or preflight:
+        early.end_if_asked()
     start(load(Experiment, config, overrides), make_parts, dry_run=dry_run, preflight=preflight)
 
 

@@ -8,6 +8,11 @@ from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dit.ranks import early
+
+if __name__ == "__main__":
+    early.listen()  # before seconds of imports
+
 from dit.cli import run
 from dit.configfile import load
 from dit.experiments.classifier import ClassifierExperiment

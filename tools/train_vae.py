@@ -8,6 +8,11 @@ from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dit.ranks import early
+
+if __name__ == "__main__":
+    early.listen()  # before seconds of imports
+
 from dit.cli import run
 from dit.configfile import load
 from dit.experiments.autoencoder import AutoencoderExperiment, export
@@ -34,10 +39,10 @@ def main(
     cfg.ema.check_name(weights)
     trained = start(cfg, AutoencoderExperiment.make_parts, dry_run=dry_run, preflight=preflight)
     if trained and World.from_env().is_main:
-        done = export(cfg.run_dir, Path(cfg.run_dir) / "vae", weights)
+        done = export(cfg.run_dir, cfg.folder / "vae", weights)
         print(f"the autoencoder of step {done.step} is in {done.folder}: {done.average}")
         done.average.warn()
-        figures = newest(Path(cfg.run_dir), done.step)
+        figures = newest(cfg.folder, done.step)
         if figures is not None:
             print(told(figures))
 

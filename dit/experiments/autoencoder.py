@@ -38,20 +38,20 @@ KL_WEIGHT = 1e-3
 class PictureConfig:
     """Originals above their reconstructions, drawn during training."""
 
-    every: Annotated[int, Field(ge=0)] = 0  # steps; 0 = never
-    count: Annotated[int, Field(ge=1)] = 10  # images
+    every: Annotated[int, Field(ge=0)] = 0  # steps between pictures; 0 = never
+    count: Annotated[int, Field(ge=1)] = 10  # images in a picture
 
 
 @config
 class AutoencoderExperiment(RunConfig):
     """A run of tools/train_vae.py. `data` are pixel shards: tools/encode.py IMAGES OUT --codec=pixels."""
 
-    autoencoder: Annotated[AutoencoderConfig, AUTOENCODERS] = Kl()
+    autoencoder: Annotated[AutoencoderConfig, AUTOENCODERS] = Kl()  # what is trained: its kind, and its shape
     kl_weight: Annotated[float, Field(ge=0)] = KL_WEIGHT  # of the KL term, a mean over latent elements
-    pixel: Annotated[PixelLoss, PIXEL_LOSSES] = L2()
-    perceptual: PerceptualConfig | None = None
-    discriminator: DiscriminatorConfig | None = None
-    sample: PictureConfig = PictureConfig()
+    pixel: Annotated[PixelLoss, PIXEL_LOSSES] = L2()  # loss of a reconstruction's pixels
+    perceptual: PerceptualConfig | None = None  # loss in a frozen network's features; null = none
+    discriminator: DiscriminatorConfig | None = None  # adversarial loss; null = none
+    sample: PictureConfig = PictureConfig()  # originals above their reconstructions, drawn during training
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -123,7 +123,7 @@ class AutoencoderExperiment(RunConfig):
             hooks.append(Figures(self.val.every, alone, held_out))
         if self.sample.every:
             draw = self._reconstructions(alone)
-            hooks.append(SampleGrid(self.sample.every, draw, Path(self.run_dir) / "samples"))
+            hooks.append(SampleGrid(self.sample.every, draw, self.folder / "samples"))
         return hooks
 
     def _reconstructions(self, task: AutoencoderTask) -> Callable[[Engine], np.ndarray]:

@@ -31,25 +31,25 @@ from dit.train.checkpoints.checkpoint import CheckpointError, Reader
 from dit.train.hooks import held_out_hook
 from dit.train.plan import Parts
 from dit.train.settings import RunConfig
-from dit.train.task import PlainTask, Samples
+from dit.train.task import Network, PlainTask, Samples
 
 
 @config
 class Noise:
     """How noisy the latents are that are classified. The path must be that of the model to be guided."""
 
-    path: Annotated[NoisePath, PATHS] = Linear()
-    times: Annotated[Times, TIMES] = Uniform()
-    spread: Annotated[Spread, SPREADS] = IndependentDraws()
+    path: Annotated[NoisePath, PATHS] = Linear()  # from data to noise: that of the model to be guided
+    times: Annotated[Times, TIMES] = Uniform()  # how often each time is trained on
+    spread: Annotated[Spread, SPREADS] = IndependentDraws()  # how times are drawn over the global batch
 
 
 @config
 class ClassifierExperiment(RunConfig):
     """A run of tools/train_classifier.py, on the latents of the model that it will guide."""
 
-    classifier: ClassifierConfig = ClassifierConfig()
-    objective: Noise = Noise()
-    latents: LatentsConfig = LatentsConfig()
+    classifier: ClassifierConfig = ClassifierConfig()  # the network, a transformer
+    objective: Noise = Noise()  # how noisy the latents are that are classified
+    latents: LatentsConfig = LatentsConfig()  # how stored latents become what the model sees
 
     def make_parts(self, manifest: Manifest, world: World) -> Parts:
         """Model, task and hooks for these data on this rank."""
@@ -87,13 +87,13 @@ class ClassifierTask(PlainTask):
     norm: LatentNorm
     classes: int
 
-    def loss(self, model: Any, samples: Samples) -> Loss:
+    def loss(self, network: Network, samples: Samples) -> Loss:
         data = self.norm.draw(samples.moments, samples.draws)  # (B, C, H, W)
         path = self.noise.path
         u = self.noise.spread(samples.draws).double()  # in float32 a time depends on its place in the batch
         t = self.noise.times(u, path).to(data.dtype)  # (B,)
         x = path.coeffs(t).mix(data, samples.draws.normal(Purpose.EPS, data.shape[1:]))
-        logits = call_network(model, path, x, t, {})  # (B, classes)
+        logits = call_network(network, path, x, t, {})  # (B, classes)
         each = F.cross_entropy(logits, samples.label.clamp(min=0), reduction="none")
         per_sample = torch.where(samples.label >= 0, each, 0.0)
         accuracy = (logits.argmax(1) == samples.label).float().mean()

@@ -33,9 +33,9 @@ Precision = Literal["fp32", "bf16"]
 class SampleConfig(SamplerSpec):
     """The grids drawn during training."""
 
-    every: Annotated[int, Field(ge=0)] = 0  # steps; 0 = never
-    count: Annotated[int, Field(ge=1)] = 64  # images, one class after the other
-    num_steps: Annotated[int, Field(ge=1)] = 25
+    every: Annotated[int, Field(ge=0)] = 0  # steps between grids of images; 0 = never
+    count: Annotated[int, Field(ge=1)] = 64  # images in a grid, one class after the other
+    num_steps: Annotated[int, Field(ge=1)] = 25  # steps of the solver for each image
 
 
 @config
@@ -43,7 +43,7 @@ class DiffusionTrainConfig(TrainConfig):
     """How long, how large, how precise; and what only a conditional model of blocks has."""
 
     label_drop: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of labels replaced by the null condition
-    compile: bool = False  # torch.compile each block
+    compile: bool = False  # compile each block with torch.compile
 
 
 @config
@@ -51,11 +51,12 @@ class Experiment(RunConfig):
     """A run of tools/train.py."""
 
     train: DiffusionTrainConfig = DiffusionTrainConfig()
-    model: Annotated[DiTConfig, MODELS] = DiTConfig()
+    model: Annotated[DiTConfig, MODELS] = DiTConfig()  # the network that is trained
     objective: Objective = Objective()
     latents: LatentsConfig = LatentsConfig()
-    codec: Annotated[CodecConfig, CODECS] | None = None  # where the data's codec is, for pictures
-    sample: SampleConfig = SampleConfig()
+    # where the data's codec is, for pictures; null = as the data say
+    codec: Annotated[CodecConfig, CODECS] | None = None
+    sample: SampleConfig = SampleConfig()  # grids of images drawn during training
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -88,7 +87,7 @@ def _hooks(
         agreed, device = latent_contract(manifest, norm), world.device
         opener = Checkpoints(cfg.objective.path, agreed, cfg.run_dir, "ema", device, cfg.train.precision)
         draw = _grid(cfg, manifest, lambda x: codec.decode(norm.invert(x)), opener)
-        hooks.append(SampleGrid(cfg.sample.every, draw, Path(cfg.run_dir) / "samples"))
+        hooks.append(SampleGrid(cfg.sample.every, draw, cfg.folder / "samples"))
     return hooks
 
 

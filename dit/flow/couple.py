@@ -77,8 +77,9 @@ class OptimalTransport(Coupling):
     The assignment is solved in float64 on the CPU.
     """
 
+    # slots within which eps is exchanged; divides the micro-batch; CPU time n^3
     group: Annotated[int, Field(ge=2)] = 64
-    within_label: bool = True
+    within_label: bool = True  # exchange among slots of one label only
 
     @torch.no_grad()
     def __call__(self, data: Tensor, eps: Tensor, cond: Cond, draws: Draws) -> tuple[Tensor, Metrics]:
@@ -120,10 +121,11 @@ class Sinkhorn(Coupling):
         largest |share − 1| of any one.
     """
 
-    group: Annotated[int, Field(ge=2)] = 64
-    within_label: bool = True
+    group: Annotated[int, Field(ge=2)] = 64  # slots within which eps is exchanged; divides the micro-batch
+    within_label: bool = True  # exchange among slots of one label only
+    # of the entropy, in stds of the cost; 0 = ot, inf = independent
     regularisation: Annotated[float, Field(gt=0)] = 0.1
-    iterations: Annotated[int, Field(ge=1)] = 50
+    iterations: Annotated[int, Field(ge=1)] = 50  # of Sinkhorn; more for less regularisation
 
     @torch.no_grad()
     def __call__(self, data: Tensor, eps: Tensor, cond: Cond, draws: Draws) -> tuple[Tensor, Metrics]:

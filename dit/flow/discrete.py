@@ -42,8 +42,8 @@ class DiscretePath(NoisePath):
     eps or score is refused with it, since pure noise tells nothing of the data.
     """
 
-    num_steps: Annotated[int, Field(ge=1, le=_MAX_STEPS)] = 1000
-    zero_terminal_snr: bool = False
+    num_steps: Annotated[int, Field(ge=1, le=_MAX_STEPS)] = 1000  # noise levels T from data to noise
+    zero_terminal_snr: bool = False  # make the last level pure noise
 
     def __post_init__(self) -> None:
         if self.zero_terminal_snr and self.num_steps < 2:
@@ -136,8 +136,8 @@ class DiscretePath(NoisePath):
 class DiscreteVP(DiscretePath):
     """DDPM: betas rise linearly from beta_start to beta_end (arXiv 2006.11239, §4)."""
 
-    beta_start: Annotated[float, Field(gt=0, lt=1)] = 1e-4
-    beta_end: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    beta_start: Annotated[float, Field(gt=0, lt=1)] = 1e-4  # variance added by the first step
+    beta_end: Annotated[float, Field(gt=0, lt=1)] = 0.02  # variance added by the last step
 
     def betas(self) -> Tensor:
         return torch.linspace(self.beta_start, self.beta_end, self.num_steps, dtype=torch.float64)
@@ -151,8 +151,8 @@ class CosineDDPM(DiscretePath):
     offset: s, which keeps the first betas from vanishing. max_beta: the cap on beta near t = 1.
     """
 
-    offset: Annotated[float, Field(gt=0)] = 0.008
-    max_beta: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    offset: Annotated[float, Field(gt=0)] = 0.008  # s, which keeps the first betas from vanishing
+    max_beta: Annotated[float, Field(gt=0, lt=1)] = 0.999  # cap on beta near t = 1
 
     def betas(self) -> Tensor:
         t = torch.arange(self.num_steps + 1, dtype=torch.float64) / self.num_steps

@@ -87,12 +87,13 @@ class Objective:
     learned variance.
     """
 
-    path: Annotated[NoisePath, PATHS] = Linear()
-    prediction: Annotated[Prediction, PREDICTIONS] = Velocity()
-    times: Annotated[Times, TIMES] = Uniform()
-    spread: Annotated[Spread, SPREADS] = IndependentDraws()
-    weight: Annotated[Weight, WEIGHTS] = UniformWeight()
-    coupling: Annotated[Coupling, COUPLINGS] = Independent()
+    path: Annotated[NoisePath, PATHS] = Linear()  # how data become noise: alpha and sigma of t
+    prediction: Annotated[Prediction, PREDICTIONS] = Velocity()  # what the network is trained to say
+    times: Annotated[Times, TIMES] = Uniform()  # how often each time in (0, 1) is trained on
+    spread: Annotated[Spread, SPREADS] = IndependentDraws()  # how times are drawn over the global batch
+    weight: Annotated[Weight, WEIGHTS] = UniformWeight()  # of the loss at each time
+    coupling: Annotated[Coupling, COUPLINGS] = Independent()  # which noise goes with which data
+    # loss added for a learned variance; null = none
     auxiliary: Annotated[Auxiliary, AUXILIARIES] | None = None
 
     @property

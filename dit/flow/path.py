@@ -127,8 +127,8 @@ class ContinuousPath(NoisePath):
     sinusoids; (1, 0) is the time of SiT's weights, which runs from noise to data.
     """
 
-    model_time_data: float = 0.0
-    model_time_noise: float = 1000.0
+    model_time_data: float = 0.0  # what the network is told for t = 0, data
+    model_time_noise: float = 1000.0  # what the network is told for t = 1, noise
 
     def __post_init__(self) -> None:
         if self.model_time_data == self.model_time_noise:
@@ -190,8 +190,8 @@ class VP(ContinuousPath):
     t = 0, where sigma grows like sqrt(beta_min · t).
     """
 
-    beta_min: Annotated[float, Field(gt=0)] = 0.1
-    beta_max: Annotated[float, Field(gt=0)] = 20.0
+    beta_min: Annotated[float, Field(gt=0)] = 0.1  # noise rate at t = 0, per unit of t
+    beta_max: Annotated[float, Field(gt=0)] = 20.0  # noise rate at t = 1, per unit of t
 
     def _log_alpha(self, t: Tensor) -> Tensor:
         return -0.25 * t * t * (self.beta_max - self.beta_min) - 0.5 * t * self.beta_min
@@ -226,9 +226,9 @@ class VE(NoisePath):
     deviation of the latents.
     """
 
-    sigma_min: Annotated[float, Field(gt=0)] = 0.002
-    sigma_max: Annotated[float, Field(gt=0)] = 80.0
-    sigma_data: Annotated[float, Field(gt=0)] = 1.0
+    sigma_min: Annotated[float, Field(gt=0)] = 0.002  # noise level at t = 0, in units of the data
+    sigma_max: Annotated[float, Field(gt=0)] = 80.0  # noise level at t = 1, in units of the data
+    sigma_data: Annotated[float, Field(gt=0)] = 1.0  # standard deviation of the latents
 
     def __post_init__(self) -> None:
         if self.sigma_min >= self.sigma_max:

@@ -148,7 +148,7 @@ class EDM(Prediction):
     for data of standard deviation sigma_data. EDM itself is this on the path `ve`, with weight and times `edm`.
     """
 
-    sigma_data: Annotated[float, Field(gt=0)] = 1.0
+    sigma_data: Annotated[float, Field(gt=0)] = 1.0  # standard deviation of the latents
 
     def row(self, coeffs: Coeffs) -> Row:
         signal = coeffs.alpha * self.sigma_data

@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dit.config import Registry, config
+from dit.flow.alike import everywhere_alike
 from dit.flow.path import NoisePath, check_time
 
 Shift = Annotated[float, Field(gt=0)]
@@ -39,9 +40,15 @@ class Times:
     def __call__(self, u: Tensor, path: NoisePath) -> Tensor:
         """t (B,) from uniform u (B,) in (0, 1), float32 or float64; a discrete path's t are its steps.
 
-        The objective clamps t to the usable interval, which depends on the prediction too.
+        A u gives the same t, to the bit, at every place in every batch (I1): so neither the micro-batch nor the
+        number of ranks matters. The objective clamps t to the usable interval, which depends on the prediction too.
         """
-        return path.snap(shift_time(self.quantile(check_time(u), path), self.shift))
+
+        def time(u: Tensor) -> tuple[Tensor]:
+            return (path.snap(shift_time(self.quantile(u, path), self.shift)),)
+
+        (t,) = everywhere_alike(time, check_time(u))
+        return t
 
 
 TIMES: Registry[Times] = Registry("times")
@@ -52,7 +59,7 @@ TIMES: Registry[Times] = Registry("times")
 class Uniform(Times):
     """t uniform in (0, 1), then shifted."""
 
-    shift: Shift = 1.0
+    shift: Shift = 1.0  # of times; more than 1 = more often near noise
 
     def quantile(self, u: Tensor, path: NoisePath) -> Tensor:
         return u
@@ -63,9 +70,9 @@ class Uniform(Times):
 class LogitNormal(Times):
     """logit t is normal (arXiv 2403.03206, eq. 19), then shifted. mean > 0 leans towards noise."""
 
-    mean: float = 0.0
-    std: Annotated[float, Field(gt=0)] = 1.0
-    shift: Shift = 1.0
+    mean: float = 0.0  # of logit t; above 0 leans towards noise
+    std: Annotated[float, Field(gt=0)] = 1.0  # standard deviation of logit t
+    shift: Shift = 1.0  # of times; more than 1 = more often near noise
 
     def quantile(self, u: Tensor, path: NoisePath) -> Tensor:
         return torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
@@ -80,8 +87,9 @@ class Mode(Times):
     has its mode at 1/2, 0 is uniform, < 0 favours the ends; within [−1, 2/(π − 2)] t rises everywhere.
     """
 
+    # above 0 has its mode at 1/2, 0 = uniform, below 0 favours the ends
     scale: Annotated[float, Field(ge=-1, le=2 / (math.pi - 2))] = 1.29
-    shift: Shift = 1.0
+    shift: Shift = 1.0  # of times; more than 1 = more often near noise
 
     def quantile(self, u: Tensor, path: NoisePath) -> Tensor:
         low = torch.minimum(u, 1.0 - u)  # t(1 − u) = 1 − t(u): near 1 the formula cancels in float32
@@ -98,9 +106,9 @@ class EDMTimes(Times):
     beyond the path's are taken at its ends.
     """
 
-    mean: float = -1.2
-    std: Annotated[float, Field(gt=0)] = 1.2
-    shift: Shift = 1.0
+    mean: float = -1.2  # of ln(sigma/alpha); EDM's -1.2 is for data of std 1/2
+    std: Annotated[float, Field(gt=0)] = 1.2  # standard deviation of ln(sigma/alpha)
+    shift: Shift = 1.0  # of times; more than 1 = more often near noise
 
     def quantile(self, u: Tensor, path: NoisePath) -> Tensor:
         return path.time_at(-2.0 * (self.mean + self.std * torch.special.ndtri(u)))

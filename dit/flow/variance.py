@@ -170,6 +170,7 @@ class LearnedRange(Auxiliary):
     weight: of the term of one step; at T = 1000 steps 1.0 is the paper's lambda = 0.001 on the whole bound.
     """
 
+    # of the term of one step; 1.0 at 1000 steps is the paper's lambda = 0.001
     weight: Annotated[float, Field(gt=0)] = 1.0
     uses_variance: ClassVar[bool] = True
 

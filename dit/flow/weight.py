@@ -96,7 +96,7 @@ class LikelihoodWeight(Weight):
     max: the largest weight on the eps loss. Without it the ends count without bound.
     """
 
-    max: Annotated[float, Field(gt=0)] = 1000.0
+    max: Annotated[float, Field(gt=0)] = 1000.0  # largest weight on the eps loss
 
     def __call__(self, coeffs: Coeffs, row: Row) -> Tensor:
         return snr_decay(coeffs, self.max) * eps_factor(coeffs, row)
@@ -110,7 +110,7 @@ class MinSNR(Weight):
     That is min(1, gamma/SNR) on the eps loss.
     """
 
-    gamma: Annotated[float, Field(gt=0)] = 5.0
+    gamma: Annotated[float, Field(gt=0)] = 5.0  # SNR above which the weight on the data loss grows no more
 
     def __call__(self, coeffs: Coeffs, row: Row) -> Tensor:
         least = torch.minimum(coeffs.alpha.square(), self.gamma * coeffs.sigma.square())
@@ -125,7 +125,7 @@ class EDMWeight(Weight):
     With EDM's own F predicted it is 1.
     """
 
-    sigma_data: Annotated[float, Field(gt=0)] = 1.0
+    sigma_data: Annotated[float, Field(gt=0)] = 1.0  # standard deviation of the latents
 
     def __call__(self, coeffs: Coeffs, row: Row) -> Tensor:
         size = coeffs.alpha.square() + (coeffs.sigma / self.sigma_data).square()
@@ -141,6 +141,7 @@ class SigmoidWeight(Weight):
     it is one half; a larger one counts more of the nearly clean.
     """
 
+    # log-SNR at which the weight is one half; more = the nearly clean count more
     bias: Annotated[float, Field(ge=-50, le=50)] = 0.0
 
     def __call__(self, coeffs: Coeffs, row: Row) -> Tensor:

@@ -24,10 +24,11 @@ from dit.data.codecs.codec import CODECS
 from dit.data.codecs.norm import LatentNorm, codec_norm
 from dit.experiments.diffusion import Experiment
 from dit.experiments.trained import Trained
-from dit.files import sync
+from dit.files import expand, sync
 from dit.flow.objective import Objective
 from dit.interop.weights import Arguments, Count, StateDict, WeightsError, infer, network
 from dit.model.dit import DiT
+from dit.ranks.group import World
 from dit.train.checkpoints import saver
 from dit.train.checkpoints.checkpoint import State
 from dit.train.ema import MAIN
@@ -61,8 +62,9 @@ def read_weights(path: str | Path) -> dict[str, StateDict]:
     The file holds a state dict, or the dictionary that the projects' training scripts save, with "ema" and "model"
     in it; one of them stands for both. Wrappers' prefixes (module., _orig_mod.) are taken off. No pickle is trusted.
     """
+    path = Path(expand(str(path)))
     try:
-        if Path(path).suffix == ".safetensors":
+        if path.suffix == ".safetensors":
             held: Any = load_file(path)
         else:
             with torch.serialization.safe_globals([argparse.Namespace]):  # of training scripts: plain values
@@ -106,7 +108,8 @@ def write_weights(path: Path, state: StateDict) -> None:
 class Choices:
     """What the weights do not say. None: as is known of the project's own models."""
 
-    num_heads: Count | None = None
+    num_heads: Count | None = None  # of the attention; null = as usual for the width
+    # classes without the null row; null = as the table says
     num_classes: Annotated[int, Field(ge=0)] | None = None
     codec: Annotated[CodecConfig, CODECS] | None = None  # the VAE that they go with
     scaling_factor: Annotated[float, Field(gt=0)] | None = None  # what its latents were multiplied with
@@ -126,7 +129,7 @@ def to_run(source: str | Path, out: str | Path, format: Format, choices: Choices
 
     Raises WeightsError for weights that do not fit, ConfigError where `out` is not a new folder.
     """
-    folder, partial = Path(out), Path(f"{out}.partial")
+    folder, partial = Path(expand(str(out))), Path(expand(f"{out}.partial"))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} is there already; give a new folder")
     states = read_weights(source)
@@ -147,7 +150,8 @@ def to_run(source: str | Path, out: str | Path, format: Format, choices: Choices
     pieces = [Fragment(n, tuple(w.shape), 0, live[n].view(-1)) for n, w in ema.items() if n != "position"]
     averages = [ema[piece.name].view(-1) for piece in pieces]
     shutil.rmtree(partial, ignore_errors=True)
-    saver.save(partial / "checkpoints", 0, State(pieces, {MAIN: averages}, network(ema, kept)), meta)
+    state = State(pieces, {MAIN: averages}, network(ema, kept))
+    saver.save(partial / "checkpoints", 0, state, meta, World())
     write_yaml(partial / CONFIG, experiment)
     partial.rename(folder)
     sync(folder.absolute().parent)
@@ -201,7 +205,7 @@ def from_run(run_or_checkpoint: str, out: str | Path, format: Format, weights: s
 
     Raises WeightsError for a model that the project does not have, ConfigError where `out` exists.
     """
-    path = Path(out)
+    path = Path(expand(str(out)))
     if path.exists():
         raise ConfigError(f"{path} is there already; give a new file name")
     trained = Trained.load(run_or_checkpoint, weights, torch.device("cpu"))

@@ -54,8 +54,8 @@ PREDICTIONS: dict[PredictionName, Prediction] = {
 class SiT:
     """A SiT of this path and prediction, by the names of its command line."""
 
-    path: PathName = "Linear"
-    prediction: PredictionName = "velocity"
+    path: PathName = "Linear"  # its --path-type: Linear, GVP or VP
+    prediction: PredictionName = "velocity"  # its --prediction: velocity, noise or score
     learn_sigma: bool = True  # of weights written for SiT's code: with the rows that it computes and discards
 
     def ours(self, state: StateDict, arguments: Arguments) -> tuple[Arguments, dict[str, Tensor]]:

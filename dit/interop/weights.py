@@ -53,15 +53,16 @@ class Arguments:
     """A reference model's arguments, with its names and defaults (XL/2 at 256 x 256 pixels)."""
 
     input_size: Count = 32  # latent pixels on a side
-    patch_size: Count = 2
-    in_channels: Count = 4
-    hidden_size: Count = 1152
-    depth: Count = 28
-    num_heads: Count = 16
-    mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
-    class_dropout_prob: Annotated[float, Field(ge=0, le=1)] = 0.1  # 0: the label table has no null row
-    num_classes: Annotated[int, Field(ge=0)] = 1000
-    learn_sigma: bool = True
+    patch_size: Count = 2  # latent pixels of a patch, on a side
+    in_channels: Count = 4  # of the latents
+    hidden_size: Count = 1152  # channels of a token
+    depth: Count = 28  # blocks of the transformer
+    num_heads: Count = 16  # of the attention; divides hidden_size
+    mlp_ratio: Annotated[float, Field(gt=0)] = 4.0  # hidden width of the MLPs over hidden_size
+    # share of labels dropped; 0: the label table has no null row
+    class_dropout_prob: Annotated[float, Field(ge=0, le=1)] = 0.1
+    num_classes: Annotated[int, Field(ge=0)] = 1000  # classes without the null row
+    learn_sigma: bool = True  # twice the output channels
 
     def model(self, stored_position: bool = False) -> DiTConfig:
         """Our config of the same network; of a named size where there is one."""

@@ -24,13 +24,13 @@ class ClassifierConfig:
     """A transformer of a `size`, or of a `width`, `depth` and `heads`. Input and classes come from the data."""
 
     size: str | None = None  # as the model's: nano, micro, tiny, S, B, L, XL; S if no width is given either
-    patch: int = 2  # latent pixels on a side
-    width: int | None = None
-    depth: int | None = None
-    heads: int | None = None
+    patch: int = 2  # latent pixels of a patch, on a side
+    width: int | None = None  # channels of a token; null = by size
+    depth: int | None = None  # blocks of the transformer; null = by size
+    heads: int | None = None  # of the attention, divides width; null = by size
     mlp_ratio: float = 4.0  # hidden width of the MLPs over width
     checkpoint_blocks: bool = False  # recompute blocks in the backward pass: a third more work, less memory
-    block: Annotated[BlockConfig, BLOCKS] = AdaLNZero()
+    block: Annotated[BlockConfig, BLOCKS] = AdaLNZero()  # kind of transformer block
 
     def __post_init__(self) -> None:
         """Refuse what no DiT could be built from."""

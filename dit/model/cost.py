@@ -66,14 +66,9 @@ class Parameters:
 
     @property
     def trainable(self) -> int:
-        """What the optimizer sees: every part but the position table."""
+        """What the optimizer sees: every part but the position table, which the reference's counts have too."""
         parts: int = sum(getattr(self, f.name) for f in fields(self))
         return parts - self.position
-
-    @property
-    def with_position(self) -> int:
-        """As the reference counts: 675,129,632 for XL/2 at 32×32×4 with learn_sigma and 1,000 classes."""
-        return self.trainable + self.position
 
 
 @dataclass(frozen=True)

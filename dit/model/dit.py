@@ -61,18 +61,17 @@ class DiTConfig(ModelConfig):
     """A DiT: of a `size`, or of a `width`, `depth` and `heads`. Input and classes come from the data."""
 
     size: str | None = None  # S, B, L, XL; nano, micro, tiny for CPUs; S if no width is given either
-    patch: int = 2  # latent pixels on a side
-    width: int | None = None
-    depth: int | None = None
-    heads: int | None = None
+    patch: int = 2  # latent pixels of a patch, on a side
+    width: int | None = None  # channels of a token; null = by size
+    depth: int | None = None  # blocks of the transformer; null = by size
+    heads: int | None = None  # of the attention, divides width; null = by size
     mlp_ratio: float = 4.0  # hidden width of the MLPs over width
-    num_classes: int | None = None  # None: as many as the data has
+    num_classes: int | None = None  # of labels; null = as many as the data has
     learn_sigma: bool = False  # twice the output channels: a prediction, then its log-variance
     checkpoint_blocks: bool = False  # recompute blocks in the backward pass: a third more work, less memory
-    stored_position: bool = (
-        False  # checkpoints hold the position table: of foreign weights with one of their own
-    )
-    block: Annotated[BlockConfig, BLOCKS] = AdaLNZero()
+    stored_position: bool = False  # keep the position table in checkpoints, as foreign weights do
+    block: Annotated[BlockConfig, BLOCKS] = AdaLNZero()  # kind of transformer block
+    # what is told to the network besides the time, in turn
     cond: tuple[Annotated[ConditionerConfig, CONDITIONERS], ...] = (ClassLabel(),)
 
     def __post_init__(self) -> None:

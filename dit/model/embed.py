@@ -61,7 +61,7 @@ def sinusoid(t: Tensor, count: int = FREQUENCIES, max_period: float = MAX_PERIOD
 
 
 class TimeEmbed(nn.Module):
-    """Time as a vector: a sinusoid and a two-layer MLP, all in at least float32 (design invariant I8)."""
+    """Time as a vector: a sinusoid and a two-layer MLP, all in at least float32 (I8, docs/guarantees.md)."""
 
     def __init__(self, width: int, frequencies: int = FREQUENCIES, max_period: float = MAX_PERIOD):
         super().__init__()

@@ -12,7 +12,7 @@ import resource
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
@@ -23,11 +23,12 @@ import torch.distributed as td
 from torch import Tensor
 
 from dit.errors import Stopped, UserError
+from dit.ranks import early
 from dit.ranks.join import JoinError, Meeting, patience, ranks_text
 
 T = TypeVar("T")
 
-# By which schedulers ask a job to end in good order, before they end it themselves.
+# Those by which schedulers ask a job to end in good order, before they end it themselves.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 FILES = 65536  # open at a time
 _LAUNCHERS = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
@@ -47,7 +48,7 @@ class World:
 
     @classmethod
     def from_env(cls) -> World:
-        """From torchrun's or SLURM's variables; one process where neither launched it.
+        """Read torchrun's or SLURM's variables; one process where neither launched it.
 
         SLURM's count only inside a step (SLURM_STEP_ID): `python tools/train.py` typed in an allocation's
         batch script is one process, not rank 0 of a job that waits for others.
@@ -143,20 +144,19 @@ def _init_group(backend: str, world: World, launched: bool, timeout: timedelta) 
             f"{error}. Each rank is reached at the address that its node's name resolves to, or that of the interface "
             "which GLOO_SOCKET_IFNAME names; any port must be open between nodes"
         ) from error
-    set_timeout = (
-        getattr(td, "set_timeout", None) or td.distributed_c10d._set_pg_timeout
-    )  # its name in older ones
+    # its name in older ones comes second
+    set_timeout = getattr(td, "set_timeout", None) or td.distributed_c10d._set_pg_timeout
     set_timeout(timeout)
 
 
 def _job_and_restart() -> str:
-    """The same on all ranks of a job's step, and another one when the job starts again; "" without SLURM."""
+    """Name the job's step, the same on all its ranks and anew when the job starts again; "" without SLURM."""
     names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
     return ".".join(os.environ.get(name, "") for name in names).strip(".")
 
 
 def _allow_files() -> None:
-    """A rank has connections to every other one, in each group: many more than systems allow unless asked."""
+    """Allow many open files: a rank has connections to every other one, in each group."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < most:
@@ -171,19 +171,25 @@ def is_broken_connection(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def on_signals(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Have SIGNALS handled inside (in the main thread, where alone they can be), and as before afterwards.
+def on_signals(
+    handle: Callable[[int, FrameType | None], None], numbers: Sequence[int] = SIGNALS
+) -> Iterator[None]:
+    """Have signals handled inside (in the main thread, where alone they can be), and as before afterwards.
 
-    Once Stopped was raised they do nothing any more: a launcher passes them on to ranks that are just leaving.
+    Those that came while Python was still importing (`dit.ranks.early`) are handled at once. Once Stopped was raised
+    they do nothing any more: a launcher passes them on to ranks that are just leaving.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, handle) for number in SIGNALS}
+    kept = early.stop_listening()
+    before: dict[int, Any] = {number: signal.signal(number, handle) for number in numbers}
     try:
+        for number in kept:
+            handle(number, None)
         yield
     except Stopped:
-        before = dict.fromkeys(SIGNALS, signal.SIG_IGN)
+        before = dict.fromkeys(numbers, signal.SIG_IGN)
         raise
     finally:
         for number, handler in before.items():
@@ -191,14 +197,14 @@ def on_signals(handle: Callable[[int, FrameType | None], None]) -> Iterator[None
 
 
 def free_port() -> int:
-    """A TCP port that nobody on this machine listens on now."""
+    """Find a TCP port that nobody on this machine listens on now."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
 
 
 def cores() -> int:
-    """Cores for this rank: those it may run on, or its share of the machine's where ranks are not bound to theirs.
+    """Count this rank's cores: those it may run on, or its share of the machine's where ranks are not bound to theirs.
 
     torchrun says how many ranks share this machine (LOCAL_WORLD_SIZE), and SLURM the most on one node of the step;
     ranks that were started by hand are taken to be on one machine.
@@ -213,18 +219,18 @@ def cores() -> int:
 
 
 def node_name() -> str:
-    """This machine's name: SLURM's for the node, else the host's."""
+    """Name this machine: by SLURM's name of the node, else the host's."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def job_name() -> str:
-    """SLURM's job id and restart count where there is a job, else the host's name: for logs."""
+    """Name this job for logs: SLURM's job id and restart count where there is one, and the host."""
     job, restarts = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "0")
     return f"slurm job {job} (restart {restarts}) on {socket.gethostname()}" if job else socket.gethostname()
 
 
 def all_sum(tensor: Tensor) -> Tensor:
-    """The sum over ranks, in place; int64 sums wrap, as batch_hash wants. Every rank must call it."""
+    """Sum a tensor over ranks, in place; int64 sums wrap, as batch_hash wants. Every rank must call it."""
     if td.is_initialized() and td.get_world_size() > 1:
         td.all_reduce(tensor)
     return tensor
@@ -237,7 +243,7 @@ def barrier() -> None:
 
 
 def gather_objects(value: T, group: Any = None) -> list[T]:
-    """Every rank's value, on every rank. group: all ranks, over another backend than the job's."""
+    """Give every rank the values of all. group: all ranks, over another backend than the job's."""
     if not td.is_initialized() or td.get_world_size() == 1:
         return [value]
     values: list[Any] = [None] * td.get_world_size()

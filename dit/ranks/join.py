@@ -29,7 +29,7 @@ class JoinError(UserError):
 
 
 def patience() -> float:
-    """Seconds that ranks wait for each other: DIT_JOIN_SECONDS, else 120. Raises JoinError where it is no number."""
+    """Read how many seconds ranks wait for each other: DIT_JOIN_SECONDS, else 120. JoinError where that is none."""
     text = os.environ.get(SECONDS, "120")
     try:
         seconds = float(text)
@@ -57,7 +57,7 @@ class Meeting:
     nodes: tuple[str, ...] = ()
 
     def join(self) -> Store:
-        """The store that all ranks share, once all have come. JoinError on every rank that is there, if not."""
+        """Give the store that all ranks share, once all have come. JoinError on every rank that is there, if not."""
         return self._host() if self.rank == 0 else self._visit()
 
     def _key(self, name: object) -> str:

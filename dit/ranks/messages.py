@@ -16,38 +16,38 @@ SEND_SECONDS = 1.0  # a peer that takes nothing for so long counts as lost
 Message = dict[str, Any]
 
 
-class Wire:
+class Connection:
     """One end of a connection. Any thread may send, one thread receives. OSError where the other end is gone."""
 
-    def __init__(self, connection: socket.socket):
-        self._connection = connection
-        self._connection.settimeout(SEND_SECONDS)
-        self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    def __init__(self, peer: socket.socket):
+        self._socket = peer
+        self._socket.settimeout(SEND_SECONDS)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._lock = threading.Lock()
         self._begun = b""  # a line of which the end has not come
 
     @classmethod
-    def to(cls, host: str, port: int, timeout: float) -> Wire:
-        """Connect; seconds. OSError if nobody answers."""
+    def open(cls, host: str, port: int, timeout: float) -> Connection:
+        """Connect within `timeout` seconds. OSError if nobody answers."""
         return cls(socket.create_connection((host, port), timeout))
 
     def fileno(self) -> int:
-        return self._connection.fileno()
+        return self._socket.fileno()
 
     def send(self, message: Message) -> None:
         with self._lock:
-            self._connection.sendall(json.dumps(message).encode() + b"\n")
+            self._socket.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self, timeout: float) -> list[Message]:
-        """The messages that have come, after waiting for the first for `timeout` seconds; none if nothing came.
+        """Take the messages that have come, after waiting `timeout` seconds for the first; none if nothing came.
 
         ConnectionError at the end of the connection, or where what comes is no message.
         """
         ready = select.poll()  # select() knows no file beyond the 1024th
-        ready.register(self._connection, select.POLLIN)
+        ready.register(self._socket, select.POLLIN)
         if not ready.poll(1e3 * max(0.0, timeout)):
             return []
-        data = self._connection.recv(LONGEST)
+        data = self._socket.recv(LONGEST)
         if not data:
             raise ConnectionError("closed by the other end")
         *lines, self._begun = (self._begun + data).split(b"\n")
@@ -61,24 +61,24 @@ class Wire:
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
-            self._connection.shutdown(socket.SHUT_RDWR)
-        self._connection.close()
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
 
 
 def listener(backlog: int) -> socket.socket:
-    """A socket that takes connections on a free port, over IPv4 and, where there is one, IPv6."""
+    """Open a socket that takes connections on a free port, over IPv4 and, where there is one, IPv6."""
     if socket.has_dualstack_ipv6():
         with contextlib.suppress(OSError):  # compiled in, but switched off on this machine
             return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=backlog)
     return socket.create_server(("", 0), backlog=backlog)
 
 
-def connect(host: str, port: int, patience: float) -> Wire:
-    """As Wire.to, tried again until `patience` seconds are over: many ranks ask at once."""
+def connect(host: str, port: int, patience: float) -> Connection:
+    """Open a connection, trying again until `patience` seconds are over: many ranks ask at once."""
     end = time.monotonic() + patience
     while True:
         try:
-            return Wire.to(host, port, max(0.1, end - time.monotonic()))
+            return Connection.open(host, port, max(0.1, end - time.monotonic()))
         except OSError:
             if time.monotonic() > end - 0.2:
                 raise

@@ -29,7 +29,7 @@ PHASES = {
 
 
 @dataclass
-class Member:
+class Peer:
     """A rank as the judge knows it. Times are seconds of the judge's clock.
 
     began: steps done when its process began to train; the first step compiles, and has no limit.
@@ -57,7 +57,7 @@ class Member:
         return self.step, PHASES[self.phase].order
 
     def move(self, step: int, phase: str, now: float) -> None:
-        """It was heard of, at this place."""
+        """Note that it was heard of, at this place."""
         self.heard = now
         if (step, phase) != (self.step, self.phase):
             self.step, self.phase, self.since = step, phase, now
@@ -65,7 +65,10 @@ class Member:
 
 @dataclass(frozen=True)
 class Verdict:
-    """text: which ranks, and why. ranks: those. breaks: connections to them break, or soon will."""
+    """Names the ranks that a run cannot go on with.
+
+    text: which, and why. ranks: those. breaks: connections to them break, or soon will.
+    """
 
     text: str
     ranks: tuple[int, ...]
@@ -74,7 +77,9 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Judge:
-    """silence: seconds that a rank may not be heard of. stall: seconds without progress in a limited phase.
+    """Judges by what was heard of each rank.
+
+    silence: seconds that a rank may not be heard of. stall: seconds without progress in a limited phase.
 
     slack: seconds by which the last words of ranks that ended together may differ.
     """
@@ -83,22 +88,22 @@ class Judge:
     stall: float
     slack: float
 
-    def verdict(self, members: Sequence[Member], now: float) -> Verdict | None:
-        """The first of: ranks that ended without a word, that are heard of no more, that hold the others up."""
-        there = [m for m in members if not m.left]
+    def verdict(self, peers: Sequence[Peer], now: float) -> Verdict | None:
+        """Name the first there are of: ranks that ended without a word, are heard of no more, hold the others up."""
+        there = [p for p in peers if not p.left]
         return self._gone(there) or self._silent(there, now) or self._stalled(there, now)
 
-    def _gone(self, there: list[Member]) -> Verdict | None:
-        gone = [m for m in there if m.gone]
+    def _gone(self, there: list[Peer]) -> Verdict | None:
+        gone = [p for p in there if p.gone]
         if not gone:
             return None
         text = f"{_names(gone)} ended without a word, last heard of {_where(gone[0])}: killed or crashed"
         return Verdict(text, _ranks(gone), breaks=True)
 
-    def _silent(self, there: list[Member], now: float) -> Verdict | None:
-        if not any(now - m.heard > self.silence for m in there):
+    def _silent(self, there: list[Peer], now: float) -> Verdict | None:
+        if not any(now - p.heard > self.silence for p in there):
             return None
-        silent = [m for m in there if now - m.heard > self.silence - self.slack]
+        silent = [p for p in there if now - p.heard > self.silence - self.slack]
         return Verdict(
             f"{_names(silent)} {_have(silent)} not been heard of for {now - silent[0].heard:.0f} s, last "
             f"{_where(silent[0])}: stopped, or the node or its network is down",
@@ -106,12 +111,12 @@ class Judge:
             breaks=False,
         )
 
-    def _stalled(self, there: list[Member], now: float) -> Verdict | None:
-        """The ranks that are furthest behind, if none of them has moved for the limit and none may rest there."""
-        last = min((m.place for m in there), default=(0, 0))
-        behind = [m for m in there if m.place == last]
-        seconds = min((now - m.since for m in behind), default=0.0)
-        if seconds <= self.stall or not all(PHASES[m.phase].is_limited and m.step > m.began for m in behind):
+    def _stalled(self, there: list[Peer], now: float) -> Verdict | None:
+        """Name the ranks that are furthest behind, if none of them has moved for the limit and none may rest there."""
+        last = min((p.place for p in there), default=(0, 0))
+        behind = [p for p in there if p.place == last]
+        seconds = min((now - p.since for p in behind), default=0.0)
+        if seconds <= self.stall or not all(PHASES[p.phase].is_limited and p.step > p.began for p in behind):
             return None
         place = f"{_where(behind[0])} for {seconds:.0f} s"
         if len(behind) < len(there) or len(there) == 1:
@@ -123,23 +128,23 @@ class Judge:
         return Verdict(f"{text} (train.hang_timeout = {self.stall:g})", _ranks(behind), breaks=False)
 
 
-def failed(member: Member, error: str) -> Verdict:
-    """A rank said itself why it ends."""
-    return Verdict(f"{member.name} failed {_where(member)}: {error}", (member.rank,), breaks=True)
+def failed(peer: Peer, error: str) -> Verdict:
+    """Make the verdict of what a rank says itself of why it ends."""
+    return Verdict(f"{peer.name} failed {_where(peer)}: {error}", (peer.rank,), breaks=True)
 
 
-def _names(members: list[Member]) -> str:
-    more = f" and {len(members) - NAMED} more" if len(members) > NAMED else ""
-    return ", ".join(m.name for m in members[:NAMED]) + more
+def _names(peers: list[Peer]) -> str:
+    more = f" and {len(peers) - NAMED} more" if len(peers) > NAMED else ""
+    return ", ".join(p.name for p in peers[:NAMED]) + more
 
 
-def _ranks(members: list[Member]) -> tuple[int, ...]:
-    return tuple(m.rank for m in members)
+def _ranks(peers: list[Peer]) -> tuple[int, ...]:
+    return tuple(p.rank for p in peers)
 
 
-def _have(members: list[Member]) -> str:
-    return "has" if len(members) == 1 else "have"
+def _have(peers: list[Peer]) -> str:
+    return "has" if len(peers) == 1 else "have"
 
 
-def _where(member: Member) -> str:
-    return f"{PHASES[member.phase].text} after step {member.step}"
+def _where(peer: Peer) -> str:
+    return f"{PHASES[peer.phase].text} after step {peer.step}"

@@ -20,13 +20,12 @@ from dit.errors import Stopped, UserError
 from dit.ranks import group
 from dit.ranks.group import PeerError, World
 from dit.ranks.messages import connect, listener
-from dit.ranks.verdict import Judge, Member
+from dit.ranks.verdict import Judge, Peer
 from dit.ranks.watch_threads import PATIENCE, Hub, Post, Spoke, Watcher
 
 CONNECT_SECONDS = 60.0
-GRACE = (
-    10.0  # seconds: after a Ctrl-C gloo needs 7 until its groups are gone, and only then the others notice
-)
+# Seconds. After a Ctrl-C gloo needs 7 until its groups are gone, and only then do the other ranks notice.
+GRACE = 10.0
 FOLDER = "hang"  # in the run directory: each rank's stacks
 
 
@@ -35,7 +34,7 @@ class WatchError(UserError):
 
 
 class Watch:
-    """A context around a loop that all ranks run; entering is collective.
+    """Watches the ranks inside, a loop that all of them run; entering is collective.
 
     Inside, `at` says what this rank is at. Where a rank ends by an error of its own, the others' broken connections
     become a PeerError that names it and its error. Where nothing breaks, the watch ends the process (exit status 1),
@@ -54,7 +53,7 @@ class Watch:
         self._thread: Watcher | None = None
 
     def at(self, phase: str, step: int) -> None:
-        """phase: a key of verdict.PHASES. step: steps done."""
+        """Note what this rank is at. phase: a key of verdict.PHASES. step: steps done."""
         self._post.place = (step, phase)
 
     def __enter__(self) -> Self:
@@ -66,31 +65,31 @@ class Watch:
             raise
         return self
 
-    def _open(self) -> tuple[str, int, str, Member]:
-        """On rank 0: the host and port where its watch listens, the word that opens it, and rank 0 itself."""
+    def _open(self) -> tuple[str, int, str, Peer]:
+        """Begin on rank 0: give host and port where its watch listens, the word that opens it, and rank 0 itself."""
         server = None
         if self.world.size > 1:
             server = listener(self.world.size)
-        token, me = secrets.token_hex(16), self._post.member()
+        token, me = secrets.token_hex(16), self._post.peer()
         self._thread = Hub(self._post, server, token)
         self._thread.start()
         # all ranks reach rank 0's node under this name, or they would form no group
         host = os.environ.get("MASTER_ADDR", me.host)
         return host, server.getsockname()[1] if server else 0, token, me
 
-    def _join(self, host: str, port: int, token: str, main: Member) -> None:
-        """On the other ranks."""
+    def _join(self, host: str, port: int, token: str, main: Peer) -> None:
+        """Begin on the other ranks, by connecting to rank 0's watch."""
         if self.world.is_main:
             return
         try:
-            wire = connect(host, port, CONNECT_SECONDS)
-            wire.send({"token": token, **asdict(self._post.member())})
+            connection = connect(host, port, CONNECT_SECONDS)
+            connection.send({"token": token, **asdict(self._post.peer())})
         except OSError as error:
             raise WatchError(
                 f"rank {self.world.rank} on {group.node_name()} cannot reach rank 0's watch at {host}:{port} "
                 f"({error}): allow connections to all ports between the nodes, which their collectives need as well"
             ) from error
-        self._thread = Spoke(self._post, wire, main)
+        self._thread = Spoke(self._post, connection, main)
         self._thread.start()
 
     def __exit__(

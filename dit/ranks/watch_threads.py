@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from dit.ranks import group
-from dit.ranks.messages import Message, Wire
-from dit.ranks.verdict import PHASES, Judge, Member, Verdict, failed
+from dit.ranks.messages import Connection, Message
+from dit.ranks.verdict import PHASES, Judge, Peer, Verdict, failed
 
 PATIENCE = 5.0  # seconds that a rank that leaves waits for the others' watches, at most
 LINGER = 1.0  # seconds for the others to take the verdict
@@ -24,7 +24,7 @@ LINGER = 1.0  # seconds for the others to take the verdict
 
 @dataclass
 class Post:
-    """What a rank's two threads share. place: (steps done, phase), of which the training thread keeps track.
+    """Holds what a rank's two threads share. place: (steps done, phase), of which the training thread keeps track.
 
     beat: seconds between two words to rank 0. grace: seconds for a broken connection to show in the training thread,
     which then ends the process in good order. folder: for the stacks.
@@ -37,14 +37,14 @@ class Post:
     folder: Path
     place: tuple[int, str] = (0, "data")
 
-    def member(self) -> Member:
-        """This rank, for the judge."""
+    def peer(self) -> Peer:
+        """Describe this rank for the judge."""
         step, phase = self.place
-        return Member(self.rank, group.node_name(), os.getpid(), step, 0.0, step, phase, 0.0)
+        return Peer(self.rank, group.node_name(), os.getpid(), step, 0.0, step, phase, 0.0)
 
 
 class _Clock:
-    """Seconds in which this process ran: one that was suspended with its job must not find the others late."""
+    """Counts the seconds in which this process ran: one that was suspended with its job must find nobody late."""
 
     def __init__(self, most: float):
         """most: seconds between two looks that count."""
@@ -58,7 +58,7 @@ class _Clock:
 
 
 class Watcher(threading.Thread):
-    """A rank's watching thread."""
+    """Watches the other ranks, in a thread of this one."""
 
     def __init__(self, post: Post):
         super().__init__(name="watch", daemon=True)  # never what keeps a process alive
@@ -70,7 +70,7 @@ class Watcher(threading.Thread):
     # --- for the training thread ---
 
     def wait_for_verdict(self, seconds: float) -> Verdict | None:
-        """The verdict, if there is one within `seconds`."""
+        """Give the verdict, if there is one within `seconds`."""
         self._judged.wait(seconds)
         return self.verdict
 
@@ -82,24 +82,24 @@ class Watcher(threading.Thread):
 
     def end(self, verdict: Verdict) -> None:
         """Give the training thread time to leave by itself; end the process if it does not."""
-        told = time.monotonic()
+        begun = time.monotonic()
         self.verdict = verdict
         self._judged.set()
         while not self._leaving.is_set():
             self.listen_on(0.1)
-            if time.monotonic() - told > (self.post.grace if verdict.breaks else LINGER):
+            if time.monotonic() - begun > (self.post.grace if verdict.breaks else LINGER):
                 words = threading.Thread(target=self._last_words, args=(verdict,), daemon=True)
                 words.start()
                 words.join(PATIENCE)  # a file system that hangs may be the very cause
                 os._exit(1)  # the training thread sits in a collective, where no exception reaches it
-        self.part(told + LINGER)
+        self.linger(begun + LINGER)
 
     def listen_on(self, seconds: float) -> None:
         """Wait after the verdict."""
         self._leaving.wait(seconds)
 
-    def part(self, end: float) -> None:
-        """The last thing to do, by then (time.monotonic), where the training thread leaves by itself."""
+    def linger(self, end: float) -> None:
+        """Stay for the other ranks until `end` (of time.monotonic) where the training thread leaves by itself."""
 
     def _last_words(self, verdict: Verdict) -> None:
         rank, folder = self.post.rank, self.post.folder
@@ -107,7 +107,7 @@ class Watcher(threading.Thread):
             print(f"\nerror (rank {rank}): {verdict.text}. Stacks: {folder}", file=sys.stderr, flush=True)
         folder.mkdir(parents=True, exist_ok=True)
         step, phase = self.post.place
-        with (folder / f"rank-{rank:05d}.txt").open("w") as file:
+        with (folder / f"rank-{rank:05d}.txt").open("w", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {verdict.text}\n")
             file.write(f"rank {rank} on {group.node_name()}: {PHASES[phase].text} after step {step}\n\n")
             file.flush()
@@ -120,17 +120,17 @@ def _verdict(message: Message) -> Verdict:
 
 
 class Spoke(Watcher):
-    """Any rank but 0: says where it is, and listens."""
+    """Says where a rank other than 0 is, and listens to rank 0."""
 
-    def __init__(self, post: Post, wire: Wire, main: Member):
+    def __init__(self, post: Post, connection: Connection, main: Peer):
         """main: rank 0."""
         super().__init__(post)
-        self._wire, self._main = wire, main
+        self._connection, self._main = connection, main
         self._main.heard = self.clock.now()
 
     def leave(self, why: str | None) -> None:
         with contextlib.suppress(OSError):  # then rank 0 is gone, and has no use for it
-            self._wire.send({"left": True} if why is None else {"failed": why, **self._place()})
+            self._connection.send({"left": True} if why is None else {"failed": why, **self._place()})
         self._leaving.set()
         self.join(PATIENCE)
 
@@ -144,14 +144,14 @@ class Spoke(Watcher):
             if verdict is not None:
                 self.end(verdict)
         finally:
-            self._wire.close()
+            self._connection.close()
 
     def _watch(self) -> Verdict | None:
-        """A verdict, or None where this rank or rank 0 leaves in good order."""
+        """Listen until there is a verdict, or None: until this rank or rank 0 leaves in good order."""
         judge = Judge(self.post.judge.silence, math.inf, 0.0)
         while True:
             try:
-                self._wire.send(self._place())
+                self._connection.send(self._place())
                 for message in self._beat():
                     if "left" in message:
                         return None
@@ -166,31 +166,31 @@ class Spoke(Watcher):
                     return None
                 self.speaks = True  # nobody else can tell; rank 0 finds it if it was only stopped and wakes
                 with contextlib.suppress(OSError):
-                    self._wire.send({"verdict": asdict(verdict)})
+                    self._connection.send({"verdict": asdict(verdict)})
                 return verdict
 
     def _beat(self) -> list[Message]:
-        """All that rank 0 says within a beat, or until it says the last it has to say."""
+        """Hear all that rank 0 says within a beat, or until it says the last it has to say."""
         heard: list[Message] = []
         end = time.monotonic() + self.post.beat
         while time.monotonic() < end and not any({"verdict", "left"} & m.keys() for m in heard):
-            heard += self._wire.receive(end - time.monotonic())
+            heard += self._connection.receive(end - time.monotonic())
         return heard
 
 
 class Hub(Watcher):
-    """Rank 0: hears them all, judges, and tells them."""
+    """Hears all ranks on rank 0, judges, and tells them."""
 
     def __init__(self, post: Post, server: socket.socket | None, token: str):
         """server: where the others connect; None where there are none. token: by which they are known."""
         super().__init__(post)
-        self._me, self._server, self._token = post.member(), server, token
-        self._members = {self._me.rank: self._me}
-        self._whose: dict[Wire, int | None] = {}  # None: has not said who it is
+        self._me, self._server, self._token = post.peer(), server, token
+        self._peers = {self._me.rank: self._me}
+        self._whose: dict[Connection, int | None] = {}  # None: has not said who it is
         self._failure: Verdict | None = None
         self._selector = selectors.DefaultSelector()
-        self._bell, self._rope = socket.socketpair()  # wakes the thread
-        self._selector.register(self._bell, selectors.EVENT_READ)
+        self._wake_receiver, self._wake_sender = socket.socketpair()  # wakes the thread
+        self._selector.register(self._wake_receiver, selectors.EVENT_READ)
         if server is not None:
             self._selector.register(server, selectors.EVENT_READ)
 
@@ -200,7 +200,7 @@ class Hub(Watcher):
             self._failure = failed(replace(self._me, step=step, phase=phase), why)
         self._leaving.set()
         with contextlib.suppress(OSError):  # the thread has ended already
-            self._rope.send(b"!")
+            self._wake_sender.send(b"!")
         self.join(PATIENCE)
 
     def run(self) -> None:
@@ -210,9 +210,9 @@ class Hub(Watcher):
             if verdict is not None:
                 self.end(verdict)
         finally:
-            for wire in list(self._whose):
-                self._drop(wire)
-            for thing in (self._server, self._bell, self._rope, self._selector):
+            for connection in list(self._whose):
+                self._drop(connection)
+            for thing in (self._server, self._wake_receiver, self._wake_sender, self._selector):
                 if thing is not None:
                     thing.close()
 
@@ -228,80 +228,81 @@ class Hub(Watcher):
             now = self.clock.now()
             self._me.move(*self.post.place, now)
             self._me.left = self._leaving.is_set() and self._failure is None
-            verdict = self._failure or self.post.judge.verdict(list(self._members.values()), now)
+            verdict = self._failure or self.post.judge.verdict(list(self._peers.values()), now)
             if verdict is not None:
                 return verdict
             if self._me.left:
                 left = min(left, now)
-                if all(m.left for m in self._members.values()) or now - left > PATIENCE / 2:
+                if all(m.left for m in self._peers.values()) or now - left > PATIENCE / 2:
                     return None
 
     def listen_on(self, seconds: float) -> None:
         self._serve(seconds)
 
-    def part(self, end: float) -> None:
-        """Until the others have taken the verdict: to close on words of theirs that nobody read would take it back."""
+    def linger(self, end: float) -> None:
+        """Stay until the others have taken the verdict: closing before their words are read would take it back."""
         while self._whose and time.monotonic() < end:
             self._serve(0.1)
 
     def _serve(self, seconds: float) -> None:
         for key, _ in self._selector.select(seconds):
-            if key.fileobj is self._bell:
-                self._bell.recv(64)
+            if key.fileobj is self._wake_receiver:
+                self._wake_receiver.recv(64)
             elif key.fileobj is self._server:
                 self._accept(self._server)
-            elif isinstance(key.fileobj, Wire):
+            elif isinstance(key.fileobj, Connection):
                 self._hear(key.fileobj)
 
     def _accept(self, server: socket.socket) -> None:
         with contextlib.suppress(OSError):  # who asked has gone again, or there is no file left for one more
-            wire = Wire(server.accept()[0])
-            self._whose[wire] = None
-            self._selector.register(wire, selectors.EVENT_READ)
+            connection = Connection(server.accept()[0])
+            self._whose[connection] = None
+            self._selector.register(connection, selectors.EVENT_READ)
 
-    def _hear(self, wire: Wire) -> None:
+    def _hear(self, connection: Connection) -> None:
         """Take all that came, then answer: whoever has left in the meantime had his last words in it."""
         try:
-            for message in wire.receive(0.0):
-                rank = self._whose[wire]
+            for message in connection.receive(0.0):
+                rank = self._whose[connection]
                 if rank is None:
-                    self._admit(wire, message)
+                    self._admit(connection, message)
                 else:
-                    self._take(self._members[rank], message)
-            rank = self._whose[wire]
+                    self._take(self._peers[rank], message)
+            rank = self._whose[connection]
             if rank is not None:
                 step, phase = self.post.place
-                wire.send({"left": True} if self._members[rank].left else {"step": step, "phase": phase})
+                mine = {"left": True} if self._peers[rank].left else {"step": step, "phase": phase}
+                connection.send(mine)
         except OSError:
-            self._drop(wire)
+            self._drop(connection)
 
-    def _admit(self, wire: Wire, message: Message) -> None:
-        """A rank of this run; whatever else has found the port is sent away."""
+    def _admit(self, connection: Connection, message: Message) -> None:
+        """Admit a rank of this run; whatever else has found the port is sent away."""
         if message.pop("token", None) != self._token:
             raise ConnectionError("a stranger")
-        member = Member(**message)
-        member.heard = member.since = self.clock.now()
-        self._members[member.rank], self._whose[wire] = member, member.rank
+        peer = Peer(**message)
+        peer.heard = peer.since = self.clock.now()
+        self._peers[peer.rank], self._whose[connection] = peer, peer.rank
 
-    def _take(self, member: Member, message: Message) -> None:
+    def _take(self, peer: Peer, message: Message) -> None:
         if "step" in message:
-            member.move(message["step"], message["phase"], self.clock.now())
+            peer.move(message["step"], message["phase"], self.clock.now())
         if "failed" in message:
-            self._failure = self._failure or failed(member, message["failed"])
+            self._failure = self._failure or failed(peer, message["failed"])
         if "verdict" in message:
             self._failure = self._failure or _verdict(message)
-        member.left |= "left" in message
+        peer.left |= "left" in message
 
-    def _drop(self, wire: Wire) -> None:
-        self._selector.unregister(wire)
-        wire.close()
-        rank = self._whose.pop(wire)
+    def _drop(self, connection: Connection) -> None:
+        self._selector.unregister(connection)
+        connection.close()
+        rank = self._whose.pop(connection)
         if rank is not None:
-            self._members[rank].gone = True
+            self._peers[rank].gone = True
 
     def _tell(self, message: Message) -> None:
-        for wire in list(self._whose):
+        for connection in list(self._whose):
             try:
-                wire.send(message)
+                connection.send(message)
             except OSError:
-                self._drop(wire)
+                self._drop(connection)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -11,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dit.config import ConfigError, config
+from dit.flow.alike import everywhere_alike
 from dit.flow.path import broadcast
 from dit.sample.runge_kutta import Tableau, weighted
 from dit.sample.solve import SOLVERS, At, Node, NoiseFn, Solver, nodes_at, time_dtype
@@ -67,8 +67,8 @@ class DormandPrince(Solver):
     max_steps: tries, taken or not, before the ODE is given up with a ConfigError.
     """
 
-    rtol: Annotated[float, Field(gt=0, lt=1)] = 1e-5  # of a step, relative
-    atol: Annotated[float, Field(gt=0)] = 1e-5  # of a step, where data has a std of about 1
+    rtol: Annotated[float, Field(gt=0, lt=1)] = 1e-5  # error of a step, relative
+    atol: Annotated[float, Field(gt=0)] = 1e-5  # error of a step, where data has a std of about 1
     max_steps: Annotated[int, Field(ge=1)] = 1000  # tries before it gives up
     order = 5
     evaluations = 6
@@ -112,7 +112,7 @@ class DormandPrince(Solver):
             )
         error = self._error(old.y, y, length * weighted(ERROR, slopes))
         taken = (error <= 1) & (left > 0)
-        (factor,) = _everywhere_alike(_factor, error, old.error)
+        (factor,) = everywhere_alike(_factor, error, old.error)
         s = torch.where(step < left, old.s - step, stop)
         here = broadcast(taken, y)
         return _State(
@@ -143,17 +143,6 @@ def _slope(at: At, s: Tensor, y: Tensor) -> Tensor:
         t = at.path.time_at(-2.0 * torch.logit(s))
         return t, *at.path.alpha_sigma(t)
 
-    t, alpha, sigma = _everywhere_alike(place, s)
+    t, alpha, sigma = everywhere_alike(place, s)
     ends = at.denoise(broadcast(alpha + sigma, y).to(y.dtype) * y, t.to(time_dtype(y)), at.cond)
     return ends.eps - ends.data
-
-
-def _everywhere_alike(function: Callable[..., tuple[Tensor, ...]], *values: Tensor) -> tuple[Tensor, ...]:
-    """function(*values), all (B,), with the same bits at every place in the batch.
-
-    On the CPU the last elements of a tensor do not fill a vector register and are rounded otherwise: so none
-    of ours are the last.
-    """
-    size = len(values[0])
-    padded = [torch.nn.functional.pad(value, (0, 64 - size % 64), value=0.5) for value in values]
-    return tuple(result[:size] for result in function(*padded))

@@ -58,7 +58,8 @@ class DDPM(Solver):
     a ValueError tells if it says nothing. A step to clean data takes no noise.
     """
 
-    variance: Literal["small", "large", "learned"] = "small"  # small | large | learned (learn_sigma)
+    # of the noise of a step; learned needs learn_sigma
+    variance: Literal["small", "large", "learned"] = "small"
 
     order = 1
     evaluations = 1

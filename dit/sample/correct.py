@@ -82,10 +82,8 @@ class DynamicThreshold(Guidance):
     size that real ones reach, 3 or more.
     """
 
-    quantile: Annotated[float, Field(gt=0, le=1)] | None  # of |data|; Imagen: 0.995; null = none
-    floor: Annotated[
-        float, Field(gt=0)
-    ]  # size up to which data are left alone: 1 for pixels, 3 or more for latents
+    quantile: Annotated[float, Field(gt=0, le=1)] | None  # of |data|; 0.995 in Imagen; null = none
+    floor: Annotated[float, Field(gt=0)]  # size up to which data stay: 1 for pixels, 3 or more for latents
 
     @property
     def is_neutral(self) -> bool:

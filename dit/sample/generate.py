@@ -32,21 +32,31 @@ def _in_turn(value: Any) -> Any:
 
 @config
 class SamplerSpec:
-    """Everything that decides about the images besides the weights."""
+    """Everything that decides about the images besides the weights.
 
-    solver: Annotated[Solver, SOLVERS] = Heun()
-    num_steps: Annotated[int, Field(ge=1)] = 50
-    grid: Annotated[Grid, GRIDS] = UniformGrid()
-    cfg_scale: Annotated[float, Field(ge=0)] = 1.0  # null + scale * (cond - null); 1 = no guidance
-    seed: int = 0
-    guidance: Annotated[  # more of it, in turn, after cfg_scale; one alone needs no brackets
+    `cfg_scale: S` is short for guidance that begins with {name: cfg, scale: S}. Where guidance names cfg itself, that
+    holds, at its place in turn, and cfg_scale is left out (or is the same).
+    """
+
+    solver: Annotated[Solver, SOLVERS] = Heun()  # method that steps from noise to data
+    num_steps: Annotated[int, Field(ge=1)] = 50  # steps of the solver for each image
+    grid: Annotated[Grid, GRIDS] = UniformGrid()  # how the times of the steps are spaced
+    cfg_scale: Annotated[float, Field(ge=0)] = 1.0  # short for guidance {name: cfg, scale: ...}; 1 = none
+    seed: int = 0  # of the noise; image i has its own
+    guidance: Annotated[  # in turn, after that of cfg_scale; one alone needs no brackets
         tuple[Annotated[Guidance, GUIDANCES], ...], BeforeValidator(_in_turn)
     ] = ()
 
     def __post_init__(self) -> None:
-        if (self.cfg_scale != 1.0) + sum(isinstance(g, ClassifierFree) for g in self.guidance) > 1:
+        named = [g for g in self.guidance if isinstance(g, ClassifierFree)]
+        if len(named) > 1:
             raise ConfigError(
-                f"cfg_scale = {self.cfg_scale:g} and guidance named cfg guide twice or more: leave all but one out"
+                f"guidance names cfg {len(named)} times, which would guide twice: keep one of them"
+            )
+        if named and self.cfg_scale not in (1.0, named[0].scale):
+            raise ConfigError(
+                f"cfg_scale = {self.cfg_scale:g} is short for guidance {{name: cfg, scale: {self.cfg_scale:g}}}, and "
+                f"guidance has cfg with scale {named[0].scale:g}: set cfg_scale to 1, or take cfg out of guidance"
             )
         jumping = [g for g in self.guidance if g.jumps]
         if jumping and self.solver.nfe(1) is None:
@@ -58,7 +68,13 @@ class SamplerSpec:
     @property
     def needs_label(self) -> bool:
         """Whether there is guidance that has an effect on samples of a known class alone."""
-        return self.cfg_scale != 1.0 or any(g.needs_label for g in self.guidance)
+        return any(g.needs_label for g in self.in_turn)
+
+    @property
+    def in_turn(self) -> tuple[Guidance, ...]:
+        """All the guidance, from the one that sees the network itself on."""
+        is_named = any(isinstance(g, ClassifierFree) for g in self.guidance)
+        return self.guidance if is_named else (cfg(self.cfg_scale), *self.guidance)
 
     def check(self, path: NoisePath, prediction: Prediction, learns_variance: bool) -> None:
         """ConfigError for what cannot draw from a model of this path and prediction."""
@@ -71,7 +87,7 @@ class SamplerSpec:
 
     def guided(self, denoise: DenoiseFn, context: Context) -> DenoiseFn:
         """The denoiser under all the guidance; the very same one where there is none."""
-        for guidance in (cfg(self.cfg_scale), *self.guidance):
+        for guidance in self.in_turn:
             denoise = guidance(denoise, context)
         return denoise
 

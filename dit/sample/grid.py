@@ -143,8 +143,8 @@ class NoiseGrid(Grid):
 class KarrasGrid(NoiseGrid):
     """EDM's: even steps in (sigma/alpha)^(1/rho), finer near data (arXiv 2206.00364, eq. 5)."""
 
-    sigma_min: Annotated[float, Field(gt=0)] = 0.002  # least sigma/alpha
-    sigma_max: Annotated[float, Field(gt=0)] = 80.0  # largest sigma/alpha
+    sigma_min: Annotated[float, Field(gt=0)] = 0.002  # least noise level sigma/alpha
+    sigma_max: Annotated[float, Field(gt=0)] = 80.0  # largest noise level sigma/alpha
     rho: Annotated[float, Field(gt=0)] = 7.0  # more = finer steps near data
     shift: Shift = 1.0  # of times; more than 1 = finer steps near noise
 
@@ -158,10 +158,8 @@ class KarrasGrid(NoiseGrid):
 class LogSNRGrid(NoiseGrid):
     """Even steps in the log-SNR (DPM-Solver, arXiv 2206.00927), between two noise levels sigma/alpha."""
 
-    sigma_min: Annotated[float, Field(gt=0)] = 0.002  # least sigma/alpha
-    sigma_max: Annotated[float, Field(gt=0)] = (
-        160.0  # largest sigma/alpha: that of vp and ddpm is a little less
-    )
+    sigma_min: Annotated[float, Field(gt=0)] = 0.002  # least noise level sigma/alpha
+    sigma_max: Annotated[float, Field(gt=0)] = 160.0  # largest sigma/alpha; vp and ddpm have a little less
     shift: Shift = 1.0  # of times; more than 1 = finer steps near noise
 
     def levels(self, most: float, least: float, num_steps: int) -> Tensor:
@@ -179,7 +177,8 @@ class RespacedGrid(Grid):
         the path's last step (k = 960 for 25 of 1000).
     """
 
-    stride: Literal["even", "ddim"] = "even"  # even | ddim
+    # even = rounded even steps; ddim = one integer stride from k = 0
+    stride: Literal["even", "ddim"] = "even"
     sections: tuple[Annotated[int, Field(ge=1)], ...] = ()  # steps in each equal part, data first
 
     def __post_init__(self) -> None:

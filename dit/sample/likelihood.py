@@ -151,9 +151,9 @@ class Ode(Likelihood):
     than 1, where the density of data near a surface changes fastest.
     """
 
-    num_steps: Annotated[int, Field(ge=1)] = 32  # of four evaluations each
+    num_steps: Annotated[int, Field(ge=1)] = 32  # of the solver, four evaluations each
     power: Annotated[float, Field(gt=0)] = 2.0  # more = finer steps near data
-    divergence: Annotated[Divergence, DIVERGENCES] = Hutchinson()
+    divergence: Annotated[Divergence, DIVERGENCES] = Hutchinson()  # how the trace of the Jacobian is found
 
     def __call__(self, problem: Problem, data: Tensor) -> Tensor:
         data = data.to(torch.promote_types(data.dtype, torch.float32))
@@ -211,10 +211,13 @@ class Bound(Likelihood):
     at its end is punished. decoder: density for latents, discretised for pixels of 256 levels in [−1, 1].
     """
 
-    num_steps: Annotated[int, Field(ge=2)] | None = None  # null = every step of a discrete path
-    grid: Annotated[Grid, GRIDS] = UniformGrid()
-    variance: Literal["small", "large", "learned"] = "large"  # of the model's steps
-    decoder: Literal["density", "discretised"] = "density"  # discretised: 256 levels of pixels
+    # terms of the bound; null = every step of a discrete path
+    num_steps: Annotated[int, Field(ge=2)] | None = None
+    grid: Annotated[Grid, GRIDS] = UniformGrid()  # how the times of the terms are spaced
+    # of the model's steps; learned needs learn_sigma
+    variance: Literal["small", "large", "learned"] = "large"
+    # density of latents, or discretised: 256 levels of pixels
+    decoder: Literal["density", "discretised"] = "density"
 
     def __call__(self, problem: Problem, data: Tensor) -> Tensor:
         return -self.terms(problem, data).total

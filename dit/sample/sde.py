@@ -32,7 +32,7 @@ from dit.sample.solve import SOLVERS, At, Heun, Node, Noise, NoiseFn, Solver, ad
 class Diffusion:
     """D(t) = w(t)/2 of SiT's table 2, as its code has it. norm: a factor, 0 makes the ODE (but for `decreasing`)."""
 
-    norm: Annotated[float, Field(ge=0)] = 1.0  # a factor
+    norm: Annotated[float, Field(ge=0)] = 1.0  # factor on D(t); 0 = the ODE
 
     def __call__(self, t: Tensor, coeffs: Coeffs) -> Tensor:
         """D (B,) per unit of t at t (B,) in (0, 1]; it may be inf at t = 1."""
@@ -143,7 +143,7 @@ class EulerMaruyama(Solver):
     D wherever it is finite, as SiT does.
     """
 
-    diffusion: Annotated[Diffusion, DIFFUSIONS] = SBDM()
+    diffusion: Annotated[Diffusion, DIFFUSIONS] = SBDM()  # how much noise at each time, D(t)
     last: Literal["tweedie", "mean", "euler"] = "tweedie"  # the step without noise: tweedie | mean | euler
     limit: bool = True  # no more of D than keeps the step stable; false = SiT's own steps
 

@@ -21,11 +21,12 @@ Terms = dict[str, Tensor]  # name -> (B,)
 class AutoencoderConfig:
     """The shape of an autoencoder: each width after the first halves the image."""
 
-    widths: tuple[int, ...] = (16, 32, 32)  # channels of each level
-    layers: Annotated[int, Field(ge=1)] = 1  # residual blocks a level
+    # channels of each level; each level after the first halves the image
+    widths: tuple[int, ...] = (16, 32, 32)
+    layers: Annotated[int, Field(ge=1)] = 1  # residual blocks of each level
     groups: Annotated[int, Field(ge=1)] = 8  # of the group norms; divides every width
-    latent_channels: Annotated[int, Field(ge=1)] = 4
-    mid_attention: bool = False
+    latent_channels: Annotated[int, Field(ge=1)] = 4  # channels of a latent
+    mid_attention: bool = False  # self-attention in the middle, where the image is smallest
 
     has_posterior = False  # whether the penalty is a KL divergence, weighted by kl_weight
     codebook = 0  # entries that a latent pixel is chosen from; 0 = latents are continuous
@@ -121,7 +122,7 @@ class Vq(AutoencoderConfig):
     """Latents chosen from a codebook (van den Oord et al., arXiv 1711.00937, eq. 3): diffusers' VQModel."""
 
     codebook: Annotated[int, Field(ge=2)] = 512  # entries, of latent_channels numbers each
-    beta: Annotated[float, Field(ge=0)] = 0.25  # of the commitment term
+    beta: Annotated[float, Field(ge=0)] = 0.25  # weight of the commitment term
 
     def build(self) -> VqAutoencoder:
         vae: Any = VQModel(**self._shape(), num_vq_embeddings=self.codebook)

@@ -31,14 +31,13 @@ class DiscriminatorConfig:
     """
 
     weight: Annotated[float, Field(ge=0)] = 0.5  # of the adversarial term, on top of its adaptive weight
-    start: Annotated[int, Field(ge=0)] = 1000  # steps
+    start: Annotated[int, Field(ge=0)] = 1000  # step from which the autoencoder hears it
     lr_factor: Annotated[float, Field(gt=0)] = 1.0  # of optim.lr, for the discriminator's weights
-    scale: Annotated[float, Field(gt=0)] = 1e-3  # of the discriminator's own loss
-    limit: Annotated[float, Field(gt=0)] = 1e4  # of the adaptive weight
-    width: Annotated[int, Field(ge=1)] = (
-        64  # channels of the first layer; doubled by each after it, up to 8 times
-    )
-    layers: Annotated[int, Field(ge=1)] = 3  # that halve the image
+    scale: Annotated[float, Field(gt=0)] = 1e-3  # factor on the discriminator's own loss
+    limit: Annotated[float, Field(gt=0)] = 1e4  # largest adaptive weight
+    # channels of its first layer, doubled by each after it, up to 8 times
+    width: Annotated[int, Field(ge=1)] = 64
+    layers: Annotated[int, Field(ge=1)] = 3  # convolutions that halve the image
     groups: Annotated[int, Field(ge=1)] = 8  # of the group norms; divides width
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 
 from dit.evals.frechet import Gaussian, frechet_distance
 from dit.evals.protocol import protocol_hash
+from dit.files import read_text
 from dit.progress import say
 from dit.ranks import group
 from dit.stage1.autoencoder import code_perplexity, count_codes
@@ -112,7 +113,7 @@ class Figures:
 def newest(run_dir: Path, step: int) -> dict[str, Any] | None:
     """The last figures in a run's held_out.jsonl up to `step`, or None."""
     path = run_dir / "held_out.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    rows = [json.loads(line) for line in read_text(path).splitlines()] if path.is_file() else []
     return next((row for row in reversed(rows) if "psnr" in row and row["step"] <= step), None)
 
 

@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dit.config import ConfigError, config, did_you_mean
+from dit.files import expand, not_found
 
 VGG16_LAYERS = (
     "features.3",
@@ -84,7 +85,8 @@ class PerceptualConfig:
     """
 
     weights: str  # a local file of the backbone's weights, safetensors or a state dict that torch.save wrote
-    backbone: str = "torchvision:vgg16"
+    backbone: str = "torchvision:vgg16"  # torchvision:NAME, or the name of a timm model
+    # names (torchvision) or numbers (timm) of feature levels; [] = LPIPS's for vgg16, all for timm
     layers: tuple[int | str, ...] = ()
     weight: Annotated[float, Field(ge=0)] = 1.0  # of the distance, which is in [0, 4]
 
@@ -105,7 +107,7 @@ class PerceptualConfig:
                 f"perceptual.backbone {self.backbone} cannot look at images of {height}x{width}: {error}; choose "
                 "another, or earlier perceptual.layers"
             ) from None
-        with Path(self.weights).open("rb") as file:
+        with Path(expand(self.weights)).open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         identity = {"backbone": self.backbone, "layers": list(self.layers), "sha256": digest}
         return Perceptual(self.weight, identity, backbone)
@@ -113,9 +115,9 @@ class PerceptualConfig:
 
 def _load(cfg: PerceptualConfig, model: nn.Module, where: str) -> None:
     """Fill a model from the weight file; its last layer, which tells classes, may be another one or missing."""
-    path = Path(cfg.weights)
+    path = Path(expand(cfg.weights))
     if not path.is_file():
-        raise ConfigError(f"perceptual.weights = {path} does not exist. Get it with: {where}")
+        raise ConfigError(f"perceptual.weights = {not_found(path)}. Get it with: {where}")
     try:
         held = timm.models.load_state_dict(str(path), device="cpu", weights_only=True)
         found = {name: value for name, value in held.items() if isinstance(value, Tensor)}

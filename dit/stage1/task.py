@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from dit.rng import Purpose
 from dit.stage1.autoencoder import AutoencoderConfig, Terms
 from dit.stage1.discriminator import DiscriminatorConfig, WithGradient, adaptive_weight, hinge
 from dit.stage1.perceptual import Perceptual
-from dit.train.task import PlainTask, Samples
+from dit.train.task import Network, PlainTask, Samples
 
 
 class PixelLoss:
@@ -67,17 +66,17 @@ class AutoencoderTask(PlainTask):
     perceptual: Perceptual | None = None
     discriminator: DiscriminatorConfig | None = None
 
-    def loss(self, model: Any, samples: Samples) -> Loss:
+    def loss(self, network: Network, samples: Samples) -> Loss:
         images = samples.moments[:, 0].float()  # (B, 3, H, W)
         noise = samples.draws.normal(Purpose.POSTERIOR, self.latent)
         if self.discriminator is None:
-            outputs = model(images, noise)
+            outputs = network(images, noise)
             fidelity, terms = self.fidelity(outputs[0].float(), images)
             opposition: Tensor | float = 0.0
         else:
             # without gradients (the probe, held-out data) there is none to weigh the adversarial term by
             push = samples.draws.step >= self.discriminator.start and torch.is_grad_enabled()
-            outputs, *verdict = model(images, noise, judge=True, push=push)
+            outputs, *verdict = network(images, noise, judge=True, push=push)
             fidelity, opposition, terms = self._opposed(outputs[0].float(), images, verdict)
         penalty, more = self.autoencoder.penalty(outputs)
         per_sample = fidelity + self.weight * penalty + opposition

@@ -61,14 +61,6 @@ class Fault:
     is_fatal: bool = True
 
 
-def guarded(loss: Loss, max_loss: float | None) -> Tensor:
-    """The mean loss to go back through: NaN where a sample's loss is above `max_loss`. Waits for nothing."""
-    if max_loss is None:
-        return loss.mean
-    is_too_large = (loss.per_sample.detach() > max_loss).any()
-    return loss.mean * torch.where(is_too_large, math.nan, 1.0)
-
-
 class Faults:
     """Counts and judges, the same on every rank, and remembers it through checkpoints."""
 

@@ -3,144 +3,94 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Sequence
 
 from dit.data.loading.stream import Batch
-from dit.errors import Stopped
+from dit.errors import Interrupted, Stopped
+from dit.flow.objective import Loss
 from dit.progress import Bar
 from dit.ranks import group
 from dit.rng import Draws
-from dit.train.faults import Fault, TrainingError, guarded
-from dit.train.meters import RunLog
-from dit.train.persistent import PersistentRun
-from dit.train.stop import StopRequest, rank_flags
-from dit.train.task import batch_samples, loss_of
+from dit.train import recovery
+from dit.train.checkpoints.archive import whats_there
+from dit.train.faults import Fault, TrainingError
+from dit.train.run import Run
+from dit.train.stop import INTERRUPTED, StopRequest, rank_flags
+from dit.train.task import batch_samples, guarded, loss_of
 
 
-class Loop(PersistentRun):
-    """Trains a run. `resume()` once, then `run()`."""
+class Loop:
+    """Trains a run from the step that it has come to. Every method is collective."""
 
-    def run(self, stop: StopRequest) -> None:
-        """Train to train.steps, logging, saving and calling hooks on the way; collective.
+    def __init__(self, run: Run):
+        self.run = run
+
+    def train_step(self, batch: Batch) -> Fault | None:
+        """One step: batch → samples → loss → backward → step → average → meters."""
+        run, cfg = self.run, self.run.cfg
+        draws = Draws(cfg.seed, run.step, batch.slots, cfg.train.global_batch)
+        samples, fingerprints = batch_samples(batch, run.task, draws, run.engine.device)
+        losses = []
+        for micro in samples.micro_batches(run.micro):
+            with run.meters.forward.timing():
+                loss = loss_of(run.task, run.engine, micro)
+            run.engine.backward(guarded(loss, cfg.faults.max_loss))
+            losses.append(loss)
+        self._check_first_loss(batch, losses)
+        applied = run.engine.step(run.lr)
+        if applied:
+            run.ema.update()
+        run.meters.add_step(losses, fingerprints)
+        run.step += 1
+        return self._judged(applied, batch, losses)
+
+    def train(self, stop: StopRequest) -> None:
+        """Train to train.steps, logging, saving and calling hooks on the way; ends the run's threads.
 
         stop: hears the signals that ask for an end: it raises Stopped then, after the step's checkpoint.
         """
-        self.log = RunLog(self.run_dir, self.step, self.world.is_main, self.step - self.hooks_are_due)
-        self._logged = self.step
-        start, steps = self.step, self.train.steps
-        bar = Bar[None](total=steps, initial=start, unit="step", desc="train", hidden=not self.world.is_main)
-        self.watch.at("data", self.step)
+        run, steps, at_once = self.run, self.run.cfg.train.steps, False
+        run.records.open(run.step, run.step - run.hooks_are_due)
+        bar = Bar[None](
+            total=steps, initial=run.step, unit="step", desc="train", hidden=not run.world.is_main
+        )
+        run.watch.at("data", run.step)
         try:
-            with rank_flags(self.world) as flags, self.watch:
-                if self.hooks_are_due:
+            with rank_flags(run.world) as flags, run.watch, stop.is_heard_after_steps():
+                if run.hooks_are_due:
                     self._show(last=False)
-                    self.hooks_are_due = False
-                for batch in self._batches():
-                    fault = self.train_step(batch)
+                    run.hooks_are_due = False
+                run.meters.reset_clock()
+                while run.step < steps:
+                    fault = self.train_step(self._next_batch())
                     bar.update()
-                    asked = stop.heard is not None
-                    told = flags.exchange(asked, self.saver.progress(), self.snapshots.progress())
-                    self._after_step(bar, fault, *told)
-                self.complete()
+                    self._after_step(bar, fault, *flags.exchange(stop.urgency, *run.archive.progress()))
+                run.feed.forget()
+                run.complete()
         except KeyboardInterrupt:
-            self.say(
-                f"interrupted after step {self.step}; the same command goes on from the last checkpoint (one is saved "
-                f"every {self.saving.every} steps)"
-            )
+            at_once = True
+            run.say(f"interrupted after step {run.step}, which is not saved: {whats_there(run.folder)}")
             raise
         finally:
             bar.close()
-            self.log.close()
-            self.stream.close()
-            self.saver.close()
-            self.snapshots.close()
+            run.close(at_once)
 
-    def _after_step(
-        self, bar: Bar[None], fault: Fault | None, stopped: int, saving: int, snapping: int
-    ) -> None:
-        """Log, mend, call hooks and save, as is due. stopped: raise Stopped, once the step is saved.
+    def _next_batch(self) -> Batch:
+        """Wait for the next step's batch, on the clock of the meters."""
+        run = self.run
+        run.watch.at("data", run.step)
+        asked = time.perf_counter()
+        batch = run.feed.next(run.step, run.cfg.train.steps)
+        run.meters.wait_seconds += time.perf_counter() - asked
+        run.watch.at("step", run.step)
+        return batch
 
-        saving, snapping: how far the ranks are with what they write.
-        """
-        self.saver.see(saving)
-        self.snapshots.see(snapping)
-        last = self.step == self.train.steps
-        if fault is None and self.step % self.train.log_every == 0:
-            fault = self._log(bar)
-        paused, leaving = time.perf_counter(), bool(stopped) and not last
-        if fault is not None and self.mend(fault):
-            self.meters.reset_clock()
-        else:
-            self._save_and_show(last, leaving)
-            self.meters.pause(time.perf_counter() - paused)
-        if leaving:
-            self.say(f"stopped by a signal: step {self.step} is saved, and the same command goes on")
-            raise Stopped
-
-    def _save_and_show(self, last: bool, leaving: bool) -> None:
-        """What is due after this step. leaving: little time may be left; hooks are the next start's then."""
-        self.hooks_are_due = leaving
-        if not leaving:
-            self._show(last)
-        if self.is_snapshot_due():
-            self.save_snapshot()
-        if leaving or last or self.step % self.saving.every == 0:
-            started = time.perf_counter()
-            self.save()
-            self.log.point(self.step, "speed/checkpoint_stall_s", time.perf_counter() - started)
-        if leaving:
-            self.complete()
-
-    def _show(self, last: bool) -> None:
-        """Call the hooks that are due."""
-        for hook in self.hooks:
-            if hook.every and (self.step % hook.every == 0 or last):
-                self.watch.at("hook", self.step)
-                hook(self.step, self.engine, self.ema, self.log)
-
-    def _batches(self) -> Iterator[Batch]:
-        """Batches from the next step to the last, timing how long each is waited for."""
-        try:
-            self.meters.reset_clock()
-            while self.step < self.train.steps:
-                if self.batches is None:
-                    self.batches = self.stream.iterate(self.step, self.train.steps, self.prefetch)
-                self.watch.at("data", self.step)
-                asked = time.perf_counter()
-                batch = next(self.batches)
-                self.meters.wait_seconds += time.perf_counter() - asked
-                self.watch.at("step", self.step)
-                yield batch
-        finally:
-            self.stop_reading()
-
-    def train_step(self, batch: Batch) -> Fault | None:
-        """One step: draw, forward and backward by micro-batches, update, average."""
-        draws = Draws(self.seed, self.step, batch.slots, self.train.global_batch)
-        samples, fingerprints = batch_samples(batch, self.task, draws, self.engine.device)
-        self.meters.add_hash(fingerprints)
-        losses = []
-        for micro in samples.micro_batches(self.micro):
-            with self.meters.forward.timing():
-                loss = loss_of(self.task, self.engine, micro)
-            self.engine.backward(guarded(loss, self.guard.max_loss))
-            self.meters.add(loss)
-            losses.append(loss)
-        if self.step == 0 and self.from_scratch:
-            self._check_first_loss(losses, samples.moments[0, 0].numel(), batch.whole)
-        applied = self.engine.step(self.optim.lr_at(self.engine.updates, self.train.steps))
-        if applied:
-            self.ema.update()
-        self.step += 1
-        if not applied:
-            self.say(
-                f"step {self.step}: update skipped, {self.faults.cause}; ids in {self.run_dir / 'nonfinite'}"
-            )
-        return self.faults.watch_update(applied, self.step, batch.id, losses)
-
-    def _check_first_loss(self, losses: list[Any], numel: int, is_whole: bool) -> None:
-        complaint = self.task.check_first_loss(losses, numel) if is_whole else None
+    def _check_first_loss(self, batch: Batch, losses: list[Loss]) -> None:
+        """Refuse a first loss that a model from scratch cannot have. Raises TrainingError on every rank."""
+        if self.run.step or self.run.cfg.init.from_ is not None:
+            return
+        numel = batch.moments[0, 0].numel()
+        complaint = self.run.task.check_first_loss(losses, numel) if batch.whole else None
 
         def refuse() -> None:
             if complaint is not None:
@@ -148,27 +98,81 @@ class Loop(PersistentRun):
 
         group.together(refuse)
 
+    def _judged(self, applied: bool, batch: Batch, losses: Sequence[Loss]) -> Fault | None:
+        """Say where the step just done changed nothing, and judge whether that can go on."""
+        run = self.run
+        if not applied:
+            place = run.folder / "nonfinite"
+            run.say(f"step {run.step}: update skipped, {run.faults.cause}; ids in {place}")
+        return run.faults.watch_update(applied, run.step, batch.id, losses)
+
+    # --- between steps -------------------------------------------------------------------------------------
+
+    def _after_step(self, bar: Bar[None], fault: Fault | None, stopped: int, *progress: int) -> None:
+        """Log, mend, call hooks and save, as is due.
+
+        stopped: the urgency with which any rank was asked to end: raises Stopped, once the step is saved.
+        progress: how far the ranks are with what they write.
+        """
+        run = self.run
+        run.archive.advance(*progress)
+        last = run.step == run.cfg.train.steps
+        if fault is None and run.step % run.cfg.train.log_every == 0:
+            fault = self._log(bar)
+        started, leaving = time.perf_counter(), bool(stopped) and not last
+        if fault is not None and recovery.mend(run, fault):
+            run.meters.reset_clock()
+        else:
+            self._save_and_show(last, leaving)
+            run.meters.pause(time.perf_counter() - started)
+        if leaving:
+            how = "interrupted" if stopped == INTERRUPTED else "stopped by a signal"
+            run.say(f"{how}: step {run.step} is saved, and the same command goes on")
+            raise Interrupted if stopped == INTERRUPTED else Stopped
+
+    def _save_and_show(self, last: bool, leaving: bool) -> None:
+        """Do what is due after this step. leaving: little time may be left; hooks are the next start's then."""
+        run = self.run
+        run.hooks_are_due = leaving
+        if not leaving:
+            self._show(last)
+        if run.is_snapshot_due():
+            run.save_snapshot()
+        if leaving or last or run.step % run.cfg.checkpoint.every == 0:
+            started = time.perf_counter()
+            recovery.save(run)
+            run.records.log.point(run.step, "speed/checkpoint_stall_s", time.perf_counter() - started)
+        if leaving:
+            run.complete()
+
+    def _show(self, last: bool) -> None:
+        """Call the hooks that are due."""
+        run = self.run
+        for hook in run.parts.hooks:
+            if hook.every and (run.step % hook.every == 0 or last):
+                run.watch.at("hook", run.step)
+                hook(run.step, run.engine, run.ema, run.records.log)
+
     def _log(self, bar: Bar[None]) -> Fault | None:
         """Log the steps since the last logged one, and judge their mean loss."""
-        steps, self._logged = self.step - self._logged, self.step
-        row = self.meters.take(steps, steps * self.train.global_batch)
-        rate = float(row["images_per_s"] or 0.0)
-        mfu = None if self.peak_flops is None else self.flops_per_image * rate / self.peak_flops
-        loss = float(row["loss"] or 0.0)
-        fault = self.faults.watch_loss(loss, self.step)
-        self.log.scalars(
-            self.step,
+        run = self.run
+        steps = run.records.take_steps(run.step)
+        row = run.meters.take(steps, steps * run.cfg.train.global_batch)
+        rate, loss = float(row["images_per_s"] or 0.0), float(row["loss"] or 0.0)
+        fault = run.faults.watch_loss(loss, run.step)
+        run.records.log.scalars(
+            run.step,
             {
-                "samples": self.samples_seen(),
+                "samples": run.samples_seen,
                 **row,
-                "grad_norm": self.engine.grad_norm(),
-                "lr": self.optim.lr_at(max(0, self.engine.updates - 1), self.train.steps),
-                "mfu": mfu,
-                "updates": self.engine.updates,
-                "skipped": self.engine.skipped,
-                "ema_start_share": self.ema.main.start_share,
-                **self.faults.counts(),
-                **({"quarantined": len(self.quarantine.known())} if self.stream.quarantine.budget else {}),
+                "grad_norm": run.engine.grad_norm(),
+                "lr": run.cfg.optim.lr_at(max(0, run.engine.updates - 1), run.cfg.train.steps),
+                "mfu": None if run.peak_flops is None else run.parts.flops_per_image * rate / run.peak_flops,
+                "updates": run.engine.updates,
+                "skipped": run.engine.skipped,
+                "ema_start_share": run.ema.main.start_share,
+                **run.faults.counts(),
+                **run.feed.counts(),
             },
         )
         bar.note(f"loss={loss:.4f}")

@@ -30,7 +30,7 @@ SPEEDS = (
 
 
 class HostTimer:
-    """How long something took in all, by this process's clock."""
+    """Measures how long something took in all, by this process's clock."""
 
     def __init__(self) -> None:
         self._seconds = 0.0
@@ -43,13 +43,13 @@ class HostTimer:
         self._seconds += time.perf_counter() - begun
 
     def take(self) -> float:
-        """Seconds since the last call."""
+        """Give the seconds measured since the last call."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 
 
 class DeviceTimer:
-    """The same by the GPU's clock. Nothing waits for it but `take`."""
+    """Measures the same by the GPU's clock. Nothing waits for it but `take`."""
 
     def __init__(self) -> None:
         self._pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []  # recorded
@@ -65,7 +65,7 @@ class DeviceTimer:
         self._pairs.append((begin, end))
 
     def take(self) -> float:
-        """Seconds since the last call."""
+        """Give the seconds measured since the last call."""
         if self._pairs:
             self._pairs[-1][1].synchronize()
         milliseconds = math.fsum(begin.elapsed_time(end) for begin, end in self._pairs)
@@ -78,8 +78,8 @@ def _event() -> torch.cuda.Event:
 
 
 @dataclass(frozen=True)
-class Report:
-    """What a rank tells the others of its interval. Seconds."""
+class RankInterval:
+    """What a rank tells the others of its logging interval. Times are seconds."""
 
     batch_hash: int
     forward: float
@@ -87,7 +87,7 @@ class Report:
 
 
 class Meters:
-    """Sums since the last logged step. Nothing here waits for the device except `take`."""
+    """Sums the figures of the steps since the last logged one. Nothing here waits for the device except `take`."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -114,6 +114,12 @@ class Meters:
         """Leave out seconds that were not spent on training."""
         self._paused += seconds
 
+    def add_step(self, losses: Iterable[Loss], fingerprints: Tensor) -> None:
+        """Add a step: the losses of its micro-batches, and the (B,) int64 fingerprints of its slots, on the CPU."""
+        for loss in losses:
+            self.add(loss)
+        self.add_hash(fingerprints)
+
     def add(self, loss: Loss) -> None:
         """Add one micro-batch, by its samples: how the batch was cut does not show."""
         count = len(loss.per_sample)
@@ -130,11 +136,11 @@ class Meters:
             self._sums[name] = self._sums[name] + value.double() if name in self._sums else value.double()
 
     def add_hash(self, fingerprints: Tensor) -> None:
-        """fingerprints: (B,) int64 on the CPU."""
+        """Add the fingerprints of a step's slots: (B,) int64 on the CPU."""
         self.batch_hash = (self.batch_hash + int(fingerprints.sum())) & _MASK63
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint between two logged steps must keep; collective."""
+        """Give what a checkpoint between two logged steps must keep; collective."""
         return {
             "sums": {k: v.tolist() for k, v in self._reduced().items()},
             "batch_hash": _total(group.gather_objects(self.batch_hash)),
@@ -150,7 +156,7 @@ class Meters:
             self.batch_hash = int(state["batch_hash"])
 
     def _reduced(self) -> dict[str, Tensor]:
-        """Sums over ranks, one all-reduce for all of them. Ranks may hold different names (after a resume)."""
+        """Sum over ranks, by one all-reduce for all of them. Ranks may hold different names (after a resume)."""
         names = sorted({n for found in group.gather_objects(sorted(self._sums)) for n in found})
         shapes = {n: (2, QUARTERS) if n == "quarters" else () for n in names}
         parts = [
@@ -164,7 +170,7 @@ class Meters:
         return {n: p.view(shapes[n]).cpu() for n, p in zip(names, pieces, strict=True)}
 
     def take(self, steps: int, samples: int) -> dict[str, float | int | None]:
-        """The interval's figures, after which a new one starts; collective.
+        """Give the figures of the interval, and start a new one; collective.
 
         steps, samples: since the last call, on the clock. Keys as in metrics.jsonl; loss_q1..q4 are the means over
         t in [0, 1/4), ..., [3/4, 1], None where no t fell there. Losses are means over the samples that are not
@@ -173,7 +179,7 @@ class Meters:
         data_wait_max the longest of all ranks.
         """
         sums = self._reduced()
-        reports = group.gather_objects(Report(self.batch_hash, self.forward.take(), self.wait_seconds))
+        shares = group.gather_objects(RankInterval(self.batch_hash, self.forward.take(), self.wait_seconds))
         elapsed = max(1e-9, time.perf_counter() - self._since - self._paused)
         count = max(1.0, float(sums["count"]))  # none where every sample was missing
         row: dict[str, float | int | None] = {"loss": float(sums["loss"]) / count}
@@ -185,11 +191,11 @@ class Meters:
             if n.startswith("metric/")
         }
         row |= {"images_per_s": samples / elapsed, "step_ms": 1e3 * elapsed / max(1, steps)}
-        row |= {"data_wait": self.wait_seconds / elapsed, "batch_hash": _total(r.batch_hash for r in reports)}
-        forward = [1e3 * r.forward / max(1, steps) for r in reports]
+        row |= {"data_wait": self.wait_seconds / elapsed, "batch_hash": _total(r.batch_hash for r in shares)}
+        forward = [1e3 * r.forward / max(1, steps) for r in shares]
         row |= {"forward_ms": median(forward), "forward_ms_max": max(forward)}
         row |= {"slowest_rank": forward.index(max(forward))}
-        row |= {"data_wait_max": max(r.wait for r in reports) / elapsed}
+        row |= {"data_wait_max": max(r.wait for r in shares) / elapsed}
         self.clear()
         self.reset_clock()
         return row
@@ -200,24 +206,24 @@ def _total(hashes: Iterable[int]) -> int:
 
 
 class RunLog:
-    """RUN/metrics.jsonl and RUN/tensorboard, written by rank 0 alone."""
+    """Writes RUN/metrics.jsonl and RUN/tensorboard, on rank 0 alone; nothing before `open`."""
 
-    def __init__(self, run_dir: Path, step: int, is_main: bool, hooks_step: int | None = None):
-        """step: steps done; whatever was logged beyond it (by a run that was killed later) is cut off.
-
-        hooks_step: those whose hooks are done, where they are not as many.
-        """
-        self.run_dir, self.path, self.held_out_path = (
-            run_dir,
-            run_dir / "metrics.jsonl",
-            run_dir / "held_out.jsonl",
-        )
+    def __init__(self, run_dir: Path, is_main: bool):
+        self.run_dir, self.is_main = run_dir, is_main
+        self.path, self.held_out_path = run_dir / "metrics.jsonl", run_dir / "held_out.jsonl"
         self._writer: SummaryWriter | None = None
-        if is_main:
-            self._open(step, step if hooks_step is None else hooks_step)
 
-    def _open(self, step: int, hooks_step: int) -> None:
-        for path, last in ((self.path, step), (self.held_out_path, hooks_step)):
+    def open(self, step: int, hooks_step: int | None = None) -> None:
+        """Begin to write behind `step` steps done; what was logged beyond (by a run that was killed later) is cut off.
+
+        hooks_step: the steps done whose hooks have been called, where they are not as many.
+        """
+        if not self.is_main:
+            return
+        for path, last in (
+            (self.path, step),
+            (self.held_out_path, step if hooks_step is None else hooks_step),
+        ):
             if path.is_file():
                 truncate(path, last)
         self._writer = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=step + 1)
@@ -226,15 +232,15 @@ class RunLog:
         """Take back what was logged beyond a step."""
         if self._writer is not None:
             self._writer.close()
-            self._open(step, step)
+            self.open(step)
 
     def point(self, step: int, name: str, value: float) -> None:
-        """A point on a curve of TensorBoard alone."""
+        """Write a point on a curve of TensorBoard alone."""
         if self._writer is not None:
             self._writer.add_scalar(name, value, step)
 
     def scalars(self, step: int, row: dict[str, Any]) -> None:
-        """One line in metrics.jsonl and a point on each curve."""
+        """Write one line in metrics.jsonl and a point on each curve."""
         if self._writer is None:
             return
         self._append(self.path, step, row)
@@ -243,7 +249,7 @@ class RunLog:
                 self._writer.add_scalar(_group(name), value, step)
 
     def held_out(self, step: int, row: dict[str, Any]) -> None:
-        """One line in held_out.jsonl and a point on each curve."""
+        """Write one line in held_out.jsonl and a point on each curve."""
         if self._writer is not None:
             self._append(self.held_out_path, step, row)
             for name, value in row.items():
@@ -252,11 +258,11 @@ class RunLog:
 
     @staticmethod
     def _append(path: Path, step: int, row: dict[str, Any]) -> None:
-        with path.open("a") as file:
+        with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **{k: _finite(v) for k, v in row.items()}}) + "\n")
 
     def image(self, step: int, name: str, grid: np.ndarray, title: str = "") -> None:
-        """grid: (H, W, 3) uint8. title: what it shows, under TensorBoard's texts."""
+        """Write a picture for TensorBoard: (H, W, 3) uint8. title: what it shows, among the texts."""
         if self._writer is not None:
             self._writer.add_image(name, grid, step, dataformats="HWC")
             if title:
@@ -269,12 +275,12 @@ class RunLog:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN: a figure that is not finite is null (`skipped` and nonfinite/ say why)."""
+    """Make a figure that is not finite null, for JSON has no NaN (`skipped` and nonfinite/ say why)."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _group(name: str) -> str:
-    """TensorBoard's tab of a scalar: health first, then speed, then the loss by time."""
+    """Name TensorBoard's tab of a scalar: health first, then speed, then the loss by time."""
     groups = dict.fromkeys(SPEEDS, "speed")
     groups |= {
         "lr": "optim",
@@ -293,10 +299,10 @@ def _group(name: str) -> str:
 def truncate(path: Path, step: int) -> None:
     """Keep the lines of metrics.jsonl up to `step`; a half-written last line goes too. Atomic."""
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_bytes().splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
-        except (json.JSONDecodeError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):  # no JSON, or no text: zeros, after a stop of the machine
             break  # cut off by a kill: nothing after it can be whole
-    write_atomically(path, "".join(line + "\n" for line in kept).encode())
+    write_atomically(path, b"".join(line + b"\n" for line in kept))

@@ -16,10 +16,13 @@ from dit.config import ConfigError, Registry, config, did_you_mean
 
 
 class Schedule:
-    """Learning-rate factor after warm-up, from the share of training done."""
+    """Gives the factor of the learning rate after warm-up, from the share of training done."""
 
     def factor(self, done: float) -> float:
-        """done: updates after warm-up over all updates after warm-up, in [0, 1] -> factor of `optim.lr`."""
+        """Give the factor of `optim.lr`.
+
+        done: updates after warm-up over all updates after warm-up, in [0, 1].
+        """
         raise NotImplementedError
 
 
@@ -28,8 +31,8 @@ SCHEDULES: Registry[Schedule] = Registry("schedule")
 
 @SCHEDULES.register("constant")
 @config
-class Constant(Schedule):
-    """The peak learning rate throughout."""
+class ConstantRate(Schedule):
+    """Keeps the peak learning rate throughout, however long the run is."""
 
     def factor(self, done: float) -> float:
         """1."""
@@ -38,8 +41,8 @@ class Constant(Schedule):
 
 @SCHEDULES.register("cosine")
 @config
-class Cosine(Schedule):
-    """Half a cosine from 1 to `final` (Loshchilov & Hutter, arXiv 1608.03983, eq. 5, without restarts)."""
+class CosineDecay(Schedule):
+    """Falls along half a cosine from 1 to `final` at train.steps (arXiv 1608.03983, eq. 5, without restarts)."""
 
     final: float = 0.0  # factor of optim.lr at the end
 
@@ -53,12 +56,12 @@ class OptimConfig:
     """AdamW (Loshchilov & Hutter, arXiv 1711.05101) with gradient clipping."""
 
     lr: float = 1e-4  # peak learning rate
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
+    betas: tuple[float, float] = (0.9, 0.999)  # decay of Adam's first and second moments, per update
+    eps: float = 1e-8  # added to the root of Adam's second moment
     weight_decay: float = 0.0  # on matrices only: biases, norms and embeddings' gains have one dimension
     clip: float | None = 1.0  # norm of the whole gradient; null = no clipping
     warmup: int = 0  # updates of linear warm-up from lr / warmup
-    schedule: Annotated[Schedule, SCHEDULES] = Constant()
+    schedule: Annotated[Schedule, SCHEDULES] = ConstantRate()
 
     def __post_init__(self) -> None:
         if not 0 < self.lr < math.inf or self.warmup < 0 or not (self.clip is None or self.clip > 0):
@@ -68,7 +71,7 @@ class OptimConfig:
             )
 
     def lr_at(self, updates: int, total: int) -> float:
-        """The learning rate of the update that follows `updates` applied ones, of `total` planned."""
+        """Give the learning rate of the update that follows `updates` applied ones, of `total` planned."""
         if updates < self.warmup:
             return self.lr * (updates + 1) / self.warmup
         return self.lr * self.schedule.factor((updates - self.warmup) / max(1, total - self.warmup))
@@ -101,7 +104,7 @@ def _nearest(pattern: str, names: Iterable[str]) -> str:
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Decayed matrices and undecayed vectors. Shapes are the whole parameters' also where ZeRO-3 holds pieces.
+    """Split into decayed matrices and undecayed vectors, by the whole parameters' shapes, also under ZeRO-3.
 
     Parameters that have an attribute lr_factor are in groups of their own, which train at that times the rate.
     """
@@ -122,7 +125,7 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
 
 
 def set_lr(optimizer: Any, lr: float) -> None:
-    """The learning rate of every group: `lr` times the group's own factor."""
+    """Set the learning rate of every group: `lr` times the group's own factor."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_factor"]
 

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from dit.model.cost import Memory, peak_flops, state_memory
 from dit.ranks import group
 from dit.ranks.group import World
 from dit.train.checkpoints import checkpoint
+from dit.train.checkpoints.archive import checkpoints_of
 from dit.train.checkpoints.checkpoint import CheckpointError, Reader
 from dit.train.engines.local import check_alone
 from dit.train.engines.zero_config import Choice, Device, choose
@@ -89,14 +89,19 @@ class Plan:
     """
 
     def __init__(self, cfg: RunConfig, make_parts: MakeParts, world: World):
-        folder = Path(cfg.run_dir)
+        self._given, self._make_parts, self.world = cfg, make_parts, world
+        self.device = Device.smallest(world)
+        self.look()
+
+    def look(self) -> None:
+        """See what run_dir holds now. Collective; before any part is asked for."""
+        folder = self._given.folder
         # rank 0 looks for all: file systems may not show every rank the same
         self.before: Mapping[str, Any] | None
         self.before, self.has_checkpoint = group.on_main(
-            lambda: (begun_with(folder), checkpoint.exists(folder / "checkpoints"))
+            lambda: (begun_with(folder), checkpoint.exists(checkpoints_of(folder)))
         )
-        self.cfg, self.world, self.device = settled(cfg, self.before), world, Device.smallest(world)
-        self._make_parts = make_parts
+        self.cfg = settled(self._given, self.before)
 
     @cached_property
     def mixture(self) -> Mixture:

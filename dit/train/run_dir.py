@@ -12,28 +12,29 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-import yaml
-
 from dit.config import ConfigError, flatten, from_dict, to_dict
-from dit.configfile import write_yaml
+from dit.configfile import read_own, write_yaml
 from dit.ranks import group
 from dit.ranks.group import World
+from dit.scalars import resolved
 from dit.train.checkpoints import checkpoint
 from dit.train.checkpoints.checkpoint import CheckpointError
 from dit.train.settings import OPERATIONAL, RunConfig
 from dit.version import code_version
 
 CONFIG = "config.yaml"
+LOCK = ".lock"
+PATIENCE = 30.0  # seconds to wait for a run directory whose job may be dying
 AnyConfig = TypeVar("AnyConfig", bound=RunConfig)
 
 
 def begun_with(run_dir: Path) -> Mapping[str, Any] | None:
-    """The plain values of the config that a run directory's run has, by config.yaml or else its newest checkpoint.
+    """Read the plain values of the config that a run directory's run has: config.yaml, or else its newest checkpoint's.
 
     None where no run has begun there.
     """
     if (run_dir / CONFIG).is_file():
-        return yaml.safe_load((run_dir / CONFIG).read_text()) or {}
+        return read_own(run_dir / CONFIG)
     for path in checkpoint.candidates(run_dir / "checkpoints"):
         with contextlib.suppress(CheckpointError):  # a broken one, which resuming names and passes over
             return dict(checkpoint.read(path, verify=False).meta["config"])
@@ -41,7 +42,7 @@ def begun_with(run_dir: Path) -> Mapping[str, Any] | None:
 
 
 def settled(cfg: AnyConfig, before: Mapping[str, Any] | None) -> AnyConfig:
-    """The config with what it leaves open decided: as in `before`, what its run began with, or as in a new run (None).
+    """Decide what the config leaves open: as in `before`, what its run began with, or as in a new run (None).
 
     A run that began before a key existed goes on without what the key turns on.
     """
@@ -57,7 +58,7 @@ def claim(cfg: RunConfig, world: World, facts: Mapping[str, Any] | None = None) 
     Raises ConfigError showing every identity key that differs. Operational changes are taken: config.yaml is
     rewritten and history.jsonl tells when and what. facts: what else the line about this start shall hold.
     """
-    run_dir = Path(cfg.run_dir)
+    run_dir = cfg.folder
 
     def check_and_write() -> None:
         changes = compare(run_dir / CONFIG, cfg)
@@ -68,7 +69,9 @@ def claim(cfg: RunConfig, world: World, facts: Mapping[str, Any] | None = None) 
             "ranks": world.size,
             **(facts or {}),
         }
-        with (run_dir / "history.jsonl").open("a") as file:  # first, so that no change goes unrecorded
+        with (run_dir / "history.jsonl").open(
+            "a", encoding="utf-8"
+        ) as file:  # first, so that no change goes unrecorded
             file.write(json.dumps({**start, "on": group.job_name(), "changes": changes}) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -79,46 +82,83 @@ def claim(cfg: RunConfig, world: World, facts: Mapping[str, Any] | None = None) 
 
 
 @contextlib.contextmanager
-def locked(run_dir: Path, world: World, patience: float = 30.0) -> Iterator[None]:
+def locked(run_dir: Path, world: World, patience: float | None = None) -> Iterator[None]:
     """Hold the run directory: two jobs in one would cut off each other's logs and checkpoints. Collective.
 
-    patience: seconds to wait for a job that is still dying. The lock goes with the process, however it ends.
+    patience: seconds to wait for a job that is still dying; None: PATIENCE. The lock goes with the process, however
+    that ends. Where nothing else was written inside, a directory that was not there before is gone again afterwards.
+    Raises ConfigError on every rank, with who holds it; then nothing in the directory was touched.
     """
-
-    def hold() -> IO[str]:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        file = (run_dir / ".lock").open("a+")
-        end = time.monotonic() + patience
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() > end:
-                    file.seek(0)
-                    raise ConfigError(
-                        f"{run_dir} is in use by another process ({file.read().strip()}); end that one, or choose "
-                        "another run_dir"
-                    ) from None
-                time.sleep(0.2)
-            else:
-                file.truncate(0)
-                file.write(f"{group.job_name()}, process {os.getpid()}")
-                file.flush()
-                return file
-
-    held = group.together(lambda: hold() if world.is_main else None)
-    try:
+    seconds = PATIENCE if patience is None else patience
+    with contextlib.ExitStack() as held:
+        group.together(lambda: held.enter_context(_held(run_dir, seconds)) if world.is_main else None)
         yield
-    finally:
-        if held is not None:
-            held.close()
+
+
+@contextlib.contextmanager
+def _held(run_dir: Path, patience: float) -> Iterator[None]:
+    """Hold the lock, on one rank."""
+    made: list[Path] = []  # folders that were not there before, the inmost first
+    with _wait_for(run_dir / LOCK, patience, made) as file:
+        file.truncate(0)
+        file.write(f"{group.job_name()}, process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        file.flush()
+        try:
+            yield
+        finally:
+            if made and [path.name for path in run_dir.iterdir()] == [LOCK]:
+                (run_dir / LOCK).unlink()
+                for folder in made:
+                    with contextlib.suppress(OSError):  # somebody else has found a use for it
+                        folder.rmdir()
+
+
+def _wait_for(path: Path, patience: float, made: list[Path]) -> IO[str]:
+    """Open and lock a file, once nobody else holds it; that somebody does is said at once. made: takes new folders."""
+    end, is_said = time.monotonic() + patience, False
+    while True:
+        made += [folder for folder in path.parents if not folder.exists()]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+        if _lock(file):
+            if _is_at(path, file):
+                return file
+            file.close()  # its holder has removed it: what was locked is no file of the directory any more
+            continue
+        file.seek(0)
+        holder = file.read().strip() or "which has not said yet who it is"
+        file.close()
+        in_use = f"{path.parent} is in use by another process ({holder})"
+        if time.monotonic() > end:
+            raise ConfigError(f"{in_use}; end that one, or choose another run_dir. Nothing of it was touched")
+        if not is_said:
+            is_said = True
+            print(f"{in_use}: waiting up to {patience:.0f} s for its end", flush=True)
+        time.sleep(0.2)
+
+
+def _lock(file: IO[str]) -> bool:
+    """Lock an open file; False where another process holds it. Works over NFS, where flock is a lock of all bytes."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_at(path: Path, file: IO[str]) -> bool:
+    """Whether an open file is the one that lies there."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def compare(path: Path, cfg: RunConfig) -> dict[str, list[Any]]:
     """{operational key: [before, now]} against a config.yaml; ConfigError if an identity key differs."""
     if not path.is_file():
         return {}
-    return differences(yaml.safe_load(path.read_text()) or {}, cfg, str(path.parent))
+    return differences(read_own(path), cfg, str(path.parent))
 
 
 def differences(before: Mapping[str, Any], cfg: RunConfig, where: str) -> dict[str, list[Any]]:
@@ -127,8 +167,10 @@ def differences(before: Mapping[str, Any], cfg: RunConfig, where: str) -> dict[s
     Keys that did not exist when `before` was written count as having had their defaults.
     """
     cfg = settled(cfg, before)
-    with contextlib.suppress(ConfigError):  # a key that exists no longer shows among the differing ones
+    try:
         before = to_dict(from_dict(type(cfg), before))
+    except ConfigError:  # a key that exists no longer shows among the differing ones
+        before = resolved(before)
     there, now = flatten(before), flatten(to_dict(cfg))
     there["ema.warmup"] = bool(there.get("ema.warmup"))  # not there, or null: from before it existed
     differing = {k: [there.get(k), now.get(k)] for k in sorted({*there, *now}) if there.get(k) != now.get(k)}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Literal
 
-from dit.config import ConfigError, Problem, config
+from dit.config import Complaint, ConfigError, config
 from dit.data.loading.mixture import Mixture, PartConfig
 from dit.data.storage.nodecache import NodeCacheConfig
+from dit.files import expand
 from dit.ranks.group import World
 from dit.train.ema import EmaConfig
 from dit.train.engines.zero_config import ZeroConfig
@@ -19,11 +21,11 @@ from dit.train.optim import OptimConfig
 class TrainConfig:
     """How long, how large, how precise."""
 
-    steps: int = 1000  # batches drawn
+    steps: int = 1000  # batches drawn, over the whole run
     global_batch: int = 256  # samples a step, over all ranks
     micro_batch: int | None = None  # samples a forward pass and rank, at most; null = the rank's whole share
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16 = fp32 weights and autocast matrix products
-    log_every: int = 10  # steps
+    log_every: int = 10  # steps between lines of the log
     max_skipped: int = 20  # updates skipped in a row before the run stops
     threads: int | None = None  # torch CPU threads a rank; null = as the environment says
     # The ranks that hold the others up are named, and the run ends. A rank that is not heard of is after half as long.
@@ -73,8 +75,8 @@ class TrainConfig:
 class CheckpointConfig:
     """When to save and what to keep. The last step is always saved."""
 
-    every: int = 1000  # steps
-    keep: int = 3  # newest ones kept; 0 = all
+    every: int = 1000  # steps between checkpoints
+    keep: int = 3  # newest checkpoints kept; 0 = all
     keep_every: int = 0  # steps; those saved at its multiples are kept as well, for good; 0 = none
     background: bool = True  # write while training goes on, from a copy in the host's memory
 
@@ -94,8 +96,8 @@ class CheckpointConfig:
 class InitConfig:
     """Start a new run from another's weights. To go on with a run, start the same command again instead."""
 
-    from_: str | None = None  # run directory or checkpoint
-    weights: str = "ema"  # or model, or another average that is there, as ema_0.999
+    from_: str | None = None  # run directory or checkpoint whose weights a new run starts from; null = none
+    weights: str = "ema"  # which of its weights: ema, model, or another average, as ema_0.999
 
 
 @config
@@ -110,7 +112,7 @@ class DataConfig:
     prefetch: int = 4  # batches made ahead
     readers: int = 2  # threads a rank that read blocks
     max_quarantined: int = 0  # blocks that may be unreadable: their samples then count for nothing
-    cache: NodeCacheConfig = NodeCacheConfig()
+    cache: NodeCacheConfig = NodeCacheConfig()  # blocks of slow or remote storage kept on this node
 
     def __post_init__(self) -> None:
         for name in ("lanes", "window", "prefetch", "readers"):
@@ -119,9 +121,9 @@ class DataConfig:
         if self.max_quarantined < 0:
             raise ConfigError(f"data.max_quarantined must be at least 0, got {self.max_quarantined}")
         if self.path and self.mix:
-            twice = Problem(("path",), "is set, and data.mix too; add --data.path=null")
+            twice = Complaint(("path",), "is set, and data.mix too; add --data.path=null")
             raise ConfigError(
-                problems=[twice, Problem(("mix",), "is set, and data.path too; or add --data.mix=[]")]
+                problems=[twice, Complaint(("mix",), "is set, and data.path too; or add --data.mix=[]")]
             )
         if not self.path and not self.mix:
             raise ConfigError("data needs a path, or a mix of several data sets")
@@ -140,7 +142,7 @@ class DataConfig:
 class ValConfig:
     """The held-out loss, with EMA weights and draws that are the same in every run."""
 
-    every: int = 0  # steps; 0 = never; needs data.val
+    every: int = 0  # steps between held-out losses; 0 = never; needs data.val
     batches: int = 8  # of train.global_batch samples
 
     def __post_init__(self) -> None:
@@ -153,7 +155,7 @@ class RunConfig:
     """What every run has, whatever it trains."""
 
     data: DataConfig
-    run_dir: str = "runs/default"  # everything the run writes
+    run_dir: str = "runs/default"  # folder of everything the run writes
     seed: int = 0  # of the weights, the order and every draw
     optim: OptimConfig = OptimConfig()
     ema: EmaConfig = EmaConfig()
@@ -162,8 +164,14 @@ class RunConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     zero: ZeroConfig = ZeroConfig()
     val: ValConfig = ValConfig()
-    engine: Literal["deepspeed", "local"] = "deepspeed"  # local: plain torch on one rank, for comparison
+    # deepspeed; local = plain torch on one rank, for comparison
+    engine: Literal["deepspeed", "local"] = "deepspeed"
     init: InitConfig = InitConfig()
+
+    @property
+    def folder(self) -> Path:
+        """The run directory, ~ and variables filled in. FileError for a variable that is not set."""
+        return Path(expand(self.run_dir))
 
     def __post_init__(self) -> None:
         if self.val.every and self.data.val is None:

@@ -1,4 +1,4 @@
-"""From a checked config to a running loop: the same for every task."""
+"""From a checked config to a run under way: the same for every task."""
 
 from __future__ import annotations
 
@@ -12,14 +12,20 @@ from dit.data.loading.stream import Stream
 from dit.errors import Stopped
 from dit.ranks import group
 from dit.ranks.group import World
+from dit.ranks.watch import Watch
 from dit.train import run_dir
+from dit.train.checkpoints.archive import Archive, whats_there
+from dit.train.checkpoints.probe import Probe
 from dit.train.ema import Ema
 from dit.train.engines.base import Engine
 from dit.train.engines.local import LocalEngine
-from dit.train.engines.zero_config import Choice
+from dit.train.faults import Faults
+from dit.train.feed import Feed
 from dit.train.loop import Loop
 from dit.train.plan import MakeParts, Plan, device_peak, stored_shape
 from dit.train.preflight import checks
+from dit.train.records import Records
+from dit.train.run import Run
 from dit.train.settings import RunConfig
 from dit.train.stop import stop_request
 from dit.train.summary import summary
@@ -27,29 +33,52 @@ from dit.train.task import synthetic_samples
 
 
 def train(cfg: RunConfig, make_parts: MakeParts) -> None:
-    """Train, or go on training, in cfg.run_dir. Collective: every rank of the job calls it."""
+    """Train, or go on training, in cfg.run_dir. Collective: every rank of the job calls it.
+
+    Raises Stopped where a signal ended it, once it has saved; KeyboardInterrupt where a Ctrl-C left nothing to save.
+    """
     if cfg.train.threads:
         torch.set_num_threads(cfg.train.threads)
-    # from the beginning, for a signal may come while the run loads what it needs
-    with stop_request() as stop, group.session() as world, _leaving_together():
+    # signals from the beginning: they may come while the run loads what it needs
+    with stop_request() as stop, contextlib.ExitStack() as held:
+        run = _started(cfg, make_parts, held)
+        if run.step >= cfg.train.steps:
+            run.complete()
+            run.close()
+            run.say(_done(run))
+            return
+        Loop(run).train(stop)
+        missing = run.feed.quarantine.known()
+        if missing:
+            run.say(f"left out: {_left_out(run.feed.stream, missing)}")
+        run.say(f"done: {run.step} steps; everything is in {run.folder}")
+
+
+def _started(cfg: RunConfig, make_parts: MakeParts, held: contextlib.ExitStack) -> Run:
+    """Join the other ranks, take hold of the run directory, and build the run as it was last saved.
+
+    held: keeps the ranks together and the directory until it is closed. A Ctrl-C in here says what it leaves.
+    """
+    try:
+        world = held.enter_context(group.session())
+        held.enter_context(_leaving_together())
         plan = Plan(cfg, make_parts, world)
-        checks.check(plan)
-        loop = build(plan)
-        loop.say(summary(plan))
-        with run_dir.locked(loop.run_dir, world):
-            if loop.resume() and loop.step >= cfg.train.steps:
-                loop.say(f"{cfg.run_dir} has done its {cfg.train.steps} steps; raise train.steps to go on")
-                return
-            loop.run(stop)
-            missing = loop.quarantine.known()
-            if missing:
-                loop.say(f"left out: {_left_out(loop.stream, missing)}")
-            loop.say(f"done: {loop.step} steps; everything is in {loop.run_dir}")
+        checks.check(plan, checks.MACHINES)
+        held.enter_context(run_dir.locked(cfg.folder, world))
+        checks.check(plan, checks.FITS)  # of what a job that was still dying has left
+        run = build(plan)
+        run.say(summary(plan))
+        run.resume()
+        return run
+    except KeyboardInterrupt:
+        if World.from_env().is_main:
+            print(f"interrupted while starting, before any step: {whats_there(cfg.folder)}", flush=True)
+        raise
 
 
 @contextlib.contextmanager
 def _leaving_together() -> Iterator[None]:
-    """A rank that ends with a status that is not 0 may make its launcher end the others: none does before all can."""
+    """Let no rank end before all can: one whose status is not 0 may make its launcher end the others."""
     try:
         yield
     except Stopped:
@@ -57,51 +86,54 @@ def _leaving_together() -> Iterator[None]:
         raise
 
 
-def build(plan: Plan) -> Loop:
-    """Every part of the run, checked, and the run directory claimed. Collective."""
-    cfg, world, parts, zero = plan.cfg, plan.world, plan.parts, plan.sharding
+def _done(run: Run) -> str:
+    """Say of a run that it has no step left to do."""
+    steps = run.cfg.train.steps
+    if run.step == steps:
+        return f"{run.folder} has done its {steps} steps; raise train.steps to go on"
+    return (
+        f"{run.folder} is at step {run.step}, and train.steps = {steps} asks for fewer: there is nothing to do; "
+        f"raise train.steps above {run.step} to go on"
+    )
+
+
+def build(plan: Plan) -> Run:
+    """Make every part of a run that was planned and checked, and claim the run directory. Collective."""
+    cfg, world, parts, zero, stream = plan.cfg, plan.world, plan.parts, plan.sharding, plan.stream
     module = group.together(plan.build)
     folder = run_dir.claim(cfg, world, {"stage": zero.stage, **({"why": zero.why} if zero.why else {})})
-    accumulation = cfg.train.local_batch(world) // cfg.train.micro(world)
-    engine = _engine(cfg, module, parts.leaf_modules, world, zero, accumulation)
-    return Loop(
-        seed=cfg.seed,
-        train=cfg.train,
-        optim=cfg.optim,
-        saving=cfg.checkpoint,
-        guard=cfg.faults,
-        engine=engine,
-        ema=Ema(engine, cfg.ema),
-        task=parts.task,
-        stream=plan.stream,
-        run_dir=folder,
+    engine = _engine(plan, module)
+    ema, records = Ema(engine, cfg.ema), Records(folder, world)
+    samples = synthetic_samples(stored_shape(plan.manifest), len(plan.manifest.classes), world.device)
+    return Run(
+        cfg=cfg,
+        folder=folder,
         identity=plan.identity,
-        check_config=lambda config, where: run_dir.differences(config, cfg, where),
-        samples=synthetic_samples(stored_shape(plan.manifest), len(plan.manifest.classes), world.device),
-        flops_per_image=parts.flops_per_image,
+        parts=parts,
+        engine=engine,
+        ema=ema,
+        feed=Feed(stream, cfg.data.prefetch, records.say),
+        records=records,
+        faults=Faults(cfg.faults, cfg.train.max_skipped, folder, world.rank),
+        watch=Watch(world, cfg.train.hang_timeout, folder),
+        archive=Archive(
+            folder, cfg.checkpoint, Probe(parts.task, engine, ema, samples, cfg.train.precision), world
+        ),
         peak_flops=float(group.all_sum(torch.tensor(device_peak(world.device), device=world.device))),
-        from_scratch=cfg.init.from_ is None,
-        hooks=parts.hooks,
-        prefetch=cfg.data.prefetch,
     )
 
 
 def _left_out(stream: Stream, blocks: Iterable[tuple[int, int]]) -> str:
-    """How much of the data is in quarantine."""
+    """Say how much of the data is in quarantine."""
     found = list(blocks)
     lost = sum(stream.sources[n].reader.manifest.blocks[block].samples for n, block in found)
     whole = sum(source.order.samples for source in stream.sources)
     return f"{lost} of {whole} samples ({lost / whole:.2%}), in {len(found)} block(s) that cannot be read"
 
 
-def _engine(
-    cfg: RunConfig,
-    module: nn.Module,
-    leaf_modules: tuple[type[nn.Module], ...],
-    world: World,
-    zero: Choice,
-    accumulation: int,
-) -> Engine:
+def _engine(plan: Plan, module: nn.Module) -> Engine:
+    cfg, world = plan.cfg, plan.world
+    accumulation = cfg.train.local_batch(world) // cfg.train.micro(world)
     if cfg.engine == "local":
         return LocalEngine(module, cfg.optim, world, accumulation=accumulation, precision=cfg.train.precision)
     from dit.train.engines.zero_engine import DeepSpeedEngine  # takes seconds to import
@@ -110,9 +142,9 @@ def _engine(
         module,
         cfg.optim,
         world,
-        zero=zero.zero,
+        zero=plan.sharding.zero,
         global_batch=cfg.train.global_batch,
         accumulation=accumulation,
         precision=cfg.train.precision,
-        leaf_modules=leaf_modules,
+        leaf_modules=plan.parts.leaf_modules,
     )

@@ -106,7 +106,7 @@ def _averages(cfg: EmaConfig, updates: int) -> str:
 
 
 def _watch(plan: Plan) -> str:
-    folder = Path(plan.cfg.run_dir)
+    folder = plan.cfg.folder
     return (
         f"tensorboard --logdir {_quoted(folder)}   (or {_quoted(folder / 'metrics.jsonl')}, a line each "
         + (f"{plan.cfg.train.log_every} steps)")

@@ -17,9 +17,20 @@ from dit.flow.objective import FirstLoss, Loss, Objective
 from dit.rng import Draws, Purpose
 
 
+class Network(Protocol):
+    """What a task has compute: an engine, or a bare module. Which tensors it takes and gives is the task's affair."""
+
+    def __call__(self, *inputs: Any, **keywords: Any) -> Any:
+        """Compute a forward pass."""
+
+
 @dataclass(frozen=True)
 class Samples:
-    """A rank's share of one step, on its device.
+    """What a loss is made of: a rank's share of one step, or a micro-batch of it, on its device.
+
+    A `Batch` is what the data give: the CPU's tensors as they are stored, a function of the step alone. Samples are
+    that on the device with what training adds, the draws of the step and which labels are dropped; `batch_samples`
+    is the only way from one to the other.
 
     moments: (B, 2 or 1, C, H, W) as stored. label: (B,) int64, -1 = none. drop: (B,) bool, True = null condition.
     eps: (B, C, H, W) the noise stored with each sample, or None. valid: (B,) bool, False where a sample is missing
@@ -34,7 +45,7 @@ class Samples:
     valid: Tensor | None = None
 
     def micro_batches(self, size: int) -> Iterator[Samples]:
-        """Consecutive slots, `size` at a time."""
+        """Cut into micro-batches of `size` consecutive slots."""
         for start in range(0, len(self.label), size):
             cut = slice(start, start + size)
             eps, valid = (None if part is None else part[cut] for part in (self.eps, self.valid))
@@ -44,28 +55,28 @@ class Samples:
 
 
 class Task(Protocol):
-    """A way to train a model on the stream."""
+    """Defines what a model is trained for on the stream."""
 
     @property
     def group(self) -> int:
-        """Consecutive slots that must stay together in a micro-batch."""
+        """How many consecutive slots must stay together in a micro-batch."""
 
     def uncoupled(self) -> Task:
-        """The same task with samples that know nothing of each other: its loss takes any batch (the probe's)."""
+        """Give the same task with samples that know nothing of each other: its loss takes any batch (the probe's)."""
 
     def drops(self, draws: Draws) -> Tensor:
-        """(B,) bool: which labels are dropped."""
+        """Draw which labels are dropped: (B,) bool."""
 
-    def loss(self, model: Any, samples: Samples) -> Loss:
-        """The loss of one micro-batch; every random number is a function of samples.draws alone."""
+    def loss(self, network: Network, samples: Samples) -> Loss:
+        """Compute the loss of one micro-batch; every random number is a function of samples.draws alone."""
 
     def check_first_loss(self, losses: list[Loss], numel: int) -> str | None:
-        """What is wrong with the first losses of a model from scratch, or None. numel: of one latent."""
+        """Say what is wrong with the first losses of a model from scratch, or None. numel: of one latent."""
 
 
 class PlainTask:
-    """What a task need not say whose samples know nothing of each other, whose labels are never dropped, and of
-    whose first loss nothing is known."""
+    """Has the answers of a task whose samples know nothing of each other, which drops no label, and of whose first
+    loss nothing is known."""
 
     @property
     def group(self) -> int:
@@ -87,7 +98,7 @@ class PlainTask:
 
 @dataclass(frozen=True)
 class LatentTask:
-    """Diffusion or flow matching on latents."""
+    """Trains diffusion or flow matching on latents."""
 
     objective: Objective
     norm: LatentNorm
@@ -104,13 +115,13 @@ class LatentTask:
     def drops(self, draws: Draws) -> Tensor:
         return draws.uniform(Purpose.DROP) < self.label_drop
 
-    def loss(self, model: Any, samples: Samples) -> Loss:
+    def loss(self, network: Network, samples: Samples) -> Loss:
         latents = self.norm.draw(samples.moments, samples.draws)
         cond = {"label": samples.label, "drop": samples.drop}
-        return self.objective.loss(model, latents, cond, samples.draws, paired=samples.eps)
+        return self.objective.loss(network, latents, cond, samples.draws, paired=samples.eps)
 
     def check_first_loss(self, losses: list[Loss], numel: int) -> str | None:
-        """Each loss against what is expected at its own time: weights and times scatter by far more than latents."""
+        """Compare each loss with what is expected at its own time: weights and times scatter far more than latents."""
         per_sample = torch.cat([loss.per_sample.detach().double().cpu() for loss in losses])
         times = torch.cat([loss.t.detach().double().cpu() for loss in losses if loss.t is not None])
         drops = [float(loss.metrics[COST_DROP]) for loss in losses if COST_DROP in loss.metrics]
@@ -130,7 +141,7 @@ class LatentTask:
 
 
 def batch_samples(batch: Batch, task: Task, draws: Draws, device: torch.device) -> tuple[Samples, Tensor]:
-    """A stored batch on the device, and the (B,) fingerprints of its slots, on the CPU.
+    """Put a stored batch on the device; give with it the (B,) fingerprints of its slots, on the CPU.
 
     draws: of the whole share, on the CPU, where the integers that the fingerprints record are made.
     """
@@ -146,16 +157,24 @@ def batch_samples(batch: Batch, task: Task, draws: Draws, device: torch.device) 
     return Samples(put(batch.moments), put(batch.label), put(drop), on_device, eps, valid), fingerprints
 
 
-def loss_of(task: Task, model: Any, samples: Samples) -> Loss:
-    """The task's loss of a micro-batch; that of a missing sample is 0, in a mean over all slots, missing or not."""
-    loss = task.loss(model, samples)
+def loss_of(task: Task, network: Network, samples: Samples) -> Loss:
+    """Compute the task's loss of a micro-batch; a missing sample's is 0, in a mean over all slots, missing or not."""
+    loss = task.loss(network, samples)
     return loss if samples.valid is None else loss.where(samples.valid)
+
+
+def guarded(loss: Loss, max_loss: float | None) -> Tensor:
+    """Give the mean loss to go back through: NaN where a sample's loss is above `max_loss`. Waits for nothing."""
+    if max_loss is None:
+        return loss.mean
+    is_too_large = (loss.per_sample.detach() > max_loss).any()
+    return loss.mean * torch.where(is_too_large, math.nan, 1.0)
 
 
 def synthetic_samples(
     shape: tuple[int, ...], num_classes: int, device: torch.device, count: int = 8
 ) -> Samples:
-    """The probe: a fixed batch made of nothing but our own random numbers.
+    """Make the probe's samples: a fixed batch of nothing but our own random numbers.
 
     shape: of one sample's stored moments, (2 or 1, C, H, W).
     """

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -124,3 +126,13 @@ def tiny_vae(seed: int = 0, **changes: Any) -> AutoencoderKL:
         "scaling_factor": 0.25,
     }
     return AutoencoderKL(**{**settings, **changes})
+
+
+@contextlib.contextmanager
+def endless(out: Path, part: int = 0) -> Iterator[None]:
+    """No encode to `out` can end meanwhile: this process is at one of its parts, which the others leave to it."""
+    lock = out.with_name(out.name + ".partial") / "parts" / f"{part:06d}.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -95,7 +95,8 @@ def test_every_choice_on_every_axis_is_a_config_that_round_trips(axis: str, sect
         ({"sample": {"every": -1}}, "sample.every"),
         ({"sample": {"solver": "rk9"}}, "sample.solver"),
         ({"sample": {"guidance": ["treshold"]}}, "did you mean threshold?"),
-        ({"sample": {"cfg_scale": 2, "guidance": [{"name": "cfg", "scale": 2}]}}, "guide twice"),
+        ({"sample": {"cfg_scale": 2, "guidance": [{"name": "cfg", "scale": 3}]}}, "set cfg_scale to 1"),
+        ({"sample": {"guidance": [{"name": "cfg", "scale": 2}] * 2}}, "guide twice"),
         (
             {"sample": {"every": 5, "solver": {"name": "ddpm", "variance": "learned"}}},
             "sample, the pictures drawn during training: solver",

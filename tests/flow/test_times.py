@@ -41,6 +41,17 @@ def test_times_are_quantiles(name: str, shift: float, dtype: torch.dtype) -> Non
 
 
 @every_time
+@pytest.mark.parametrize("path", ALL_PATHS, ids=PATHS.names())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_time_has_the_same_bits_in_any_batch(name: str, path: NoisePath, dtype: torch.dtype) -> None:
+    """I1: in any micro-batch. A float64 time alone is not enough: one in 10^10 then rounds to another float32."""
+    times, u = TIMES[name](shift=1.7), U[::20].to(dtype)
+    whole = times(u, path)
+    for size in (1, 3, 100):
+        assert torch.equal(torch.cat([times(part, path) for part in u.split(size)]), whole), size
+
+
+@every_time
 def test_the_smallest_and_the_largest_draw_stay_inside(name: str) -> None:
     """Uniform draws are odd multiples of 2^-24, their ends the hardest."""
     t = TIMES[name]()(torch.tensor([2.0**-24, 1 - 2.0**-24]), Linear())

@@ -7,12 +7,17 @@ multinode.sh on a real SLURM cluster is tested by the tests marked `slurm`; here
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
+
+from tests.train.runs import column, values
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCAL, MULTINODE, SWEEP = (ROOT / "launch" / name for name in ("local.sh", "multinode.sh", "sweep.sh"))
@@ -108,12 +113,14 @@ def test_another_program_may_come_first(script):
 # --- local.sh ----------------------------------------------------------------------------------------------
 
 
-def test_local_dry_run_starts_nothing(entry):
-    done = run(LOCAL, "c.yaml", "--run_dir=a b", "--x=$HOME", DIT_ENTRY=entry, NPROC="3", DRY_RUN="1")
+@pytest.mark.parametrize(("before", "after"), [("", f"{ROOT}"), ("/of mine:/else", f"{ROOT}:/of mine:/else")])
+def test_local_dry_run_starts_nothing(entry, before, after):
+    env = {"DIT_ENTRY": entry, "NPROC": "3", "DRY_RUN": "1", "PYTHONPATH": before}
+    done = run(LOCAL, "c.yaml", "--run_dir=a b", "--x=$HOME", **env)
     assert (done.returncode, done.stderr) == (0, "")
     words = shlex.split(done.stdout)
     assert words[-4:] == [entry, "c.yaml", "--run_dir=a b", "--x=$HOME"]
-    assert f"PYTHONPATH={ROOT}" in words
+    assert f"PYTHONPATH={after}" in words
     assert "--nproc-per-node=3" in words
 
 
@@ -209,6 +216,69 @@ def test_local_passes_a_signal_on(tmp_path):
     assert "Traceback" not in error
 
 
+SAVING = """
+import os, signal, sys, time
+def save(number, frame):
+    time.sleep(1)
+    with open(f"saved{os.environ['RANK']}", "w"):
+        sys.exit(130 if number == signal.SIGINT else 75)
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, save)
+os.write(1, b"here\\n")
+while True:
+    time.sleep(0.1)
+"""
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)], ids=str)
+def test_local_ends_as_its_ranks_do_once_they_have_saved(tmp_path, number, status):
+    program = tmp_path / "saving.py"
+    program.write_text(SAVING)
+    env = {**os.environ, "DIT_ENTRY": str(program), "NPROC": "2", "PYTHON": sys.executable}
+    with subprocess.Popen(
+        ["bash", LOCAL, "c.yaml"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=env,
+        cwd=tmp_path,
+    ) as started:
+        assert [started.stdout.readline() for _ in range(2)] == ["here\n"] * 2
+        started.send_signal(number)
+        _, error = started.communicate(timeout=60)
+    assert started.returncode == status, error
+    assert "Traceback" not in error
+    assert {p.name for p in tmp_path.glob("saved*")} == {"saved0", "saved1"}
+
+
+@pytest.mark.slow
+def test_a_run_under_local_saves_when_it_is_stopped_and_goes_on(digits, tmp_path):
+    """TERM, then Ctrl-C, to the launcher of two ranks; the same command goes on each time."""
+    config = tmp_path / "run.yaml"
+    given = values(digits, tmp_path / "run", checkpoint={"every": 10**6}, train={"steps": 10**6})
+    config.write_text(yaml.safe_dump(given))
+    env = {**os.environ, "NPROC": "2", "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+    log, steps = tmp_path / "run" / "metrics.jsonl", 0
+    for number, status, words in (
+        (signal.SIGTERM, 75, "stopped by a signal: step"),
+        (signal.SIGINT, 130, "interrupted: step"),
+    ):
+        with subprocess.Popen(
+            ["bash", LOCAL, config], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
+        ) as started:
+            end = time.monotonic() + 120
+            while not log.is_file() or log.read_text().count("\n") < steps + 3:
+                assert time.monotonic() < end
+                assert started.poll() is None, started.stdout.read()
+                time.sleep(0.05)
+            started.send_signal(number)
+            said, _ = started.communicate(timeout=60)
+        assert started.returncode == status, said
+        steps = max(int(p.name.removeprefix("step-")) for p in (tmp_path / "run" / "checkpoints").iterdir())
+        assert f"{words} {steps} is saved, and the same command goes on" in said
+    assert column(tmp_path / "run", "step") == list(range(1, steps + 1))
+
+
 # --- multinode.sh ------------------------------------------------------------------------------------------
 
 FORCED = ["OMP_NUM_THREADS", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH"]  # also where an image sets them
@@ -281,6 +351,21 @@ def test_multinode_tells_the_ranks_which_nodes_there_are(entry, slurm_path, tmp_
     done = run(MULTINODE, "c.yaml", DIT_ENTRY=entry, PATH=slurm_path, **JOB)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "nodes: n7 n8"
+
+
+@pytest.mark.parametrize(("status", "queued"), [(75, True), (130, False), (1, False), (0, False)])
+def test_multinode_queues_again_what_was_stopped_and_not_what_was_interrupted(
+    entry, slurm_path, tmp_path, status, queued
+):
+    folder, asked = Path(slurm_path.split(os.pathsep)[0]), tmp_path / "asked"
+    (folder / "srun").write_text(f"#!/bin/sh\nexit {status}\n")
+    scontrol = (folder / "scontrol").read_text()
+    (folder / "scontrol").write_text(f'{scontrol}[ "$1" = show ] || {{ echo "$*" >{asked}; exit 1; }}\n')
+    (folder / "srun").chmod(0o755)
+    done = run(MULTINODE, "c.yaml", DIT_ENTRY=entry, PATH=slurm_path, **JOB)
+    assert done.returncode == status
+    assert asked.exists() == queued
+    assert not queued or asked.read_text() == "requeue 123456\n"
 
 
 @pytest.mark.parametrize(("value", "words"), [("1", ["--preflight"]), ("0", [])])

@@ -91,8 +91,8 @@ def test_a_rank_that_is_stopped_is_named_by_the_others(ranks: Server, tmp_path: 
     with ranks.start(3, watched, str(tmp_path), who, "SIGSTOP") as job:
         until(lambda: is_stopped(job.processes[who].pid))
         asked = time.monotonic()
-        said = [ended(job, rank, 15) for rank in range(3) if rank != who]
-        assert time.monotonic() - asked < 2 * LIMIT
+        said = [ended(job, rank, 10 * LIMIT) for rank in range(3) if rank != who]
+        assert time.monotonic() - asked < 10 * LIMIT
         pid = job.processes[who].pid
         assert f"rank {who} on {socket.gethostname()} (process {pid}) has not been heard of for" in said[0]
         assert re.search(r", last .* after step \d: stopped, or the node or its network is down", said[0])
@@ -196,25 +196,23 @@ def test_leaving_in_good_order_is_no_death(ranks: Server, tmp_path: Path) -> Non
     assert [job.output(rank) for rank in (0, 1)] == ["", ""]
 
 
-def leaves_later(folder: str, seconds: float) -> float:
-    """Rank 1 leaves so many seconds after rank 0; how long this rank needed to leave."""
+def leaves_later(folder: str, seconds: float) -> tuple[float, float]:
+    """Rank 1 leaves so many seconds after rank 0; when this rank began to leave and when it had left, by one clock."""
     rank = World.from_env().rank
     with Watch(World.from_env(), LIMIT, Path(folder)) as watch:
         watch.at("save", 9)
         time.sleep(seconds * rank)
-        left = time.monotonic()
-    took = time.monotonic() - left
+        begun = time.monotonic()
+    left = time.monotonic()
     group.barrier()
-    return took
+    return begun, left
 
 
 def test_rank_0_waits_for_the_last_to_leave_but_not_for_ever(ranks: Server, tmp_path: Path) -> None:
-    soon = ranks.run(2, leaves_later, str(tmp_path), 1.0)
-    assert 0.9 < soon[0] < 2
-    assert soon[1] < 0.5
-    late = ranks.run(2, leaves_later, str(tmp_path), 4.0)
-    assert 2 < late[0] < 3.5
-    assert late[1] < 0.5
+    (_, main), (other, _) = ranks.run(2, leaves_later, str(tmp_path), 1.0)
+    assert main > other
+    (begun, main), (other, _) = ranks.run(2, leaves_later, str(tmp_path), 6.0)
+    assert begun + 2 < main < other
 
 
 def suspended_together(folder: str) -> int:
@@ -291,17 +289,17 @@ def unlimited(folder: str) -> str:
 
 def troubled(given: dict[str, Any], what: str) -> None:
     """A run in which the data of rank 1 do not come, or cannot be read, at step 3."""
-    loop: Loop = built(given)
-    iterate = loop.stream.iterate
+    run = built(given)
+    iterate = run.feed.stream.iterate
 
     def with_trouble(*args: Any) -> Any:
         for step, batch in enumerate(iterate(*args)):
-            if loop.world.rank == 1:
+            if run.world.rank == 1:
                 act(what, step)
             yield batch
 
-    loop.stream.iterate = with_trouble  # type: ignore[method-assign]
-    loop.run(StopRequest())
+    run.feed.stream.iterate = with_trouble  # type: ignore[method-assign]
+    Loop(run).train(StopRequest())
 
 
 def test_a_run_whose_data_do_not_come_ends_with_the_rank_named(

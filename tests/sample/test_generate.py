@@ -250,6 +250,24 @@ def test_guidance_applies_in_turn_after_cfg_scale() -> None:
     assert reach[2] > 0.2
 
 
+def test_cfg_scale_is_short_for_guidance_that_begins_with_cfg() -> None:
+    """Either alone, or both of them saying the same, guide once and alike."""
+
+    def network(x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        return x - 1.0 - cond["drop"].to(x.dtype).reshape(-1, 1, 1, 1) if "drop" in cond else x - 1.0
+
+    guide = {"name": "cfg", "scale": 3.0}
+    specs = ({"cfg_scale": 3}, {"guidance": guide}, {"cfg_scale": 3, "guidance": [guide]})
+    found = [sampler(network, num_steps=2, **spec) for spec in specs]
+    drawn = [s.latents(torch.arange(2), torch.zeros(2).long()) for s in found]
+    assert torch.equal(drawn[0], drawn[1])
+    assert torch.equal(drawn[0], drawn[2])
+    assert [len(s.spec.in_turn) for s in found] == [1, 1, 1]
+    assert [s.spec.needs_label for s in found] == [True] * 3
+    plain = sampler(network, num_steps=2).latents(torch.arange(2), torch.zeros(2).long())
+    assert not torch.equal(drawn[0], plain)
+
+
 def test_neutral_guidance_changes_no_bit(network: torch.nn.Module) -> None:
     spec = {"cfg_scale": 1.0}
     base = sampler(network, num_steps=2, **spec).latents(torch.arange(3), torch.arange(3))
@@ -281,7 +299,7 @@ def test_guidance_that_needs_a_checkpoint_needs_an_opener() -> None:
         ({"steps": 3}, "did you mean num_steps?"),
         (
             {"cfg_scale": 2, "guidance": [{"name": "cfg", "scale": 3}]},
-            "guide twice or more: leave all but one out",
+            "guidance has cfg with scale 3: set cfg_scale to 1, or take cfg out of guidance",
         ),
         ({"guidance": [{"name": "cfg", "scale": 2}, {"name": "cfg", "scale": 3}]}, "guide twice"),
         (

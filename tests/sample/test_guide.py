@@ -17,6 +17,7 @@ from dit.sample.denoise import DenoiseFn, Denoiser
 from dit.sample.guide import GUIDANCES, Autoguidance, ClassifierFree, Context, Guidance, LogitsFn, cfg, null
 from dit.sample.solve import Euler, Heun
 from tests.gaussian import ALL_PATHS, PAIR_IDS, PAIRS, Gaussian, normal
+from tests.ulps import assert_within
 
 
 class Toy:
@@ -293,8 +294,8 @@ def test_outside_its_interval_only_the_conditional_branch_is_evaluated(
     rows = (t >= interval[0]) & (t <= interval[1])
     assert int(rows.sum()) == inside
     for name in ("data", "eps", "log_variance"):
-        want = torch.where(broadcast(rows, x), getattr(guided, name), getattr(plain, name))
-        assert torch.equal(getattr(found, name), want)
+        assert torch.equal(getattr(found, name)[~rows], getattr(plain, name)[~rows])
+        assert_within(getattr(found, name)[rows], getattr(guided, name)[rows], 4)  # of a smaller batch
 
 
 def test_a_batch_outside_the_interval_is_asked_as_it_came() -> None:
@@ -359,7 +360,7 @@ def test_the_other_channels_are_the_conditionals(channels: int) -> None:
     plain, all_of_them = Toy()(x, t, cond), cfg(3.0)(Toy())(x, t, cond)
     for name in ("data", "eps"):
         assert torch.equal(getattr(found, name)[:, channels:], getattr(plain, name)[:, channels:])
-        assert torch.equal(getattr(found, name)[:, :channels], getattr(all_of_them, name)[:, :channels])
+        assert_within(getattr(found, name)[:, :channels], getattr(all_of_them, name)[:, :channels], 4)
 
 
 # --- rescaled cfg ------------------------------------------------------------------------------------------

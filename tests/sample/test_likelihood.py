@@ -31,6 +31,7 @@ from dit.sample.likelihood import (
 )
 from dit.sample.solve import Node, nodes
 from tests.gaussian import ALL_PATHS, PAIR_IDS, PAIRS, Gaussian, Mixture, Oracle, normal
+from tests.ulps import assert_within, ulps
 
 every_pair = pytest.mark.parametrize(("path", "prediction"), PAIRS, ids=PAIR_IDS)
 every_path = pytest.mark.parametrize("path", ALL_PATHS, ids=PATHS.names())
@@ -182,9 +183,10 @@ def test_a_sample_s_probes_are_those_of_its_slot() -> None:
     data, ode = normal(3, 4), Ode(num_steps=4)
     whole = ode(given, data)
     alone = ode(replace(given, slots=torch.tensor([8])), data[1:2])
-    torch.testing.assert_close(alone, whole[1:2], rtol=1e-12, atol=0)
+    assert_within(alone, whole[1:2], 4096)
     same = ode(replace(given, slots=torch.tensor([8, 8, 9])), data[1:2].expand(3, 4))
-    assert same[0] == same[1] != same[2]
+    assert_within(same[0], same[1], 4096)
+    assert ulps(same[2], same[1]) > 1e9
     assert bool((ode(replace(given, seed=1), data) != whole).all())
 
 
@@ -417,7 +419,7 @@ def test_a_likelihood_is_a_function_of_sample_and_slot(method: Likelihood) -> No
     whole = method(given, data)
     assert (whole.shape, whole.dtype) == ((5,), torch.float64)
     part = method(replace(given, slots=given.slots[3:]), data[3:])
-    torch.testing.assert_close(part, whole[3:], rtol=1e-12, atol=0)
+    assert_within(part, whole[3:], 4096)
     torch.testing.assert_close(method(given, data.float()), whole, rtol=1e-4, atol=1e-3)
 
 

@@ -20,6 +20,7 @@ from dit.sample.sde import DIFFUSIONS, EulerMaruyama, StochasticHeun
 from dit.sample.solve import SOLVERS, Solver
 from tests.gaussian import ALL_PATHS, Gaussian, Mixture, normal
 from tests.moments import exact_moments, marginal, standard
+from tests.ulps import assert_within
 
 STOCHASTIC: dict[str, Solver] = {
     **{name: solver() for name, solver in SOLVERS.items() if solver().stochastic},
@@ -137,12 +138,13 @@ def test_noise_must_be_given(solver: Solver) -> None:
 
 @every_stochastic
 def test_images_do_not_depend_on_their_batch(solver: Solver) -> None:
-    path, x = VP(), normal(4, 3)
+    """But for rounding (I7): 67 elements fill no vector registers, nor do four times as many."""
+    path, x = VP(), normal(4, 67)
     times, denoise = grid(5, path), Gaussian().denoise(path)
     whole = solver(denoise, x, times, path, lambda i: standard(x, i), {})
     for i in range(4):
         alone = solver(denoise, x[i : i + 1], times, path, lambda s, i=i: standard(x, s)[i : i + 1], {})
-        assert torch.equal(alone, whole[i : i + 1])
+        assert_within(alone, whole[i : i + 1], 16)
 
 
 @every_stochastic

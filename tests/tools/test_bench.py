@@ -4,28 +4,40 @@ import json
 
 import pytest
 
+from dit.bench.speed.turns import MedianRange
 from tests.commands import execute
 
 
 @pytest.mark.slow
 def test_loader(tmp_path):
+    """The table says what the file holds, of the sizes that were asked for, and judges nothing from one turn."""
     done = execute(
         "bench.py", "loader", f"--folder={tmp_path / 'data'}", "--samples=1000", "--plain=200", "--repeats=1",
         "--batch=64", f"--json_file={tmp_path / 'found.json'}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    for words in (
-        "memory map",
-        "plain webdataset",
-        "first epoch",
-        "over 80 epochs",
-        "resumed / fresh",
-        "4 rank(s)",
-    ):
-        assert words in done.stdout
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert found["protocol"]["samples"] == 1000
-    assert found["figures"]["of memory map"]["median"] > 0
+    written = json.loads((tmp_path / "found.json").read_text())
+    found, lines = written["figures"], done.stdout.splitlines()
+    for name, rate in found["rates"].items():
+        (line,) = [row for row in lines if row.startswith(f"{name}  ")]
+        assert str(MedianRange(**rate)) in line
+        assert line.endswith(str(MedianRange(**found["cpu_us"][name])))
+    for name in ("of plain webdataset", "of memory map"):
+        (line,) = [row for row in lines if row.startswith(f"ours / {name.removeprefix('of ')}")]
+        assert str(MedianRange(**found[name])) in line
+    (line,) = [row for row in lines if row.startswith("resumed / fresh")]
+    assert str(MedianRange(**found["first_batch"]["ratio"])) in line
+    for ranks in ("1", "2", "4"):
+        assert any(
+            row.startswith(f"{ranks} rank(s)") and f"{found['ranks'][ranks]['rate']:.4g}" in row
+            for row in lines
+        )
+    sizes = {"samples": 1000, "plain": 200, "batch": 64, "repeats": 1}
+    assert sizes.items() <= written["protocol"].items()
+    assert "too few to judge the bounds: 1 turns of 1,000 samples" in done.stdout
+    assert ": met" not in done.stdout
+    assert ": missed" not in done.stdout
+    assert list((tmp_path / "data" / "plain").iterdir())  # kept, as a folder was given
 
 
 def test_sizes_are_checked_first():
@@ -79,7 +91,7 @@ def test_zero(tmp_path):
     assert found["protocol"]["ranks"] == [2, 4]
     for rows in found["figures"].values():
         assert list(rows) == ["DDP", "stage 0", "stage 1", "stage 2", "stage 3"]
-        for row in rows.values():  # the bound that P3 states
+        for row in rows.values():  # P3, docs/guarantees.md
             assert row["sent_bytes"] == pytest.approx(row["formula_bytes"], rel=0.1)
             assert row["of_ddp"]["median"] > 0
 

@@ -16,7 +16,7 @@ from dit.data.codecs.autoencoders import VaeCodec
 from dit.data.shards.manifest import Manifest
 from dit.data.sources.crops import RandomResized
 from tests.commands import command, environment, execute
-from tests.data.helpers import tiny_vae
+from tests.data.helpers import endless, tiny_vae
 from tools.encode import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -139,11 +139,15 @@ def test_ranks_under_launch(tmp_path):
 
 def test_a_killed_command_goes_on(tmp_path, capsys):
     words = command("encode.py", FLAGS[0], tmp_path / "out", *FLAGS[1:], "--batch_size=1")
-    killed = subprocess.Popen(words, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not list(tmp_path.glob("out.partial/parts/*.json")):
-        time.sleep(0.001)
-    killed.kill()
-    assert killed.wait() == -signal.SIGKILL
+    with endless(tmp_path / "out"):
+        killed = subprocess.Popen(
+            words, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        while not list(tmp_path.glob("out.partial/parts/*.json")):
+            assert killed.poll() is None
+            time.sleep(0.001)
+        killed.kill()
+        assert killed.wait() == -signal.SIGKILL
     again = {"codec": "pixels", "image_size": 8, "block": 32}
     with pytest.raises(DataError, match=r"of another command \(batch_size: 1 there, 2 here"):
         main("digits:test", str(tmp_path / "out"), **again, batch_size=2)
@@ -156,14 +160,15 @@ def test_a_killed_command_goes_on(tmp_path, capsys):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_ends_it_with_what_is_done(tmp_path, number):
     words = command("encode.py", FLAGS[0], tmp_path / "out", *FLAGS[1:], "--batch_size=1")
-    asked = subprocess.Popen(
-        words, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    while not list(tmp_path.glob("out.partial/parts/*.json")):
-        assert asked.poll() is None
-        time.sleep(0.001)
-    asked.send_signal(number)
-    _, said = asked.communicate(timeout=60)
+    with endless(tmp_path / "out"):
+        asked = subprocess.Popen(
+            words, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        while not list(tmp_path.glob("out.partial/parts/*.json")):
+            assert asked.poll() is None
+            time.sleep(0.001)
+        asked.send_signal(number)
+        _, said = asked.communicate(timeout=60)
     assert asked.returncode == (130 if number == signal.SIGINT else 75)
     assert "images are done and kept; start the same command again to go on" in said
     assert "Traceback" not in said

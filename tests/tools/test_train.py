@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -29,22 +31,35 @@ def config(digits: Digits, tmp_path: Path) -> Path:
     return path
 
 
+def logged(run: Path) -> int:
+    """How many steps a run has logged."""
+    log = run / "metrics.jsonl"
+    return log.read_text().count("\n") if log.is_file() else 0
+
+
+def killed_after(words: tuple[object, ...], folder: Path, steps: int) -> int:
+    """Run a command in `folder` until its run 2024 has logged so many steps, and SIGKILL it; its status."""
+    with (folder / "said").open("w") as said:
+        process = subprocess.Popen(
+            command(*words), cwd=folder, stdout=said, stderr=subprocess.STDOUT, env=environment()
+        )
+    end = time.monotonic() + 100
+    while logged(folder / "2024") < steps:
+        assert process.poll() is None, (folder / "said").read_text()
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    process.kill()
+    return process.wait()
+
+
 def test_killed_and_started_again_by_the_same_command(digits: Digits, config: Path, tmp_path: Path) -> None:
     """SIGKILL in the middle; then bit for bit the run that nothing interrupted. `2024` is a folder's name."""
     words = ("train.py", config, "--run_dir=2024", "--train.steps=30", "--engine=local")
-    log = tmp_path / "2024" / "metrics.jsonl"
-    with (tmp_path / "said").open("w") as said:
-        process = subprocess.Popen(
-            command(*words), cwd=tmp_path, stdout=said, stderr=subprocess.STDOUT, env=environment()
-        )
-        end = time.monotonic() + 100
-        while not log.is_file() or log.read_text().count("\n") < 9:
-            assert process.poll() is None, (tmp_path / "said").read_text()
-            assert time.monotonic() < end
-            time.sleep(0.005)
-        process.kill()
-        process.wait()
-    assert log.read_text().count("\n") < 30
+    for _ in range(5):  # where it ended before the kill, because the machine was busy with other things
+        if killed_after(words, tmp_path, 9) == -signal.SIGKILL and logged(tmp_path / "2024") < 30:
+            break
+        shutil.rmtree(tmp_path / "2024")
+    assert 9 <= logged(tmp_path / "2024") < 30
     done = execute(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "resuming 2024 at step " in done.stdout

@@ -13,19 +13,20 @@ from torch import Tensor
 from dit.ranks import group
 from dit.train.engines.base import Fragment
 from dit.train.loop import Loop
+from dit.train.run import Run
 from tests.train.runs import Values, built
 
 
-def full_weights(loop: Loop) -> dict[str, Tensor]:
+def full_weights(run: Run) -> dict[str, Tensor]:
     """Every parameter whole, as the forward pass sees it; knows nothing of fragments."""
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(list(loop.engine.module.parameters())):
-        return {name: p.detach().clone() for name, p in loop.engine.module.named_parameters()}
+    with deepspeed.zero.GatheredParameters(list(run.engine.module.parameters())):
+        return {name: p.detach().clone() for name, p in run.engine.module.named_parameters()}
 
 
 def assembled(
-    loop: Loop, pieces: list[Tensor], chosen: Callable[[Fragment], bool] = lambda f: True
+    run: Run, pieces: list[Tensor], chosen: Callable[[Fragment], bool] = lambda f: True
 ) -> dict[str, Tensor]:
     """Pieces that lie beside the engine's fragments, of all ranks, as whole parameters; of the chosen fragments.
 
@@ -33,7 +34,7 @@ def assembled(
     """
     mine = [
         (f.name, f.shape, f.offset, piece.clone())
-        for f, piece in zip(loop.engine.fragments(), pieces, strict=True)
+        for f, piece in zip(run.engine.fragments(), pieces, strict=True)
         if f.is_owned and chosen(f)
     ]
     whole: dict[str, Tensor] = {}
@@ -51,8 +52,8 @@ def assembled(
     return {name: flat.view(shapes[name]) for name, flat in whole.items()}
 
 
-def live(loop: Loop) -> list[Tensor]:
-    return [f.weight for f in loop.engine.fragments()]
+def live(run: Run) -> list[Tensor]:
+    return [f.weight for f in run.engine.fragments()]
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -69,27 +70,27 @@ def resave(chain: list[tuple[Values, str]]) -> list[dict[str, Any]]:
 
 
 def _look(given: Values, out: Path) -> dict[str, Any]:
-    loop = built(given)
-    resumed = loop.resume()
-    weights, averages = full_weights(loop), assembled(loop, loop.ema.pieces)
-    found: dict[str, Any] = {"resumed": resumed, "step": loop.step, "updates": loop.engine.updates}
-    found["fragments are the weights"] = same(weights, assembled(loop, live(loop)))
+    run = built(given)
+    resumed = run.resume()
+    weights, averages = full_weights(run), assembled(run, run.ema.pieces)
+    found: dict[str, Any] = {"resumed": resumed, "step": run.step, "updates": run.engine.updates}
+    found["fragments are the weights"] = same(weights, assembled(run, live(run)))
     found["average differs from weights"] = not same(weights, averages)
     with torch.no_grad():
-        probe = float(loop.task.loss(loop.engine, loop.samples).mean)
-    with contextlib.suppress(ZeroDivisionError), loop.ema.swapped_in(), torch.no_grad():
-        found["model has the average inside"] = same(full_weights(loop), averages)
-        inside = float(loop.task.loss(loop.engine, loop.samples).mean)
+        probe = float(run.task.loss(run.engine, run.archive.probe.samples).mean)
+    with contextlib.suppress(ZeroDivisionError), run.ema.swapped_in(), torch.no_grad():
+        found["model has the average inside"] = same(full_weights(run), averages)
+        inside = float(run.task.loss(run.engine, run.archive.probe.samples).mean)
         raise ZeroDivisionError  # leaving by an error restores too
     found["average computes something else"] = inside != probe
-    found["fragments restored"] = same(weights, assembled(loop, live(loop)))
-    found["weights restored"] = same(weights, full_weights(loop))
-    found["average restored"] = same(averages, assembled(loop, loop.ema.pieces))
+    found["fragments restored"] = same(weights, assembled(run, live(run)))
+    found["weights restored"] = same(weights, full_weights(run))
+    found["average restored"] = same(averages, assembled(run, run.ema.pieces))
     with torch.no_grad():
-        found["probe restored"] = probe == float(loop.task.loss(loop.engine, loop.samples).mean)
-    loop.saver.folder = out / "checkpoints"
-    loop.save()
-    loop.complete()
+        found["probe restored"] = probe == float(run.task.loss(run.engine, run.archive.probe.samples).mean)
+    run.archive.checkpoints.folder = out / "checkpoints"
+    run.save()
+    run.complete()
     return found
 
 
@@ -98,27 +99,27 @@ def steps_beside_reference(runs: list[Values], steps: int) -> list[list[dict[str
     return [_steps(built(given), steps) for given in runs]
 
 
-def _steps(loop: Loop, steps: int) -> list[dict[str, Any]]:
-    weights = full_weights(loop)
+def _steps(run: Run, steps: int) -> list[dict[str, Any]]:
+    weights = full_weights(run)
     average = {name: w.clone() for name, w in weights.items()}
     found = []
     for step in range(steps):
-        updates, held = loop.engine.updates, assembled(loop, loop.ema.pieces)
-        loop.train_step(loop.stream.batch(step))
-        after = full_weights(loop)
-        applied = loop.engine.updates > updates
+        updates, held = run.engine.updates, assembled(run, run.ema.pieces)
+        Loop(run).train_step(run.feed.stream.batch(step))
+        after = full_weights(run)
+        applied = run.engine.updates > updates
         if applied:
-            n, cfg = loop.engine.updates, loop.ema.cfg
-            decay = min(cfg.decay, (1 + n) / (10 + n)) if cfg.warmup else cfg.decay
+            n, ema = run.engine.updates, run.ema.cfg
+            decay = min(ema.decay, (1 + n) / (10 + n)) if ema.warmup else ema.decay
             for name, w in after.items():
                 average[name].lerp_(w, 1 - decay)
-        now = assembled(loop, loop.ema.pieces)
+        now = assembled(run, run.ema.pieces)
         found.append(
             {
                 "applied": applied,
-                "grad_norm": loop.engine.grad_norm(),
-                "skipped": loop.engine.skipped,
-                "in a row": loop.faults.skipped_in_a_row,
+                "grad_norm": run.engine.grad_norm(),
+                "skipped": run.engine.skipped,
+                "in a row": run.faults.skipped_in_a_row,
                 "weights changed": not same(weights, after),
                 "average changed": not same(held, now),
                 "average is the reference": same(now, average),
@@ -130,11 +131,11 @@ def _steps(loop: Loop, steps: int) -> list[dict[str, Any]]:
 
 def train_steps(given: Values, first: int, last: int) -> list[float]:
     """Mean losses of steps [first, last) of a run, without writing anything; this rank's."""
-    loop = built(given)
+    run = built(given)
     losses = []
     for step in range(first, last):
-        loop.step = step
-        loop.train_step(loop.stream.batch(step))
-        losses.append(float(loop.meters._reduced()["loss"]))
-        loop.meters.clear()
+        run.step = step
+        Loop(run).train_step(run.feed.stream.batch(step))
+        losses.append(float(run.meters._reduced()["loss"]))
+        run.meters.clear()
     return losses

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dit.config import from_dict, merge
+from dit.data.loading.stream import Batch, Stream
 from dit.experiments.diffusion import Experiment
 from dit.experiments.parts import make_parts
 from dit.ranks import group
 from dit.train.checkpoints import checkpoint
 from dit.train.checkpoints.checkpoint import Reader
-from dit.train.loop import Loop
 from dit.train.plan import Plan
+from dit.train.run import Run
 from dit.train.start import build, train
 from tests.datasets import Digits
 
@@ -60,8 +62,25 @@ def go(given: Values) -> None:
     train(cfg, make_parts)
 
 
-def built(given: Values) -> Loop:
-    """The loop of a run, in a session that is open already."""
+def go_until(given: Values, step: int, released: Path) -> None:
+    """As `go`, in a process of its own; the data of this step (from 0) come once the file `released` is there.
+
+    So on a busy machine too a run cannot end before what is to happen to it.
+    """
+    iterate = Stream.iterate
+
+    def held(self: Stream, start: int, *rest: Any) -> Iterator[Batch]:
+        for at, batch in enumerate(iterate(self, start, *rest), start):
+            while at == step and not released.exists():
+                time.sleep(0.01)
+            yield batch
+
+    Stream.iterate = held  # type: ignore[method-assign]
+    go(given)
+
+
+def built(given: Values) -> Run:
+    """A run, in a session that is open already."""
     return build(Plan(experiment(given), make_parts, group.World.from_env()))
 
 

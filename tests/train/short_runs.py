@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dit.train.engines.base import ADAM_STATE
 from dit.train.loop import Loop
+from dit.train.run import Run
 from tests.train.on_ranks import assembled, full_weights
 from tests.train.runs import Values, built
 
@@ -35,36 +36,36 @@ def short_runs(runs: list[Values], steps: int) -> list[Short]:
     return [_short(built(given), steps) for given in runs]
 
 
-def _short(loop: Loop, steps: int) -> Short:
+def _short(run: Run, steps: int) -> Short:
     losses, norms, applied = [], [], []
     for step in range(steps):
-        updates = loop.engine.updates
-        loop.train_step(loop.stream.batch(step))
-        row: dict[str, Any] = loop.meters._reduced()
+        updates = run.engine.updates
+        Loop(run).train_step(run.feed.stream.batch(step))
+        row: dict[str, Any] = run.meters._reduced()
         losses.append(float(row["loss"]))
-        loop.meters.clear()
-        norms.append(loop.engine.grad_norm())
-        applied.append(loop.engine.updates == updates + 1)
-    loop.stream.close()
-    pieces = [t for f in loop.engine.fragments() for t in (f.weight, *f.state.values())]
+        run.meters.clear()
+        norms.append(run.engine.grad_norm())
+        applied.append(run.engine.updates == updates + 1)
+    run.feed.stream.close()
+    pieces = [t for f in run.engine.fragments() for t in (f.weight, *f.state.values())]
     return Short(
         losses,
         norms,
-        states(loop),
-        full_weights(loop),
+        states(run),
+        full_weights(run),
         {t.dtype for t in pieces},
         {t.device.type for t in pieces},
         applied,
     )
 
 
-def states(loop: Loop) -> dict[str, Tensor]:
+def states(run: Run) -> dict[str, Tensor]:
     """Master weights, averages and Adam's moments of all ranks, whole; nothing where a parameter is frozen."""
-    fragments = loop.engine.fragments()
-    kinds = {"model": [f.weight for f in fragments], "ema": loop.ema.pieces}
-    found = {f"{kind}/{name}": t for kind, p in kinds.items() for name, t in assembled(loop, p).items()}
+    fragments = run.engine.fragments()
+    kinds = {"model": [f.weight for f in fragments], "ema": run.ema.pieces}
+    found = {f"{kind}/{name}": t for kind, p in kinds.items() for name, t in assembled(run, p).items()}
     empty = torch.zeros(0)
     for kind in ADAM_STATE:
-        whole = assembled(loop, [f.state.get(kind, empty) for f in fragments], lambda f: bool(f.state))
+        whole = assembled(run, [f.state.get(kind, empty) for f in fragments], lambda f: bool(f.state))
         found |= {f"{kind}/{name}": t for name, t in whole.items()}
     return found

@@ -14,9 +14,11 @@ import torch
 from dit.data import DataError
 from dit.data.shards.manifest import Manifest
 from dit.ranks import group
+from dit.train import recovery
 from dit.train.checkpoints.checkpoint import CheckpointError
 from dit.train.loop import Loop
-from dit.train.quarantine import QuarantineError
+from dit.train.run import Run
+from dit.train.shared_quarantine import QuarantineError
 from dit.train.stop import StopRequest
 from tests.data.helpers import flip_byte
 from tests.data.storage.http_server import serving
@@ -41,8 +43,8 @@ def quarantined(digits: Digits, run: Path, data: Path, budget: int = 1, **sectio
     return values(digits, run, data={"path": str(data), "max_quarantined": budget}, **sections)
 
 
-def missing(loop: Loop, steps: int) -> int:
-    return sum(int((~loop.stream.batch(step).valid).sum()) for step in range(steps))  # type: ignore[operator]
+def missing(run: Run, steps: int) -> int:
+    return sum(int((~run.feed.stream.batch(step).valid).sum()) for step in range(steps))  # type: ignore[operator]
 
 
 def test_a_broken_block_ends_the_run_unless_there_is_a_budget(
@@ -73,42 +75,42 @@ def test_what_was_left_out_is_said_at_the_end(
 def test_what_is_missing_weighs_nothing(digits: Digits, broken: Path, tmp_path: Path) -> None:
     """The loss is the mean of the samples that are there; the gradient is theirs, over the count of all slots."""
     given = quarantined(digits, tmp_path / "run", broken, engine="local", train={"micro_batch": None})
-    loop = built(given)
-    step = next(s for s in range(STEPS) if not loop.stream.batch(s).whole)
-    batch = loop.stream.batch(step)
-    per_sample, valid = next(_losses(loop, step)), batch.valid
+    run = built(given)
+    step = next(s for s in range(STEPS) if not run.feed.stream.batch(s).whole)
+    batch = run.feed.stream.batch(step)
+    per_sample, valid = next(_losses(run, step)), batch.valid
     assert valid is not None
     ((per_sample * valid).sum() / BATCH).backward()
-    expected = {n: p.grad.clone() for n, p in loop.engine.module.named_parameters() if p.grad is not None}
-    loop.engine.module.zero_grad()
+    expected = {n: p.grad.clone() for n, p in run.engine.module.named_parameters() if p.grad is not None}
+    run.engine.module.zero_grad()
     seen: dict[str, torch.Tensor] = {}
-    stepped = loop.engine.step
+    stepped = run.engine.step
 
     def step_and_look(lr: float) -> bool:
         seen.update(
-            {n: p.grad.clone() for n, p in loop.engine.module.named_parameters() if p.grad is not None}
+            {n: p.grad.clone() for n, p in run.engine.module.named_parameters() if p.grad is not None}
         )
         return stepped(lr)
 
-    loop.engine.step = step_and_look  # type: ignore[method-assign]
-    loop.step = step
-    loop.train_step(batch)
+    run.engine.step = step_and_look  # type: ignore[method-assign]
+    run.step = step
+    Loop(run).train_step(batch)
     assert seen.keys() == expected.keys()
     assert all(torch.allclose(seen[n], expected[n], rtol=1e-5, atol=1e-8) for n in expected)
-    row = loop.meters.take(1, BATCH)
+    row = run.meters.take(1, BATCH)
     assert row["loss"] == pytest.approx(float(per_sample.detach()[valid].mean()), rel=1e-6)
-    loop.stream.close()
+    run.feed.stream.close()
 
 
-def _losses(loop: Loop, step: int) -> Iterator[torch.Tensor]:
+def _losses(run: Run, step: int) -> Iterator[torch.Tensor]:
     """Each sample's loss as the task gives it, missing or not."""
     from dit.rng import Draws
     from dit.train.task import batch_samples
 
-    batch = loop.stream.batch(step)
-    draws = Draws(loop.seed, step, batch.slots, loop.train.global_batch)
-    samples, _ = batch_samples(batch, loop.task, draws, loop.engine.device)
-    yield loop.task.loss(loop.engine, samples).per_sample
+    batch = run.feed.stream.batch(step)
+    draws = Draws(run.cfg.seed, step, batch.slots, run.cfg.train.global_batch)
+    samples, _ = batch_samples(batch, run.task, draws, run.engine.device)
+    yield run.task.loss(run.engine, samples).per_sample
 
 
 def test_a_block_in_quarantine_stays_there_when_the_file_is_mended(
@@ -133,11 +135,11 @@ def test_the_budget_is_of_all_ranks_together(digits: Digits, ranks: Server, tmp_
 
 
 def _beyond(given: dict[str, Any]) -> str:
-    loop = built(given)
+    run = built(given)
     rank = group.World.from_env().rank
-    loop.stream.quarantine.load({(0, 5 * rank + i): "unreadable" for i in range(5)})
+    run.feed.stream.quarantine.load({(0, 5 * rank + i): "unreadable" for i in range(5)})
     try:
-        loop.save()
+        recovery.save(run)
     except QuarantineError as error:
         return str(error)
     return ""
@@ -172,18 +174,18 @@ def test_a_fault_that_one_rank_saw_once_holds_for_all_after_a_checkpoint(
 
 def _with_a_fault(given: dict[str, Any]) -> None:
     """The first read of one block fails, on rank 0 alone."""
-    loop = built(given)
-    reader = loop.stream.sources[0].reader
+    run = built(given)
+    reader = run.feed.stream.sources[0].reader
     fetch, failed = reader.fetch, []
 
-    def once(index: int, buffers: list[memoryview]) -> Any:
+    def once(index: int, record: memoryview) -> Any:
         if not failed and group.World.from_env().is_main:
             failed.append(index)
             raise reader.fault(index, "a cable was loose")
-        return fetch(index, buffers)
+        return fetch(index, record)
 
     reader.fetch = once  # type: ignore[method-assign]
-    loop.run(StopRequest())
+    Loop(run).train(StopRequest())
 
 
 # --- mixtures ----------------------------------------------------------------------------------------------
@@ -191,11 +193,11 @@ def _with_a_fault(given: dict[str, Any]) -> None:
 
 def _known_to_one(given: dict[str, Any]) -> list[list[Any]]:
     """What the ranks agree on where rank 1 found block 7 broken since the checkpoint that it went back to."""
-    loop = built(given)
+    run = built(given)
     if group.World.from_env().rank == 1:
-        loop.stream.quarantine.load({(0, 7): "a cable was loose"})
-    loop.quarantine.load([])
-    return [list(entry) for entry in loop.quarantine.agree(lambda: None)]
+        run.feed.stream.quarantine.load({(0, 7): "a cable was loose"})
+    run.feed.quarantine.load([])
+    return [list(entry) for entry in run.feed.quarantine.agree(lambda: None)]
 
 
 def test_what_one_rank_found_is_not_forgotten_when_the_run_goes_back(

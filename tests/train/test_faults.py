@@ -16,8 +16,11 @@ import torch
 from dit.config import ConfigError, from_dict, merge
 from dit.flow.objective import Loss
 from dit.ranks import group
-from dit.train.faults import Faults, FaultsConfig, TrainingError, guarded
+from dit.train import recovery
+from dit.train.faults import Fault, Faults, FaultsConfig, TrainingError
+from dit.train.loop import Loop
 from dit.train.stop import StopRequest
+from dit.train.task import guarded
 from tests.datasets import Digits, altered
 from tests.rank_processes import RanksFailed, Server
 from tests.train.conftest import Poisoned
@@ -70,9 +73,9 @@ def steps_with_a_bad_gradient(runs: list[Values], bad: float) -> list[list[tuple
     """In step 1 of 3 one element of one gradient of rank 1 is bad: was the update applied, how many were skipped."""
     found = []
     for given in runs:
-        loop = built(given)
+        run = built(given)
         step, seen = 0, []
-        rank = loop.world.rank
+        rank = run.world.rank
 
         def spoil(gradient: torch.Tensor) -> torch.Tensor:
             if (rank, step) == (1, 1):  # noqa: B023 (of this run)
@@ -80,12 +83,12 @@ def steps_with_a_bad_gradient(runs: list[Values], bad: float) -> list[list[tuple
                 gradient.view(-1)[3] = bad
             return gradient
 
-        parameter = dict(loop.engine.module.named_parameters())["blocks.0.attention.qkv.weight"]
+        parameter = dict(run.engine.module.named_parameters())["blocks.0.attention.qkv.weight"]
         parameter.register_hook(spoil)
         for step in range(3):
-            before = loop.engine.updates
-            loop.train_step(loop.stream.batch(step))
-            seen.append((loop.engine.updates > before, loop.engine.skipped))
+            before = run.engine.updates
+            Loop(run).train_step(run.feed.stream.batch(step))
+            seen.append((run.engine.updates > before, run.engine.skipped))
         found.append(seen)
     return found
 
@@ -104,27 +107,28 @@ def test_a_gradient_that_is_bad_on_one_rank_skips_the_update_on_all(
 
 def spoilt_at(given: Values, step: int) -> None:
     """Train; when `step` steps are done a NaN gets into rank 1's optimizer state."""
-    loop = built(given)
-    loop.resume()
+    run = built(given)
+    run.resume()
+    loop = Loop(run)
     train_step = loop.train_step
 
     def step_and_spoil(batch: Any) -> Any:
         fault = train_step(batch)
-        if loop.step == step and loop.world.rank == loop.world.size - 1:
-            loop.engine.fragments()[0].state["exp_avg"][0] = math.nan
+        if run.step == step and run.world.rank == run.world.size - 1:
+            run.engine.fragments()[0].state["exp_avg"][0] = math.nan
         return fault
 
     loop.train_step = step_and_spoil  # type: ignore[method-assign]
-    loop.run(StopRequest())
+    loop.train(StopRequest())
 
 
 def skipping_from(given: Values, checkpoint_step: int, first_step: int) -> None:
     """Go on from a checkpoint with a later step."""
-    loop = built(given)
-    assert loop.resume()
-    assert loop.step == checkpoint_step
-    loop.step = first_step
-    loop.run(StopRequest())
+    run = built(given)
+    assert run.resume()
+    assert run.step == checkpoint_step
+    run.step = first_step
+    Loop(run).train(StopRequest())
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
@@ -150,17 +154,17 @@ def test_weights_that_are_spoilt_are_never_saved_and_the_run_goes_back(
 
 def spoilt_before_saving(given: Values, step: int) -> None:
     """Train; a NaN gets into a moment of rank 1 right before the checkpoint of `step`, where no loss shows it yet."""
-    loop = built(given)
-    loop.resume()
-    save = loop.save
+    run = built(given)
+    run.resume()
+    save = run.save
 
-    def spoil_and_save() -> None:
-        if loop.step == step and loop.world.rank == 1 and not loop.faults.returned:
-            loop.engine.fragments()[-1].state["exp_avg"][-1] = math.nan
-        save()
+    def spoil_and_save() -> Fault | None:
+        if run.step == step and run.world.rank == 1 and not run.faults.returned:
+            run.engine.fragments()[-1].state["exp_avg"][-1] = math.nan
+        return save()
 
-    loop.save = spoil_and_save  # type: ignore[method-assign]
-    loop.run(StopRequest())
+    run.save = spoil_and_save  # type: ignore[method-assign]
+    Loop(run).train(StopRequest())
 
 
 def test_numbers_that_no_loss_shows_yet_are_not_saved_either(
@@ -314,17 +318,16 @@ def test_a_way_back_that_is_broken_hides_no_spike(
     """With every earlier checkpoint broken it goes on as if it might not go back, and says why."""
     given = spiky_run(digits, spiky, tmp_path, returns=1) | {"engine": "local"}
     with group.session():
-        loop = built(given)
-        mend = loop.mend
+        run = built(given)
+        complete = run.complete
 
-        def break_all_and_mend(fault: Any) -> bool:
-            loop.complete()
+        def complete_and_break_all() -> None:
+            complete()
             for path in (tmp_path / "checkpoints").iterdir():
                 (path / "COMPLETE").write_text("")
-            return mend(fault)
 
-        loop.mend = break_all_and_mend  # type: ignore[method-assign]
-        loop.run(StopRequest())
+        run.complete = complete_and_break_all  # type: ignore[method-assign]
+        Loop(run).train(StopRequest())
     said = capsys.readouterr().out
     assert "there is no way back behind step" in said
     assert "the loss leapt to" in said
@@ -364,11 +367,11 @@ def test_settings_that_mean_nothing_are_refused(wrong: dict, words: str) -> None
 
 def come_apart(given: Values) -> None:
     """A number in rank 1's copy of the weights is not what it was."""
-    loop = built(given)
+    run = built(given)
     if group.World.from_env().rank == 1:
         with torch.no_grad():
-            dict(loop.engine.module.named_parameters())["output.proj.bias"].add_(0.1)
-    loop.save()
+            dict(run.engine.module.named_parameters())["output.proj.bias"].add_(0.1)
+    recovery.save(run)
 
 
 @pytest.mark.parametrize("stage", [0, 2])

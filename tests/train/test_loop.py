@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from dit.data.codecs.codec import Pixels
 from dit.data.encoding.encode import EncodeOptions, encode
 from dit.data.sources.images import open_source
 from dit.train.checkpoints.checkpoint import CheckpointError
-from dit.train.loop import TrainingError
+from dit.train.faults import TrainingError
 from dit.train.meters import SPEEDS
 from tests.datasets import Digits, altered, first
 from tests.rank_processes import Job, RanksFailed, Server
@@ -34,6 +35,7 @@ from tests.train.runs import (
     flip_bit,
     forked,
     go,
+    go_until,
     metrics,
     rewrite_tensors,
     state,
@@ -152,8 +154,9 @@ def test_killed_and_started_again_it_is_the_same_run_bit_for_bit(
     """SIGKILL on two ranks at stage 2, before the first checkpoint and after the second; the uninterrupted run is the
     one of the stage tests."""
     given = values(digits, tmp_path, zero={"stage": 2}, checkpoint={"every": 4, "keep": 2}, **hooked)
-    assert killed_at(ranks.start(2, go, given), tmp_path, 2) < STEPS
-    assert killed_at(ranks.start(2, go, given), tmp_path, 10) < STEPS
+    for step in (2, 10):
+        job = ranks.start(2, go_until, given, STEPS - 1, tmp_path / "never")
+        assert killed_at(job, tmp_path, step) < STEPS
     (tmp_path / "metrics.jsonl").open("a").write('{"step": 99, "lo')  # and in the middle of a line
     ranks.run(2, go, given)
     assert without_speeds(tmp_path) == without_speeds(sharded(2))
@@ -262,6 +265,45 @@ def test_a_run_that_is_done_stays_as_it_is_and_goes_on_when_there_is_more_to_do(
     go(values(digits, run, engine="local", train={"steps": 22}))
     assert column(run, "step") == list(range(1, 23))
     assert column(run, "batch_hash")[:20] == column(reference, "batch_hash")
+
+
+def test_a_run_that_has_more_than_it_is_asked_for_says_how_much(
+    digits: Digits, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = forked(reference, 20, tmp_path / "run")
+    go(values(digits, run, engine="local", train={"steps": 5}))
+    said = capsys.readouterr().out
+    assert "is at step 20, and train.steps = 5 asks for fewer: there is nothing to do" in said
+    assert "has done its" not in said
+    assert "learning rate" not in said
+
+
+@pytest.mark.parametrize(("steps", "end"), [(40, 20), (30, 10), (15, 10)])
+def test_a_learning_rate_that_leaps_with_train_steps_is_said(
+    digits: Digits, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], steps: int, end: int
+) -> None:
+    """Half a cosine over 16 updates after 4 of warm-up; at its end the rate is nearly 0, and rises again."""
+    run = forked(reference, end, tmp_path / "run")
+    before = column(reference, "lr")[end - 1]
+    now = LR * (1 + math.cos(math.pi * (end - 4) / (steps - 4))) / 2
+    go(values(digits, run, engine="local", train={"steps": steps}))
+    said = capsys.readouterr().out
+    assert (
+        f"the learning rate goes from {before:.3g} to {now:.3g}, because train.steps went from 20 to {steps}"
+        in said
+    )
+    assert "optim.schedule=constant" in said
+    assert column(run, "lr")[end] == pytest.approx(now)
+
+
+def test_a_constant_rate_does_not_leap_nor_an_unchanged_one(
+    digits: Digits, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    go(values(digits, forked(reference, 10, tmp_path / "same"), engine="local"))
+    constant = {"optim": {"schedule": "constant"}, "engine": "local"}
+    go(values(digits, tmp_path / "run", **constant, train={"steps": 6}))
+    go(values(digits, tmp_path / "run", **constant, train={"steps": 8}))
+    assert "learning rate" not in capsys.readouterr().out
 
 
 # --- what a resume refuses ---------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ from torch import nn
 from dit.config import ConfigError, from_dict
 from dit.train.optim import (
     SCHEDULES,
-    Constant,
-    Cosine,
+    ConstantRate,
+    CosineDecay,
     GuardedAdamW,
     OptimConfig,
     adamw_arguments,
@@ -32,9 +32,13 @@ def rates(cfg: OptimConfig, total: int) -> list[float]:
     [
         (OptimConfig(lr=8.0), 3, [8, 8, 8]),
         (OptimConfig(lr=8.0, warmup=4), 6, [2, 4, 6, 8, 8, 8]),
-        (OptimConfig(lr=8.0, schedule=Cosine()), 4, [8, 4 + 2 * math.sqrt(2) * 1, 4, 4 - 2 * math.sqrt(2)]),
-        (OptimConfig(lr=8.0, schedule=Cosine(final=0.5)), 2, [8, 6]),
-        (OptimConfig(lr=8.0, warmup=2, schedule=Cosine(final=0.25)), 6, [4, 8, 8, None, 5, None]),
+        (
+            OptimConfig(lr=8.0, schedule=CosineDecay()),
+            4,
+            [8, 4 + 2 * math.sqrt(2) * 1, 4, 4 - 2 * math.sqrt(2)],
+        ),
+        (OptimConfig(lr=8.0, schedule=CosineDecay(final=0.5)), 2, [8, 6]),
+        (OptimConfig(lr=8.0, warmup=2, schedule=CosineDecay(final=0.25)), 6, [4, 8, 8, None, 5, None]),
         (OptimConfig(lr=8.0, warmup=9), 3, [8 / 9, 16 / 9, 24 / 9]),
     ],
 )
@@ -44,7 +48,7 @@ def test_exact_values(cfg: OptimConfig, total: int, expected: list[float | None]
 
 
 def test_beyond_the_planned_end_the_rate_stays_at_its_final_value() -> None:
-    cfg = OptimConfig(lr=2.0, schedule=Cosine(final=0.1))
+    cfg = OptimConfig(lr=2.0, schedule=CosineDecay(final=0.1))
     assert cfg.lr_at(100, 100) == pytest.approx(0.2)
     assert cfg.lr_at(1000, 100) == pytest.approx(0.2)
 
@@ -79,7 +83,7 @@ def test_impossible_settings_are_refused(bad: dict) -> None:
 
 def test_no_clipping_is_null() -> None:
     assert from_dict(OptimConfig, {"clip": None}).clip is None
-    assert from_dict(OptimConfig, {"schedule": "constant"}).schedule == Constant()
+    assert from_dict(OptimConfig, {"schedule": "constant"}).schedule == ConstantRate()
 
 
 class Net(nn.Module):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,11 @@ from dit.experiments.autoencoder import AutoencoderExperiment
 from dit.experiments.classifier import ClassifierExperiment
 from dit.experiments.diffusion import Experiment
 from dit.ranks.group import World
+from dit.train import run_dir
 from dit.train.run_dir import claim, differences, is_operational, locked
+from tests.datasets import Digits
+from tests.rank_processes import Server
+from tests.train.runs import column, go, values
 
 BASE = {"data": {"path": "there"}, "model": {"size": "nano"}, "train": {"steps": 10, "global_batch": 8}}
 
@@ -119,14 +125,99 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     assert claim(cfg, World(0, 2, 0)) == tmp_path / "run"
 
 
-def test_a_run_directory_in_use_is_refused_with_who_uses_it_and_free_again_after(tmp_path: Path) -> None:
+def test_a_run_directory_in_use_is_refused_with_who_uses_it_and_free_again_after(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "run"
     with locked(run, World()):
-        says = rf"run is in use by another process .*process {os.getpid()}"
+        (run / "metrics.jsonl").write_text("")
+        before = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in run.iterdir()}
+        says = rf"run is in use by another process .*process {os.getpid()}, since 20\d\d-.*Nothing of it was touched"
         with pytest.raises(ConfigError, match=says), locked(run, World(), patience=0.3):
             pytest.fail("two at a time")
+        assert {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in run.iterdir()} == before
+    said = capsys.readouterr().out
+    assert said.count("waiting up to 0 s for its end") == 1
+    assert f"process {os.getpid()}, since" in said
     with locked(run, World(), patience=0.0):
         assert (run / ".lock").is_file()
+
+
+def test_a_directory_made_for_nothing_is_gone_again(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "new"
+
+    def fail() -> None:
+        with locked(run, World()):
+            assert (run / ".lock").is_file()
+            raise ConfigError("the data are not there")
+
+    with pytest.raises(ConfigError, match="not there"):
+        fail()
+    assert not (tmp_path / "runs").exists()
+    (tmp_path / "runs").mkdir()  # of somebody else
+    with locked(run, World()):
+        pass
+    assert list((tmp_path / "runs").iterdir()) == []
+    with locked(run, World()):
+        (run / "config.yaml").write_text("")
+    assert sorted(p.name for p in run.iterdir()) == [".lock", "config.yaml"]
+
+
+def test_a_lock_that_its_holder_removes_is_not_taken_for_one(tmp_path: Path) -> None:
+    """Who waited for a directory that goes again holds the one that a third then finds."""
+    run, held = tmp_path / "run", threading.Event()
+
+    def wait_and_hold() -> None:
+        with locked(run, World(), patience=30):
+            held.set()
+            done.wait(30)
+
+    done, waiting = threading.Event(), threading.Thread(target=wait_and_hold)
+    with locked(run, World()):
+        waiting.start()
+        assert not held.wait(0.5)
+    assert held.wait(30)
+    with pytest.raises(ConfigError, match="in use"), locked(run, World(), patience=0.0):
+        pytest.fail("two at a time")
+    done.set()
+    waiting.join()
+    assert not run.exists()
+
+
+def hold(folder: Path) -> None:
+    """Hold a run directory until this process is killed."""
+    with locked(folder, World()):
+        (folder / "held").touch()
+        time.sleep(100)
+
+
+def test_a_start_beside_a_running_job_changes_nothing_of_it_and_goes_on_when_that_dies(
+    digits: Digits,
+    ranks: Server,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another process holds the directory of a run; the start that comes has other operational keys."""
+    run = tmp_path / "run"
+    go(values(digits, run, engine="local", train={"steps": 1}))
+    other = values(digits, run, engine="local", train={"steps": 2})
+    with ranks.start_apart(1, hold, run) as job:
+        end = time.monotonic() + 60
+        while not (run / "held").exists():
+            assert time.monotonic() < end, job.output()
+            time.sleep(0.01)
+        before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+        in_use = rf"in use by another process .*process {job.processes[0].pid}, since 20\d\d-"
+        with monkeypatch.context() as impatient:
+            impatient.setattr(run_dir, "PATIENCE", 0.0)
+            with pytest.raises(ConfigError, match=in_use):
+                go(other)
+        assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+        threading.Timer(1.0, job.kill).start()
+        go(other)  # waits until that is dead
+    assert f"process {job.processes[0].pid}, since 20" in capsys.readouterr().out
+    assert column(run, "step") == [1, 2]
 
 
 def test_keys_that_came_later_count_as_having_had_their_defaults(tmp_path: Path) -> None:

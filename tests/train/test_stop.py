@@ -5,33 +5,84 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dit.errors import Stopped
+from dit.errors import Interrupted, Stopped
 from dit.experiments.parts import make_parts
 from dit.ranks import group
 from dit.ranks.group import SIGNALS
 from dit.train.checkpoints import checkpoint
+from dit.train.loop import Loop
 from dit.train.start import train
-from dit.train.stop import rank_flags, stop_request
+from dit.train.stop import GO_ON, INTERRUPTED, SAME, STOPPED, rank_flags, stop_request
 from tests.datasets import Digits
 from tests.rank_processes import RanksFailed, Server
-from tests.train.runs import STEPS, Values, at_step, built, column, differing, experiment, go, state, values
+from tests.train.runs import (
+    STEPS,
+    Values,
+    at_step,
+    built,
+    column,
+    differing,
+    experiment,
+    forked,
+    go,
+    go_until,
+    state,
+    values,
+)
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", [*SIGNALS, signal.SIGINT])
 def test_one_rank_alone_hears_it_at_once(number: signal.Signals) -> None:
     before = signal.getsignal(number)
-    with stop_request() as stop, rank_flags(group.World()) as flags:
-        assert flags.exchange(stop.heard is not None) == (False,)
+    urgency = INTERRUPTED if number == signal.SIGINT else STOPPED
+    with stop_request() as stop, rank_flags(group.World()) as flags, stop.is_heard_after_steps():
+        assert flags.exchange(stop.urgency) == (GO_ON,)
         os.kill(os.getpid(), number)
-        assert flags.exchange(stop.heard is not None) == (True,)
+        assert flags.exchange(stop.urgency) == (urgency,)
         assert stop.heard == number
     assert signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+def test_signals_that_come_together_are_one_and_ctrl_c_is_what_counts(first: signal.Signals) -> None:
+    """A terminal's goes to the ranks and to their launchers, which pass it on, as it came or as SIGTERM."""
+    with stop_request() as stop, stop.is_heard_after_steps():
+        for number in (first, signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        assert stop.urgency == INTERRUPTED
+
+
+def test_before_the_first_step_ctrl_c_ends_it_at_once() -> None:
+    with pytest.raises(KeyboardInterrupt), stop_request():
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def interrupted_twice(between: float) -> list[str]:
+    """What a second Ctrl-C does so many seconds after the first."""
+    seen = []
+    with stop_request() as stop, stop.is_heard_after_steps():
+        try:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+                seen.append("heard")
+                time.sleep(between)
+        except KeyboardInterrupt:
+            seen.append("ended")
+    return seen
+
+
+def test_a_second_ctrl_c_ends_it_at_once_and_one_that_comes_with_the_first_does_not(ranks: Server) -> None:
+    soon, late = (ranks.start_apart(1, interrupted_twice, between) for between in (0.1, SAME + 0.1))
+    assert soon.wait() == [["heard", "heard"]]
+    assert late.wait() == [["heard", "ended"]]
 
 
 def test_once_stopped_no_signal_ends_it_otherwise() -> None:
@@ -54,7 +105,7 @@ def heard_by(one: int, at: int) -> list[list[int]]:
             if (world.rank, step) == (one, at):
                 os.kill(os.getpid(), signal.SIGUSR1)
             time.sleep(0.01 * world.rank)  # ranks are not in step
-            said.append(list(flags.exchange(stop.heard is not None, world.rank)))
+            said.append(list(flags.exchange(stop.urgency, world.rank)))
         return said
 
 
@@ -63,23 +114,34 @@ def test_all_ranks_hear_of_it_at_the_same_step(ranks: Server) -> None:
     assert found == [[[0, 0]] + [[0, 2]] * 3 + [[1, 2]] * 4] * 3  # a step after rank 2 did
 
 
+@pytest.mark.parametrize(
+    ("number", "ends", "words"),
+    [
+        (signal.SIGTERM, Stopped, "stopped by a signal: step"),
+        (signal.SIGINT, Interrupted, "interrupted: step"),
+    ],
+)
 def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(
-    digits: Digits, ranks: Server, sharded, hooked: dict, tmp_path: Path
+    digits: Digits, ranks: Server, sharded, hooked: dict, tmp_path: Path, number: int, ends: type, words: str
 ) -> None:
     given = values(digits, tmp_path, zero={"stage": 2}, checkpoint={"every": 100, "keep": 0}, **hooked)
-    job = ranks.start(2, go, given)
+    job = ranks.start(2, go_until, given, STEPS - 3, tmp_path / "released")
     end = time.monotonic() + 120
     while not (tmp_path / "metrics.jsonl").is_file() or len(column(tmp_path, "step")) < 5:
         assert time.monotonic() < end, job.output()
         time.sleep(0.003)
-    os.kill(job.processes[1].pid, signal.SIGTERM)
+    os.kill(job.processes[1].pid, number)
+    (tmp_path / "released").touch()
     with pytest.raises(RanksFailed) as failed:
         job.wait()
-    assert {kind for kind, _ in failed.value.errors.values()} == {Stopped.__name__}
+    assert {kind for kind, _ in failed.value.errors.values()} == {ends.__name__}
     assert sorted(failed.value.errors) == [0, 1]
     (saved,) = (tmp_path / "checkpoints").iterdir()  # the only one
     assert 5 <= int(saved.name.removeprefix("step-")) < STEPS
-    assert "is saved, and the same command goes on" in job.output()
+    assert (
+        f"{words} {int(saved.name.removeprefix('step-'))} is saved, and the same command goes on"
+        in job.output()
+    )
     ranks.run(2, go, given)
     assert (tmp_path / "held_out.jsonl").read_text() == (sharded(2) / "held_out.jsonl").read_text()
     assert column(tmp_path, "batch_hash") == column(sharded(2), "batch_hash")
@@ -89,18 +151,19 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(
 
 def stopped_at(given: Values, step: int) -> None:
     """Train, and get a signal on every rank when `step` steps are nearly done."""
-    loop = built(given)
-    loop.resume()
+    run = built(given)
+    run.resume()
+    loop = Loop(run)
     train_step = loop.train_step
 
     def step_and_hear(batch: Any) -> Any:
-        if loop.step == step - 1 - (loop.world.size > 1):  # with several ranks it is agreed on one step later
+        if run.step == step - 1 - (run.world.size > 1):  # with several ranks it is agreed on one step later
             os.kill(os.getpid(), signal.SIGUSR1)
         return train_step(batch)
 
     loop.train_step = step_and_hear  # type: ignore[method-assign]
     with stop_request() as stop:
-        loop.run(stop)
+        loop.train(stop)
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -150,3 +213,96 @@ def test_a_signal_that_comes_while_a_run_starts_is_heard(
     assert 1 <= int(saved.name.removeprefix("step-")) <= 2
     ranks.run(2, go, given)
     assert column(tmp_path, "step") == list(range(1, STEPS + 1))
+
+
+def interrupted_at_the_start(given: Values) -> None:
+    """Train; Ctrl-C comes while the parts of the run are made."""
+
+    def signalled(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return make_parts(*arguments)
+
+    train(experiment(given), signalled)
+
+
+def test_ctrl_c_while_a_run_starts_says_what_there_is(
+    digits: Digits, ranks: Server, reference: Path, tmp_path: Path
+) -> None:
+    new, old = tmp_path / "new", forked(reference, 10, tmp_path / "old")
+    before = {p: p.read_bytes() for p in old.rglob("*") if p.is_file()}
+    for run in (new, old):
+        job = ranks.start(1, interrupted_at_the_start, values(digits, run, engine="local"))
+        with pytest.raises(RanksFailed) as failed:
+            job.wait()
+        assert failed.value.errors[0][0] == KeyboardInterrupt.__name__
+        assert "interrupted while starting, before any step: " in job.output()
+        there = "there is no checkpoint yet" if run == new else "the newest checkpoint is step-00000010"
+        assert there in job.output()
+    assert not new.exists()
+    assert {p: p.read_bytes() for p in old.rglob("*") if p.is_file() and p.name != ".lock"} == {
+        p: content for p, content in before.items() if p.name != ".lock"
+    }
+
+
+def slow_to_save(given: Values) -> None:
+    """Train; saving takes a minute."""
+    run = built(given)
+    run.save = lambda: time.sleep(60)  # type: ignore[method-assign]
+    with stop_request() as stop:
+        Loop(run).train(stop)
+
+
+def test_a_second_ctrl_c_does_not_wait_for_what_the_first_asks_for(
+    digits: Digits, ranks: Server, tmp_path: Path
+) -> None:
+    given = values(digits, tmp_path, engine="local", train={"steps": 10**6}, checkpoint={"every": 10**6})
+    job = ranks.start(1, slow_to_save, given)
+    end = time.monotonic() + 60
+    while not (tmp_path / "metrics.jsonl").is_file():
+        assert time.monotonic() < end, job.output()
+        time.sleep(0.01)
+    os.kill(job.processes[0].pid, signal.SIGINT)
+    time.sleep(SAME + 0.2)
+    os.kill(job.processes[0].pid, signal.SIGINT)
+    with pytest.raises(RanksFailed) as failed:
+        job.wait(30)
+    assert failed.value.errors[0][0] == KeyboardInterrupt.__name__
+    assert "Ctrl-C: the run ends after this step, once it is saved" in job.output()
+    assert ", which is not saved: there is no checkpoint yet" in job.output()
+
+
+EARLY = """
+import sys, time
+from dit.ranks import early
+early.listen()
+print("listening", flush=True)
+sys.stdin.readline()
+from dit.train.stop import stop_request
+with stop_request() as stop:
+    print(stop.heard.name, flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "words"),
+    [
+        (signal.SIGUSR1, 0, "SIGUSR1"),
+        (signal.SIGINT, 130, "interrupted while starting: nothing has begun"),
+    ],
+)
+def test_a_signal_that_comes_while_python_imports_is_heard(number: int, status: int, words: str) -> None:
+    started = subprocess.Popen(
+        [sys.executable, "-c", EARLY],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    with started:
+        assert started.stdout is not None
+        assert started.stdout.readline() == "listening\n"
+        started.send_signal(number)
+        said, _ = started.communicate("go on\n", timeout=60)
+    assert started.returncode == status, said
+    assert words in said
+    assert "Traceback" not in said

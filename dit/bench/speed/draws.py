@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dit.bench.speed.turns import Contender, Spread, ratio, take_turns
+from dit.bench.speed.turns import Contender, MedianRange, ratio, take_turns
 from dit.config import config, from_dict
 from dit.flow.objective import Objective
 from dit.model.dit import DiTConfig
@@ -24,14 +24,14 @@ CLASSES = 1000
 class DrawsBench:
     """size: of the model. batch: samples a step. steps: of a turn. precision: fp32 or bf16 of the step."""
 
-    size: str = "S"
-    batch: int = 8
-    steps: int = 2
-    repeats: int = 5
-    precision: str = "fp32"
+    size: str = "S"  # of the model: S, B, L, XL
+    batch: int = 8  # samples a step
+    steps: int = 2  # training steps a turn
+    repeats: int = 5  # turns of each contender
+    precision: str = "fp32"  # of the step: fp32 or bf16
 
 
-class _Bench:
+class _DrawsContenders:
     def __init__(self, cfg: DrawsBench, device: torch.device):
         torch.manual_seed(0)
         module = from_dict(DiTConfig, {"size": cfg.size}).build(LATENT[1:], LATENT[0], CLASSES)
@@ -46,7 +46,7 @@ class _Bench:
         return Draws(0, step, self.slots, self.cfg.batch)
 
     def draw(self, turn: int) -> int:
-        """Posterior noise, view, t, eps, label drop and the fingerprint."""
+        """Draw posterior noise, view, t, eps, label drop and the fingerprint."""
         for step in range(self.cfg.steps):
             draws = self.draws(step)
             normals = [draws.normal(purpose, LATENT) for purpose in (Purpose.POSTERIOR, Purpose.EPS)]
@@ -58,7 +58,7 @@ class _Bench:
         return self.cfg.steps
 
     def step(self, turn: int) -> int:
-        """Forward, backward and update, with the objective's own draws of t and eps."""
+        """Go forward, backward and update, with the objective's own draws of t and eps."""
         for step in range(self.cfg.steps):
             drop = torch.zeros(self.cfg.batch, dtype=torch.bool, device=self.device)
             cond = {"label": self.label, "drop": drop}
@@ -69,18 +69,18 @@ class _Bench:
 
 
 def run(cfg: DrawsBench, progress: Callable[[], object]) -> dict[str, Any]:
-    """Milliseconds a step of each, and `draws / step` as spreads over turns."""
-    bench = _Bench(cfg, World().device)
+    """Measure milliseconds a step of each, and `draws / step`: medians and ranges over turns."""
+    bench = _DrawsContenders(cfg, World().device)
     found = take_turns(
         [Contender("draws", bench.draw), Contender("step", bench.step)], cfg.repeats, progress=progress
     )
     ms = {name: [1e3 / rate for rate in figures.rate] for name, figures in found.items()}
     return {
-        "ms": {name: vars(Spread.of(values)) for name, values in ms.items()},
+        "ms": {name: vars(MedianRange.of(values)) for name, values in ms.items()},
         "draws / step": vars(ratio(ms["draws"], ms["step"])),
     }
 
 
 def turns(cfg: DrawsBench) -> int:
-    """How often `run` calls `progress`."""
+    """Say how often `run` calls `progress`."""
     return 2 * (1 + cfg.repeats)

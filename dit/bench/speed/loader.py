@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from numpy.lib.format import open_memmap
 
-from dit.bench.speed.turns import Contender, Spread, ratio, take_turns
+from dit.bench.speed.turns import Contender, MedianRange, ratio, take_turns
 from dit.config import ConfigError, config
 from dit.data import DataError
 from dit.data.loading.stream import Stream
@@ -44,15 +44,15 @@ class LoaderBench:
     ranks: how many of them read at once, for each figure of several on a node.
     """
 
-    samples: int = 100_000
-    plain: int = 20_000
-    batch: int = 256
-    repeats: int = 5
-    lanes: int = 64
-    window: int = 2
-    readers: int = 2
-    prefetch: int = 4
-    ranks: tuple[int, ...] = (1, 2, 4)
+    samples: int = 100_000  # latents in the data set
+    plain: int = 20_000  # of them in per-sample shards, for webdataset
+    batch: int = 256  # samples a batch
+    repeats: int = 5  # turns of each contender
+    lanes: int = 64  # data sequences that a batch is filled from
+    window: int = 2  # blocks a lane shuffles over
+    readers: int = 2  # threads that read blocks
+    prefetch: int = 4  # batches made ahead
+    ranks: tuple[int, ...] = (1, 2, 4)  # processes that read at once, for each figure of several on a node
 
     def __post_init__(self) -> None:
         if self.plain > self.samples or self.batch > self.samples or self.repeats < 1:
@@ -63,7 +63,7 @@ class LoaderBench:
 
     @property
     def steps(self) -> int:
-        """Of an epoch."""
+        """Steps of an epoch."""
         return self.samples // self.batch
 
 
@@ -79,7 +79,7 @@ class Files:
 def write_files(folder: Path, cfg: LoaderBench) -> Files:
     """Write the data, or take those that are there."""
     shards = sorted(str(p) for p in (folder / "plain").glob("*.tar"))
-    if not (folder / SIZES).is_file() or (folder / SIZES).read_text() != f"{cfg.samples} {cfg.plain}":
+    if not (folder / SIZES).is_file() or (folder / SIZES).read_text("utf-8") != f"{cfg.samples} {cfg.plain}":
         for name in ("blocks", "plain"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         array = open_memmap(folder / "array.npy", "w+", np.float16, (cfg.samples, *SHAPE))
@@ -90,7 +90,7 @@ def write_files(folder: Path, cfg: LoaderBench) -> Files:
         array.flush()
         _write_blocks(folder / "blocks", array)
         shards = _write_plain(folder / "plain", array[: cfg.plain])
-        (folder / SIZES).write_text(f"{cfg.samples} {cfg.plain}")
+        (folder / SIZES).write_text(f"{cfg.samples} {cfg.plain}", "utf-8")
     return Files(Manifest.load(folder / "blocks"), folder / "array.npy", shards)
 
 
@@ -154,12 +154,12 @@ def open_stream(
     rank: int = 0,
     size: int = 1,
 ) -> Stream:
-    """The stream that is measured."""
+    """Open the stream that is measured."""
     return Stream(manifest, 0, cfg.batch, rank, size, cfg.lanes, cfg.window, readers=cfg.readers)
 
 
 def ours(stream: Stream, cfg: LoaderBench) -> Callable[[int], int]:
-    """An epoch a turn, on and on."""
+    """Make a contender that reads an epoch a turn, on and on."""
 
     def run(turn: int) -> int:
         steps = stream.iterate(turn * cfg.steps, (turn + 1) * cfg.steps, cfg.prefetch)
@@ -169,7 +169,7 @@ def ours(stream: Stream, cfg: LoaderBench) -> Callable[[int], int]:
 
 
 def first_epoch(stream: Stream, cfg: LoaderBench) -> Callable[[int], int]:
-    """An epoch a turn in which every block is checked, as in the first one."""
+    """Make a contender that reads an epoch a turn in which every block is checked, as in the first one."""
     epoch = ours(stream, cfg)
 
     def run(turn: int) -> int:
@@ -181,7 +181,7 @@ def first_epoch(stream: Stream, cfg: LoaderBench) -> Callable[[int], int]:
 
 
 def memory_map(array: np.ndarray, cfg: LoaderBench) -> Callable[[int], int]:
-    """An epoch a turn, in a new random order."""
+    """Make a contender that reads an epoch a turn, in a new random order."""
 
     def run(turn: int) -> int:
         order = np.random.default_rng(turn).permutation(len(array))
@@ -193,7 +193,7 @@ def memory_map(array: np.ndarray, cfg: LoaderBench) -> Callable[[int], int]:
 
 
 def plain_webdataset(shards: list[str], cfg: LoaderBench) -> Callable[[int], int]:
-    """The per-sample shards once a turn, as their users read them: shuffled in a buffer of 1000, batched."""
+    """Make a contender that reads per-sample shards as their users do: shuffled in a buffer of 1000, batched."""
     import webdataset
 
     def run(turn: int) -> int:
@@ -208,7 +208,7 @@ def plain_webdataset(shards: list[str], cfg: LoaderBench) -> Callable[[int], int
 
 
 def run(folder: Path, cfg: LoaderBench, progress: Callable[[], object] = lambda: None) -> dict[str, Any]:
-    """All figures, as JSON values. progress: called `turns(cfg)` times."""
+    """Measure all figures, as JSON values. progress: called `turns(cfg)` times."""
     files = write_files(folder, cfg)
     stream = open_stream(files.blocks, cfg)
     checked = open_stream(files.blocks, cfg)
@@ -222,8 +222,8 @@ def run(folder: Path, cfg: LoaderBench, progress: Callable[[], object] = lambda:
     found = take_turns(contenders, cfg.repeats, 1, progress)
     rate = {name: f.rate for name, f in found.items()}
     figures = {
-        "rates": {name: vars(Spread.of(f.rate)) for name, f in found.items()},
-        "cpu_us": {name: vars(Spread.of(f.cpu)) for name, f in found.items()},
+        "rates": {name: vars(MedianRange.of(f.rate)) for name, f in found.items()},
+        "cpu_us": {name: vars(MedianRange.of(f.cpu)) for name, f in found.items()},
         "of memory map": vars(ratio(rate["ours"], rate["memory map"])),
         "of plain webdataset": vars(ratio(rate["ours"], rate["plain webdataset"])),
         "checksums": vars(ratio(rate["ours, first epoch"], rate["ours"])),
@@ -238,7 +238,7 @@ def run(folder: Path, cfg: LoaderBench, progress: Callable[[], object] = lambda:
 
 
 def turns(cfg: LoaderBench) -> int:
-    """How often `run` calls `progress`."""
+    """Say how often `run` calls `progress`."""
     return 4 * (cfg.repeats + 1) + cfg.repeats + len(cfg.ranks)
 
 
@@ -255,7 +255,7 @@ def _first_batches(
             times[name].append(1e3 * (time.perf_counter() - start))
             stream.close()
         progress()
-    by_name = {name: vars(Spread.of(values)) for name, values in times.items()}
+    by_name = {name: vars(MedianRange.of(values)) for name, values in times.items()}
     return by_name | {"ratio": vars(ratio(times["resume"], times["fresh"]))}
 
 

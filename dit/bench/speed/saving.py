@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dit.bench.speed.turns import Contender, Spread, ratio, take_turns
+from dit.bench.speed.turns import Contender, MedianRange, ratio, take_turns
 from dit.config import ConfigError, config
 from dit.ranks.group import World
 from dit.train.checkpoints import checkpoint
@@ -29,9 +29,9 @@ KINDS = 4  # weights, average, Adam's two moments: 16 bytes a parameter
 class SavingBench:
     """parameters: of the model, in matrices of width x width. repeats: turns of each contender."""
 
-    parameters: int = 33_000_000  # about S/2
-    width: int = 1024
-    repeats: int = 5
+    parameters: int = 33_000_000  # of the model; S/2 has about as many
+    width: int = 1024  # of the square matrices that hold them
+    repeats: int = 5  # turns of each contender
 
     def __post_init__(self) -> None:
         if self.width < 1 or self.parameters < self.width**2 or self.repeats < 1:
@@ -41,7 +41,7 @@ class SavingBench:
             )
 
 
-class _Bench:
+class _SavingContenders:
     """The contenders, each of which handles all of a checkpoint's bytes in a turn."""
 
     def __init__(self, folder: Path, cfg: SavingBench):
@@ -50,12 +50,12 @@ class _Bench:
         engine = LocalEngine(module, OptimConfig(), World())
         self.state = State(engine.fragments(), Ema(engine, EmaConfig()).averages, module)
         self.folder, self.bytes = folder, KINDS * 4 * sum(p.numel() for p in module.parameters())
-        self.saver = Saver(folder / "ours", ALL)
+        self.saver = Saver(folder / "ours", ALL, World())
         self.block = torch.ones(4 << 20).numpy().data.cast("B")  # 16 MiB
         self.stalls: list[float] = []
 
     def plain(self, turn: int) -> int:
-        """The bytes in one file, through to the disk."""
+        """Write the bytes in one file, through to the disk."""
         path = self.folder / "plain"
         with path.open("wb") as file:
             for start in range(0, self.bytes, len(self.block)):
@@ -66,7 +66,7 @@ class _Bench:
         return self.bytes
 
     def save(self, turn: int) -> int:
-        """A checkpoint, as training has it written."""
+        """Write a checkpoint, as training has it written."""
         started = time.perf_counter()
         self.saver.begin(turn, self.state, {})
         self.stalls.append(time.perf_counter() - started)
@@ -76,7 +76,7 @@ class _Bench:
         return self.bytes
 
     def load(self, turn: int) -> int:
-        """The newest one, with its checksums."""
+        """Load the newest checkpoint, with its checksums."""
         found = checkpoint.latest(self.saver.folder)
         assert found is not None
         checkpoint.load_into(found, self.state)
@@ -84,8 +84,8 @@ class _Bench:
 
 
 def run(folder: Path, cfg: SavingBench, progress: Callable[[], object]) -> dict[str, Any]:
-    """Seconds of each; `save / plain write` and `stall / save` as spreads over turns."""
-    bench = _Bench(folder, cfg)
+    """Measure the seconds of each, `save / plain write` and `stall / save`: medians and ranges over turns."""
+    bench = _SavingContenders(folder, cfg)
     contenders = [
         Contender("plain write", bench.plain),
         Contender("save", bench.save),
@@ -97,12 +97,12 @@ def run(folder: Path, cfg: SavingBench, progress: Callable[[], object]) -> dict[
     seconds["stall"] = bench.stalls[-cfg.repeats :]
     return {
         "bytes": bench.bytes,
-        "seconds": {name: vars(Spread.of(values)) for name, values in seconds.items()},
+        "seconds": {name: vars(MedianRange.of(values)) for name, values in seconds.items()},
         "save / plain write": vars(ratio(seconds["save"], seconds["plain write"])),
         "stall / save": vars(ratio(seconds["stall"], seconds["save"])),
     }
 
 
 def turns(cfg: SavingBench) -> int:
-    """How often `run` calls `progress`."""
+    """Say how often `run` calls `progress`."""
     return 3 * (1 + cfg.repeats)

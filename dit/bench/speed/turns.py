@@ -25,8 +25,8 @@ class Contender:
 
 
 @dataclass
-class Figures:
-    """Of one contender, a value a turn: items a second, and microseconds of CPU (all threads) an item."""
+class TurnFigures:
+    """One contender's figures, a value a turn: items a second, and microseconds of CPU (all threads) an item."""
 
     rate: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
@@ -42,9 +42,9 @@ def take_turns(
     repeats: int = 5,
     warmup: int = 1,
     progress: Callable[[], object] = lambda: None,
-) -> dict[str, Figures]:
-    """Each contender `repeats` times after `warmup` turns that do not count, in alternating order."""
-    found = {c.name: Figures() for c in contenders}
+) -> dict[str, TurnFigures]:
+    """Run each contender `repeats` times after `warmup` turns that do not count, in alternating order."""
+    found = {c.name: TurnFigures() for c in contenders}
     for turn in range(warmup + repeats):
         for contender in contenders if turn % 2 == 0 else reversed(contenders):
             start, cpu = time.perf_counter(), time.process_time()
@@ -57,7 +57,7 @@ def take_turns(
 
 
 @dataclass(frozen=True)
-class Spread:
+class MedianRange:
     """Median, least and greatest of some values."""
 
     median: float
@@ -65,21 +65,21 @@ class Spread:
     high: float
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """Of these, at least one."""
+    def of(cls, values: Sequence[float]) -> MedianRange:
+        """Sum up values, at least one."""
         return cls(statistics.median(values), min(values), max(values))
 
     def __str__(self) -> str:
         return f"{self.median:.3g} ({self.low:.3g} to {self.high:.3g})"
 
 
-def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Spread:
-    """Of values of the same turns."""
-    return Spread.of([a / b for a, b in zip(ours, theirs, strict=True)])
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> MedianRange:
+    """Compare values of the same turns."""
+    return MedianRange.of([a / b for a, b in zip(ours, theirs, strict=True)])
 
 
 def protocol(**settings: Any) -> dict[str, Any]:
-    """What a figure depends on: the settings given, and the machine and versions it was measured on."""
+    """Say what a figure depends on: the settings given, and the machine and versions it was measured on."""
     return {
         **settings,
         "code": code_version(),

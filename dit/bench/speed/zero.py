@@ -1,7 +1,8 @@
-"""ZeRO stages against torch's DistributedDataParallel: bytes that each rank sends a step, and the step's time (P3).
+"""ZeRO stages against torch's DistributedDataParallel: bytes that each rank sends a step (P3), and the step's time.
 
 Every contender trains the same model on the same global batch with the same AdamW and clipping, in fp32; all of them
 live in the same processes and take turns there. Nothing is read and no average is kept: what differs is the engine.
+docs/guarantees.md says what P3 bounds.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
-from dit.bench.speed.turns import Contender, Spread, ratio, take_turns
-from dit.bench.speed.wire import Wire, formula
+from dit.bench.speed.collectives import CollectiveCounter, formula
+from dit.bench.speed.turns import Contender, MedianRange, ratio, take_turns
 from dit.config import ConfigError, config
+from dit.files import read_text
 from dit.model.dit import DiT, DiTConfig
 from dit.ranks import group
 from dit.ranks.group import World
@@ -38,14 +40,14 @@ CHANNELS, SIDE, CLASSES, LR = 4, 16, 10, 1e-4
 class ZeroBench:
     """Sizes. batch: global. accumulation: micro-batches a rank and step. steps: a turn. ranks: of each figure."""
 
-    width: int = 192
-    depth: int = 12
-    heads: int = 3
-    batch: int = 32
-    accumulation: int = 1
-    steps: int = 4
-    repeats: int = 5
-    ranks: tuple[int, ...] = (2, 4)
+    width: int = 192  # channels of the DiT's tokens
+    depth: int = 12  # blocks of the DiT
+    heads: int = 3  # of the attention; divides width
+    batch: int = 32  # samples a step, over all ranks
+    accumulation: int = 1  # micro-batches a rank and step
+    steps: int = 4  # training steps a turn
+    repeats: int = 5  # turns of each contender
+    ranks: tuple[int, ...] = (2, 4)  # gloo processes, for each figure
 
     def __post_init__(self) -> None:
         if min(self.steps, self.repeats, self.accumulation, *self.ranks) < 1:
@@ -58,13 +60,13 @@ class ZeroBench:
 
 
 def run(cfg: ZeroBench, progress: Callable[[], object] = lambda: None) -> dict[str, Any]:
-    """For each number of ranks {contender: figures}, as JSON values. progress: called once for each."""
+    """Measure {contender: figures} for each number of ranks, as JSON values. progress: called once for each."""
     found = {}
     for size in cfg.ranks:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "figures.json"
             spawn(_rank, (size, group.free_port(), cfg, str(out)), nprocs=size)
-            found[str(size)] = json.loads(out.read_text())
+            found[str(size)] = json.loads(read_text(out))
         progress()
     return found
 
@@ -82,17 +84,17 @@ def _rank(rank: int, size: int, port: int, cfg: ZeroBench, out: str) -> None:
         psi = 4 * sum(p.numel() for p in _model(cfg).parameters())
         figures = {}
         for number, name in enumerate(steps):
-            with Wire() as wire:
+            with CollectiveCounter() as counter:
                 steps[name]()
             stage = STAGES[max(0, number - 1)]
             figures[name] = {
-                "sent_bytes": wire.sent(),
+                "sent_bytes": counter.sent(),
                 "formula_bytes": formula(stage, psi, size, cfg.accumulation),
-                "step_seconds": vars(Spread.of(seconds[name])),
+                "step_seconds": vars(MedianRange.of(seconds[name])),
                 "of_ddp": vars(ratio(seconds[name], seconds[DDP])),
             }
     if world.is_main:
-        Path(out).write_text(json.dumps(figures))
+        Path(out).write_text(json.dumps(figures), encoding="utf-8")
 
 
 def _turn(step: Callable[[], None], steps: int) -> Callable[[int], int]:

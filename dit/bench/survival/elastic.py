@@ -20,10 +20,10 @@ BOUND = 1e-5  # of the loss, relative
 class ElasticBench:
     """steps: of the run, shared evenly by the links of the chain. ranks, stages: one of each a link."""
 
-    steps: int = 50
-    lr: float = 1e-4
-    ranks: tuple[int, ...] = (1, 2, 4, 2)
-    stages: tuple[int, ...] = (1, 3, 2, 0)
+    steps: int = 50  # of the whole run, shared evenly by the links of the chain
+    lr: float = 1e-4  # peak learning rate
+    ranks: tuple[int, ...] = (1, 2, 4, 2)  # processes of each link
+    stages: tuple[int, ...] = (1, 3, 2, 0)  # of ZeRO, 0 to 3, of each link
 
     def __post_init__(self) -> None:
         if len(self.ranks) != len(self.stages) or not 0 < len(self.ranks) <= self.steps:
@@ -49,7 +49,7 @@ class Link:
 
 
 def links(cfg: ElasticBench) -> list[Link]:
-    """The chain."""
+    """Make the chain."""
     count = len(cfg.ranks)
     ends = [round(cfg.steps * i / count) for i in range(count + 1)]
     return [
@@ -59,7 +59,7 @@ def links(cfg: ElasticBench) -> list[Link]:
 
 
 def run(folder: Path, cfg: ElasticBench, progress: Callable[[], object] = lambda: None) -> dict[str, Any]:
-    """Both runs, each start by launch/local.sh: {"problems": [...], "links": [...], "loss": ...}.
+    """Do both runs, each start by launch/local.sh: {"problems": [...], "links": [...], "loss": ...}.
 
     A link ends where its train.steps say, and the next one is the same command with more of them. What is done already
     is not done again.
@@ -86,7 +86,7 @@ def run(folder: Path, cfg: ElasticBench, progress: Callable[[], object] = lambda
 
 
 def figures(rows: Sequence[Row], reference: Sequence[Row], chain: Sequence[Link]) -> dict[str, Any]:
-    """The largest relative difference of loss and gradient norm, of each link and of all; what is wrong, in words."""
+    """Find the largest relative differences of loss and gradient norm, by link and in all; what is wrong, in words."""
     steps = chain[-1].last
     problems = step_problems(rows, steps) + step_problems(reference, steps)
     problems += figure_problems(rows, reference, ("batch_hash", "lr", "updates", "skipped"))
@@ -109,14 +109,14 @@ def figures(rows: Sequence[Row], reference: Sequence[Row], chain: Sequence[Link]
 
 
 def _relative(ours: float | None, theirs: float | None) -> float:
-    """Of a difference; infinite where one is not finite, which metrics.jsonl has as null."""
+    """Return the relative difference; infinite where a value is not finite, which metrics.jsonl has as null."""
     if ours is None or theirs is None or not math.isfinite(ours - theirs):
         return math.inf
     return abs(ours - theirs) / abs(theirs)
 
 
 def table(found: dict[str, Any]) -> str:
-    """The figures of `run` for people."""
+    """Show the figures of `run` to people."""
     rows = [
         "largest relative difference of",
         f"{'steps':12s} {'ranks':>6s} {'stage':>6s} {'loss':>10s} {'gradient norm':>14s}",

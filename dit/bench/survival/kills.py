@@ -26,10 +26,11 @@ from dit.bench.survival.launched import (
     launch_to_end,
     read_lines,
 )
-from dit.bench.survival.moments import Aim, Pace, Watch, aims, window
+from dit.bench.survival.moments import Aim, ObservedStart, Pace, aims, window
 from dit.bench.survival.same import checkpoint_problems, figure_problems, leftovers, step_problems
 from dit.config import ConfigError, config, to_dict
 from dit.errors import UserError
+from dit.files import read_text
 from dit.train.checkpoints import checkpoint
 from dit.train.checkpoints.checkpoint import CheckpointError
 
@@ -38,12 +39,12 @@ from dit.train.checkpoints.checkpoint import CheckpointError
 class SurvivalBench:
     """kills: how many. steps, every: of the run and between its checkpoints. seed: of the moments and the ranks hit."""
 
-    kills: int = 100
-    steps: int = 300
-    every: int = 5
-    ranks: int = 2
-    stage: Literal[0, 1, 2, 3] = 2
-    seed: int = 0
+    kills: int = 100  # SIGKILLs, each followed by the same command again
+    steps: int = 300  # of the whole run
+    every: int = 5  # steps between checkpoints
+    ranks: int = 2  # processes, on the CPU
+    stage: Literal[0, 1, 2, 3] = 2  # of ZeRO: 0 to 3
+    seed: int = 0  # of the moments, and of the ranks hit
 
     def __post_init__(self) -> None:
         if self.kills < 1 or self.every < 1 or self.steps < 4 * self.every or self.seed < 0:
@@ -63,19 +64,18 @@ class Bench:
     cfg: SurvivalBench
 
     def run(self, progress: Callable[[], object] = lambda: None) -> dict[str, Any]:
-        """All of it, or what is left where it was interrupted: {"problems": [...], "kills": [...], ...}."""
+        """Do all of it, or what is left where it was interrupted: {"problems": [...], "kills": [...], ...}."""
         claim(self.folder, to_dict(self.cfg))
         pace, kills = self._undisturbed(), read_lines(self._log)
         planned = aims(self.cfg.kills, self.cfg.ranks, self.cfg.seed)
         for _ in kills:
             progress()
         for number, aim in enumerate(planned[len(kills) :], len(kills)):
-            start = next(
-                (k["started"] for k in reversed(kills) if k["started"]), pace.start
-            )  # the first one is cold
+            # the undisturbed run's start is a cold one
+            start = next((k["started"] for k in reversed(kills) if k["started"]), pace.start)
             before = kills[-1]["checkpoint"] if kills else None
             kills.append(self._kill(number, aim, replace(pace, start=start), before))
-            with self._log.open("a") as file:
+            with self._log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(kills[-1]) + "\n")
             progress()
         launch_to_end(self._words("killed"), self.cfg.ranks, self.folder / "logs" / "last.log")
@@ -101,15 +101,15 @@ class Bench:
         """Run it without a kill, unless that was done before."""
         run_dir, kept = self.folder / "undisturbed", self.folder / "pace.json"
         if kept.is_file():
-            return Pace(**json.loads(kept.read_text()))
+            return Pace(**json.loads(read_text(kept)))
         if run_dir.exists():
             raise UserError(f"{run_dir} was interrupted: remove {self.folder}, or give another --folder")
         log = self.folder / "logs" / "undisturbed.log"
         with Launched(self._words("undisturbed"), self.cfg.ranks, log) as job:
-            pace = Watch(job, run_dir, 0, self.cfg.steps).pace()
+            pace = ObservedStart(job, run_dir, 0, self.cfg.steps).pace()
             if status := job.end():
                 raise UserError(f"the undisturbed run failed (exit status {status}): {job.tail()}")
-        kept.write_text(json.dumps(asdict(pace)))
+        kept.write_text(json.dumps(asdict(pace)), encoding="utf-8")
         return pace
 
     # --- one kill ---
@@ -124,10 +124,10 @@ class Bench:
         span = window(cfg.steps - (before or 0), cfg.kills - number, cfg.every)
         log = self.folder / "logs" / f"kill-{number:04d}.log"
         with Launched(self._words("killed"), cfg.ranks, log) as job:
-            watch = Watch(job, run_dir, before or 0, cfg.steps)
+            start = ObservedStart(job, run_dir, before or 0, cfg.steps)
             try:
-                seconds = watch.moment(aim, pace, span)
-                phase = watch.phase()  # right before, or it would be another
+                seconds = start.moment(aim, pace, span)
+                phase = start.phase()  # right before, or it would be another
                 job.kill(aim.ranks)
             except Ended as error:
                 raise UserError(self._too_early(number, error)) from None
@@ -145,10 +145,10 @@ class Bench:
             **asdict(aim),
             "window_steps": round(span, 2),
             "seconds": round(seconds, 3),
-            "started": watch.started,
+            "started": start.started,
             "phase": phase,
             "resumed_at": before,
-            "logged": watch.logged(),
+            "logged": start.logged(),
             "status": status,
             "end_seconds": round(ended, 2),
             "checkpoint": step,
@@ -213,7 +213,7 @@ class Bench:
 
 
 def table(found: dict[str, Any]) -> str:
-    """The figures of `run` for people."""
+    """Show the figures of `run` to people."""
     phases = ("start", "steps", "saving", "removing")
     rows = [f"{'killed while':12s} " + " ".join(f"{p:>9s}" for p in phases)]
     for hit, counts in found["phases"].items():

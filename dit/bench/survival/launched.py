@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from dit.errors import UserError
-from dit.files import write_atomically
+from dit.files import read_text, write_atomically
 
 T = TypeVar("T")
 
@@ -50,9 +50,9 @@ def claim(folder: Path, settings: dict[str, Any]) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     mine, text = folder / "settings.json", json.dumps(settings, indent=1) + "\n"
-    if mine.is_file() and mine.read_text() != text:
+    if mine.is_file() and read_text(mine) != text:
         raise UserError(
-            f"{folder} holds a benchmark of other settings: {json.dumps(json.loads(mine.read_text()))} there, "
+            f"{folder} holds a benchmark of other settings: {json.dumps(json.loads(read_text(mine)))} there, "
             f"{json.dumps(settings)} now; give those, or another --folder"
         )
     write_atomically(mine, text.encode())
@@ -61,7 +61,7 @@ def claim(folder: Path, settings: dict[str, Any]) -> Path:
         _encode(data)
     experiment = folder / "experiment.yaml"  # JSON is YAML
     content = {**EXPERIMENT, "data": {**EXPERIMENT["data"], "path": str(data.resolve())}}
-    experiment.write_text(json.dumps(content, indent=1) + "\n")
+    experiment.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return experiment
 
 
@@ -92,12 +92,11 @@ class Process:
 def _stat(pid: int) -> tuple[str, int, int] | None:
     """(state, parent's id, began) of a process; None where there is none (any more)."""
     try:
-        text = Path(f"/proc/{pid}/stat").read_text()
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except (FileNotFoundError, ProcessLookupError):
         return None
-    fields = text.rpartition(")")[
-        2
-    ].split()  # a name in brackets, which may hold anything, stands before them
+    _, _, rest = text.rpartition(")")  # a name in brackets, which may hold anything, stands before the fields
+    fields = rest.split()
     return fields[0], int(fields[1]), int(fields[19])
 
 
@@ -162,7 +161,7 @@ class Launched:
         return found
 
     def wait_for_ranks(self) -> None:
-        """Until all ranks are there. Raises Ended."""
+        """Wait until all ranks are there. Raises Ended."""
 
         def all_there() -> list[Process] | None:
             found = {_rank(process.pid): process for process in self._children()}
@@ -171,7 +170,7 @@ class Launched:
         self.ranks = self.until(all_there, f"{self.size} ranks", poll=10 * POLL)
 
     def until(self, look: Callable[[], T | None], what: str, poll: float = POLL) -> T:
-        """What `look` finds, once it finds something.
+        """Return what `look` finds, once it finds something.
 
         Raises Ended; UserError where for PATIENCE seconds nothing was printed (a run that goes on draws its bar).
         """
@@ -191,7 +190,7 @@ class Launched:
             time.sleep(poll)
 
     def kill(self, ranks: Iterable[int]) -> None:
-        """SIGKILL, one right after the other. Raises Ended where one has ended by itself."""
+        """Send SIGKILL to them, one right after the other. Raises Ended where one has ended by itself."""
         for rank in ranks:
             if not self.ranks[rank].lives():
                 raise Ended(f"rank {rank} ended before its kill: {self.tail()}")
@@ -208,8 +207,8 @@ class Launched:
         return status
 
     def tail(self) -> str:
-        """The end of what it printed."""
-        return f"...{self.log.read_text(errors='replace')[-1500:]} (all of it: {self.log})"
+        """Return the end of what it printed."""
+        return f"...{self.log.read_text(encoding='utf-8', errors='replace')[-1500:]} (all of it: {self.log})"
 
 
 def launch_to_end(words: Sequence[str], ranks: int, log: Path) -> None:
@@ -224,7 +223,7 @@ def launch_to_end(words: Sequence[str], ranks: int, log: Path) -> None:
 
 
 def last_logged(run_dir: Path) -> tuple[int, int]:
-    """(number of the file, last whole line's step) of metrics.jsonl; (0, 0) where there is none or it is empty.
+    """Find (number of the file, last whole line's step) of metrics.jsonl; (0, 0) where there is none or it is empty.
 
     A start that resumes cuts the file to its checkpoint by putting a new one in its place, with another number.
     """
@@ -239,9 +238,9 @@ def last_logged(run_dir: Path) -> tuple[int, int]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects in a .jsonl file, none where there is no file. Raises UserError naming a line that is none."""
+    """Read the objects of a .jsonl file, none where there is no file. Raises UserError naming a line that is none."""
     found = []
-    for number, line in enumerate(path.read_text().splitlines() if path.is_file() else [], 1):
+    for number, line in enumerate(read_text(path).splitlines() if path.is_file() else [], 1):
         try:
             found.append(dict(json.loads(line)))
         except ValueError as error:

@@ -29,7 +29,7 @@ class Aim:
 
 
 def aims(kills: int, size: int, seed: int) -> list[Aim]:
-    """`kills` of them at `size` ranks, STARTING and SAVING of them during those, half of them at one rank alone."""
+    """Draw `kills` of them at `size` ranks, shares STARTING and SAVING during those, half of them at one rank alone."""
     draws = np.random.default_rng(seed)
     starting, saving = round(STARTING * kills), round(SAVING * kills)
     counts: dict[During, int] = {"start": starting, "saving": saving, "steps": kills - starting - saving}
@@ -48,7 +48,7 @@ def aims(kills: int, size: int, seed: int) -> list[Aim]:
 
 
 def window(steps_left: int, kills_left: int, every: int) -> float:
-    """Steps after a start's first one over which a kill is spread, so that the kills that are left fit into the run.
+    """Return over how many steps after a start's first a kill is spread, so that the kills left fit into the run.
 
     A start killed d steps after its first keeps d + 1 steps, less every / 2 on average that no checkpoint holds.
     At most half of what is left, as the steps may be quicker than they were.
@@ -66,20 +66,19 @@ class Pace:
     saving: float
 
 
-class Watch:
+class ObservedStart:
     """A start of a run that goes on at step `resumes`, seen from outside."""
 
     def __init__(self, job: Launched, run_dir: Path, resumes: int, steps: int):
-        """Before anything of it is written."""
+        """Begin before anything of the start is written."""
         self.job, self.run_dir, self.resumes, self.steps = job, run_dir, resumes, steps
-        self.started: float | None = (
-            None  # seconds from the ranks' birth to the first step, where that was seen
-        )
+        # seconds from the ranks' birth to the first step, where that was seen
+        self.started: float | None = None
         self._file = last_logged(run_dir)[0]
         self._partial = self._partials()
 
     def logged(self) -> int:
-        """The last step that this start has logged; the step it resumes at where it has logged none."""
+        """Return the last step that this start has logged; the step it resumes at where it has logged none."""
         file, step = last_logged(self.run_dir)
         return step if file != self._file and step > self.resumes else self.resumes
 
@@ -104,7 +103,7 @@ class Watch:
         return time.monotonic() - born
 
     def pace(self) -> Pace:
-        """Of a run that nobody disturbs, to its last step. Raises Ended."""
+        """Measure the pace of a run that nobody disturbs, to its last step. Raises Ended."""
         self.job.wait_for_ranks()
         born = time.monotonic()
         self.job.until(self._steps, "the first step", POLL)
@@ -134,7 +133,7 @@ class Watch:
         return self.logged() >= self.steps - 2 or None
 
     def phase(self) -> str:
-        """What the run is doing: start, steps, saving (a checkpoint), removing (an old one)."""
+        """Say what the run is doing: start, steps, saving (a checkpoint), removing (an old one)."""
         ours = self._ours()
         if ours:
             newest = max((p.name for p in (self.run_dir / "checkpoints").glob("step-*[0-9]")), default="")

@@ -15,14 +15,11 @@ from dit.train.checkpoints.checkpoint import Checkpoint, Reader
 
 Row = dict[str, Any]
 FIGURES = ("batch_hash", "loss", "grad_norm", "lr", "samples", "updates", "skipped")  # what is not a speed
-OF_THE_PLACE = (
-    "config",
-    "files",
-)  # of the meta data: where the run lies, and checksums of what is compared itself
+OF_THE_PLACE = ("config", "files")  # meta data: where the run lies, and checksums of what is compared itself
 
 
 def step_problems(rows: Sequence[Row], steps: int) -> list[str]:
-    """Where the lines of metrics.jsonl are not steps 1..steps, each once and in order."""
+    """List where the lines of metrics.jsonl are not steps 1..steps, each once and in order."""
     logged = [int(row["step"]) for row in rows]
     counts = Counter(logged)
     found = [f"step {s} is missing" for s in range(1, steps + 1) if not counts[s]]
@@ -36,7 +33,7 @@ def step_problems(rows: Sequence[Row], steps: int) -> list[str]:
 def figure_problems(
     rows: Sequence[Row], reference: Sequence[Row], names: Sequence[str] = FIGURES
 ) -> list[str]:
-    """Figures that are not the same as the reference's at every step that both have: the first such step of each."""
+    """List figures that differ from the reference's at a step that both have: the first such step of each."""
     there, found = {row["step"]: row for row in reference}, []
     for name in names:
         pairs = [
@@ -52,7 +49,7 @@ def figure_problems(
 
 
 def checkpoint_problems(ours: Checkpoint, reference: Checkpoint) -> tuple[int, list[str]]:
-    """(tensors compared, what is not the same bit for bit): weights, average, optimizer, buffers; and the meta data."""
+    """Compare weights, averages, optimizer, buffers, meta data: (tensors compared, what is not the same to the bit)."""
     a, b = _tensors(ours), _tensors(reference)
     found = [f"checkpoint: {name} is in one of the two alone" for name in sorted(a.keys() ^ b.keys())]
     for name in sorted(a.keys() & b.keys()):
@@ -89,5 +86,5 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def leftovers(run_dir: Path) -> list[str]:
-    """What a killed write left behind and nobody has cleared away."""
+    """List what a killed write left behind and nobody has cleared away."""
     return [f"left over: {path}" for path in sorted(run_dir.rglob("*.partial"))]

@@ -20,6 +20,7 @@ from dit.config import ConfigError, config
 from dit.data import DataError
 from dit.data.codecs.base import Codec, CodecConfig
 from dit.data.codecs.hub import find_folder
+from dit.files import read_text
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -43,13 +44,8 @@ VAE_CONFIG: dict[str, Any] = {
 }
 PROBES = (32, 256)  # pixels a side of the image that finds factor and channels; some factors are 128
 OVERLAP = 0.25  # of a tile with its neighbour, blended
-FAILURES = (
-    RuntimeError,
-    ValueError,
-    TypeError,
-    IndexError,
-    AttributeError,
-)  # of a model that takes no images
+# of a model that takes no images
+FAILURES = (RuntimeError, ValueError, TypeError, IndexError, AttributeError)
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Tile = Annotated[int, Field(gt=0)]
@@ -64,11 +60,11 @@ class Vae(CodecConfig):
     go through it, overlapping by a quarter (nearly the same result, less memory); null: whole.
     """
 
-    path: str | None = None
-    subfolder: str = ""
-    download: bool = False
-    dtype: Dtype = "float32"
-    tile: Tile | None = None
+    path: str | None = None  # folder that save_pretrained wrote, or owner/name on the hub
+    subfolder: str = ""  # where it lies in that; in a pipeline: vae
+    download: bool = False  # fetch a name on the hub; false = look into the local cache only
+    dtype: Dtype = "float32"  # of the computation
+    tile: Tile | None = None  # pixels a side of tiles that larger images go through; null = whole
 
     def build(self, device: torch.device | str = "cpu") -> Codec:
         model = load_vae(self.path, self.subfolder, self.download)
@@ -200,7 +196,7 @@ def _line(error: Exception | None) -> str:
 
 
 def _identity(vae: Any, channels: int) -> dict[str, Any]:
-    """Of an AutoencoderKL what VAE_CONFIG lists; of other classes their name and their whole config."""
+    """Return what VAE_CONFIG lists of an AutoencoderKL; of other classes their name and their whole config."""
     if type(vae).__name__ == "AutoencoderKL":
         return {"name": "vae", "config": _vae_config(vae.config)}
     settings = {k: v for k, v in json.loads(vae.to_json_string()).items() if not k.startswith("_")}
@@ -213,13 +209,13 @@ def _vae_config(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unknown_vae(channels: int, scale: float | None) -> dict[str, Any]:
-    """The identity of a VAE of which no more is known, as of the one that weights from elsewhere go with."""
+    """Return the identity of a VAE of which no more is known, such as the one that weights from elsewhere go with."""
     known = {"latent_channels": channels, "scaling_factor": scale, "shift_factor": None}
     return {"name": "vae", "config": known}
 
 
 def weights_hash(module: torch.nn.Module) -> str:
-    """sha256 over the names, shapes and float32 values of a module's weights, whatever file they came from."""
+    """Hash (sha256) the names, shapes and float32 values of a module's weights, whatever file they came from."""
     total = hashlib.sha256()
     for name, weight in sorted(module.state_dict().items()):
         total.update(f"{name} {tuple(weight.shape)}\n".encode())
@@ -231,7 +227,7 @@ def weights_hash(module: torch.nn.Module) -> str:
 
 
 def load_vae(path: str | None, subfolder: str = "", download: bool = False) -> Any:
-    """A diffusers autoencoder from a folder or the hub, from safetensors only and with every weight found in them.
+    """Load a diffusers autoencoder from a folder or the hub: safetensors only, and every weight found in them.
 
     Raises ConfigError without a path, DataError where something is missing.
     """
@@ -277,7 +273,7 @@ def _class_of(folder: Path) -> Any:
     import diffusers
 
     try:
-        settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        settings = json.loads(read_text(folder / CONFIG))
     except ValueError as error:
         raise DataError(f"{folder / CONFIG}: not JSON ({error})") from None
     name = settings.get("_class_name") if isinstance(settings, dict) else None

@@ -32,15 +32,15 @@ class Codec(ABC):
 
     @abstractmethod
     def encode(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] to (B, 2, C, h, w), mean and std; to (B, 1, C, h, w) where there is no posterior."""
+        """Turn (B, 3, H, W) in [-1, 1] into (B, 2, C, h, w), mean and std; (B, 1, C, h, w) without a posterior."""
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """(B, C, h, w), not normalised, to images (B, 3, H, W) in [-1, 1]."""
+        """Turn (B, C, h, w), not normalised, into images (B, 3, H, W) in [-1, 1]."""
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """Plain values that are the same for the same function: what was configured, and a hash of the weights."""
+        """Return plain values, the same for the same function: what was configured, and a hash of the weights."""
 
 
 class CodecConfig(ABC):

@@ -54,7 +54,7 @@ CODECS.register("ldm")(Ldm)
 
 
 def parse_codec(base: Mapping[str, Any], keys: Mapping[str, str]) -> CodecConfig:
-    """The codec of `base` ({"name": ...}) with a command line's keys over it: "codec.path" or "codec_path".
+    """Build the codec of `base` ({"name": ...}) with a command line's keys over it: "codec.path" or "codec_path".
 
     Another "codec.name" than base's starts from that codec's defaults.
     """

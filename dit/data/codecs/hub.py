@@ -8,16 +8,17 @@ from http import HTTPStatus
 from pathlib import Path
 
 from dit.data import DataError
+from dit.files import expand, not_found
 
 REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # owner/name
 
 
 def find_folder(path: str, subfolder: str, files: Sequence[str], download: bool) -> Path:
-    """The folder that holds `files`: path/subfolder, or of the hub's `path` = owner/name in the local cache.
+    """Find the folder that holds `files`: path/subfolder, or that of the hub's `path` = owner/name in the local cache.
 
     download: fetch what the cache lacks. DataError where a file is missing, with what to do.
     """
-    folder = Path(path).expanduser()
+    folder = Path(expand(path))
     if folder.is_dir() or not REPOSITORY.fullmatch(path):
         return _checked(folder, subfolder, files)
     wanted = [f"{subfolder}/{name}" if subfolder else name for name in files]
@@ -42,8 +43,8 @@ def _not_found(path: str, wanted: Sequence[str], download: bool, reason: str) ->
         return f"cannot get {path} from the Hugging Face hub ({why}); on a machine with a network: {fetch}"
     why = f" ({reason})" if reason else ""
     return (
-        f"no folder {path} is here, and the local cache of the Hugging Face hub does not hold it{why}. The "
-        f"network is used only when asked for: --codec.download=true, or {fetch}"
+        f"no folder {path} is here (in {Path.cwd()}, to which it is relative), and the local cache of the Hugging "
+        f"Face hub does not hold it{why}. The network is used only when asked for: --codec.download=true, or {fetch}"
     )
 
 
@@ -74,7 +75,7 @@ def _checked(folder: Path, subfolder: str, files: Sequence[str]) -> Path:
         elif file.with_suffix(".bin").is_file():
             nested = f"; {file.with_suffix('.bin').name} is a pickle, and those are not read"
         raise DataError(
-            f"{file} is missing{nested}. Copy it there, train one with tools/train_vae.py, or fetch one: hf download "
+            f"{not_found(file)}{nested}. Copy it there, train one with tools/train_vae.py, or fetch one: hf download "
             f"stabilityai/sd-vae-ft-ema {' '.join(files)} --local-dir {folder / subfolder}"
         )
     return folder / subfolder

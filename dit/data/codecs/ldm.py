@@ -22,13 +22,11 @@ from dit.config import ConfigError, config
 from dit.data import DataError
 from dit.data.codecs.autoencoders import Dtype, Tile, VaeCodec
 from dit.data.codecs.base import Codec, CodecConfig
+from dit.files import expand, not_found
 
 PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.")
-PREFIXES = (
-    "first_stage_model.",
-    "vae.",
-    "",
-)  # of a whole latent diffusion model, of one of its forks, of none
+# of a whole latent diffusion model, of one of its forks, of none
+PREFIXES = ("first_stage_model.", "vae.", "")
 WRAPPERS = ("state_dict", "model")  # of training scripts, around the tensors
 
 # CompVis' names to diffusers'. Levels of the decoder count from the image there and from the latents here: {up}.
@@ -57,30 +55,29 @@ class Ldm(CodecConfig):
     the codec vae.
     """
 
-    path: str | None = None
-    scale: Annotated[float, Field(gt=0)] = (
-        0.18215  # Stable Diffusion 1 and 2; XL 0.13025, SD3 1.5305, Flux 0.3611
-    )
-    shift: float | None = None  # SD3 0.0609, Flux 0.1159
-    groups: Annotated[int, Field(gt=0)] = 32
-    dtype: Dtype = "float32"
-    tile: Tile | None = None
+    path: str | None = None  # file: .ckpt, .pt, .pth, .bin or .safetensors
+    # latents are multiplied with it; SD 1, 2 0.18215, XL 0.13025, SD3 1.5305
+    scale: Annotated[float, Field(gt=0)] = 0.18215
+    shift: float | None = None  # subtracted from latents before scale; SD3 0.0609, Flux 0.1159; null = 0
+    groups: Annotated[int, Field(gt=0)] = 32  # of the group norms, which the file does not say
+    dtype: Dtype = "float32"  # of the computation
+    tile: Tile | None = None  # pixels a side of tiles that larger images go through; null = whole
 
     def build(self, device: torch.device | str = "cpu") -> Codec:
         if not self.path:
             raise ConfigError(
                 "the ldm codec needs a path: a .ckpt, .pt or .safetensors file of latent diffusion's autoencoder"
             )
-        file = Path(self.path).expanduser()
+        file = Path(expand(self.path))
         model = build_autoencoder(read_first_stage(file), str(file), self.groups, self.scale, self.shift)
         return VaeCodec(model, getattr(torch, self.dtype), device, self.tile)
 
 
 def read_first_stage(file: Path) -> dict[str, Tensor]:
-    """The autoencoder's tensors by CompVis' names, without prefixes. DataError where it cannot be had."""
+    """Read the autoencoder's tensors by CompVis' names, without prefixes. DataError where it cannot be had."""
     if not file.is_file():
-        what = "is a folder: the codec vae reads those" if file.is_dir() else "is missing"
-        raise DataError(f"{file} {what}; expected the file of weights itself (.ckpt, .pt, .safetensors)")
+        what = f"{file} is a folder: the codec vae reads those" if file.is_dir() else not_found(file)
+        raise DataError(f"{what}; expected the file of weights itself (.ckpt, .pt, .safetensors)")
     try:
         state = _safetensors(file) if file.suffix == ".safetensors" else _checkpoint(file)
     except (OSError, SafetensorError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
@@ -95,7 +92,7 @@ def read_first_stage(file: Path) -> dict[str, Tensor]:
 
 
 def _names(state: Mapping[str, Any]) -> dict[str, str]:
-    """Of the tensors that belong to the autoencoder: name in the file -> CompVis' name."""
+    """Map names in the file to CompVis' names, for the tensors that belong to the autoencoder."""
     for prefix in PREFIXES:
         if any(str(name).startswith(f"{prefix}encoder.down.") for name in state):
             cut = {n: n.removeprefix(prefix) for n in map(str, state) if n.startswith(prefix)}
@@ -143,7 +140,7 @@ def build_autoencoder(
     scale: float = 0.18215,
     shift: float | None = None,
 ) -> Any:
-    """diffusers' AutoencoderKL with these weights. DataError for tensors that are not one's; named: their file."""
+    """Build diffusers' AutoencoderKL of these weights. DataError for tensors that are not one's; named: their file."""
     if any(name.startswith("quantize.") for name in state):
         raise DataError(
             f"{named} is vector quantised; the codec ldm reads KL autoencoders. diffusers' VQModel is read by vae"

@@ -20,8 +20,8 @@ from dit.rng import Draws, Purpose
 class LatentNorm:
     """Per-channel mean and std of latents: `draw` goes to the model's unit variance, `invert` comes back."""
 
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: tuple[float, ...]  # of each channel, in stored units
+    std: tuple[float, ...]  # of each channel, in stored units
 
     def __post_init__(self) -> None:
         if len(self.mean) != len(self.std) or not self.mean:
@@ -32,7 +32,7 @@ class LatentNorm:
             raise ConfigError(f"mean {self.mean} and std {self.std}: expected finite numbers, std above 0")
 
     def draw(self, moments: Tensor, draws: Draws) -> Tensor:
-        """Normalised latents (B, C, H, W) float32 from moments (B, 2, C, H, W), or from (B, 1, C, H, W) as they are.
+        """Draw normalised latents (B, C, H, W) float32 of moments (B, 2, C, H, W), or take (B, 1, C, H, W) as they are.
 
         Two moments are mean and std of a Gaussian posterior, drawn from with draws' POSTERIOR numbers.
         """
@@ -42,7 +42,7 @@ class LatentNorm:
         return (mean - _per_channel(self.mean, mean)) / _per_channel(self.std, mean)
 
     def invert(self, latents: Tensor) -> Tensor:
-        """What the codec decodes, (B, C, H, W) float32, from normalised latents of that shape."""
+        """Return what the codec decodes, (B, C, H, W) float32, of normalised latents of that shape."""
         latents = latents.float()
         return latents * _per_channel(self.std, latents) + _per_channel(self.mean, latents)
 
@@ -61,7 +61,7 @@ def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 
 def codec_norm(identity: Mapping[str, Any]) -> LatentNorm:
-    """The normalisation that a codec brings along, from its identity: (latents - shift_factor) * scaling_factor.
+    """Return the normalisation that a codec brings along in its identity: (latents - shift_factor) * scaling_factor.
 
     DataError for a codec whose config has no scaling_factor.
     """
@@ -79,7 +79,7 @@ def codec_norm(identity: Mapping[str, Any]) -> LatentNorm:
 
 
 def latent_norm(manifest: Manifest, which: Literal["dataset", "codec"] = "dataset") -> LatentNorm:
-    """`dataset`: by the statistics of these latents. `codec`: by the codec's own constant, as official weights want."""
+    """Choose by `dataset`, the statistics of these latents, or `codec`, the codec's own constant (official weights)."""
     if which == "codec":
         return codec_norm(manifest.codec)
     try:

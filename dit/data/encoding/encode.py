@@ -23,7 +23,7 @@ from dit.data.encoding.report import Report, Waiting
 from dit.data.shards.manifest import FILE, Manifest
 from dit.data.shards.write import PLAN
 from dit.data.sources.images import BadImage, ImageSource
-from dit.files import write_atomically
+from dit.files import expand, write_atomically
 
 __all__ = ["EncodeOptions", "Report", "Waiting", "encode"]
 
@@ -58,7 +58,7 @@ def encode(
     while there is nothing else to do. Raises DataError where images cannot be read, latents are not finite or
     `out` or OUT.partial is something else; nothing that looks like a data set is left then, and nothing done is lost.
     """
-    job, out = Job(source, codec, options), Path(out).resolve()
+    job, out = Job(source, codec, options), Path(expand(str(out))).resolve()
     found = _already(job, out)
     if found is not None:
         resumed(len(source))

@@ -43,7 +43,7 @@ class EncodeOptions:
     max_bad: Annotated[int, Field(ge=0)] = 0  # unreadable images to leave out before giving up
     posterior: Literal["moments", "sample"] = "moments"  # keep mean and std, or one draw
     workers: Annotated[int, Field(ge=0)] = 0  # threads that decode images; 0: one a core, 16 at most
-    dtype: Literal["float16", "float32"] = "float16"  # of what is stored
+    dtype: Literal["float16", "float32"] = "float16"  # of the latents or pixels that are stored
     crop: Annotated[Crop, CROPS] = Centre()  # how a square is cut from an image
 
 

@@ -135,7 +135,7 @@ class Books:
     @contextlib.contextmanager
     def run(self) -> Iterator[float]:
         """Be one of the ranks that are at it; since when (Unix time) there always was one."""
-        with (self.folder / RUN).open("a+") as file:
+        with (self.folder / RUN).open("a+", encoding="utf-8") as file:
             if self._lock(file.fileno()):
                 file.truncate(0)
                 file.write(repr(time.time()))

@@ -11,10 +11,11 @@ from dit.data.foreign.index import IndexOptions, UnknownCodec, shard_name
 from dit.data.shards.manifest import FILE, Manifest
 from dit.data.storage.files import AnyStorage
 from dit.data.storage.remote import is_remote
+from dit.files import expand
 
 
 def refuse_encoded(shards: list[str]) -> None:
-    """DataError for shards of a data set that tools/encode.py wrote, which has a manifest."""
+    """Raise DataError for shards of a data set that tools/encode.py wrote, which has a manifest."""
     for folder in dict.fromkeys(os.path.dirname(shard) for shard in shards if not is_remote(shard)):
         if not os.path.isfile(os.path.join(folder, FILE)):
             continue
@@ -27,11 +28,11 @@ def refuse_encoded(shards: list[str]) -> None:
 def already(
     shards: list[str], out: str | os.PathLike[str], codec: Codec | UnknownCodec, options: IndexOptions
 ) -> Manifest | None:
-    """The index in the folder `out` of these shards with these options, judged by names, bytes and options; or None.
+    """Return the index of these shards with these options in the folder `out`, or None; judged by names and bytes.
 
     Raises DataError where there is another one.
     """
-    folder = Path(out).resolve()
+    folder = Path(expand(str(out))).resolve()
     if not (folder / FILE).exists():
         return None
     found, storage = Manifest.load(folder), AnyStorage(str(folder))

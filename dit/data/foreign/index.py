@@ -24,12 +24,21 @@ from dit.data.codecs.autoencoders import unknown_vae
 from dit.data.codecs.base import Codec
 from dit.data.codecs.codec import parse_codec
 from dit.data.foreign.reader import ARRAYS, json_label, read_array, split_path
-from dit.data.foreign.tape import MAX_LABEL, MAX_SAMPLE, Beginning, Indexed, Layout, ShardIndexer, groups
+from dit.data.foreign.tape import (
+    MAX_LABEL,
+    MAX_SAMPLE,
+    Beginning,
+    Indexed,
+    SampleFormat,
+    ShardIndexer,
+    groups,
+)
 from dit.data.shards.manifest import FILE, ITEMSIZE, MAX_BLOCK_BYTES, Block, Foreign, Manifest, Names, Shard
 from dit.data.shards.write import ChannelStats, write_names
 from dit.data.sources.source import listing
 from dit.data.sources.tarwalk import Member
 from dit.data.storage.remote import advised, is_remote, public
+from dit.files import expand
 
 
 @config
@@ -43,17 +52,19 @@ class IndexOptions:
     codec's factor by default. block: samples a block at most. threads: shards at a time.
     """
 
+    # latents (C, H, W), or moments (2C, H, W) or (2, C, H, W)
     array: Literal["latents", "moments"] = "latents"
-    spread: Literal["std", "logvar"] = "std"
-    extension: str | None = None
-    flipped: str | None = None
+    spread: Literal["std", "logvar"] = "std"  # what the second half of moments is
+    extension: str | None = None  # of the members that hold arrays; null = as in the first sample
+    flipped: str | None = None  # extension of the flipped view; null = there is none
+    # how labels are stored; auto = as in the first sample
     label: Literal["auto", "cls", "json", "none"] = "auto"
-    scale: float = 1.0
-    dtype: Literal["float16", "float32"] = "float16"
-    classes: tuple[str, ...] | None = None
-    image_size: int | None = None
-    block: int = 256
-    threads: int = 4
+    scale: float = 1.0  # stored = latents * scale
+    dtype: Literal["float16", "float32"] = "float16"  # of the samples when they are read
+    classes: tuple[str, ...] | None = None  # their names; null = the numbers that are found
+    image_size: int | None = None  # pixels a side; null = the latents' times the codec's factor
+    block: int = 256  # samples a block at most
+    threads: int = 4  # shards that are read at a time
 
     def __post_init__(self) -> None:
         for name in ("block", "threads"):
@@ -83,7 +94,7 @@ class UnknownCodec:
 
 
 def codec_of(name: str, keys: Mapping[str, str], scale: float = 1.0) -> Codec | UnknownCodec:
-    """The codec that made latents: one of CODECS, or "unknown", whose scaling_factor is `scale` by default."""
+    """Build the codec that made latents: one of CODECS, or "unknown", whose scaling_factor is `scale` by default."""
     if name != "unknown":
         return parse_codec({"name": name}, keys).build("cpu")
     known = {} if scale == 1.0 else {"scaling_factor": scale}
@@ -93,8 +104,8 @@ def codec_of(name: str, keys: Mapping[str, str], scale: float = 1.0) -> Codec | 
 # --- how samples are stored ----------------------------------------------------------------------------------
 
 
-def probe(location: str, options: IndexOptions, channels: int) -> Layout:
-    """How the samples are stored, from a shard's first one. Raises DataError where that is not clear."""
+def probe(location: str, options: IndexOptions, channels: int) -> SampleFormat:
+    """Find out how samples are stored, from a shard's first one. Raises DataError where that is not clear."""
     file = Beginning(location)
     key, members = _first_sample(file, options)
     where = f"{public(location)}: the sample {key!r}"
@@ -123,7 +134,7 @@ def probe(location: str, options: IndexOptions, channels: int) -> Layout:
     most = MAX_BLOCK_BYTES // (math.prod(whole) * ITEMSIZE[options.dtype])
     no_labels = options.label == "auto" and label == "none"
     block = max(1, min(options.block, most))
-    return Layout(from_dict(Foreign, values), whole, options.dtype, block, no_labels)
+    return SampleFormat(from_dict(Foreign, values), whole, options.dtype, block, no_labels)
 
 
 def _first_sample(file: Beginning, options: IndexOptions) -> tuple[str, dict[str, Member]]:
@@ -151,7 +162,7 @@ def _found_label(where: str, file: Beginning, members: dict[str, Member]) -> str
 
 
 def codec_shape(array: Literal["latents", "moments"], stored: tuple[int, ...]) -> tuple[int, ...]:
-    """(C, H, W), or (2, C, H, W) of moments, for one stored array. ValueError for a shape that is neither."""
+    """Return (C, H, W), or (2, C, H, W) of moments, for one stored array. ValueError for a shape that is neither."""
     inner = stored[1:] if len(stored) > 3 and stored[0] == 1 else stored
     if array == "latents" and len(inner) == 3:
         return inner
@@ -177,7 +188,7 @@ def index(
 
     codec: that made the latents. progress: called with the number of bytes read since the last call.
     """
-    folder = Path(out).resolve()
+    folder = Path(expand(str(out))).resolve()
     if (folder / FILE).exists():
         raise DataError(f"{folder / FILE} exists already: remove it or choose another folder")
     if options.array == "moments" and not codec.has_posterior:
@@ -213,7 +224,7 @@ def _without_class(found: list[Indexed], labels: np.ndarray, classes: int) -> st
 
 def _manifest(
     found: list[Indexed],
-    layout: Layout,
+    layout: SampleFormat,
     codec: Codec | UnknownCodec,
     options: IndexOptions,
     classes: tuple[str, ...],
@@ -252,7 +263,9 @@ def _manifest(
     )
 
 
-def _all(shards: list[str], layout: Layout, threads: int, progress: Callable[[int], object]) -> list[Indexed]:
+def _all(
+    shards: list[str], layout: SampleFormat, threads: int, progress: Callable[[int], object]
+) -> list[Indexed]:
     """Every shard, in order. The first fault ends all."""
 
     def one(location: str) -> Indexed:
@@ -288,7 +301,7 @@ def _refuse_twice(found: list[Indexed]) -> None:
 
 
 def shard_name(location: str, folder: Path) -> str:
-    """A shard's name: inside the folder of the manifest a relative one, so that both can be moved together."""
+    """Name a shard: relative to the manifest's folder where it lies inside, so that both can be moved together."""
     if is_remote(location) or not Path(location).is_relative_to(folder):
         return location
     return str(Path(location).relative_to(folder))

@@ -37,8 +37,8 @@ class Place(NamedTuple):
     size: int
 
 
-def places(data: bytes | bytearray) -> Iterator[Place]:
-    """The files in bytes of a tar that were walked by tarwalk.py once, and have not changed since.
+def places(data: bytes | bytearray | memoryview) -> Iterator[Place]:
+    """List the files in bytes of a tar that were walked by tarwalk.py once, and have not changed since.
 
     Takes a few microseconds a member, with none of the walk's checks. Raises ValueError where the bytes are of
     something else.
@@ -48,7 +48,8 @@ def places(data: bytes | bytearray) -> Iterator[Place]:
         start = at + TAR_BLOCK
         if start > len(data):
             raise ValueError(f"breaks off at byte {at}")
-        kind, length = data[at + 156], int(data[at + 124 : at + 136].strip(b" \0") or b"0", 8)
+        header = bytes(data[at:start])
+        kind, length = header[156], int(header[124:136].strip(b" \0") or b"0", 8)
         if kind in EXTENDED:
             said = bytes(data[start : start + length])
             path, size = (said.split(b"\0")[0], size) if kind == LONG_NAME else _pax(said, path, size)
@@ -56,18 +57,17 @@ def places(data: bytes | bytearray) -> Iterator[Place]:
             length = length if size < 0 else size
             if start + length > len(data):
                 raise ValueError(f"a member of {length} bytes at byte {at} goes past the end")
-            yield Place((path or _path(data, at)).removeprefix(b"./"), start, length)
+            yield Place((path or _path(header)).removeprefix(b"./"), start, length)
         if kind not in EXTENSIONS:
             path, size = b"", -1
         at = start + length + -length % TAR_BLOCK
 
 
-def _path(data: bytes | bytearray, at: int) -> bytes:
-    """The path in the header at a byte; the long ones of ustar have their first part elsewhere."""
-    end = data.find(0, at, at + 100)
-    name = bytes(data[at : end if end >= 0 else at + 100])
-    if data[at + 345] and data[at + 257 : at + 263] == b"ustar\0":
-        return bytes(data[at + 345 : at + 500]).split(b"\0")[0] + b"/" + name
+def _path(header: bytes) -> bytes:
+    """Return the path in a header; the long ones of ustar have their first part elsewhere."""
+    name = header[:100].split(b"\0")[0]
+    if header[345] and header[257:263] == b"ustar\0":
+        return header[345:500].split(b"\0")[0] + b"/" + name
     return name
 
 
@@ -84,7 +84,7 @@ def _pax(said: bytes, path: bytes, size: int) -> tuple[bytes, int]:
 
 
 def split_path(path: bytes) -> tuple[bytes, str]:
-    """(key, extension) as the webdataset library has them: the key ends at the first dot of the last part."""
+    """Return (key, extension) as the webdataset library has them: the key ends at the first dot of the last part."""
     dot = path.find(b".", path.rfind(b"/") + 1)
     if dot < 0:
         return path, ""
@@ -92,7 +92,7 @@ def split_path(path: bytes) -> tuple[bytes, str]:
 
 
 class MemberError(ValueError):
-    """What is wrong with a sample. offset: of the header of the member at fault, in the bytes that it was read from."""
+    """Says what is wrong with a sample. offset: of the member's header, in the bytes that it was read from."""
 
     def __init__(self, place: Place, text: str):
         self.offset = place.offset - TAR_BLOCK
@@ -107,7 +107,7 @@ class Sample(NamedTuple):
 
 
 def samples_in(found: Iterator[Place], wanted: frozenset[str]) -> Iterator[Sample]:
-    """Members grouped by key, of each group those of the wanted extensions; groups without any are left out."""
+    """Group members by key, of each group those of the wanted extensions; groups without any are left out."""
     key, members = b"", dict[str, Place]()
     for place in found:
         own, extension = split_path(place.path)
@@ -152,7 +152,7 @@ ARRAYS: dict[str, Callable[[memoryview], tuple[str, np.ndarray]]] = {"npy": _npy
 
 
 def read_array(extension: str, data: memoryview) -> tuple[str, np.ndarray]:
-    """(type, array) of a member. Raises ValueError; never unpickles anything but tensors."""
+    """Read (type, array) of a member. Raises ValueError; never unpickles anything but tensors."""
     dtype, array = ARRAYS[extension.rpartition(".")[2]](data)
     if dtype not in DTYPES:
         raise ValueError(f"{dtype}, expected one of {', '.join(DTYPES)}")
@@ -166,7 +166,7 @@ def _cls(data: bytes) -> int:
 
 
 def json_label(data: bytes) -> Any:
-    """What an object has under "label", None without one. Raises ValueError for what is no JSON."""
+    """Return what an object has under "label", None without one. Raises ValueError for what is no JSON."""
     try:
         values = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -187,7 +187,7 @@ LABELS: dict[str, Callable[[bytes], int]] = {"cls": _cls, "json": _json}
 
 
 def to_codec(foreign: Foreign, raw: np.ndarray, out: np.ndarray) -> None:
-    """Stored arrays (n, *foreign.shape) to the codec's: out (n, 2, C, H, W), mean and std, or (n, C, H, W).
+    """Turn stored arrays (n, *foreign.shape) into the codec's: out (n, 2, C, H, W), mean and std, or (n, C, H, W).
 
     Stored latents (or means and standard deviations) are the codec's times foreign.scale; log variances are of the
     posterior as the codec gives it, and the scale is of its mean and std (Rombach et al., arXiv 2112.10752).
@@ -206,12 +206,14 @@ def to_codec(foreign: Foreign, raw: np.ndarray, out: np.ndarray) -> None:
 
 
 def wanted(foreign: Foreign) -> frozenset[str]:
-    """Extensions of the members that are read."""
+    """Return the extensions of the members that are read."""
     return frozenset(e for e in (foreign.array, foreign.flipped, foreign.label) if e is not None)
 
 
-def decode(foreign: Foreign, samples: list[Sample], data: bytearray, out: np.ndarray) -> np.ndarray:
-    """The samples in `data`: their arrays in `out`, (n, *manifest.shape), and labels, (n,) int64.
+def decode(
+    foreign: Foreign, samples: list[Sample], data: bytearray | memoryview, out: np.ndarray
+) -> np.ndarray:
+    """Decode the samples in `data`: arrays to `out`, (n, *manifest.shape); returns labels, (n,) int64.
 
     Raises MemberError naming the sample that is not as `foreign` says.
     """
@@ -281,30 +283,28 @@ class SampleReader(BlockReader):
         self.foreign, self.wanted = manifest.foreign, wanted(manifest.foreign)
 
     def open_storage(self, root: str) -> Storage:
-        """Shards lie in their manifest's folder or anywhere else."""
+        """Open what holds shards in their manifest's folder or anywhere else."""
         return AnyStorage(root)
 
-    def read_into(self, index: int, *rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def parse(self, index: int, record: memoryview) -> dict[str, np.ndarray]:
         """See the parent. The label is -1 everywhere in a data set without; the id is the place in the data set."""
-        block = self.manifest.blocks[index]
-        data = bytearray(block.bytes)
-        self.receive(index, [memoryview(data)])
-        try:
-            samples = list(samples_in(places(data), self.wanted))
-            if len(samples) != block.samples:
-                raise ValueError(f"{len(samples)} samples, the manifest says {block.samples}")
-            labels = decode(self.foreign, samples, data, rows[0])
-        except ValueError as error:
-            raise self.fault(index, f"not what the manifest describes: {error}") from None
-        self.check_labels(index, labels)
-        first = self.manifest.first_id(index)
-        return labels, np.arange(first, first + block.samples, dtype=np.uint64)
+        count, first = self.manifest.blocks[index].samples, self.manifest.first_id(index)
+        samples = list(samples_in(places(record), self.wanted))
+        if len(samples) != count:
+            raise ValueError(f"{len(samples)} samples, the manifest says {count}")
+        arrays = np.empty((count, *self.manifest.shape), self.manifest.dtype)
+        labels = decode(self.foreign, samples, record, arrays)
+        return {
+            self.manifest.array: arrays,
+            "label": labels,
+            "id": np.arange(first, first + count, dtype=np.uint64),
+        }
 
     def keys(self, record: bytes) -> list[str]:
-        """The keys of the samples in a block's bytes."""
+        """Return the keys of the samples in a block's bytes."""
         return [_name(s) for s in samples_in(places(record), self.wanted)]
 
     def expected_keys(self, index: int, names: list[str]) -> list[str]:
-        """The keys that the names file has for them."""
+        """Return the keys that the names file has for them."""
         first = self.manifest.first_id(index)
         return names[first : first + self.manifest.blocks[index].samples]

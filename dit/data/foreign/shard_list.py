@@ -9,15 +9,19 @@ from dit.data import DataError
 from dit.data.sources.source import expand_range, files_of, listing
 from dit.data.storage.files import AnyStorage
 from dit.data.storage.remote import advised, is_remote, public
+from dit.files import expand, read_text
 
 
 def find_shards(spec: str) -> list[str]:
-    """Whole paths and URLs of shards, in order: of one tar, a folder of tars, a pattern (shards/*.tar), a brace range
-    (shards/{000..099}.tar, also in URLs), or a text file with one of these a line. DataError where there are none.
+    """Find whole paths and URLs of shards, in order. DataError where there are none.
+
+    spec: one tar, a folder of tars, a pattern (shards/*.tar), a brace range (shards/{000..099}.tar, also in URLs), or a
+    text file with one of these a line.
     """
-    path = Path(spec).expanduser()
+    spec = expand(spec)
+    path = Path(spec)
     if not is_remote(spec) and path.suffix == ".txt":
-        lines = [line.strip() for line in path.read_text().splitlines()]
+        lines = [line.strip() for line in read_text(path).splitlines()]
         found = [s for line in lines if line and line[0] != "#" for s in _expand(line, path.parent)]
     else:
         found = _expand(spec, Path())
@@ -30,7 +34,7 @@ def find_shards(spec: str) -> list[str]:
 def _expand(spec: str, base: Path) -> list[str]:
     if is_remote(spec):
         return expand_range(spec)
-    path = base / Path(spec).expanduser()
+    path = base / expand(spec)
     paths = files_of(str(path), ".tar")
     if not paths:
         raise DataError(f"{path}: no tar there; expected a .tar, a folder of them, a pattern or a range")
@@ -38,7 +42,7 @@ def _expand(spec: str, base: Path) -> list[str]:
 
 
 def total_bytes(shards: list[str]) -> int:
-    """Bytes of all shards. DataError for one that is not there."""
+    """Sum the bytes of all shards. DataError for one that is not there."""
     storage, total = AnyStorage(""), 0
     for shard in shards:
         try:

@@ -61,7 +61,7 @@ class Beginning:
         return piece
 
     def member(self, member: Member, most: int) -> bytes:
-        """A member's data. ValueError for one of more than `most` bytes."""
+        """Read a member's data. ValueError for one of more than `most` bytes."""
         if member.size > most:
             raise ValueError(f"{member.size} bytes, expected at most {most}")
         self.seek(member.offset)
@@ -70,7 +70,7 @@ class Beginning:
     def _hold(self, start: int, stop: int) -> None:
         if start < self._base or stop > self._base + len(self._held):
             self._base, self._held = start, bytearray(max(stop - start, min(CHUNK, self.size - start)))
-            self.storage.read(self.name, start, [memoryview(self._held)])
+            self.storage.read(self.name, start, memoryview(self._held))
 
 
 class Tape(Beginning):
@@ -81,7 +81,7 @@ class Tape(Beginning):
         self.sha256, self._progress = hashlib.sha256(), progress
 
     def take(self, start: int, stop: int) -> bytearray:
-        """These bytes; all before `stop` are forgotten."""
+        """Return these bytes; all before `stop` are forgotten."""
         self._hold(start, stop)
         piece = self._held[start - self._base : stop - self._base]
         del self._held[: stop - self._base]
@@ -91,7 +91,7 @@ class Tape(Beginning):
     def _hold(self, start: int, stop: int) -> None:
         while (end := self._base + len(self._held)) < stop:
             chunk = bytearray(min(CHUNK, self.size - end))
-            self.storage.read(self.name, end, [memoryview(chunk)])
+            self.storage.read(self.name, end, memoryview(chunk))
             self.sha256.update(chunk)
             self._held += chunk
             self._progress(len(chunk))
@@ -111,7 +111,7 @@ class Indexed:
 
 
 @dataclass(frozen=True)
-class Layout:
+class SampleFormat:
     """How samples are stored, and what they become: arrays of `shape` and `dtype`, `block` of them at a time.
 
     no_labels: that there are none was not said, but seen in the first sample: then no other may have one.
@@ -127,7 +127,7 @@ class Layout:
 class ShardIndexer:
     """Indexes one shard."""
 
-    def __init__(self, location: str, layout: Layout, progress: Callable[[int], object]):
+    def __init__(self, location: str, layout: SampleFormat, progress: Callable[[int], object]):
         self.layout, self.found = layout, Indexed(location)
         self.wanted = wanted(layout.foreign)
         self.tape = Tape(location, progress)
@@ -214,7 +214,7 @@ class ShardIndexer:
 
 
 def groups(tape: Beginning, location: str) -> Iterator[tuple[str, Iterator[Member]]]:
-    """The members of a tar by the key that those next to each other share."""
+    """Group the members of a tar by the key that those next to each other share."""
     return groupby(
         walk(cast(BinaryIO, tape), public(location)), lambda m: split_path(m.path.encode())[0].decode()
     )

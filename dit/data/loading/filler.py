@@ -1,12 +1,13 @@
-"""Filling the batches to come: each block is read once, its samples straight to their places in the batches.
+"""Filling the batches to come: each block is read once, whole, and its rows are copied to their places in them.
 
-A read scatters a block's rows over the batches of the steps that its window reaches into, so a sample is copied
-once on its way from the file (or the page cache) to the batch.
+A thread reads a block to memory of its own, which stays in the processor's cache, and copies its rows to the batches
+of the steps that its window reaches into.
 """
 
 from __future__ import annotations
 
 import math
+import threading
 from collections import defaultdict, deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,8 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dit.data.loading.batches import Coming, Rows
-from dit.data.loading.memory import Memory
+from dit.data.loading.batches import BatchRing, Rows
 from dit.data.loading.order import Order, Window
 from dit.data.loading.quarantine import Quarantine
 from dit.data.shards.blocks import BlockError, BlockReader
@@ -58,7 +58,7 @@ class Source:
         return min(-(-samples // order.per_lane(last)), order.steps_per_epoch) + 1
 
     def lanes(self, first: int, last: int) -> list[Lane]:
-        """Its lanes that slots [first, last) of the global batch lie in."""
+        """Return its lanes that slots [first, last) of the global batch lie in."""
         found = []
         for index in range(self.order.lanes):
             start = self.offset + self.order.slots[index]
@@ -101,7 +101,7 @@ class Filler:
         quarantine: Quarantine,
     ):
         self.sources, self.seed, self.global_batch = sources, seed, global_batch
-        self._memory = Memory(pin)
+        self._pin, self._local = pin, threading.local()
         self.slots = torch.arange(*slots)
         self.quarantine = quarantine
         self.lanes = [lane for source in sources for lane in source.lanes(*slots)]
@@ -115,7 +115,7 @@ class Filler:
         self.forget()
 
     def depth(self, ahead: int) -> int:
-        """Steps of which something may be in memory at once, `ahead` steps being covered after the asked one."""
+        """Count the steps of which something may be in memory at once, with `ahead` covered after the asked one."""
         return ahead + 2 + max(source.window_steps for source in self.sources)
 
     @property
@@ -132,7 +132,7 @@ class Filler:
             lane.opened.clear()
         self._step: int | None = None  # the only one that may come next
         self._made = -1  # last step that there is room for
-        self._coming = Coming(self._big, len(self.slots), self.depth(self._ahead), self._memory)
+        self._ring = BatchRing(self._big, len(self.slots), self.depth(self._ahead))
         # positions of each lane: where its first window ends, where its last does, up to where it has been read
         self._leave, self._reach, self._ready = (np.full(len(self.lanes), -1) for _ in range(3))
 
@@ -166,11 +166,8 @@ class Filler:
         reads: Reads = []
         window = order.window_at(lane.index, start)
         lane.opened.append((window, reads))
-        n, k = window.stop - window.start, order.per_lane(lane.index)
-        # by block and row; with its place below it each key is unique, and sorts faster than pairs do
-        places = (window.block * order.most + window.row) * n + np.arange(n)
-        places.sort()
-        places %= n
+        k = order.per_lane(lane.index)
+        places = np.argsort(window.block, kind="stable")
         step, slot = np.divmod(places + window.start, k)
         if lane.high - lane.low < k or window.start < now * k:  # only some of it
             mine = (slot >= lane.low) & (slot < lane.high) & (step >= now)
@@ -186,11 +183,11 @@ class Filler:
         """Make room for the steps that are reached, and read: a block that several windows need once."""
         last = max((int(rows.step.max()) for parts in wanted.values() for rows, _ in parts), default=-1)
         for step in range(max(now, self._made + 1), last + 1):
-            self._coming.add(step, self._views(step))
+            self._ring.add(step, self._views(step))
             self._made = step
         for (number, _, block), parts in wanted.items():
             rows = Rows.of([rows for rows, _ in parts])
-            read = self._pool.submit(self._fill, self._coming, self.sources[number], block, rows)
+            read = self._pool.submit(self._fill, self._ring, self.sources[number], block, rows)
             for _, reads in parts:
                 reads.append(read)
 
@@ -208,28 +205,29 @@ class Filler:
 
     # --- reading -------------------------------------------------------------------------------------------
 
-    def _fill(self, coming: Coming, source: Source, block: int, rows: Rows) -> None:
-        """Read a block to where its rows belong. Runs in a thread of the pool."""
+    def _fill(self, ring: BatchRing, source: Source, block: int, rows: Rows) -> None:
+        """Read a block and copy its rows to where they belong. Runs in a thread of the pool."""
         if self.quarantine.holds(source.number, block):
-            coming.blank(rows)
+            ring.blank(rows)
             return
-        reader, samples = source.reader, source.reader.manifest.blocks[block].samples
-        views = {name: source.views if name == reader.manifest.array else 1 for name in reader.big}
         try:
-            bodies = [coming.body(name, rows, samples, n) for name, n in views.items()]
-            label, identity = reader.scatter(block, bodies)
-            if label.max() >= len(source.label_of) - 1 or label.min() < -1:
-                raise reader.fault(block, f"labels from {label.min()} to {label.max()}: no such classes")
+            arrays = source.reader.read(block, self._buffer(source.reader.manifest.blocks[block].bytes))
         except BlockError as error:
             self.quarantine.add(source.number, block, error)
-            coming.blank(rows)
+            ring.blank(rows)
             return
-        at = rows.step % coming.depth
-        coming.label[at, rows.slot] = source.label_of[label[rows.row]]
-        coming.id[at, rows.slot] = identity[rows.row].astype(np.int64) + source.first_id
+        identity = arrays["id"].astype(np.int64) + source.first_id
+        ring.put(rows, arrays, source.label_of[arrays["label"]], identity)
 
-    def take(self, step: int) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
-        """The big and the small arrays of the covered step `step`, once they are filled. Each step once."""
+    def _buffer(self, size: int) -> memoryview:
+        """This thread's memory for blocks, of at least `size` bytes."""
+        held: memoryview | None = getattr(self._local, "buffer", None)
+        if held is None or len(held) < size:
+            held = self._local.buffer = memoryview(bytearray(size))
+        return held
+
+    def take(self, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the big and the small arrays of a covered step, once they are filled. Each step once."""
         needed = step * self._k + self._high
         for i in np.flatnonzero(self._ready < needed).tolist():
             for window, reads in self.lanes[i].opened:
@@ -238,11 +236,11 @@ class Filler:
                         read.result()
                     self._ready[i] = window.stop
         self._step = step + 1
-        return self._coming.pop(step)
+        return self._ring.take(step, self._pin)
 
 
-def _big(reader: BlockReader) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def _big(reader: BlockReader) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Shape and type of a sample's big arrays in a batch: one view of it, moments first; noise without these."""
     one = reader.manifest.shape[1:]
     shapes = dict.fromkeys(reader.big, one) | ({"latents": (1, *one)} if "latents" in reader.big else {})
-    return {name: (shapes[name], torch.from_numpy(np.empty(0, t)).dtype) for name, t in reader.big.items()}
+    return {name: (shapes[name], dtype) for name, dtype in reader.big.items()}

@@ -30,7 +30,7 @@ class Mixing:
 
 
 def mixing(order: Order, epoch: int = 0) -> Mixing:
-    """Measured over an epoch."""
+    """Measure how well an epoch mixes."""
     distance = neighbour_steps(order, epoch)
     low, middle, high = np.quantile(distance, [0.25, 0.5, 0.75]) if len(distance) else np.zeros(3)
     steps = order.steps_per_epoch
@@ -39,7 +39,7 @@ def mixing(order: Order, epoch: int = 0) -> Mixing:
 
 
 def neighbour_steps(order: Order, epoch: int = 0) -> np.ndarray:
-    """(M,) steps between samples in consecutive rows of a block, over the pairs of which none is left out."""
+    """Return (M,) steps between samples in consecutive rows of a block, over the pairs of which none is left out."""
     ends = np.concatenate([[0], np.cumsum(order.sizes)])
     step = np.full(order.samples, -1)
     for lane in range(order.lanes):

@@ -33,7 +33,7 @@ class Mixture:
 
     @classmethod
     def of(cls, manifest: Manifest) -> Mixture:
-        """One data set alone."""
+        """Make a mixture of one data set alone."""
         return cls(((manifest, 1.0),))
 
     @classmethod
@@ -52,7 +52,7 @@ class Mixture:
         return mixture
 
     def check(self) -> None:
-        """DataError where the data sets hold different kinds of latents."""
+        """Raise DataError where the data sets hold different kinds of latents."""
         first = self.parts[0][0]
         for other, _ in self.parts[1:]:
             for name in ("codec", "array", "dtype", "channels", "input_size", "eps", "image_size"):
@@ -70,7 +70,7 @@ class Mixture:
                 )
 
     def shares(self, global_batch: int) -> list[tuple[Manifest, int]]:
-        """Each data set with its slots of a global batch: the fractions, rounded by largest remainders."""
+        """Return each data set with its slots of a global batch: the fractions, rounded by largest remainders."""
         exact = np.array([fraction * global_batch for _, fraction in self.parts])
         counts = np.floor(exact + 1e-9).astype(int)
         counts[np.argsort(counts - exact, kind="stable")[: global_batch - counts.sum()]] += 1
@@ -88,13 +88,13 @@ class Mixture:
         return tuple(dict.fromkeys(name for manifest, _ in self.parts for name in manifest.classes))
 
     def label_of(self, manifest: Manifest) -> np.ndarray:
-        """The mixture's label of each class of one of its data sets, (classes,) int64: the one of the same name."""
+        """Return the mixture's label of each class of one of its data sets, (classes,) int64: that of the same name."""
         place = {name: i for i, name in enumerate(self.classes)}
         return np.array([place[name] for name in manifest.classes], np.int64)
 
     @cached_property
     def manifest(self) -> Manifest:
-        """What the mixture is, as if it were one data set: all but the blocks. The same for a set alone.
+        """The mixture as if it were one data set, without blocks; of a set alone that set's own manifest.
 
         mean and std are those of a sample of a batch: E[mean] and Var by the law of total variance.
         """
@@ -102,9 +102,8 @@ class Mixture:
             return self.parts[0][0]
         manifests = [m for m, _ in self.parts]
         fraction = np.array([f for _, f in self.parts])[:, None]
-        mean, std = (
-            np.array([getattr(m, name) for m in manifests]) for name in ("mean", "std")
-        )  # (parts, C)
+        # (parts, C) each
+        mean, std = (np.array([getattr(m, name) for m in manifests]) for name in ("mean", "std"))
         center = (fraction * mean).sum(0)
         spread = np.sqrt((fraction * (std**2 + (mean - center) ** 2)).sum(0))
         counts = np.zeros(len(self.classes), np.int64)

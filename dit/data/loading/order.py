@@ -25,7 +25,7 @@ _KEY_CHUNK = 4096  # sort keys are made this many at a time: one call costs the 
 
 
 def lane_slots(global_batch: int, lanes: int) -> list[int]:
-    """Where each lane's slots begin in the global batch, and where the last one's end.
+    """Return where each lane's slots begin in the global batch, and where the last one's end.
 
     As many lanes as there are slots at most; their sizes differ by one slot at most, the larger ones first.
     """
@@ -35,7 +35,7 @@ def lane_slots(global_batch: int, lanes: int) -> list[int]:
 
 
 def rank_slots(global_batch: int, rank: int, size: int) -> tuple[int, int]:
-    """The slots [first, last) of the global batch that are a rank's."""
+    """Return the slots [first, last) of the global batch that are a rank's."""
     if not 0 <= rank < size:
         raise ConfigError(f"rank {rank} of {size} ranks does not exist")
     if global_batch % size:
@@ -84,19 +84,19 @@ class Order:
         self._keys: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
 
     def epoch(self, step: int) -> int:
-        """The epoch a step belongs to."""
+        """Return the epoch that a step belongs to."""
         return step // self.steps_per_epoch
 
     def per_lane(self, lane: int) -> int:
-        """Slots of a step that a lane fills."""
+        """Count the slots of a step that a lane fills."""
         return self.slots[lane + 1] - self.slots[lane]
 
     def lane_length(self, lane: int) -> int:
-        """Samples of a lane in an epoch."""
+        """Count the samples of a lane in an epoch."""
         return self.steps_per_epoch * self.per_lane(lane)
 
     def locate(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """(block, row) of every slot of a step, (B,) int64 each."""
+        """Return (block, row) of every slot of a step, (B,) int64 each."""
         found = [
             self._take(lane, step * self.per_lane(lane), (step + 1) * self.per_lane(lane))
             for lane in range(self.lanes)
@@ -115,7 +115,7 @@ class Order:
         return np.concatenate(blocks), np.concatenate(rows)
 
     def window_at(self, lane: int, position: int) -> Window:
-        """The window that holds a lane's position; positions count on through the epochs."""
+        """Return the window that holds a lane's position; positions count on through the epochs."""
         epoch, inside = divmod(position, self.lane_length(lane))
         order, ends, shift = self._blocks(epoch)
         low, high = (self.steps_per_epoch * slot for slot in self.slots[lane : lane + 2])  # its stretch
@@ -150,10 +150,9 @@ class Order:
         """
 
         def chunk(number: int) -> np.ndarray:
+            """Numbers in [0, 2^32)."""
             slots = torch.arange(number * _KEY_CHUNK // 4, (number + 1) * _KEY_CHUNK // 4)
-            return (
-                Draws(self.seed, epoch, slots, 1).bits(Purpose.SAMPLES, 4).flatten().numpy()
-            )  # in [0, 2^32)
+            return Draws(self.seed, epoch, slots, 1).bits(Purpose.SAMPLES, 4).flatten().numpy()
 
         first, last = start // _KEY_CHUNK, (stop - 1) // _KEY_CHUNK
         parts = [

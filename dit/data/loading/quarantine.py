@@ -33,7 +33,7 @@ class Quarantine:
             self.reasons[data_set, block] = str(error)
 
     def load(self, reasons: Mapping[tuple[int, int], str]) -> None:
-        """Blocks that another rank found broken, or a checkpoint says are: they stay so, whatever files hold now."""
+        """Take over blocks that another rank or a checkpoint says are broken: they stay so, whatever files hold now."""
         with self._lock:
             self.reasons = {**reasons, **self.reasons}
 

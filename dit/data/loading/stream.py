@@ -13,12 +13,11 @@ import contextlib
 import itertools
 import queue
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from dit.data.loading.filler import Filler, Source
@@ -56,15 +55,6 @@ class Batch:
     def whole(self) -> bool:
         """Whether no sample is missing. Of a batch on the CPU."""
         return self.valid is None or bool(self.valid.all())
-
-    def to(self, device: torch.device | str) -> Batch:
-        """The same batch on a device (not waiting for the copy where the memory is pinned)."""
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("moments", "label", "id", "view", "slots", "eps", "valid")
-            if getattr(self, name) is not None
-        }
-        return replace(self, **moved)
 
 
 class Stream:
@@ -134,7 +124,7 @@ class Stream:
         return sum(source.reader.reads for source in self.sources)
 
     def memory_bytes(self, ahead: int = 0) -> int:
-        """What the batches that are being filled take at most: steps a window reaches into x samples a step."""
+        """Return what the batches that are being filled take: steps that a window reaches into x samples a step."""
         return self._filler.depth(ahead) * len(self.slots) * self._filler.row_bytes
 
     def forget(self) -> None:
@@ -149,7 +139,7 @@ class Stream:
     # --- one batch -----------------------------------------------------------------------------------------
 
     def batch(self, step: int, ahead: int = 0) -> Batch:
-        """The batch of any step. ahead: steps after it whose blocks begin to be read meanwhile."""
+        """Return the batch of any step. ahead: steps after it whose blocks begin to be read meanwhile."""
         with self._lock:
             try:
                 self._filler.cover(step, ahead)
@@ -159,13 +149,14 @@ class Stream:
                 raise
         eps = big.pop("eps", None)
         (moments,) = big.values()
-        label, identity, view, valid = (torch.from_numpy(small[n]) for n in ("label", "id", "view", "valid"))
-        return Batch(moments, label, identity, view, self.slots, step, eps, valid)
+        return Batch(
+            moments, small["label"], small["id"], small["view"], self.slots, step, eps, small["valid"]
+        )
 
     # --- many batches --------------------------------------------------------------------------------------
 
-    def iterate(self, start_step: int, stop_step: int | None = None, prefetch: int = 4) -> Iterator[Batch]:
-        """Batches from `start_step` on, without end or up to `stop_step`, made by a thread up to `prefetch` ahead.
+    def iterate(self, start_step: int, stop_step: int | None = None, prefetch: int = 4) -> Generator[Batch]:
+        """Yield batches from `start_step` on, endless or up to `stop_step`, made by a thread up to `prefetch` ahead.
 
         An error in the thread is raised here, after the batches before it. Closing the iterator ends the thread.
         """

@@ -10,7 +10,7 @@ PARTIAL = ".partial"  # what follows the name of a data set whose encode has not
 
 
 def absent(root: str, file: str) -> str:
-    """Of a folder or URL without this file, its manifest."""
+    """Explain a folder or URL without this file, its manifest."""
     shown = public(root)
     if os.path.isfile(root) or root.endswith(".tar"):
         return f"{shown}: is a file of a data set; give the folder: {public(os.path.dirname(root)) or '.'}"

@@ -25,22 +25,21 @@ class Reading:
         self.storage, self.progress = storage, progress
         self.hashes: dict[str, hashlib._Hash] = {}
         self.at: Counter[str] = Counter()
-        self.first: dict[str, memoryview] = {}  # of the buffers last filled
+        self.last: dict[str, memoryview] = {}  # what was read last of each file
         self.fault: DataError | None = None  # of the storage, and not of a file
 
-    def read(self, name: str, offset: int, buffers: list[memoryview]) -> State:
-        state = self._asked(lambda: self.storage.read(name, offset, buffers))
+    def read(self, name: str, offset: int, buffer: memoryview) -> State:
+        state = self._asked(lambda: self.storage.read(name, offset, buffer))
         if offset == self.at[name]:
-            for buffer in buffers:
-                self._passed(name, buffer)
-        self.first[name] = buffers[0]
+            self._passed(name, buffer)
+        self.last[name] = buffer
         return state
 
     def rest(self, name: str, size: int) -> Iterator[memoryview]:
-        """What comes after the last block, to the file's end."""
+        """Read what comes after the last block, to the file's end."""
         while (at := self.at[name]) < size:
             chunk = memoryview(bytearray(min(CHUNK, size - at)))
-            self._asked(partial(self.storage.read, name, at, [chunk]))
+            self._asked(partial(self.storage.read, name, at, chunk))
             self._passed(name, chunk)
             yield chunk
 

@@ -20,7 +20,7 @@ from dit.data import DataError
 from dit.data.shards.absent import absent
 from dit.data.storage.files import describe, open_storage
 from dit.data.storage.remote import advice_of, advised, has_own_root, is_remote, join, public
-from dit.files import write_atomically
+from dit.files import expand, write_atomically
 
 FILE = "manifest.json"
 FORMATS = {
@@ -30,7 +30,7 @@ FORMATS = {
 CHECKSUM = "sha256"  # the manifest's own, over all its other keys
 DTYPE: Literal["float16"] = "float16"  # of encoded images
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
-MAX_BLOCK_BYTES = 16 << 20  # of samples; readers hold many blocks, so blocks of big samples hold fewer
+MAX_BLOCK_BYTES = 16 << 20  # of samples; a reading thread holds a block, so blocks of big samples hold fewer
 
 
 @config
@@ -85,7 +85,7 @@ class Foreign:
 
 @config
 class Manifest:
-    """A data set of latents on disk (design: "Data contract").
+    """A data set of latents on disk (the data contract: docs/architecture.md).
 
     shape: of one sample's array: (views, 2, C, H, W) for moments, mean then std; (views, C, H, W) for latents.
     mean, std: (C,) of the latents over samples, views and places, std^2 = Var[mean] + E[std^2].
@@ -130,7 +130,7 @@ class Manifest:
 
         Raises DataError where there is none, or where it is not as it was written.
         """
-        root = folder_of(os.fspath(path))
+        root = folder_of(expand(os.fspath(path)))
         file = public(join(root, FILE))
         try:
             data = open_storage(root).bytes(FILE)
@@ -171,7 +171,7 @@ class Manifest:
         write_atomically(Path(folder) / FILE, self.text())
 
     def text(self) -> bytes:
-        """What manifest.json holds, to the byte."""
+        """Return what manifest.json holds, to the byte."""
         plain = self._plain()
         return (json.dumps({**plain, CHECKSUM: checksum(plain)}, indent=1) + "\n").encode()
 
@@ -181,7 +181,7 @@ class Manifest:
         return plain
 
     def problems(self) -> list[str]:
-        """What in it contradicts itself, a line each."""
+        """List what in it contradicts itself, a line each."""
         found = [] if self.blocks else ["holds no samples"]
         if sum(b.samples for b in self.blocks) != self.samples:
             found.append(f"blocks hold {sum(b.samples for b in self.blocks)} samples, not {self.samples}")
@@ -205,7 +205,7 @@ class Manifest:
         return found + list(self._block_problems())
 
     def odd_names(self) -> list[str]:
-        """Names of its files that no file can have, or that lead out of its folder where they should not.
+        """List names of its files that no file can have, or that lead out of its folder where they should not.
 
         Shards of an index may lie anywhere.
         """
@@ -257,11 +257,11 @@ class Manifest:
         return checksum(self._plain())
 
     def path(self, shard: int) -> str:
-        """Where a shard lies."""
+        """Return where a shard lies."""
         return join(self.root, self.shards[shard].name)
 
     def record(self, index: int) -> str:
-        """The name of a block's record in its shard, for messages; of foreign samples their places from and to."""
+        """Name a block's record in its shard, for messages; foreign samples by their places from and to."""
         shard = self.blocks[index].shard
         if self.foreign is not None:
             first = self.first_id(index)
@@ -269,7 +269,7 @@ class Manifest:
         return record_key(self.shards[shard].name, index - self._first_blocks[shard])
 
     def first_id(self, index: int) -> int:
-        """Samples before block `index`: the id of its first one where the data set is an index of foreign shards."""
+        """Count the samples before block `index`: the id of its first one in an index of foreign shards."""
         return self._first_ids[index]
 
     @cached_property
@@ -282,7 +282,7 @@ class Manifest:
         return tuple(accumulate((b.samples for b in self.blocks), initial=0))
 
     def read_names(self) -> list[str]:
-        """The images' names by id. Raises DataError where the file is not the one that was written."""
+        """Read the images' names by id. Raises DataError where the file is not the one that was written."""
         file = public(join(self.root, self.names.file))
         try:
             data = open_storage(self.root).bytes(self.names.file)
@@ -297,16 +297,16 @@ class Manifest:
 
 
 def folder_of(path: str) -> str:
-    """The folder or URL of a data set, from its own or its manifest's; a URL's query stays."""
+    """Return the folder or URL of a data set, given itself or its manifest; a URL's query stays."""
     base, mark, query = path.partition("?") if is_remote(path) else (path, "", "")
     return (base.removesuffix(f"/{FILE}").rstrip("/") or "/") + mark + query
 
 
 def record_key(shard: str, place: int) -> str:
-    """The key of the record at a place of a shard: `000012-0003` in shard-000012.tar."""
+    """Return the key of the record at a place of a shard: `000012-0003` in shard-000012.tar."""
     return f"{Path(shard).stem.removeprefix('shard-')}-{place:04d}"
 
 
 def checksum(values: dict[str, Any]) -> str:
-    """sha256 over JSON values, whatever the order of their keys."""
+    """Hash (sha256) JSON values, whatever the order of their keys."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

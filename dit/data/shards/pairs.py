@@ -22,7 +22,7 @@ from dit.data import DataError
 from dit.data.codecs.norm import LatentNorm
 from dit.data.shards.manifest import Manifest
 from dit.data.shards.write import BlockCutter, ShardWriter, folder_beside, write_names
-from dit.files import write_atomically
+from dit.files import expand, write_atomically
 from dit.ranks import group
 
 SPEC = "spec.json"  # how the pairs were made, for people to read
@@ -44,7 +44,7 @@ class Origin:
 
     @classmethod
     def of(cls, contract: Mapping[str, Any], seed: int) -> Origin:
-        """From what a checkpoint holds of its latents."""
+        """Make it of what a checkpoint holds of its latents."""
         norm = from_dict(LatentNorm, contract["norm"])
         return cls(norm, contract["codec"], tuple(contract["classes"]), contract["image_size"], seed)
 
@@ -58,7 +58,7 @@ class PairWriter:
     firsts: list[int] = field(default_factory=list)  # the first index of each batch that this rank added
 
     def add(self, index: Tensor, latents: Tensor, eps: Tensor, label: Tensor) -> None:
-        """A batch of consecutive indices.
+        """Take in a batch of consecutive indices.
 
         latents: (B, C, H, W) as the model sees them, normalised. eps: their noise, of that shape. index, label: (B,)
         int64. DataError where a latent is not finite.
@@ -76,7 +76,7 @@ class PairWriter:
         return self.folder / f"part-{first:012d}.npz"
 
     def batches(self, firsts: list[int]) -> Iterator[dict[str, np.ndarray]]:
-        """The batches that begin at these indices, in order; their files are removed. ValueError for a gap."""
+        """Yield the batches that begin at these indices, in order; their files are removed. ValueError for a gap."""
         expected = 0
         for first in sorted(firsts):
             with np.load(self._part(first)) as held:
@@ -99,19 +99,18 @@ def writing(
     block: int = 256,
     shard_mb: float = 512.0,
 ) -> Iterator[PairWriter]:
-    """A new folder `out` of pairs: each rank adds its share of the indices 0, 1, 2, ... Collective.
+    """Write a new folder `out` of pairs: each rank adds its share of the indices 0, 1, 2, ... Collective.
 
     It is there, whole, when rank 0 leaves; after any failure there is nothing. The bytes depend on the pairs alone,
     not on batches or ranks. spec: JSON values that say how they were made, kept beside them. block: pairs a block at
     most. shard_mb: MB (10^6 bytes) a shard at most. Raises DataError where `out` exists or a latent is not finite.
     """
     with contextlib.ExitStack() as stack:
-        folder = group.on_main(lambda: stack.enter_context(folder_beside(Path(out).resolve())))
+        folder = group.on_main(lambda: stack.enter_context(folder_beside(Path(expand(str(out))).resolve())))
         writer = PairWriter(folder, origin)
         yield writer
-        firsts = [
-            first for part in group.gather_objects(writer.firsts) for first in part
-        ]  # waits for all ranks
+        gathered = group.gather_objects(writer.firsts)  # waits for all ranks
+        firsts = [first for part in gathered for first in part]
         if group.World.from_env().is_main:
             _assemble(writer, firsts, block, int(shard_mb * 1e6))
             write_atomically(folder / SPEC, (json.dumps(dict(spec), indent=1) + "\n").encode())

@@ -12,5 +12,5 @@ READERS: dict[str, type[BlockReader]] = {"dit-blocks/2": BlockReader, "dit-sampl
 
 
 def open_reader(manifest: Manifest, *args: Any, **kwargs: Any) -> BlockReader:
-    """Reads blocks of this data set; the arguments of BlockReader."""
+    """Open a reader of this data set's blocks; the arguments of BlockReader."""
     return READERS[manifest.format](manifest, *args, **kwargs)

@@ -3,7 +3,7 @@
 A record is three tar members, KEY.moments.npy (or KEY.latents.npy) first, then KEY.label.npy and KEY.id.npy; where
 the manifest's `eps` is set, KEY.eps.npy stands between the first and the others.
 `tar tf` lists them and the webdataset library reads them as one sample of arrays. The big array starts at byte
-HEAD of its record, so a block is read with one system call straight to where its samples will be picked from.
+HEAD of its record, a multiple of 64 bytes.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ import io
 import math
 import re
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
-import xxhash
 
 from dit.data import DataError
 
@@ -30,7 +29,7 @@ END = bytes(2 * TAR_BLOCK)  # what ends a tar
 
 
 def npy_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
-    """What stands before the data in an .npy file of this C-contiguous array: 128 bytes."""
+    """Make what stands before the data in an .npy file of this C-contiguous array: 128 bytes."""
     buffer = io.BytesIO()
     fields = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(buffer, fields)
@@ -43,17 +42,17 @@ def npy_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
 
 
 def member_bytes(data: int) -> int:
-    """What an array of so many bytes takes in a tar, headers and padding included."""
+    """Return what an array of so many bytes takes in a tar, headers and padding included."""
     return HEAD + data + -(NPY_HEADER + data) % TAR_BLOCK
 
 
 def record_bytes(arrays: dict[str, np.ndarray]) -> int:
-    """What a record of these arrays takes in a tar."""
+    """Return what a record of these arrays takes in a tar."""
     return sum(member_bytes(array.nbytes) for array in arrays.values())
 
 
 def parse_npy_header(data: bytes | memoryview) -> tuple[np.dtype, tuple[int, ...], int]:
-    """(dtype, shape, header's length) from the start of an .npy file. Raises ValueError.
+    """Parse (dtype, shape, header's length) from the start of an .npy file. Raises ValueError.
 
     Not by np.lib.format, which compiles the header with `ast`: before Python 3.13 two threads doing that may at times
     get a SystemError (cpython issue 106905).
@@ -77,7 +76,7 @@ def parse_npy_header(data: bytes | memoryview) -> tuple[np.dtype, tuple[int, ...
 
 
 def pack(key: str, arrays: dict[str, np.ndarray]) -> list[bytes | memoryview]:
-    """A record as pieces to write one after the other: the same bytes for the same arrays, always."""
+    """Make a record, as pieces to write one after the other: the same bytes for the same arrays, always."""
     pieces: list[bytes | memoryview] = []
     for name, values in arrays.items():
         array = np.ascontiguousarray(values)
@@ -88,16 +87,8 @@ def pack(key: str, arrays: dict[str, np.ndarray]) -> list[bytes | memoryview]:
     return pieces
 
 
-def xxh3_of(parts: Iterable[bytes | memoryview]) -> str:
-    """The XXH3 hash of a record in parts, as a manifest has it: 16 hexadecimal digits."""
-    total = xxhash.xxh3_64()
-    for part in parts:
-        total.update(part)
-    return total.hexdigest()
-
-
 def parse_npy(data: memoryview) -> np.ndarray:
-    """The array in the bytes of an .npy file, without a copy. Raises ValueError; never unpickles."""
+    """Return the array in the bytes of an .npy file, without a copy. Raises ValueError; never unpickles."""
     dtype, shape, start = parse_npy_header(data)
     if len(data) - start != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"shape {shape} of {dtype} does not fit {len(data) - start} bytes")
@@ -105,12 +96,12 @@ def parse_npy(data: memoryview) -> np.ndarray:
 
 
 def parse_members(data: memoryview) -> Iterator[tuple[str, memoryview]]:
-    """(name, contents) of the tar members in `data`. Raises ValueError or tarfile.TarError where they break off."""
+    """Yield (name, contents) of the tar members in `data`. ValueError or tarfile.TarError where they break off."""
     position = 0
     while position < len(data):
         info = tarfile.TarInfo.frombuf(bytes(data[position : position + TAR_BLOCK]), "utf-8", "strict")
         start = position + TAR_BLOCK
-        if start + info.size > len(data):
+        if not 0 <= info.size <= len(data) - start:
             raise ValueError(f"'{info.name}' says it has {info.size} bytes but the record ends before")
         yield info.name, data[start : start + info.size]
         position = start + info.size + (-info.size % TAR_BLOCK)

@@ -21,6 +21,7 @@ from dit.data.shards.readers import open_reader
 from dit.data.shards.write import ChannelStats
 from dit.data.storage.files import describe, open_storage
 from dit.data.storage.remote import is_remote
+from dit.files import expand
 
 STATISTICS_TOLERANCE = 1e-6  # relative to the std; they come from the same float16 values
 NOISE_TOLERANCE = 6.0  # standard errors of the mean and the std of standard normal numbers
@@ -28,7 +29,7 @@ SHOWN = 20  # of many faults of one kind
 
 
 @dataclass(frozen=True)
-class Fault:
+class Damage:
     """Something broken: in which file, which part of it ("" = the whole), and what is wrong."""
 
     file: str
@@ -36,8 +37,8 @@ class Fault:
     what: str
 
 
-def check_manifest(path: str | os.PathLike[str]) -> tuple[Manifest | None, list[Fault]]:
-    """A data set's manifest and what is wrong with the file itself; the manifest also where it was altered.
+def check_manifest(path: str | os.PathLike[str]) -> tuple[Manifest | None, list[Damage]]:
+    """Load a data set's manifest and say what is wrong with the file itself; the manifest also where it was altered.
 
     None where it cannot be understood. Raises DataError where there is no manifest at all.
     """
@@ -46,13 +47,13 @@ def check_manifest(path: str | os.PathLike[str]) -> tuple[Manifest | None, list[
     except DataError as error:
         return _altered(os.fspath(path), error)
     if open_storage(manifest.root).bytes(FILE) != manifest.text():
-        return manifest, [Fault(FILE, "", "altered: it says the same, but not byte for byte as written")]
+        return manifest, [Damage(FILE, "", "altered: it says the same, but not byte for byte as written")]
     return manifest, []
 
 
-def _altered(path: str, error: DataError) -> tuple[Manifest | None, list[Fault]]:
+def _altered(path: str, error: DataError) -> tuple[Manifest | None, list[Damage]]:
     """What can be had of a manifest that does not load, and why it does not."""
-    root = folder_of(path)
+    root = folder_of(expand(path))
     try:
         values = json.loads(open_storage(root).bytes(FILE))
         values.pop(CHECKSUM, None)
@@ -60,14 +61,14 @@ def _altered(path: str, error: DataError) -> tuple[Manifest | None, list[Fault]]
     except OSError:
         raise error from None
     except (ValueError, AttributeError, TypeError, RecursionError, ConfigError):
-        return None, [Fault(FILE, "", str(error))]
-    faults = [Fault(FILE, "", problem) for problem in manifest.problems()]
+        return None, [Damage(FILE, "", str(error))]
+    faults = [Damage(FILE, "", problem) for problem in manifest.problems()]
     if not faults or "altered" in str(error):
-        faults.insert(0, Fault(FILE, "", str(error)))
+        faults.insert(0, Damage(FILE, "", str(error)))
     return None if manifest.odd_names() else manifest, faults
 
 
-def verify(manifest: Manifest, progress: Progress = lambda n: None, threads: int = 4) -> list[Fault]:
+def verify(manifest: Manifest, progress: Progress = lambda n: None, threads: int = 4) -> list[Damage]:
     """Read every byte of a data set once, and say all that is not as its manifest has it.
 
     Of a manifest that contradicts itself only the files as a whole are checked. threads: shards at a time. Raises
@@ -106,7 +107,7 @@ def verify(manifest: Manifest, progress: Progress = lambda n: None, threads: int
 
 
 def strays(manifest: Manifest) -> list[str]:
-    """Shards in the data set's folder, where that is here, that are no part of it: of another encode, say."""
+    """List shards in the data set's folder, where that is here, that are no part of it: of another encode, say."""
     if is_remote(manifest.root) or manifest.foreign is not None:
         return []
     ours = {shard.name for shard in manifest.shards}
@@ -114,26 +115,26 @@ def strays(manifest: Manifest) -> list[str]:
 
 
 def check_answers(manifest: Manifest) -> None:
-    """DataError where shards lie behind a URL that does not answer, or sends no parts of files."""
+    """Raise DataError where shards lie behind a URL that does not answer, or sends no parts of files."""
     reading = Reading(open_reader(manifest).storage, lambda n: None)
     with contextlib.suppress(OSError, EOFError):  # what is wrong with the file is for verify
-        reading.read(manifest.shards[0].name, 0, [memoryview(bytearray(1))])
+        reading.read(manifest.shards[0].name, 0, memoryview(bytearray(1)))
 
 
-def _names(manifest: Manifest) -> tuple[list[str] | None, list[Fault]]:
+def _names(manifest: Manifest) -> tuple[list[str] | None, list[Damage]]:
     file = manifest.names.file
     try:
         names = manifest.read_names()
     except DataError as error:
-        return None, [Fault(file, "", str(error))]
+        return None, [Damage(file, "", str(error))]
     found = []
     if len(names) != manifest.names.count:
-        found.append(Fault(file, "", f"{len(names)} names, the manifest says {manifest.names.count}"))
+        found.append(Damage(file, "", f"{len(names)} names, the manifest says {manifest.names.count}"))
     if manifest.samples + len(manifest.bad) != manifest.names.count:
         counts = (
             f"{manifest.samples} samples and {len(manifest.bad)} bad images, but {manifest.names.count} names"
         )
-        found.append(Fault(FILE, "names", counts))
+        found.append(Damage(FILE, "names", counts))
     return names, found
 
 
@@ -146,8 +147,8 @@ class _Shard:
 
     manifest: Manifest
     number: int
-    faults: list[Fault] = field(default_factory=list)
-    block_faults: list[Fault] = field(default_factory=list)
+    faults: list[Damage] = field(default_factory=list)
+    block_faults: list[Damage] = field(default_factory=list)
     size: int = 0  # bytes of its file
     unread: int = 0  # blocks
     stats: ChannelStats = field(default_factory=ChannelStats)
@@ -167,7 +168,7 @@ class _Shard:
         return not self.faults
 
     def check_file(self, reading: Reading, sound: bool) -> None:
-        """What the blocks left unread, and the file as a whole. sound: whether the manifest says where blocks are."""
+        """Check what the blocks left unread, and the whole file. sound: whether the manifest says where blocks are."""
         shard = self.manifest.shards[self.number]
         end, left_over, size = reading.at[shard.name], False, self.size
         if size != shard.bytes:
@@ -184,10 +185,10 @@ class _Shard:
                 self._file(f"sha256 {found[:16]}..., the manifest says {shard.sha256[:16]}...")
 
     def _file(self, what: str, part: str = "") -> None:
-        self.faults.append(Fault(self.manifest.shards[self.number].name, part, what))
+        self.faults.append(Damage(self.manifest.shards[self.number].name, part, what))
 
     def check_block(self, reader: BlockReader, reading: Reading, index: int, names: list[str] | None) -> None:
-        """One block by its hash and its contents. names: the names file's, where it can be used."""
+        """Check one block by its hash and its contents. names: the names file's, where it can be used."""
         name = self.manifest.shards[self.number].name
         try:
             arrays = reader.read(index)
@@ -196,7 +197,7 @@ class _Shard:
             self._record(index, error.what)
             return
         if self.manifest.foreign is None or names is not None:
-            found = reader.keys(bytes(reading.first[name]))
+            found = reader.keys(bytes(reading.last[name]))
             for here, expected in zip(found, reader.expected_keys(index, names or []), strict=False):
                 if here != expected:
                     self._record(index, f"is called {here!r}, expected {expected!r}")
@@ -228,13 +229,13 @@ class _Shard:
     def _record(self, index: int, what: str) -> None:
         block = self.manifest.blocks[index]
         where = f"record {self.manifest.record(index)}, bytes {block.offset} to {block.offset + block.bytes}"
-        self.block_faults.append(Fault(self.manifest.shards[self.number].name, where, what))
+        self.block_faults.append(Damage(self.manifest.shards[self.number].name, where, what))
 
 
 # --- all of them -------------------------------------------------------------------------------------------
 
 
-def _ids(manifest: Manifest, shards: list[_Shard]) -> Iterator[Fault]:
+def _ids(manifest: Manifest, shards: list[_Shard]) -> Iterator[Damage]:
     """An id is a line of the names file, and stands for one sample."""
     read = [(index, ids) for shard in shards for index, ids in zip(shard.records, shard.ids, strict=True)]
     if not read:
@@ -246,39 +247,38 @@ def _ids(manifest: Manifest, shards: list[_Shard]) -> Iterator[Fault]:
     for kind, odd in (("occurs before", again), ("has no name", np.flatnonzero(ids >= manifest.names.count))):
         for i in odd[:SHOWN].tolist():
             name = manifest.shards[manifest.blocks[place[i]].shard].name
-            yield Fault(name, f"record {manifest.record(int(place[i]))}", f"the id {ids[i]} {kind}")
+            yield Damage(name, f"record {manifest.record(int(place[i]))}", f"the id {ids[i]} {kind}")
         if len(odd) > SHOWN:
-            yield Fault(FILE, "ids", f"and {len(odd) - SHOWN} more of which the id {kind}")
+            yield Damage(FILE, "ids", f"and {len(odd) - SHOWN} more of which the id {kind}")
 
 
-def _together(manifest: Manifest, shards: list[_Shard]) -> Iterator[Fault]:
+def _together(manifest: Manifest, shards: list[_Shard]) -> Iterator[Damage]:
     """Counts and statistics, which only all samples together can show."""
     labels = np.concatenate([part for shard in shards for part in shard.labels])
     counts = np.bincount(labels[labels >= 0], minlength=len(manifest.classes)).tolist()
     for name, found, said in zip(manifest.classes, counts, manifest.class_counts, strict=True):
         if found != said:
-            yield Fault(FILE, "class_counts", f"{found} samples of class {name!r}, it says {said}")
+            yield Damage(FILE, "class_counts", f"{found} samples of class {name!r}, it says {said}")
     if (loose := int((labels < 0).sum())) != manifest.unlabelled:
-        yield Fault(FILE, "unlabelled", f"{loose} samples without a label, it says {manifest.unlabelled}")
+        yield Damage(FILE, "unlabelled", f"{loose} samples without a label, it says {manifest.unlabelled}")
     stats, noise = ChannelStats(), ChannelStats()
     for shard in shards:
         stats.merge(shard.stats)
         noise.merge(shard.noise)
-    if np.isfinite(
-        noise.std if manifest.eps else stats.std
-    ).all():  # else it has been said where they are not
+    std = noise.std if manifest.eps else stats.std
+    if np.isfinite(std).all():  # else it has been said where they are not
         yield from _generated(noise) if manifest.eps else _statistics(manifest, stats)
 
 
-def _statistics(manifest: Manifest, stats: ChannelStats) -> Iterator[Fault]:
+def _statistics(manifest: Manifest, stats: ChannelStats) -> Iterator[Damage]:
     """That the manifest's mean and std are those of the latents."""
     std = np.array(manifest.std)
     for what, ours, theirs in (("mean", stats.mean, manifest.mean), ("std", stats.std, manifest.std)):
         if not np.all(np.abs(np.asarray(ours) - np.array(theirs)) <= STATISTICS_TOLERANCE * std):
-            yield Fault(FILE, what, f"the latents have {np.asarray(ours).tolist()}, it says {list(theirs)}")
+            yield Damage(FILE, what, f"the latents have {np.asarray(ours).tolist()}, it says {list(theirs)}")
 
 
-def _generated(noise: ChannelStats) -> Iterator[Fault]:
+def _generated(noise: ChannelStats) -> Iterator[Damage]:
     """That the noise which latents were generated from is standard normal.
 
     The manifest's mean and std are not the latents', but the normalisation of the model that made them.
@@ -286,4 +286,4 @@ def _generated(noise: ChannelStats) -> Iterator[Fault]:
     mean, std, error = np.asarray(noise.mean), noise.std, NOISE_TOLERANCE / np.sqrt(noise.count)
     if not np.all(np.abs(mean) <= error) or not np.all(np.abs(std - 1) <= error / np.sqrt(2)):
         found = f"mean {mean.tolist()} and std {std.tolist()}"
-        yield Fault(FILE, "eps", f"stored noise of {found} is not standard normal")
+        yield Damage(FILE, "eps", f"stored noise of {found} is not standard normal")

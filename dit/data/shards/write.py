@@ -16,11 +16,10 @@ import numpy as np
 import xxhash
 
 from dit.data import DataError
-from dit.data.shards.manifest import Block, Names, Shard, record_key
+from dit.data.shards.manifest import MAX_BLOCK_BYTES, Block, Names, Shard, record_key
 from dit.data.shards.records import END, pack, record_bytes
 from dit.files import sync, write_atomically
 
-MAX_BLOCK_BYTES = 16 << 20  # readers hold many blocks, so blocks of big samples hold fewer
 PLAN = "plan.json"  # in an OUT.partial that several ranks write (parts.py)
 
 
@@ -112,12 +111,12 @@ class ShardWriter:
 
 
 def shard_name(number: int) -> str:
-    """`shard-000012.tar`."""
+    """Name a shard: `shard-000012.tar`."""
     return f"shard-{number:06d}.tar"
 
 
 def samples_per_block(most: int, sample_bytes: int) -> int:
-    """Samples of a full block: `most`, or fewer where those would take more than MAX_BLOCK_BYTES."""
+    """Return the samples of a full block: `most`, or fewer where those would take more than MAX_BLOCK_BYTES."""
     return max(1, min(most, MAX_BLOCK_BYTES // sample_bytes))
 
 
@@ -145,13 +144,13 @@ class BlockCutter:
         self._waiting = {name: a[whole:] for name, a in arrays.items()}
 
     def rest(self) -> Iterator[dict[str, np.ndarray]]:
-        """The last block, if there is something left for it."""
+        """Yield the last block, if there is something left for it."""
         if any(len(a) for a in self._waiting.values()):
             yield self._waiting
 
 
 def names_file(names: Sequence[str]) -> tuple[bytes, Names]:
-    """The content of the names file, and what the manifest says of it; DataError for a name with a line break."""
+    """Make the names file's content, and what the manifest says of it; DataError for a name with a line break."""
     odd = next((n for n in names if "\n" in n), None)
     if odd is not None:
         raise DataError(f"the name {odd!r} has a line break in it: rename the file")
@@ -160,7 +159,7 @@ def names_file(names: Sequence[str]) -> tuple[bytes, Names]:
 
 
 def write_names(folder: Path, names: Sequence[str]) -> Names:
-    """The names file; DataError for a name with a line break in it."""
+    """Write the names file; DataError for a name with a line break in it."""
     data, written = names_file(names)
     write_atomically(folder / written.file, data)
     return written
@@ -203,20 +202,20 @@ class ChannelStats:
         return np.asarray(np.sqrt(self.spread / self.count + self.noise))
 
     def to_plain(self) -> dict[str, Any]:
-        """As JSON values, exactly: Python writes each float with the digits that give it back."""
+        """Return it as JSON values, exactly: Python writes each float with the digits that give it back."""
         arrays = {name: np.ravel(getattr(self, name)).tolist() for name in ("mean", "spread", "noise")}
         return {"count": self.count, **arrays}
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> ChannelStats:
-        """What to_plain was called on."""
+        """Return what to_plain was called on."""
         arrays = {name: np.array(plain[name], np.float64) for name in ("mean", "spread", "noise")}
         return cls(int(plain["count"]), **arrays)
 
 
 @contextlib.contextmanager
 def folder_beside(out: Path) -> Iterator[Path]:
-    """An empty folder OUT.partial that becomes `out` if the body ends well, and is removed if it does not.
+    """Make an empty folder OUT.partial that becomes `out` if the body ends well, and is removed if it does not.
 
     What a killed process left there is cleared by the next one; a lock keeps two at a time apart.
     """

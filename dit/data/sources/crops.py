@@ -74,10 +74,10 @@ class RandomResized(Crop):
     encoded once.
     """
 
-    scale_min: Annotated[float, Field(gt=0, le=1)] = 0.08  # share of the area
-    scale_max: Annotated[float, Field(gt=0, le=1)] = 1.0
-    ratio_min: Annotated[float, Field(gt=0)] = 3 / 4  # width / height
-    ratio_max: Annotated[float, Field(gt=0)] = 4 / 3
+    scale_min: Annotated[float, Field(gt=0, le=1)] = 0.08  # least share of the image's area
+    scale_max: Annotated[float, Field(gt=0, le=1)] = 1.0  # largest share of the image's area
+    ratio_min: Annotated[float, Field(gt=0)] = 3 / 4  # least width / height
+    ratio_max: Annotated[float, Field(gt=0)] = 4 / 3  # largest width / height
 
     is_random: ClassVar[bool] = True
     tries: ClassVar[int] = 10

@@ -20,6 +20,7 @@ from dit.data.sources.labels import relabel
 from dit.data.sources.parquet import Columns, open_parquet
 from dit.data.sources.source import EXTENSIONS, BadImage, ImageSource
 from dit.data.sources.tars import open_tars
+from dit.files import expand
 
 __all__ = ["SOURCES", "BadImage", "ImageSource", "check_spec", "open_source", "unlabelled_note"]
 
@@ -33,6 +34,7 @@ SPECIAL = re.compile(r"[*?\[{]|^digits:")
 
 def check_spec(spec: str) -> None:
     """Without listing anything: DataError where `spec` names nothing that could be here."""
+    spec = expand(spec)
     if URL.match(spec):
         raise DataError(
             f"{spec}: images at URLs are not read; download them first, and give the file or folder"
@@ -78,7 +80,7 @@ def open_source(
     columns: of Parquet files, those of images and labels where they cannot be told by their names.
     Raises DataError for whatever is missing, broken or not clear.
     """
-    spec = os.fspath(spec)
+    spec = expand(os.fspath(spec))
     check_spec(spec)
     if labels is not None and columns.label:
         raise DataError(f"labels come from {labels} or from the column {columns.label}: name one of them")

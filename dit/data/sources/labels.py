@@ -13,6 +13,7 @@ import numpy as np
 from dit.config import did_you_mean
 from dit.data import DataError
 from dit.data.sources.source import ImageSource, listing
+from dit.files import FileError, expand, read_text
 
 Classes = tuple[str, ...]
 BOXES = re.compile(r"(n\d{8})(?: \d+){4}")  # LOC_val_solution.csv: the class, then boxes of objects
@@ -33,8 +34,8 @@ def read_classes(spec: str) -> Classes:
     if spec in CLASS_LISTS:
         return CLASS_LISTS[spec]()
     try:
-        names = Path(spec).expanduser().read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        names = read_text(Path(expand(spec))).splitlines()
+    except (OSError, FileError) as error:
         raise DataError(
             f"{spec}: neither a list of classes{did_you_mean(spec, CLASS_LISTS)} nor a text file ({error})"
         ) from None
@@ -49,7 +50,7 @@ def relabel(source: ImageSource, classes: str | None, labels: str | None) -> Ima
     if classes is not None and classes not in CLASS_LISTS:
         raise DataError(f"no list of classes '{classes}'{did_you_mean(classes, CLASS_LISTS)}")
     if labels is not None:
-        source = _from_file(source, Path(labels))
+        source = _from_file(source, Path(expand(labels)))
     return source if classes is None else _standard(source, classes)
 
 
@@ -97,7 +98,7 @@ def _rows(file: Path) -> list[tuple[str, str]]:
     """(name, class) of each line, with a tab, else a comma, else the first space between them."""
     try:
         lines = [line for line in file.read_text("utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, FileError) as error:
         raise DataError(f"{file}: cannot be read as a file of labels: {error}") from None
     separator = next((s for s in "\t," if lines and all(s in line for line in lines)), None)
     rows = []

@@ -48,7 +48,7 @@ def _padded(size: int) -> int:
 
 
 def walk(file: BinaryIO, name: str, start: int = 0, stop: int | None = None) -> Iterator[Member]:
-    """The files in an uncompressed tar, in its order. file: open for reading, seekable; name: for messages.
+    """Yield the files in an uncompressed tar, in its order. file: open for reading, seekable; name: for messages.
 
     start, stop: the bytes of the file that are the tar (one that lies in another tar); the whole file by default.
     Raises DataError with name, member and byte for: headers that are damaged or missing, data that go past the end,
@@ -74,7 +74,7 @@ class _Walk:
         self.fail(f"not a whole, uncompressed tar ({why}); copy it again, or unpack it if it is compressed")
 
     def read(self, size: int) -> bytes:
-        """The next bytes."""
+        """Read the next bytes."""
         self.file.seek(self.at)
         data = self.file.read(min(size, self.stop - self.at))
         if len(data) < size:
@@ -111,7 +111,7 @@ class _Walk:
         return info
 
     def extend(self, info: tarfile.TarInfo) -> None:
-        """A long name, or pax records (POSIX.1-2001, pax: "LENGTH KEY=VALUE\\n"), of the member that follows."""
+        """Take in a long name, or pax records (POSIX.1-2001: "LENGTH KEY=VALUE\\n"), of the member that follows."""
         if info.size > MAX_EXTENSION:
             self.fail(f"a header of {info.size} bytes, expected at most {MAX_EXTENSION}")
         data = self.read(_padded(info.size))[: info.size]
@@ -133,7 +133,7 @@ class _Walk:
                 self.extended[word] = value
 
     def plain(self, info: tarfile.TarInfo) -> Member | None:
-        """The member if it is a file, None for a folder; whatever else it is, is refused."""
+        """Return the member if it is a file, None for a folder; whatever else it is, is refused."""
         path = self.extended.get("path", info.name.encode("utf-8", "surrogateescape"))
         self.member = path.decode("utf-8", "surrogateescape")
         size = self.extended.get("size", b"%d" % info.size)
@@ -166,7 +166,7 @@ class _Walk:
             self.fail("a path that is not UTF-8: rename the file and write the tar anew")
 
     def ended(self) -> None:
-        """Only zeros may follow the mark: of two tars in one file, some readers see both and some the first."""
+        """Check that only zeros follow the mark: of two tars in one file, some readers see both and some the first."""
         if self.extended:
             self.broken("it ends after the headers of a member")
         while self.at < self.stop:

@@ -2,49 +2,58 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import xxhash
 
 from dit.config import ConfigError
-from dit.data.shards.manifest import Manifest
-from dit.data.shards.records import xxh3_of
 from dit.data.storage.files import State, Storage, describe
 from dit.data.storage.nodecache import NodeCache, NodeCacheConfig
 from dit.data.storage.remote import public
+from dit.files import FileError, expand
 
 KEY = "data.cache.folder"
+
+
+class CachedBlock(NamedTuple):
+    """A block as the cache knows it: its name there, its bytes, and their XXH3 hash in hexadecimal digits."""
+
+    file: str
+    bytes: int
+    xxh3: str
+
+
+BlockTable = Mapping[tuple[str, int], CachedBlock]  # by the shard's name and the block's offset in it
 
 
 class CachedStorage:
     """A data set's storage with a cache before it: blocks go through it, all else goes past it.
 
     always: check the hash at every read of a cached block, not only where this process has not seen the file yet. What
-    fails is dropped and fetched again; only what has the manifest's hash is stored.
+    fails is dropped and fetched again; only what has the table's hash is stored.
     """
 
-    def __init__(self, source: Storage, cache: NodeCache, manifest: Manifest, always: bool = False):
-        self.source, self.cache, self.always = source, cache, always
-        self._blocks = {}  # (shard's name, offset) -> (bytes, name in the cache, hash)
-        for block in manifest.blocks:
-            shard = manifest.shards[block.shard]
-            name = f"{shard.sha256}-{block.offset}-{block.bytes}"
-            self._blocks[shard.name, block.offset] = block.bytes, name, block.xxh3
+    def __init__(self, source: Storage, cache: NodeCache, blocks: BlockTable, always: bool = False):
+        self.source, self.cache, self.blocks, self.always = source, cache, blocks, always
         self._seen: dict[str, State] = {}  # of files whose hash was right
 
-    def read(self, name: str, offset: int, buffers: list[memoryview]) -> State:
-        size, file, xxh3 = self._blocks.get((name, offset), (0, "", ""))
-        if size != sum(len(b) for b in buffers):
-            return self.source.read(name, offset, buffers)  # not one block
-        state = self.cache.load(file, buffers)
+    def read(self, name: str, offset: int, buffer: memoryview) -> State:
+        block = self.blocks.get((name, offset))
+        if block is None or block.bytes != len(buffer):
+            return self.source.read(name, offset, buffer)  # not one block
+        state = self.cache.load(block.file, buffer)
         if state is not None:
-            if (not self.always and self._seen.get(file) == state) or xxh3_of(buffers) == xxh3:
-                self._seen[file] = state
+            known = not self.always and self._seen.get(block.file) == state
+            if known or xxhash.xxh3_64_hexdigest(buffer) == block.xxh3:
+                self._seen[block.file] = state
                 self.cache.count(hits=1)
                 return state
-            self.cache.drop(file, state)
-        state = self.source.read(name, offset, buffers)
-        self.cache.count(misses=1, fetched=size)
-        if xxh3_of(buffers) == xxh3:
-            self.cache.store(file, buffers)
+            self.cache.drop(block.file, state)
+        state = self.source.read(name, offset, buffer)
+        self.cache.count(misses=1, fetched=block.bytes)
+        if xxhash.xxh3_64_hexdigest(buffer) == block.xxh3:
+            self.cache.store(block.file, buffer)
         return state
 
     def bytes(self, name: str) -> bytes:
@@ -55,19 +64,23 @@ class CachedStorage:
 
 
 def with_cache(
-    source: Storage, settings: NodeCacheConfig | None, manifest: Manifest, always: bool
+    source: Storage, settings: NodeCacheConfig | None, blocks: BlockTable, root: str, always: bool
 ) -> Storage:
-    """The storage with the cache that the settings ask for, if they do. ConfigError where it could keep nothing."""
+    """Put the cache that the settings ask for before a storage, if they do.
+
+    root: the data set's, for messages. Raises ConfigError where the cache could keep nothing.
+    """
     if settings is None or settings.folder is None:
         return source
-    folder = os.path.expanduser(os.path.expandvars(settings.folder))
-    if "$" in folder:
-        raise ConfigError(f"{KEY} = {settings.folder}: a variable in it is not set (it gives {folder})")
-    limit, most = round(settings.limit_gb * 1e9), max((b.bytes for b in manifest.blocks), default=0)
+    try:
+        folder = expand(settings.folder)
+    except FileError as error:
+        raise ConfigError(f"{KEY} = {error}") from None
+    limit, most = round(settings.limit_gb * 1e9), max((b.bytes for b in blocks.values()), default=0)
     if limit < most:
         raise ConfigError(
-            f"data.cache.limit_gb = {settings.limit_gb:g} is {limit} bytes, and a block of {public(manifest.root)} has "
-            f"{most}; raise it"
+            f"data.cache.limit_gb = {settings.limit_gb:g} is {limit} bytes, and a block of {public(root)} has {most}; "
+            "raise it"
         )
     cache = NodeCache(folder, limit)
     try:
@@ -77,4 +90,4 @@ def with_cache(
             f"{KEY} = {folder} cannot be used: {describe(error)}; give a folder on a disk of this node that you may "
             "write, or leave it out"
         ) from None
-    return CachedStorage(source, cache, manifest, always)
+    return CachedStorage(source, cache, blocks, always)

@@ -7,7 +7,6 @@ from collections.abc import Hashable
 from pathlib import Path
 from typing import Protocol
 
-from dit.data.storage.pieces import Pieces
 from dit.data.storage.remote import RemoteStorage, has_own_root, is_remote, split
 from dit.data.storage.web import HttpStorage
 
@@ -18,18 +17,18 @@ REMOTE = {"http": HttpStorage, "https": HttpStorage}  # protocols that need more
 class Storage(Protocol):
     """Reads files of one folder, by name. Raises OSError; FileNotFoundError where there is no such file."""
 
-    def read(self, name: str, offset: int, buffers: list[memoryview]) -> State:
-        """Fill the buffers, one after the other, from a file's `offset` on. EOFError where it ends before."""
+    def read(self, name: str, offset: int, buffer: memoryview) -> State:
+        """Fill a buffer of bytes from a file's `offset` on. EOFError where it ends before."""
 
     def bytes(self, name: str) -> bytes:
-        """All of a small file."""
+        """Read all of a small file."""
 
     def size(self, name: str) -> int:
-        """Bytes of a file."""
+        """Return the bytes that a file has."""
 
 
 def open_storage(root: str) -> Storage:
-    """The storage of a folder or URL. Raises DataError where a protocol is unknown or its package missing."""
+    """Open the storage of a folder or URL. Raises DataError where a protocol is unknown or its package missing."""
     if not is_remote(root):
         return LocalStorage(Path(root))
     protocol, _, rest = root.partition("://")
@@ -39,8 +38,18 @@ def open_storage(root: str) -> Storage:
 
 
 def describe(error: OSError) -> str:
-    """What went wrong, without the file's name."""
+    """Say what went wrong, without the file's name."""
     return error.strerror or str(error)
+
+
+def fill(descriptor: int, offset: int, buffer: memoryview) -> None:
+    """Fill a buffer of bytes from an open file's `offset` on. OSError; EOFError where the file ends before."""
+    done = 0
+    while done < len(buffer):  # one system call gives at most 2 GiB
+        count = os.preadv(descriptor, [buffer[done:]], offset + done)
+        if count == 0:
+            raise EOFError(f"truncated: the file ended at byte {offset + done} while it was read")
+        done += count
 
 
 class LocalStorage:
@@ -49,18 +58,14 @@ class LocalStorage:
     def __init__(self, root: Path):
         self.root = root
 
-    def read(self, name: str, offset: int, buffers: list[memoryview]) -> State:
-        """State: the file's inode, size and time."""
-        return self.scatter(name, offset, Pieces.over(buffers))
-
-    def scatter(self, name: str, offset: int, pieces: Pieces) -> State:
-        """As `read`, to many places."""
+    def read(self, name: str, offset: int, buffer: memoryview) -> State:
+        """Fill the buffer; the state is the file's inode, size and time."""
         descriptor = os.open(self.root / name, os.O_RDONLY)
         try:
             stat = os.fstat(descriptor)
-            if stat.st_size < offset + pieces.nbytes:
+            if stat.st_size < offset + len(buffer):
                 raise EOFError(f"truncated: the file ends at byte {stat.st_size}")
-            pieces.read(descriptor, offset)
+            fill(descriptor, offset, buffer)
         finally:
             os.close(descriptor)
         return stat.st_ino, stat.st_size, stat.st_mtime_ns
@@ -79,9 +84,9 @@ class AnyStorage:
         self._root = root
         self._storages: dict[str, Storage] = {}
 
-    def read(self, name: str, offset: int, buffers: list[memoryview]) -> State:
+    def read(self, name: str, offset: int, buffer: memoryview) -> State:
         storage, name = self._find(name)
-        return storage.read(name, offset, buffers)
+        return storage.read(name, offset, buffer)
 
     def bytes(self, name: str) -> bytes:
         storage, name = self._find(name)

@@ -26,8 +26,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from dit.config import ConfigError, config
-from dit.data.storage.files import State, describe
-from dit.data.storage.pieces import Pieces
+from dit.data.storage.files import State, describe, fill
 from dit.errors import Notice
 
 LIMIT_GB = 100.0
@@ -60,8 +59,10 @@ class NodeCacheConfig:
 
 @dataclass
 class CacheStats:
-    """What one process did: blocks found and not found, damaged ones found, bytes fetched from the source for want of
-    them, blocks stored, blocks evicted."""
+    """Counts of what one process did.
+
+    Blocks found, not found and found damaged, bytes fetched from the source for want of them, blocks stored, evicted.
+    """
 
     hits: int = 0
     misses: int = 0
@@ -99,8 +100,8 @@ class NodeCache:
             for name, n in more.items():
                 setattr(self.stats, name, getattr(self.stats, name) + n)
 
-    def load(self, name: str, buffers: list[memoryview]) -> State | None:
-        """Fill the buffers from a block's file; its state, or None where it is not here or not whole."""
+    def load(self, name: str, buffer: memoryview) -> State | None:
+        """Fill a buffer from a block's file; its state, or None where it is not here or not whole."""
         try:
             descriptor = os.open(self.folder / name, os.O_RDONLY | os.O_NOFOLLOW)
         except OSError:
@@ -109,7 +110,7 @@ class NodeCache:
             stat = os.fstat(descriptor)
             whole = stat.st_size == size_of(name)
             if whole:
-                Pieces.over(buffers).read(descriptor, 0)
+                fill(descriptor, 0, buffer)
                 with contextlib.suppress(OSError):  # a cache that may only be read is of use all the same
                     touch(descriptor, stat.st_mtime_ns)
         except (OSError, EOFError):
@@ -128,7 +129,7 @@ class NodeCache:
             if state_of(os.stat(self.folder / name)) == state:
                 self._remove(ledger, name)
 
-    def store(self, name: str, buffers: list[memoryview]) -> None:
+    def store(self, name: str, block: memoryview) -> None:
         """Keep a block, if it fits and nobody else has it or is storing it."""
         if not self._storing:
             return
@@ -139,8 +140,7 @@ class NodeCache:
                 return
             with file:
                 try:
-                    for buffer in buffers:
-                        file.write(buffer)
+                    file.write(block)
                     file.flush()
                     touch(file.fileno(), time.time_ns())
                     with self._locked():  # nothing changes its name while another lists the folder
@@ -260,8 +260,13 @@ def has_writer(partial: Path) -> bool:
     return False
 
 
+def file_of(sha256: str, offset: int, size: int) -> str:
+    """Name the file that keeps a block: `size` bytes at `offset` of the shard with this hash."""
+    return f"{sha256}-{offset}-{size}"
+
+
 def size_of(name: str) -> int:
-    """Bytes of a block, which its file's name tells even where the file is damaged."""
+    """Return the bytes of a block, which its file's name tells even where the file is damaged."""
     return int(name.removesuffix(PARTIAL).rpartition("-")[2])
 
 
@@ -271,5 +276,5 @@ def touch(descriptor: int, modified: int) -> None:
 
 
 def state_of(stat: os.stat_result) -> State:
-    """What differs after a file has changed."""
+    """Return what differs after a file has changed."""
     return stat.st_ino, stat.st_size, stat.st_mtime_ns

@@ -49,7 +49,7 @@ class Retry:
     total: float = 180.0
 
     def pause(self, attempt: int) -> float:
-        """Seconds to wait after attempt 1, 2, ...: no two readers come back at the same moment."""
+        """Return the seconds to wait after attempt 1, 2, ...: no two readers come back at the same moment."""
         seconds = min(self.longest, self.first * 2.0 ** (attempt - 1))
         return seconds * random.SystemRandom().uniform(0.5, 1.5)
 
@@ -69,7 +69,7 @@ def has_own_root(name: str) -> bool:
 
 
 def join(root: str, name: str) -> str:
-    """Where a file of a folder or URL lies; a query (a signature for all the folder) stays at the end.
+    """Return where a file of a folder or URL lies; a query (a signature for all the folder) stays at the end.
 
     A name that is a whole path or URL says so itself.
     """
@@ -81,14 +81,14 @@ def join(root: str, name: str) -> str:
 
 
 def split(location: str) -> tuple[str, str]:
-    """(folder or URL, name) of a file's whole path or URL: what `join` makes it of."""
+    """Split a file's whole path or URL into (folder or URL, name), which `join` makes it of."""
     base, mark, query = location.partition("?") if is_remote(location) else (location, "", "")
     folder, _, name = base.rpartition("/")
     return (folder or "/") + mark + query, unquote(name) if location.startswith(WEB) else name
 
 
 def public(location: str) -> str:
-    """A folder or URL for messages, without what it says of user, password and signature."""
+    """Return a folder or URL for messages, without what it says of user, password and signature."""
     if not is_remote(location):
         return location
     return re.sub(r"\?.*", "?***", re.sub(r"(?<=://)[^/?]*@", "***@", location), flags=re.DOTALL)
@@ -103,12 +103,12 @@ class RefusedError(OSError):
 
 
 def advice_of(error: BaseException) -> str:
-    """What helps against a storage's error, where it is the storage and not the file that is at fault; or ""."""
+    """Say what helps against a storage's error, where the storage and not the file is at fault; or ""."""
     return getattr(error, "advice", "")
 
 
 def advised(error: OSError) -> str:
-    """What went wrong, without the file's name, and what helps where that is known."""
+    """Say what went wrong, without the file's name, and what helps where that is known."""
     return "; ".join(filter(None, (error.strerror or str(error), advice_of(error))))
 
 
@@ -126,9 +126,9 @@ class RemoteStorage:
         self._systems: dict[int, tuple[Any, str]] = {}
         self._system()
 
-    def read(self, name: str, offset: int, buffers: list[memoryview]) -> Hashable:
-        """State: never twice the same, so that everything which came over a network is checked."""
-        self._repeat(name, self.retry, lambda: self._fill(name, offset, buffers))
+    def read(self, name: str, offset: int, buffer: memoryview) -> Hashable:
+        """Fill the buffer; no state comes twice, so that everything which came over a network is checked."""
+        self._repeat(name, self.retry, lambda: self._fill(name, offset, buffer))
         return object()
 
     def size(self, name: str) -> int:
@@ -136,8 +136,8 @@ class RemoteStorage:
 
     # --- one request ---------------------------------------------------------------------------------------
 
-    def _fill(self, name: str, offset: int, buffers: list[memoryview]) -> None:
-        length = sum(len(b) for b in buffers)
+    def _fill(self, name: str, offset: int, buffer: memoryview) -> None:
+        length = len(buffer)
         try:
             data = memoryview(self._call("cat_file", name, start=offset, end=offset + length))
         except OSError as error:
@@ -149,8 +149,7 @@ class RemoteStorage:
             raise OSError(f"{len(data)} bytes came where {length} were asked for")
         if len(data) > length:
             raise RefusedError(f"{len(data)} bytes came where {length} were asked for", NO_RANGES)
-        for buffer in buffers:
-            buffer[:], data = data[: len(buffer)], data[len(buffer) :]
+        buffer[:] = data
 
     def _reaches(self, name: str, end: int) -> None:
         """EOFError where the file ends before."""
@@ -233,16 +232,16 @@ class RemoteStorage:
 
 
 def truncated(size: int) -> str:
-    """What is wrong with a file that ends at this byte."""
+    """Say what is wrong with a file that ends at this byte."""
     return f"truncated: the file ends at byte {size}"
 
 
 def text_of(error: Exception) -> str:
-    """What an error says, without secrets."""
+    """Return what an error says, without secrets."""
     plain = type(error) in (OSError, RefusedError, PermissionError)
     return scrubbed(str(error) if plain and str(error) else f"{type(error).__name__}: {error}".rstrip(": "))
 
 
 def scrubbed(text: str) -> str:
-    """A message with the URLs in it made public."""
+    """Return a message with the URLs in it made public."""
     return re.sub(r"[a-z][a-z0-9+.-]*://[^\s'\"]+", lambda match: public(match[0]), text)

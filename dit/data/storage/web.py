@@ -20,8 +20,8 @@ class HttpStorage(RemoteStorage):
     answer of any length, and makes bytes that would only be copied again.
     """
 
-    def _fill(self, name: str, offset: int, buffers: list[memoryview]) -> None:
-        self._run(self._get_range, name, offset, buffers)
+    def _fill(self, name: str, offset: int, buffer: memoryview) -> None:
+        self._run(self._get_range, name, offset, buffer)
 
     def _whole(self, name: str) -> bytes:
         return self._run(self._get, name)
@@ -36,8 +36,8 @@ class HttpStorage(RemoteStorage):
         found: T = sync(system.loop, method, system, join(self.root, name), *arguments)
         return found
 
-    async def _get_range(self, system: Any, url: str, offset: int, buffers: list[memoryview]) -> None:
-        length = sum(len(b) for b in buffers)
+    async def _get_range(self, system: Any, url: str, offset: int, buffer: memoryview) -> None:
+        length = len(buffer)
         async with await self._ask(system, url, offset, offset + length) as answer:
             start, size = content_range(answer)
             if answer.status == 416 or (size is not None and size < offset + length):
@@ -51,8 +51,7 @@ class HttpStorage(RemoteStorage):
                 raise RefusedError(what, NO_RANGES)
             if start not in (None, offset):
                 raise OSError(f"the answer begins at byte {start}, not {offset}")
-            for buffer in buffers:
-                await fill(answer.content, buffer)
+            await receive(answer.content, buffer)
 
     async def _get(self, system: Any, url: str) -> bytes:
         async with await self._ask(system, url) as answer:
@@ -60,7 +59,7 @@ class HttpStorage(RemoteStorage):
             return bytes(await answer.read())
 
     async def _get_size(self, system: Any, url: str) -> int:
-        """By asking for one byte: what an answer to HEAD says is not always true, or not said at all."""
+        """Ask for one byte: what an answer to HEAD says is not always true, or not said at all."""
         async with await self._ask(system, url, 0, 1) as answer:
             _, size = content_range(answer)
             if answer.status != 416:
@@ -101,14 +100,14 @@ class HttpStorage(RemoteStorage):
 
 
 def content_range(answer: Any) -> tuple[int | None, int | None]:
-    """(first byte, size of the file) as far as the answer's Content-Range tells them."""
+    """Return (first byte, size of the file) as far as the answer's Content-Range tells them."""
     match = re.match(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", answer.headers.get("Content-Range", ""))
     if match is None:
         return None, None
     return int(match[1]) if match[1] else None, int(match[2]) if match[2] != "*" else None
 
 
-async def fill(stream: Any, buffer: memoryview) -> None:
+async def receive(stream: Any, buffer: memoryview) -> None:
     """Fill a buffer from an aiohttp stream, with no more copies than this one."""
     done = 0
     while done < len(buffer):

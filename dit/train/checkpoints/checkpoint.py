@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dit.config import flatten
 from dit.errors import UserError
+from dit.files import not_found
 from dit.train.engines.base import ADAM_STATE, Fragment
 
 EXPORT = "dit"  # key of an exported file's metadata
@@ -95,23 +96,23 @@ class State:
 
 
 def path_of(directory: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """Say where the checkpoint of a step lies."""
     return directory / f"{_PREFIX}{step:08d}"
 
 
 def snapshots(directory: Path) -> list[Checkpoint]:
-    """Every checkpoint below `directory`, oldest first. Raises CheckpointError if one is broken."""
+    """Read every checkpoint below `directory`, oldest first. Raises CheckpointError if one is broken."""
     return [read(path) for path in reversed(candidates(directory))]
 
 
 def candidates(directory: Path) -> list[Path]:
-    """Directories that have a checkpoint's final name, broken ones too, newest first."""
+    """List the directories that have a checkpoint's final name, broken ones too, newest first."""
     found = [p for p in directory.glob(f"{_PREFIX}*") if NAME.fullmatch(p.name)]
     return sorted(found, key=step_of, reverse=True)
 
 
 def step_of(path: Path) -> int:
-    """The step that a checkpoint's name says."""
+    """Read the step from a checkpoint's name."""
     return int(path.name.removeprefix(_PREFIX))
 
 
@@ -121,7 +122,7 @@ def exists(directory: Path) -> bool:
 
 
 def read(path: Path, verify: bool = True) -> Checkpoint:
-    """The checkpoint in `path`, its checksums verified. Raises CheckpointError naming what is broken."""
+    """Read the checkpoint in `path`, and verify its checksums. Raises CheckpointError naming what is broken."""
     try:
         text = (path / "meta.json").read_bytes()
         if (path / "COMPLETE").read_bytes().strip() != hashlib.sha256(text).hexdigest().encode():
@@ -139,13 +140,13 @@ def read(path: Path, verify: bool = True) -> Checkpoint:
 
 
 def sha256(path: Path) -> str:
-    """Of a file's content."""
+    """Compute the sha256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def latest(directory: Path, report: Any = print, up_to: int | None = None) -> Checkpoint | None:
-    """The newest good checkpoint below `directory`; a broken one is named through `report` and passed over.
+    """Find the newest good checkpoint below `directory`; a broken one is named through `report` and passed over.
 
     None where there never was one; an error where all that are there are broken, because starting afresh would
     overwrite them. up_to: of this step or an earlier one.
@@ -165,12 +166,16 @@ def latest(directory: Path, report: Any = print, up_to: int | None = None) -> Ch
 
 
 def resolve(run_or_checkpoint: str | Path) -> Checkpoint:
-    """A run directory's newest good checkpoint, or the one checkpoint named, or weights that were exported."""
+    """Find a run directory's newest good checkpoint, or the one checkpoint named, or weights that were exported."""
     path = Path(run_or_checkpoint)
     if path.is_file():
         return exported(path)
     if (path / "meta.json").is_file():
         return read(path)
+    if not path.exists():
+        raise CheckpointError(
+            f"{not_found(path)}; expected a run directory, a checkpoint in it or an exported file"
+        )
     found = latest(path / "checkpoints") if (path / "checkpoints").is_dir() else None
     if found is None:
         raise CheckpointError(
@@ -180,7 +185,7 @@ def resolve(run_or_checkpoint: str | Path) -> Checkpoint:
 
 
 def exported(path: Path) -> Checkpoint:
-    """One set of weights in a safetensors file, as `export.py` writes it. CheckpointError if it is none."""
+    """Read one set of weights in a safetensors file, as `export.py` writes it. CheckpointError if it is none."""
     try:
         with safe_open(path, framework="pt") as file:
             meta = json.loads((file.metadata() or {})[EXPORT])

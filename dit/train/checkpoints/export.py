@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dit.config import ConfigError
-from dit.files import sync
+from dit.files import expand, sync
 from dit.progress import Bar
 from dit.train.checkpoints import checkpoint
 from dit.train.checkpoints.checkpoint import EXPORT, Checkpoint, CheckpointError, Reader
@@ -91,7 +91,7 @@ def of_width(run_dir: Path, width: float) -> tuple[Weights, float]:
 
 def export(run_or_checkpoint: str, out: str, kind: str, width: float | None) -> tuple[Weights, float | None]:
     """Write a file that tools/sample.py takes. width: an average of this width, of a run directory's snapshots."""
-    _check_new(Path(out))
+    _check_new(Path(expand(out)))
     if width is not None and kind != MAIN:
         raise ConfigError(
             f"a width is of an average that is made now; leave weights = {kind} out, or the width"
@@ -99,6 +99,6 @@ def export(run_or_checkpoint: str, out: str, kind: str, width: float | None) -> 
     if width is None:
         weights, off = of_checkpoint(checkpoint.resolve(run_or_checkpoint), kind), None
     else:
-        weights, off = of_width(Path(run_or_checkpoint), width)
-    weights.write(Path(out))
+        weights, off = of_width(Path(expand(run_or_checkpoint)), width)
+    weights.write(Path(expand(out)))
     return replace(weights, tensors={}), off

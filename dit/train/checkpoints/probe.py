@@ -19,7 +19,10 @@ TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}  # relative
 
 @dataclass(frozen=True)
 class Probe:
-    """samples: the fixed batch. precision: of the engine. Every method is collective."""
+    """Computes the losses of a fixed batch, and compares them. Every method is collective.
+
+    samples: that batch. precision: of the engine.
+    """
 
     task: Task
     engine: Engine
@@ -29,15 +32,15 @@ class Probe:
 
     @torch.no_grad()
     def losses(self) -> list[dict[str, float]]:
-        """Of the live weights ("model") and of the main average ("ema"), on each rank; all compute the same samples."""
+        """Compute them on each rank, with the live weights ("model") and the main average ("ema")."""
         task = self.task.uncoupled()
         live = task.loss(self.engine, self.samples).mean.clone()
         with self.ema.swapped_in():
             average = task.loss(self.engine, self.samples).mean
         return group.gather_objects({"model": float(live), "ema": float(average)})
 
-    def spoilt(self, state: State) -> str | None:
-        """Which of a rank's numbers are not finite, also those that the losses do not see yet; or None."""
+    def not_finite(self, state: State) -> str | None:
+        """Say which of a rank's numbers are not finite, also those that the losses do not see yet; or None."""
         sizes: dict[str, list[Tensor]] = {}
         for _, kinds in state.pieces():
             for kind, tensor in kinds.items():
@@ -54,7 +57,7 @@ class Probe:
         return f"numbers in the weights, their averages or the optimizer's state are not finite ({text})"
 
     def record(self, losses: list[dict[str, float]]) -> dict[str, str | float]:
-        """What a checkpoint keeps of it."""
+        """Give what a checkpoint keeps of them."""
         return {"precision": self.precision, **losses[0]}
 
     def check(self, found: Checkpoint) -> None:
@@ -71,7 +74,7 @@ class Probe:
                     )
 
     def apart(self, losses: list[dict[str, float]]) -> str | None:
-        """What is wrong with these: weights that compute nothing, or ranks that do not hold the same; or None."""
+        """Say what is wrong with these: weights that compute nothing, or ranks that do not hold the same; or None."""
         for rank, of_rank in enumerate(losses):
             for kind, value in of_rank.items():
                 if not math.isfinite(value):

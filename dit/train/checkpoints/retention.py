@@ -9,7 +9,7 @@ from dit.train.checkpoints.checkpoint import NAME, CheckpointError, candidates, 
 
 
 def fresh(directory: Path, step: int) -> Path:
-    """An empty folder to write the checkpoint of a step into; what was left of unfinished ones is removed."""
+    """Make an empty folder to write the checkpoint of a step into; what was left of unfinished ones is removed."""
     for left_over in [p for p in directory.glob("*.partial") if NAME.fullmatch(p.name.partition(".")[0])]:
         shutil.rmtree(left_over, ignore_errors=True)
     partial = path_of(directory, step).with_suffix(".partial")

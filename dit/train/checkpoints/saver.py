@@ -3,7 +3,7 @@
 The training stands still while the state is copied to the host's memory; threads do the rest. Each rank writes its file
 into `<name>.partial` and flushes it to the disk; when all have, rank 0 lists the files with their checksums in
 `meta.json`, marks the folder COMPLETE and renames it. Ranks learn of each other's progress by a number that the
-training loop compares along the way (`Saver.progress`, `Saver.see`): nobody waits, and threads call no collective.
+training loop compares along the way (`Saver.progress`, `Saver.advance`): nobody waits, and threads call no collective.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from torch import Tensor
 
 from dit.files import sync
 from dit.ranks import group
+from dit.ranks.group import World
 from dit.train.checkpoints import checkpoint, retention
 from dit.train.checkpoints.checkpoint import CheckpointError, State
 from dit.train.checkpoints.tensorfile import write_tensors
 from dit.train.settings import CheckpointConfig
 
-# Of a rank's share in what is being saved. Over ranks the greatest counts.
+# How far a rank is with what is being saved. Over ranks the greatest counts.
 IDLE, WRITTEN, BUSY, FAILED = range(4)
 ALL = CheckpointConfig(keep=0)
 
@@ -37,12 +38,12 @@ ALL = CheckpointConfig(keep=0)
 class Saver:
     """Saves the checkpoints of a run into a folder; but for `progress` every method is collective.
 
-    begin() starts one, after what was begun before is complete; see() takes note of what is done; wait() completes it.
-    Once complete, what is to be kept no longer is removed.
+    begin() starts one, after what was begun before is complete; advance() takes it as far as all ranks are; wait()
+    completes it. Once complete, what is to be kept no longer is removed.
     """
 
-    def __init__(self, folder: Path, keeping: CheckpointConfig):
-        self.folder, self.keeping = folder, keeping
+    def __init__(self, folder: Path, keeping: CheckpointConfig, world: World):
+        self.folder, self.keeping, self.world = folder, keeping, world
         self._host: dict[str, Tensor] = {}  # the copies' memory, used again
         self._threads = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[dict[str, Any]] | None = None  # this rank's file -> its entry in meta.json
@@ -61,11 +62,13 @@ class Saver:
         with self._named():
             self._partial = group.on_main(lambda: retention.fresh(self.folder, step))
             copies, pieces, copied = group.together(lambda: self._copy(state))
-        self._writing = self._threads.submit(_write, self._partial, copies, pieces, copied)
+        self._writing = self._threads.submit(
+            _write, self._partial / f"rank-{self.world.rank:05d}.safetensors", copies, pieces, copied
+        )
         self._has_moved = True
 
     def progress(self) -> int:
-        """Of this rank: IDLE, WRITTEN (this rank's file), BUSY or FAILED. Not collective; waits for nothing."""
+        """Tell how far this rank is: IDLE, WRITTEN (its file), BUSY or FAILED. Not collective; waits for nothing."""
         under_way = self._writing or self._finishing
         if under_way is None:
             return IDLE
@@ -75,8 +78,11 @@ class Saver:
             return FAILED
         return WRITTEN if self._writing else IDLE
 
-    def see(self, most: int) -> None:
-        """most: the greatest progress of any rank when the last step was done. Raises CheckpointError as begin does."""
+    def advance(self, most: int) -> None:
+        """Go as far as all ranks are. Raises CheckpointError as begin does.
+
+        most: the greatest progress of any rank when the last step was done.
+        """
         if self._has_moved:  # that was of the time before
             self._has_moved = False
         elif most == FAILED:
@@ -92,11 +98,14 @@ class Saver:
             finishing, self._finishing = self._finishing, None
             group.on_main(lambda: None if finishing is None else finishing.result())
 
-    def close(self) -> None:
-        """Let this rank's threads end. Not collective: what one rank of several did not wait for stays incomplete."""
-        if group.World.from_env().size == 1:
+    def close(self, at_once: bool = False) -> None:
+        """Let this rank's threads end. Not collective: what one rank of several did not wait for stays incomplete.
+
+        at_once: also what one rank alone has begun, which nobody waits for any more.
+        """
+        if self.world.size == 1 and not at_once:
             self.wait()
-        self._threads.shutdown(wait=True)
+        self._threads.shutdown(wait=not at_once, cancel_futures=at_once)
 
     def _copy(self, state: State) -> tuple[dict[str, Tensor], dict[str, Any], Any]:
         """The state in memory of its own: by key; what of which parameters it is; an event after which it is there."""
@@ -106,7 +115,7 @@ class Saver:
             for kind, tensor in kinds.items()
             if fragment.is_owned
         }
-        if group.World.from_env().is_main:
+        if self.world.is_main:
             found |= {f"buffer/{name}": buffer for name, buffer in state.buffers().items()}
         copied = None
         for key, tensor in found.items():
@@ -129,7 +138,7 @@ class Saver:
         self._has_moved = True
         with self._named():
             entries = group.gather_objects(group.together(writing.result))
-            if group.World.from_env().is_main:
+            if self.world.is_main:
                 self._finishing = self._threads.submit(
                     _finish, self._partial, entries, self._meta, self.keeping
                 )
@@ -152,9 +161,9 @@ class Saver:
             ) from error
 
 
-def save(folder: Path, step: int, state: State, meta: Mapping[str, Any]) -> Path:
+def save(folder: Path, step: int, state: State, meta: Mapping[str, Any], world: World) -> Path:
     """Write `folder/step-XXXXXXXX` at once; collective. Raises CheckpointError on every rank if any cannot write."""
-    saver = Saver(folder, ALL)
+    saver = Saver(folder, ALL, world)
     try:
         saver.begin(step, state, meta)
         saver.wait()
@@ -163,12 +172,11 @@ def save(folder: Path, step: int, state: State, meta: Mapping[str, Any]) -> Path
     return checkpoint.path_of(folder, step)
 
 
-def _write(partial: Path, tensors: dict[str, Tensor], pieces: dict[str, Any], copied: Any) -> dict[str, Any]:
+def _write(path: Path, tensors: dict[str, Tensor], pieces: dict[str, Any], copied: Any) -> dict[str, Any]:
     """Write this rank's file, once `copied`, a CUDA event, has happened; its entry in meta.json."""
     if copied is not None:
         with torch.cuda.device(copied.device):  # a thread's own is GPU 0
             copied.synchronize()
-    path = partial / f"rank-{group.World.from_env().rank:05d}.safetensors"
     digest, size = write_tensors(path, tensors)
     return {"file": path.name, "sha256": digest, "bytes": size, "fragments": pieces}
 
@@ -179,7 +187,7 @@ def _finish(
     """Make a checkpoint of the files that are there. Until the rename, what was there before stays good."""
     text = json.dumps({**meta, "files": entries}, indent=1)
     for name, content in (("meta.json", text), ("COMPLETE", hashlib.sha256(text.encode()).hexdigest())):
-        (partial / name).write_text(content)
+        (partial / name).write_text(content, encoding="utf-8")
         sync(partial / name)
     sync(partial)
     final = partial.with_suffix("")

@@ -88,7 +88,7 @@ def ensure_adam_state(optimizer: torch.optim.Optimizer, flat: Tensor) -> dict[st
 def whole_parameters(
     module: nn.Module, optimizer: torch.optim.Optimizer, is_owned: bool = True
 ) -> list[Fragment]:
-    """The fragments of an unsharded model: each parameter in one piece."""
+    """Make the fragments of an unsharded model: each parameter in one piece."""
     found = []
     for name, p in module.named_parameters():
         if p.requires_grad:
@@ -99,7 +99,7 @@ def whole_parameters(
 
 
 def frozen_parameters(module: nn.Module, is_owned: bool = True) -> list[Fragment]:
-    """Those parameters of an unsharded model that are not trained: they have no optimizer's state."""
+    """Make fragments of the parameters that an unsharded model does not train: without an optimizer's state."""
     return [
         Fragment(name, tuple(p.shape), 0, p.detach().view(-1), is_owned=is_owned)
         for name, p in module.named_parameters()

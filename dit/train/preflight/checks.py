@@ -1,7 +1,7 @@
 """What a run needs of its machines, looked at before it starts: what is wrong is said in seconds, with the node's name.
 
-CHECKS is one list for three: `check` is called by every start and every dry run, and `alone` is all that
-`tools/train.py CONFIG --preflight` does. Those of the configuration and its data are in fits.py.
+CHECKS is one list for three: `check` is called by every start and every dry run, and `check_and_print` is all that
+`--preflight` does. Those of the configuration and its data are in fits.py.
 """
 
 from __future__ import annotations
@@ -137,14 +137,14 @@ def all_reduce(site: Site) -> str:
 
 def run_dir(site: Site) -> str:
     """All nodes can write where the run directory is or will be, and see the same files there."""
-    run = Path(site.cfg.run_dir).absolute()
+    run = site.cfg.folder.absolute()
     proposed = existing(run), f".dit-preflight-{secrets.token_hex(8)}"
     folder, token = group.gather_objects(proposed, site.group)[0]  # as rank 0 sees it
     mine = folder / f"{token}-{site.world.rank}"
 
     def write() -> None:
         try:
-            mine.write_text(token)
+            mine.write_text(token, encoding="utf-8")
         except OSError as error:
             raise PreflightError(
                 f"cannot write into {folder} ({error.strerror}); run_dir={site.cfg.run_dir} must be on a file system "
@@ -173,7 +173,7 @@ def run_dir(site: Site) -> str:
 
 def _holds(file: Path, text: str) -> bool:
     try:
-        return file.read_text() == text
+        return file.read_bytes() == text.encode()
     except OSError:
         return False
 
@@ -216,13 +216,16 @@ def _read_a_block(manifest: Manifest, budget: int) -> None:
                 raise
 
 
-CHECKS: dict[str, Callable[[Site], str]] = {
+Checks = dict[str, Callable[[Site], str]]
+MACHINES: Checks = {
     "batch": batch,
     "versions": versions,
     "devices": devices,
     "all-reduce": all_reduce,
     "run_dir": run_dir,
     "data": data,
+}
+FITS: Checks = {
     "config": fits.config,
     "order": fits.order,
     "model": fits.model,
@@ -231,16 +234,17 @@ CHECKS: dict[str, Callable[[Site], str]] = {
     "sharding": fits.sharding,
     "space": fits.room,
 }
+CHECKS: Checks = {**MACHINES, **FITS}
 
 
-def check(plan: Plan) -> None:
-    """All CHECKS; the first that fails raises on every rank. Collective. Called by every start and dry run."""
+def check(plan: Plan, chosen: Checks = CHECKS) -> None:
+    """Run checks; the first that fails raises on every rank. Collective. A start and a dry run call it with all."""
     with open_site(plan) as site:
-        for run in CHECKS.values():
+        for run in chosen.values():
             run(site)
 
 
-def alone(cfg: RunConfig, make_parts: MakeParts) -> None:
+def check_and_print(cfg: RunConfig, make_parts: MakeParts) -> None:
     """Every check, a line each, also after one that failed; nothing is trained. Collective.
 
     Raises PreflightError with what failed. A check that meets what another one has failed at is not counted again.

@@ -23,8 +23,9 @@ from dit.train.settings import CheckpointConfig, RunConfig
 
 def config(site: Site) -> str:
     """The run directory is empty, or holds this run. ConfigError where it holds another one."""
+    site.plan.look()
     cfg = site.cfg
-    group.on_main(lambda: run_dir.compare(Path(cfg.run_dir) / run_dir.CONFIG, cfg))
+    group.on_main(lambda: run_dir.compare(cfg.folder / run_dir.CONFIG, cfg))
     return f"{cfg.run_dir} {'holds no run' if site.plan.before is None else 'holds this run'}"
 
 
@@ -50,7 +51,7 @@ def past(site: Site) -> str:
     """The newest checkpoint is of this configuration and these data. CheckpointError or ConfigError where not."""
 
     def look() -> str:
-        found = newest(Path(site.cfg.run_dir) / "checkpoints")
+        found = newest(site.cfg.folder / "checkpoints")
         if found is None:
             return "no checkpoint: begins at step 0"
         run_dir.differences(found.meta["config"], site.cfg, str(found.path))
@@ -111,7 +112,7 @@ def space(cfg: RunConfig, parameters: int, trained: int) -> str:
 
     Raises PreflightError where not one fits, and warns where those that checkpoint.keep asks for do not.
     """
-    run = Path(cfg.run_dir).absolute()
+    run = cfg.folder.absolute()
     numbers = (1 + cfg.ema.count) * parameters + 2 * trained  # weights, averages; two moments
     size, free = 4 * numbers, shutil.disk_usage(existing(run)).free
     free += _left_over(run / "checkpoints")  # which goes before anything is written

@@ -84,11 +84,11 @@ class Site:
         if not texts:
             return [value for value, _ in found]
         if len(set(self.nodes)) > 1:
-            raise PreflightError(self._told(texts)) from error
+            raise PreflightError(self._listed(texts)) from error
         first = min(texts)
         raise error or PeerError(f"rank {first} on {self.nodes[first]} failed: {texts[first]}")
 
-    def _told(self, texts: Mapping[int, str]) -> str:
+    def _listed(self, texts: Mapping[int, str]) -> str:
         """What ranks found, the same words of several nodes once."""
         rows = []
         for text in dict.fromkeys(texts.values()):
@@ -105,7 +105,7 @@ def existing(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def open_site(plan: Plan) -> Iterator[Site]:
-    """Collective."""
+    """Find which ranks are on which nodes. Collective."""
     world = plan.world
     over_gloo = td.new_group(backend="gloo") if world.size > 1 else None
     try:

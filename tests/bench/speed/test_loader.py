@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -40,16 +41,47 @@ def test_the_contenders_read_the_same_latents(folder):
 
 
 @pytest.mark.slow
-def test_all_figures(folder):
+def test_figures_are_of_the_same_turns(folder):
+    """Each ratio lies within what the rates that it is made of allow; memory is what the stream states."""
     ticks = []
     found = loader.run(folder, SMALL, lambda: ticks.append(1))
     assert len(ticks) == loader.turns(SMALL)
-    assert found["rates"].keys() == found["cpu_us"].keys()
-    assert all(spread["low"] > 0 for spread in found["rates"].values())
-    for name in ("of memory map", "of plain webdataset", "checksums"):
-        assert found[name]["low"] <= found[name]["median"] <= found[name]["high"]
-    assert found["ranks"][2]["rate"] > 0
-    assert found["memory_bytes"] < found["peak_rss_bytes"]
+    names = ["ours", "memory map", "ours, first epoch", "plain webdataset"]
+    assert list(found["rates"]) == list(found["cpu_us"]) == names
+    rates = {name: found["rates"][name] for name in names} | found["first_batch"]
+    for ratio, over, under in (
+        (found["of memory map"], "ours", "memory map"),
+        (found["of plain webdataset"], "ours", "plain webdataset"),
+        (found["checksums"], "ours, first epoch", "ours"),
+        (found["first_batch"]["ratio"], "resume", "fresh"),
+    ):
+        above, below = rates[over], rates[under]
+        assert above["low"] / below["high"] <= ratio["low"] * (1 + 1e-9), (over, under)
+        assert ratio["high"] <= above["high"] / below["low"] * (1 + 1e-9), (over, under)
+    assert list(found["ranks"]) == [2]
+    steps = 700 // 4 // (64 // 4)  # that a lane's window of two blocks can reach into: all of an epoch's
+    assert found["memory_bytes"] == (steps + 1 + 2 + SMALL.prefetch) * 64 * 8192
+
+
+def test_the_first_epoch_is_one_that_checks(folder, tmp_path):
+    """A byte that changes while size and time stay: later epochs trust the block, `first epoch` finds it."""
+    files = loader.write_files(tmp_path, SMALL)
+    streams = [loader.open_stream(files.blocks, SMALL) for _ in range(2)]
+    later, checked = loader.ours(streams[0], SMALL), loader.first_epoch(streams[1], SMALL)
+    assert later(0) == checked(0) == SMALL.steps * SMALL.batch
+    shard, block = Path(files.blocks.path(0)), files.blocks.blocks[1]
+    before = shard.stat()
+    with shard.open("r+b") as file:
+        file.seek(block.offset + block.bytes // 2)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert later(1) == SMALL.steps * SMALL.batch
+    with pytest.raises(DataError, match="altered"):
+        checked(1)
+    for stream in streams:
+        stream.close()
 
 
 def test_a_rank_that_dies_ends_the_others(folder):

@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from dit.bench.survival.moments import SAVING, STARTING, Watch, aims, window
+from dit.bench.survival.moments import SAVING, STARTING, ObservedStart, aims, window
 
 
 def test_kills_are_spread_as_stated():
@@ -69,24 +69,24 @@ def resumes(run, *steps):
 
 
 def test_what_was_there_before_is_no_progress(run):
-    watch = Watch(None, run, 5, 100)
-    assert (watch.logged(), watch.phase()) == (5, "start")
+    start = ObservedStart(None, run, 5, 100)
+    assert (start.logged(), start.phase()) == (5, "start")
     resumes(run, *range(1, 6))
-    assert (watch.logged(), watch.phase()) == (5, "start")
+    assert (start.logged(), start.phase()) == (5, "start")
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6}\n{"step"')
         file.flush()
-        assert (watch.logged(), watch.phase()) == (6, "steps")
+        assert (start.logged(), start.phase()) == (6, "steps")
 
 
 def test_saving_and_removing_are_told_apart(run):
-    watch, folder = Watch(None, run, 5, 100), run / "checkpoints"
+    start, folder = ObservedStart(None, run, 5, 100), run / "checkpoints"
     resumes(run, *range(1, 11))
-    assert watch.phase() == "steps"
+    assert start.phase() == "steps"
     os.rmdir(folder / "step-00000010.partial")
     (folder / "step-00000010.partial").mkdir()
-    assert watch.phase() == "saving"
+    assert start.phase() == "saving"
     (folder / "step-00000010.partial").rename(folder / "step-00000010")
-    assert watch.phase() == "steps"
+    assert start.phase() == "steps"
     (folder / "step-00000005").rename(folder / "step-00000005.partial")
-    assert watch.phase() == "removing"
+    assert start.phase() == "removing"

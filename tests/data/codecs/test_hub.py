@@ -157,7 +157,7 @@ def test_without_a_network_it_fails_at_once(path, download):
     build_once = time.monotonic()
     with pytest.raises(DataError, match=r"hf download") as refused:
         build(path, download=download)
-    assert time.monotonic() - build_once < 1
+    assert time.monotonic() - build_once < 8  # tries again and again take 10 s and more
     hub_like = path == "nobody/nothing"
     assert ("hub" in str(refused.value).split("hf download")[0]) == hub_like
     assert (f"{CONFIG} is missing: there is no folder" in str(refused.value)) == (not hub_like)

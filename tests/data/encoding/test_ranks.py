@@ -26,7 +26,7 @@ from dit.data.shards.manifest import Manifest
 from dit.data.shards.verify import verify
 from dit.data.sources.images import ImageSource, open_source
 from tests.data.encoding.zygote import Zygote
-from tests.data.helpers import tiny_vae
+from tests.data.helpers import endless, tiny_vae
 
 KILLED = -9
 HERE = "tests.data.encoding.test_ranks"
@@ -118,12 +118,13 @@ def test_without_numbers_they_share_the_work_too(zygote, folder, whole, tmp_path
 
 def test_the_others_take_over_from_a_killed_rank(zygote, folder, whole, tmp_path):
     out = tmp_path / "out"
-    doomed, heir = (
-        zygote.start(f"{HERE}:rank", str(folder), str(out), "vae", r, 2, OPTIONS) for r in range(2)
-    )
-    while not list(tmp_path.glob("out.partial/parts/*.json")):
-        time.sleep(0.001)
-    assert zygote.kill(doomed) == KILLED
+    with endless(out):
+        doomed, heir = (
+            zygote.start(f"{HERE}:rank", str(folder), str(out), "vae", r, 2, OPTIONS) for r in range(2)
+        )
+        while not list(tmp_path.glob("out.partial/parts/*.json")):
+            time.sleep(0.001)
+        assert zygote.kill(doomed) == KILLED
     assert zygote.wait(heir) == 0, zygote.output(heir)
     assert files(out) == whole["vae"]
 
@@ -134,12 +135,13 @@ def kill_and_restart(zygote, folder, out, options, codec, kills, longest, rng):
     def start(r):
         return zygote.start(f"{HERE}:rank", str(folder), str(out), codec, r, 2, options)
 
-    ranks = [start(0), start(1)]
-    for _ in range(kills):
-        time.sleep(rng.uniform(0, longest))
-        which = rng.randrange(2)
-        assert zygote.kill(ranks[which]) == KILLED  # it was at work
-        ranks[which] = start(which)
+    with endless(out):
+        ranks = [start(0), start(1)]
+        for _ in range(kills):
+            time.sleep(rng.uniform(0, longest))
+            which = rng.randrange(2)
+            assert zygote.kill(ranks[which]) == KILLED  # it was at work
+            ranks[which] = start(which)
     for pid in ranks:
         assert zygote.wait(pid) == 0, zygote.output(pid)
 

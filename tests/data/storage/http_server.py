@@ -17,9 +17,9 @@ from urllib.parse import unquote, urlsplit
 class FileServer(ThreadingHTTPServer):
     """Serves a folder at `url`.
 
-    ranges: whether it heeds Range. delay: seconds before each answer. user: "name:password" that it wants, query: what
-    must stand after the "?". `served` lists (path, Range or None) of all requests, `busiest` is how many it had at
-    once, `sent` the bytes of contents handed to the system.
+    ranges: whether it heeds Range. delay: seconds before each answer. open: set while it answers at all. user:
+    "name:password" that it wants, query: what must stand after the "?". `served` lists (path, Range or None) of all
+    requests, `busiest` is how many it had at once, `sent` the bytes of contents handed to the system.
     """
 
     daemon_threads = True
@@ -29,6 +29,8 @@ class FileServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.folder = folder
         self.ranges, self.delay = True, 0.0
+        self.open = threading.Event()
+        self.open.set()
         self.user, self.query = "", ""
         self.served: list[tuple[str, str | None]] = []
         self.busy = self.busiest = self.sent = 0
@@ -68,6 +70,7 @@ def serving(folder: Path) -> Iterator[FileServer]:
     try:
         yield server
     finally:
+        server.open.set()
         server.shutdown()
         server.server_close()
         thread.join()
@@ -90,6 +93,7 @@ class Handler(BaseHTTPRequestHandler):
             server.busiest = max(server.busiest, server.busy)
         try:
             time.sleep(server.delay)
+            server.open.wait()
             basic = "Basic " + base64.b64encode(server.user.encode()).decode()
             fault = server.next_fault(parts.path)
             if server.user and self.headers["Authorization"] != basic:

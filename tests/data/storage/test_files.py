@@ -19,7 +19,7 @@ from dit.data.loading.stream import Stream
 from dit.data.shards.blocks import BlockError, BlockReader
 from dit.data.shards.manifest import FILE, Manifest
 from dit.data.storage import web
-from dit.data.storage.files import AnyStorage, open_storage
+from dit.data.storage.files import AnyStorage, fill, open_storage
 from dit.data.storage.remote import Retry, join, public, split, text_of
 from dit.data.storage.web import HttpStorage
 from tests.data.helpers import flip_byte, write_dataset
@@ -60,10 +60,10 @@ def server(folder):
         yield server
 
 
-def read(storage, offset: int, *sizes: int, name: str = NAME) -> bytes:
-    parts = [memoryview(bytearray(size)) for size in sizes]
-    storage.read(name, offset, parts)
-    return b"".join(parts)
+def read(storage, offset: int, size: int, name: str = NAME) -> bytes:
+    buffer = bytearray(size)
+    storage.read(name, offset, memoryview(buffer))
+    return bytes(buffer)
 
 
 KINDS = pytest.mark.parametrize("kind", ["local", "file", "memory", "http"])
@@ -81,19 +81,39 @@ def test_whole_files(roots, kind):
 
 @KINDS
 @settings(max_examples=30)
-@given(offset=st.integers(0, SIZE - 1), cuts=st.lists(st.integers(0, 2000), min_size=1, max_size=4))
-def test_any_range_into_any_buffers(roots, kind, offset, cuts):
-    storage, stop = open_storage(roots[kind]), offset + sum(cuts)
-    if not offset < stop <= SIZE:
-        return
-    assert read(storage, offset, *cuts) == CONTENT[offset:stop]
+@given(st.lists(st.integers(0, SIZE), min_size=2, max_size=2, unique=True).map(sorted))
+def test_any_range(roots, kind, ends):
+    start, stop = ends
+    assert read(open_storage(roots[kind]), start, stop - start) == CONTENT[start:stop]
 
 
 @KINDS
 @pytest.mark.parametrize("offset", [SIZE - 1, SIZE, SIZE + 1000])
 def test_a_file_that_ends_too_early(roots, kind, offset):
     with pytest.raises(EOFError, match=f"truncated: the file ends at byte {SIZE}"):
-        read(open_storage(roots[kind]), offset, 1, 1)
+        read(open_storage(roots[kind]), offset, 2)
+
+
+def test_a_file_that_shrinks_while_it_is_read(tmp_path):
+    """Found by the read itself, though its size was right when it was opened."""
+    (tmp_path / "file").write_bytes(CONTENT[:100])
+    buffer = memoryview(bytearray(61))
+    with (tmp_path / "file").open("rb") as opened:
+        fill(opened.fileno(), 10, buffer[:60])
+        assert buffer[:60] == CONTENT[10:70]
+        with pytest.raises(EOFError, match="truncated: the file ended at byte 100 while it was read"):
+            fill(opened.fileno(), 40, buffer)
+
+
+def test_a_read_that_gives_less_goes_on():
+    """As Linux does after 2 GiB, and for a signal; here a file that has a limit of its own for a read: a page."""
+    with Path("/proc/self/smaps").open("rb") as opened:
+        assert len(os.pread(opened.fileno(), 20_000, 0)) < 20_000, (
+            "no short read here: find another such file"
+        )
+        buffer = memoryview(bytearray(20_000))
+        fill(opened.fileno(), 0, buffer)
+    assert bytes(buffer[-100:]).strip(b"\0")
 
 
 @KINDS
@@ -133,7 +153,7 @@ def test_a_location_splits_into_what_it_was_joined_from(root, name, query):
 def test_what_may_pass_is_tried_again(server, fault):
     storage = HttpStorage(server.url, FAST)
     server.fail(fault, 2)
-    assert read(storage, 1000, 500, 1500) == CONTENT[1000:3000]
+    assert read(storage, 1000, 2000) == CONTENT[1000:3000]
     assert len(server.served) == 3
 
 
@@ -171,7 +191,7 @@ def test_attempts_end_in_time(server):
     with pytest.warns(UserWarning, match="again"), pytest.raises(OSError, match="the last"):
         read(storage, 0, 10)
     assert len(server.served) < 15
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 20  # 50 s of pauses without an end
 
 
 @given(st.integers(1, 9), st.floats(0.01, 1), st.floats(0.01, 20))
@@ -184,13 +204,12 @@ def test_pauses(attempt, first, longest):
 
 
 def test_a_server_that_falls_silent(server, monkeypatch):
-    monkeypatch.setattr(web, "SILENCE", 0.1)
-    server.delay = 3.0
-    began = time.monotonic()
-    with pytest.raises(OSError, match=r"[Tt]imeout"):
-        read(HttpStorage(server.url, Retry(attempts=2, first=0.001)), 0, 10)
-    assert time.monotonic() - began < 2.5
-    server.delay = 0.0
+    server.open.clear()
+    with monkeypatch.context() as impatient:
+        impatient.setattr(web, "SILENCE", 0.1)
+        with pytest.raises(OSError, match=r"[Tt]imeout"):
+            read(HttpStorage(server.url, Retry(attempts=2, first=0.001)), 0, 10)
+    server.open.set()
     assert read(HttpStorage(server.url, FAST), 0, 10) == CONTENT[:10]
 
 
@@ -215,7 +234,7 @@ def test_a_server_that_ignores_ranges_is_refused_before_all_has_come(tmp_path):
 
 def test_such_a_server_is_good_for_files_of_one_block(server):
     server.ranges = False
-    assert read(HttpStorage(server.url, FAST), 0, 1000, SIZE - 1000) == CONTENT
+    assert read(HttpStorage(server.url, FAST), 0, SIZE) == CONTENT
 
 
 # --- threads and processes ---------------------------------------------------------------------------------
@@ -229,7 +248,7 @@ def test_threads_wait_together(server):
         found = list(pool.map(lambda i: read(storage, i, 100), range(32)))
     assert found == [CONTENT[i : i + 100] for i in range(32)]
     assert server.busiest == 8
-    assert time.monotonic() - began < 1.6  # 0.4 if all goes well, 3.2 one after the other
+    assert time.monotonic() - began < 3.2  # 0.4 if all goes well; so many are the pauses one after the other
 
 
 def test_a_fork_reads_on(server):

@@ -50,7 +50,7 @@ class Small:
 
     def save(self, folder: Path, step: int) -> Path:
         meta = {"note": f"of step {step}"}
-        return save(folder, step, self.state(), meta)
+        return save(folder, step, self.state(), meta, group.World.from_env())
 
     def state(self) -> State:
         return State(self.engine.fragments(), self.ema.averages, self.module)

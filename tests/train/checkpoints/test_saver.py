@@ -26,7 +26,7 @@ __all__ = ["small_disk"]  # a fixture
 
 @pytest.fixture
 def saver(tmp_path: Path) -> Iterator[Saver]:
-    made = Saver(tmp_path / "checkpoints", ALL)
+    made = Saver(tmp_path / "checkpoints", ALL, World.from_env())
     yield made
     made.close()
 
@@ -54,14 +54,14 @@ def test_it_is_the_state_as_it_was_and_appears_when_it_is_whole(saver: Saver) ->
     assert [p.name for p in saver.folder.iterdir()] == ["step-00000005.partial"]
     gate.set()
     until(saver, WRITTEN)
-    saver.see(BUSY)  # what the ranks compared before this one began
-    saver.see(BUSY)  # another rank is not ready
+    saver.advance(BUSY)  # what the ranks compared before this one began
+    saver.advance(BUSY)  # another rank is not ready
     assert saver.progress() == WRITTEN
     assert checkpoint.latest(saver.folder) is None
-    saver.see(WRITTEN)
+    saver.advance(WRITTEN)
     until(saver, IDLE)
     assert holds(saver.folder / "step-00000005", 1)
-    saver.see(WRITTEN)  # what was compared before that is news no more
+    saver.advance(WRITTEN)  # what was compared before that is news no more
     saver.wait()
     assert holds(saver.folder / "step-00000005", 1)
 
@@ -78,7 +78,7 @@ def test_the_next_one_waits_for_the_one_before(saver: Saver) -> None:
 
 
 def test_only_when_it_is_whole_an_old_one_goes(tmp_path: Path) -> None:
-    saver, small = Saver(tmp_path, CheckpointConfig(keep=1)), Small()
+    saver, small = Saver(tmp_path, CheckpointConfig(keep=1), World.from_env()), Small()
     saver.begin(1, small.state(), {})
     saver.wait()
     gate = held_up(saver)
@@ -91,7 +91,7 @@ def test_only_when_it_is_whole_an_old_one_goes(tmp_path: Path) -> None:
 
 
 def save_two_and_leave(folder: Path) -> None:
-    small, saver = Small(1), Saver(folder, ALL)
+    small, saver = Small(1), Saver(folder, ALL, World.from_env())
     saver.begin(1, small.state(), {})
     saver.wait()
     saver.begin(2, small.state(), {})
@@ -125,7 +125,7 @@ def test_one_of_the_same_step_is_replaced_whole(saver: Saver) -> None:
 
 def full_on_one(folder: Path) -> None:
     """Rank 1 has no memory for the copy: its state has a tensor that cannot be had twice."""
-    small, saver = Small(1), Saver(folder, ALL)
+    small, saver = Small(1), Saver(folder, ALL, World.from_env())
     state = small.state()
     if World.from_env().rank == 1:
         state.averages["ema"][0] = torch.empty(1).expand(2**50)
@@ -140,16 +140,17 @@ def test_a_rank_that_has_no_memory_for_the_copy_stops_all(ranks: Server, tmp_pat
 
 
 def test_a_disk_that_is_full_is_told_at_the_next_step(small_disk: Path) -> None:
-    saver, small = Saver(small_disk, ALL), Small(1, width=128)  # 4 x 66 kB, on a disk of 400 kB
+    saver = Saver(small_disk, ALL, World.from_env())
+    small = Small(1, width=128)  # 4 x 66 kB, on a disk of 400 kB
     saver.begin(1, small.state(), {})
     saver.wait()
     saver.begin(2, small.state(), {})
     until(saver, FAILED)
-    saver.see(BUSY)
+    saver.advance(BUSY)
     with pytest.raises(
         CheckpointError, match=r"step-00000002.*No space left on device.*free space and start"
     ):
-        saver.see(FAILED)
+        saver.advance(FAILED)
     assert saver.progress() == IDLE
     assert [p.name for p in small_disk.iterdir()] == ["step-00000001"]
     shutil.rmtree(small_disk / "step-00000001")
@@ -183,7 +184,7 @@ def test_something_else_that_has_its_name_is_kept_aside(saver: Saver) -> None:
 def step_and_save(folder: Path) -> int:
     """Two ranks save step 1, and then step 2 where rank 1 may write files of 1 kB at most; the steps that went by."""
     world = World.from_env()
-    small, saver = Small(1, width=64), Saver(folder, ALL)
+    small, saver = Small(1, width=64), Saver(folder, ALL, World.from_env())
     saver.begin(1, small.state(), {})
     saver.wait()
     if world.rank == 1:
@@ -191,7 +192,7 @@ def step_and_save(folder: Path) -> int:
     saver.begin(2, small.state(), {})
     with rank_flags(world) as flags:
         for _ in range(3000):
-            saver.see(*flags.exchange(saver.progress()))
+            saver.advance(*flags.exchange(saver.progress()))
             time.sleep(0.002)
     return 3000
 

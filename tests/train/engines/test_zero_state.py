@@ -12,7 +12,7 @@ import torch
 
 from dit.train.checkpoints import checkpoint
 from dit.train.checkpoints.checkpoint import Reader
-from dit.train.loop import Loop
+from dit.train.run import Run
 from tests.datasets import Digits
 from tests.rank_processes import Server
 from tests.train.checkpoints.test_checkpoint import TRUE
@@ -104,15 +104,15 @@ def nudged(runs: list[Values]) -> list[tuple[bool, bool]]:
 
 
 @torch.no_grad()
-def _nudged(loop: Loop) -> tuple[bool, bool]:
+def _nudged(run: Run) -> tuple[bool, bool]:
     def loss(change: float) -> float:
-        for fragment in loop.engine.fragments():
+        for fragment in run.engine.fragments():
             if "table" in fragment.name:
                 fragment.weight.add_(change)
-        loop.engine.sync_weights()
-        return float(loop.task.loss(loop.engine, loop.samples).mean)
+        run.engine.sync_weights()
+        return float(run.task.loss(run.engine, run.archive.probe.samples).mean)
 
-    for fragment in loop.engine.fragments():
+    for fragment in run.engine.fragments():
         fragment.weight.fill_(0.125)  # that adding and subtracting 1 leaves as it was; and no gate is closed
     before, changed, after = loss(0), loss(1), loss(-1)
     return changed != before, after == before

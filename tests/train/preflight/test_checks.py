@@ -81,7 +81,7 @@ def refused(ranks: Server, given: Values, mounts: Mounts, size: int = 4) -> str:
 
 def test_nothing_is_wrong_and_nothing_is_left(digits: Digits, ranks: Server, tmp_path: Path) -> None:
     seconds = ranks.run(4, check, values(digits, tmp_path / "deep/down/run"), {})
-    assert max(seconds) < 20
+    assert max(seconds) < 60
     assert list(tmp_path.iterdir()) == []
 
 

@@ -60,8 +60,8 @@ OPERATORS = {
 }
 
 
-class Wire(TorchDispatchMode):
-    """As a context: counts what this thread asks torch.distributed for, whoever asks (DeepSpeed, DDP's C++).
+class CollectiveCounter(TorchDispatchMode):
+    """Counts, as a context, what this thread asks torch.distributed for, whoever asks (DeepSpeed, DDP's C++).
 
     On a GPU the backward pass runs in other threads, which it does not see: count on the CPU.
     """
@@ -79,14 +79,14 @@ class Wire(TorchDispatchMode):
         if operator == "barrier":
             return
         if operator not in OPERATORS:
-            raise NotImplementedError(f"c10d.{operator} is no collective that Wire knows")
+            raise NotImplementedError(f"c10d.{operator} is no collective that is known here")
         op, whole, group = OPERATORS[operator]
         ranks = torch.distributed.ProcessGroup.unbox(args[group]).size()
         for tensor in _tensors(args[whole]):
             self.found[Collective(op, tensor.dtype, tensor.numel(), ranks)] += 1
 
     def sent(self) -> float:
-        """Bytes that each rank sent, by the ring's formula, on average over ranks."""
+        """Return the bytes that each rank sent, by the ring's formula, on average over ranks."""
         return sum(kind.sent * times for kind, times in self.found.items())
 
 
@@ -99,7 +99,7 @@ def _tensors(nested: Any) -> Iterator[Tensor]:
 
 
 def formula(stage: int, psi: int, ranks: int, accumulation: int) -> float:
-    """Bytes that each rank sends a step for `psi` bytes of gradients, at a ZeRO stage (arXiv 1910.02054, section 7).
+    """Return the bytes that a rank sends a step for `psi` bytes of gradients at a ZeRO stage (arXiv 1910.02054, 7).
 
     0: an all-reduce; 1: a reduce-scatter, and an all-gather of what the update made of it; 2: the same, gradients of
     each of `accumulation` micro-batches; 3: of each a reduce-scatter, and two all-gathers of the parameters.

@@ -16,7 +16,7 @@ class QuarantineError(UserError):
 
 
 class SharedQuarantine:
-    """A rank's quarantine and its peers'. Every method is collective.
+    """Unites a rank's quarantine with its peers'. Every method is collective.
 
     say: prints on rank 0.
     """
@@ -27,7 +27,7 @@ class SharedQuarantine:
         self._agreed: set[tuple[int, int]] = set()
 
     def known(self) -> Blocks:
-        """Blocks that any rank could not read. QuarantineError, on all ranks, where there are too many."""
+        """Give the blocks that any rank could not read. QuarantineError, on all ranks, where there are too many."""
         known: Blocks = {}
         for reasons in group.gather_objects(self.quarantine.reasons):
             known |= reasons
@@ -42,16 +42,16 @@ class SharedQuarantine:
         return known
 
     def load(self, entries: list[tuple[int, int, str]]) -> None:
-        """What a checkpoint holds of it (`agree`), from now on left out whatever the files hold."""
+        """Leave out what a checkpoint says (`agree`) from now on, whatever the files hold."""
         loaded = {(data_set, block): why for data_set, block, why in entries}
         self.quarantine.load(loaded)
         self.known()
-        self._agreed = set(
-            loaded
-        )  # what else a rank knows, of the time before a run went back, is news to the others
+        # what else a rank knows, of the time before a run went back, is news to the others
+        self._agreed = set(loaded)
 
     def agree(self, stop_reading: Callable[[], object]) -> list[tuple[int, int, str]]:
-        """What every rank leaves out from here on, for a checkpoint, so that going on is the same as resuming there.
+        """Agree on what every rank leaves out from here on, so that going on is the same as resuming; give it, for a
+        checkpoint.
 
         stop_reading: forgets batches that were read ahead, called where there is something new: they may hold samples
         of a block that another rank, or a later read, found broken.

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as td
 
-from dit.bench.speed.wire import Collective, Wire, formula
+from dit.bench.speed.collectives import Collective, CollectiveCounter, formula
 from tests.datasets import Digits
 from tests.rank_processes import Server
 from tests.train.runs import BATCH, Values, built, values
@@ -24,7 +24,7 @@ MODEL = {"size": None, "width": 32, "depth": 8, "heads": 2}
 
 def every_collective() -> Counter[Collective]:
     whole, part = torch.ones(8), torch.ones(4, dtype=torch.bfloat16)
-    with Wire() as wire:
+    with CollectiveCounter() as counter:
         td.all_reduce(whole)
         td.reduce(whole, 0)
         td.broadcast(whole, 1)
@@ -32,7 +32,7 @@ def every_collective() -> Counter[Collective]:
         td.all_gather([torch.empty(4), torch.empty(4)], torch.ones(4))
         td.reduce_scatter_tensor(torch.empty(4), whole)
         td.barrier()
-    return wire.found
+    return counter.found
 
 
 def test_each_collective_is_counted_by_the_whole_tensor(ranks: Server) -> None:
@@ -66,7 +66,7 @@ def test_the_formula() -> None:
 
 @dataclass(frozen=True)
 class Step:
-    """psi: bytes of the gradients in fp32. found: what Wire saw; logged: bytes by operation, as DeepSpeed logs them."""
+    """psi: bytes of the gradients in fp32. found: what was counted; logged: bytes by operation, of DeepSpeed."""
 
     psi: int
     sent: float
@@ -91,14 +91,14 @@ def _step(given: Values) -> Step:
     batch, logger = loop.stream.batch(2), comm.comm.comms_logger
     logger.reset_data()
     comm.configure(enabled=True, prof_all=True)
-    with Wire() as wire:
+    with CollectiveCounter() as counter:
         loop.train_step(batch)
     comm.configure(enabled=False)
     loop.stream.close()
     logged = {op: sum(size * row[0] for size, row in by.items()) for op, by in logger.comms_dict.items()}
     parameters: list = [p for p in loop.engine.module.parameters() if p.requires_grad]
     psi = 4 * sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
-    return Step(psi, wire.sent(), wire.found, logged)
+    return Step(psi, counter.sent(), counter.found, logged)
 
 
 def runs_of(digits: Digits, folder: Path, size: int, choices: list[dict], **train: object) -> list[Values]:

@@ -1,0 +1,44 @@
+"""The suite behaves as in a terminal of its own, also under a launcher, in an allocation or in the background."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+# What torchrun, SLURM, MPI and launch/ leave in the environment of what they start.
+LAUNCHERS = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_",
+    "ROLE_",
+    "MASTER_",
+    "TORCHELASTIC_",
+    "SLURM_",
+    "SLURMD_",
+    "PMI",
+    "OMPI_",
+    "DIT_",
+    "NPROC",
+    "DRY_RUN",
+    "CONTAINER",
+    "PREFLIGHT",
+    "LIMIT",
+)
+KEPT = ("SLURM_CONF",)  # how a cluster is reached is no launcher's
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def forget() -> None:
+    """Drop a launcher's variables from os.environ, and hear the signals that a parent had ignored or blocked.
+
+    A shell's script starts what it puts in the background with SIGINT ignored, and so would be all that tests start.
+    """
+    for name in [n for n in os.environ if n.startswith(LAUNCHERS) and n not in KEPT]:
+        del os.environ[name]
+    for number in SIGNALS:
+        if signal.getsignal(number) == signal.SIG_IGN:
+            heard = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+            signal.signal(number, heard)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
