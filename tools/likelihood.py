@@ -60,6 +60,7 @@ def main(
         measured = likelihood_of(trained, data, spec, batch_size, made, world, out, overwrite)
         if world.is_main:
             print(f"{trained.weights_line()}\n{measured}")
+            trained.average.warn()
 
 
 def read_spec(

@@ -58,6 +58,7 @@ def main(
         for name, path in named(runs).items():
             trained = Trained.load(path, weights, world.device)
             print(f"{name}: {trained.weights_line()}")
+            trained.average.warn()
             first = trained.sampler(spec, {}, world.device, "fp32")
             compare = FrechetTo(reference, components, trained.contract["image_size"])
             if floor is not None:
