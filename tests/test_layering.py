@@ -32,51 +32,55 @@ MAY_IMPORT = {
     "yamlfile": "errors scalars",
     "progress": "",
     "config": "errors scalars",
-    "configfile": "config files scalars yamlfile",
+    "configfile": "files scalars yamlfile config",
     "rng": "",
     "ranks": "errors",
     "flow": "config rng",
     "model": "config flow",
-    "sample": "config flow rng",
+    "sample": "errors files config rng ranks flow outputs",
     "data": "errors",
-    "data.storage": "config data errors files",
-    "data.shards": "config data data.storage files",
-    "data.codecs": "config data data.storage data.shards rng files",
-    "data.sources": "config data rng files",
-    "data.foreign": "config data data.storage data.shards data.codecs data.sources files",
-    "data.shards.pairs": "config data data.shards data.codecs files ranks",
+    "data.storage": "errors files config data",
+    "data.shards": "files config data data.storage",
+    "data.codecs": "files config rng data data.storage data.shards",
+    "data.sources": "files config rng data",
+    "data.foreign": "files config data data.storage data.shards data.codecs data.sources",
+    "data.shards.pairs": "files config data data.shards data.codecs outputs",
     "data.shards.readers": "data.shards data.foreign",
-    "data.shards.verify": "config data data.storage data.shards data.shards.readers files",
-    "data.loading": "config data data.storage data.shards data.shards.readers rng",
-    "data.encoding": "config data data.shards data.codecs data.sources files ranks rng",
-    "evals": "flow ranks rng sample",
+    "data.shards.verify": "files config data data.storage data.shards data.shards.readers",
+    "data.loading": "config rng data data.storage data.shards data.shards.readers",
+    "data.encoding": "errors files config rng ranks data data.shards data.codecs data.sources",
+    "evals": "errors files config rng ranks flow sample data outputs",
     "train.optim": "config",
     "train.posthoc": "",
-    "train.faults": "config errors files flow",
-    "train.engines": "config model ranks train.optim",
-    "train.ema": "config train.engines train.posthoc errors",
-    "train.settings": "config data ranks train.optim train.engines train.ema train.faults files",
-    "train.task": "data flow rng",
-    "train.meters": "evals files flow ranks",
-    "train.hooks": "config data evals ranks rng progress train.settings train.task train.ema train.engines"
-    " train.meters",
-    "train.run_dir": "config configfile ranks version train.settings train.checkpoints scalars",
-    "train.plan": "config data model ranks version train.checkpoints train.engines train.hooks train.optim"
-    " train.run_dir train.settings train.task",
-    "train.checkpoints": "config errors files ranks train.engines train.ema train.posthoc train.settings"
-    " train.task progress",
-    "train.preflight": "data errors ranks train.settings train.plan train.run_dir train.checkpoints version config",
-    "train": "config data errors flow progress ranks rng train.checkpoints train.ema train.engines train.faults"
-    " train.meters train.optim train.plan train.preflight train.run_dir train.settings train.task",
+    "train.faults": "errors files config flow",
+    "train.engines": "config ranks model train.optim",
+    "train.ema": "errors config train.posthoc train.engines",
+    "train.settings": "files config ranks data train.optim train.faults train.engines train.ema",
+    "train.task": "rng flow data",
+    "train.meters": "files ranks flow evals",
+    "train.hooks": "errors progress config rng ranks sample data evals train.engines train.ema train.settings"
+    " train.task train.meters",
+    "train.run_dir": "version scalars config configfile ranks train.settings train.checkpoints",
+    "train.plan": "version config ranks model data train.optim train.engines train.settings train.task"
+    " train.hooks train.run_dir train.checkpoints",
+    "train.checkpoints": "errors files progress config ranks train.posthoc train.engines train.ema"
+    " train.settings train.task outputs",
+    "train.preflight": "errors version config ranks data train.settings train.run_dir train.plan"
+    " train.checkpoints",
+    "train": "errors progress config rng ranks flow data train.optim train.faults train.engines train.ema"
+    " train.settings train.task train.meters train.run_dir train.plan train.checkpoints"
+    " train.preflight",
     # the autoencoder is trained by the same engine and checkpoints
-    "stage1": "config evals flow ranks rng train files progress",
-    "experiments": "config data flow model ranks rng sample stage1 train errors progress",
-    "interop": "config configfile data errors experiments files flow model train version ranks",
-    "bench": "config data errors files flow model ranks rng train version",
-    "cli": "config errors ranks helptext progress scalars",
-    "flags": "config helptext",
-    "tools": "bench cli config configfile data errors evals experiments files flags interop ranks rng sample"
-    " stage1 train version progress",
+    "stage1": "files progress config rng ranks flow data evals train",
+    "experiments": "errors files version progress config rng ranks flow model sample data evals train stage1"
+    " outputs",
+    "interop": "errors files version config configfile ranks flow model data train experiments outputs",
+    "bench": "errors files version config rng ranks flow model data train",
+    "cli": "errors helptext scalars progress config ranks",
+    "flags": "helptext config",
+    "tools": "errors files progress config configfile ranks sample data evals train stage1 experiments"
+    " interop bench cli flags outputs",
+    "outputs": "errors files config ranks",
 }
 # A third-party package -> the only modules that may name it.
 ONLY_IN = {"deepspeed": {"dit.train.engines.zero_engine"}}

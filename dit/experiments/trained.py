@@ -144,6 +144,11 @@ class Trained:
         """The run directory that the checkpoint lies in; the folder of an exported file."""
         return self.path.parents[1] if self.path.parent.name == "checkpoints" else self.path.parent
 
+    def say_weights(self, head: str = "") -> None:
+        """Print which weights these are; warn where they are an average that still holds much of the first ones."""
+        print(f"{head}{self.weights_line()}")
+        self.average.warn()
+
     def weights_line(self) -> str:
         """Which weights these are, in a line for a person."""
         return f"weights: {self.average} of step {self.step}, after {self.updates} updates, from {self.path}"
