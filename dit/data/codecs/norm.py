@@ -85,9 +85,9 @@ def latent_norm(manifest: Manifest, which: Literal["dataset", "codec"] = "datase
     constant = [str(i) for i, std in enumerate(manifest.std) if std == 0]
     if constant:
         raise DataError(
-            f"{public(manifest.root)}: {len(constant)} of {len(manifest.std)} channels ({', '.join(constant)}) have "
-            "one value everywhere, so there is no scale to normalise by: set latents.norm=codec for the codec's own "
-            "(pixels as they are), or encode images that differ"
+            f"{public(manifest.root)}: latents cannot be normalised by their statistics: {len(constant)} of "
+            f"{len(manifest.std)} channels ({', '.join(constant)}) have one value everywhere. Set latents.norm=codec for "
+            "the codec's own constants (pixels as they are), or encode images that differ"
         )
     try:
         return from_dict(LatentNorm, {"mean": manifest.mean, "std": manifest.std})

@@ -1,8 +1,8 @@
 """What libjpeg says of a damaged JPEG, which Pillow keeps to itself: it decodes grey or noise and reports success.
 
-The JPEG's entropy-coded data are read once more, by the very library that Pillow has loaded, for its warnings alone:
-about a third of the time of decoding. Errors of libjpeg do not return, so only bytes that Pillow has just decoded are
-read, of the kinds that are read in the same way; and the library's version and sizes are asked of itself.
+The JPEG's entropy-coded data are read once more, by the very library that Pillow has loaded, for its warnings alone, in
+0.4 (progressive: 0.8) of the time of decoding. Errors of libjpeg do not return, so only bytes that Pillow has just
+decoded are read, of the kinds that are read in the same way; and the library's version and sizes are asked of itself.
 """
 
 from __future__ import annotations

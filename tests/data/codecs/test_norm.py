@@ -66,7 +66,7 @@ def test_a_channel_of_one_value_names_the_way_out(tmp_path):
         Image.fromarray(pixels).save(tmp_path / f"{i}.png")
     made = encode(open_source(tmp_path), PixelCodec(), tmp_path / "out", EncodeOptions(image_size=8)).manifest
     with pytest.raises(
-        DataError, match=r"1 of 3 channels \(1\) have one value everywhere.*set latents.norm=codec"
+        DataError, match=r"1 of 3 channels \(1\) have one value everywhere.*Set latents.norm=codec"
     ):
         latent_norm(made)
     assert latent_norm(made, "codec") == LatentNorm(mean=(0.0,) * 3, std=(1.0,) * 3)
