@@ -99,6 +99,13 @@ def expand(path: str) -> str:
         raise FileError(
             f"'{path}': no home folder of {user} is known; write the path out (./{user} for a name)"
         )
+    try:
+        os.fsencode(home)
+    except UnicodeEncodeError as error:
+        lacking, encoding = home[error.start : error.end], error.encoding
+        raise FileError(
+            f"'{path}': file names are in {encoding} in this locale, which lacks '{lacking}'; set LC_ALL=C.UTF-8"
+        ) from None
     return home
 
 

@@ -97,8 +97,11 @@ def _instead(word: str) -> str | None:
         return _of_base(plain)
     if re.fullmatch(r"[-+]?[0-9]+(:[0-5]?[0-9])+(\.[0-9]*)?", plain):
         return f"one number (hours, minutes and seconds as 3600, 60 and 1: {_sixties(plain)})"
-    if re.fullmatch(r"[-+]?[0-9]{1,3}([,'_ ][0-9]{3})+(\.[0-9]*)?", plain):
-        return re.sub(r"[,'_ ]", "", plain)
+    if re.fullmatch(r"[-+]?[1-9][0-9]{0,2}([,'_ ][0-9]{3})+(\.[0-9]*)?", plain):
+        is_open = plain.count(",") == 1 and "." not in plain
+        return re.sub(r"[,'_ ]", "", plain) + (
+            f", or {plain.replace(',', '.')} for a fraction" if is_open else ""
+        )
     if re.fullmatch(r"[-+]?[0-9]*,[0-9]+([eE][-+]?[0-9]+)?", plain):
         return plain.replace(",", ".")
     if re.fullmatch(r"[-+]?[0-9][0-9_]*", plain):

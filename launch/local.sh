@@ -10,7 +10,8 @@ launch/local.sh CONFIG.yaml [--key.sub=value ...]
 launch/local.sh tools/encode.py IMAGES OUT [--flag=value ...]
 
 Starts tools/train.py, or the program that comes first (*.py, from the checkout), with the given arguments under
-torchrun: one rank per GPU, one rank where there is none. The same command again resumes. Environment:
+torchrun: one rank per GPU, one rank where there is none. The same command again resumes. TERM and Ctrl-C go to the
+ranks, which save; it ends when they have, with status 75 or 130 (a second Ctrl-C: at once). Environment:
 
   NPROC=n                  ranks, at most one a GPU; CPU ranks on a machine with GPUs: CUDA_VISIBLE_DEVICES= NPROC=2
   PYTHON=path              the interpreter; default .venv/bin/python of this checkout, else python3

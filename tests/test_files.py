@@ -199,6 +199,15 @@ def test_a_path_that_leads_nowhere_is_refused(typed: str, says: str) -> None:
     assert says in str(caught.value)
 
 
+def test_a_name_that_the_locale_cannot_write_is_refused() -> None:
+    code = "from dit.files import expand\ntry: expand('l\\u00e4ufe')\nexcept ValueError as e: print(ascii(str(e)))"
+    environment = {**os.environ, **LOCALES[0], "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=False)
+    assert (
+        b"file names are in ascii in this locale, which lacks '\\xe4'; set LC_ALL=C.UTF-8" in done.stdout
+    ), done
+
+
 def test_a_file_whose_name_begins_like_a_user_is_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -165,6 +165,8 @@ def test_what_is_no_decimal_number_is_refused(
         ("count", "1,000", "write 1000"),
         ("count", "1,000,000", "write 1000000"),
         ("rate", "0,5", "write 0.5"),
+        ("rate", "0,001", "write 0.001"),
+        ("rate", "1,500", "write 1500, or 1.500 for a fraction"),
         ("rate", "1'000", "write 1000"),
         ("stage", "1,2", "got '1,2'"),
         ("count", "1.5", "got 1.5"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from dit.errors import Notice
 from dit.files import sync
 from dit.outputs import RECORD, Blocks, OutputError, write_record
 from dit.ranks import group
@@ -27,6 +29,7 @@ from dit.sample.generate import Sampler, image_grid
 from dit.sample.tally import Tally
 
 IN_GRID = 100  # images at most
+FAR = 100.0  # beyond it are no latents of data, whose standard deviation is 1
 TALLY = "tally"  # array of a block: images, calls and evaluations that it took
 
 
@@ -56,16 +59,25 @@ def draw(sampler: Sampler, labels: Tensor, products: Sequence[Product], world: g
     mine = todo[world.rank :: world.size]
     total = sum(len(blocks.samples(number)) for number in mine)
     where = f"sampling, rank 0 of {world.size}" if world.size > 1 else "sampling"
+    reach = 0.0
     with tqdm(total=total, unit="image", disable=not world.is_main or not mine, desc=where) as bar:
         for number in mine:
             index, before = torch.tensor(blocks.samples(number)), sampler.tally.counts
             latents = sampler.latents(index, labels[index])
             took = np.subtract(sampler.tally.counts, before)
+            reach = max(reach, float(latents.abs().max()))
             for product, lacking in zip(products, missing, strict=True):
                 if number in lacking:
                     arrays = product.arrays(latents, index, labels[index])
                     product.blocks.add(number, {**arrays, TALLY: took})
             bar.update(len(index))
+    if reach > FAR:
+        warnings.warn(
+            f"latents reach {reach:.3g}, where those of data have a standard deviation of 1: the pictures are clipped, "
+            "and show little; lower cfg_scale, or take more steps",
+            Notice,
+            stacklevel=2,
+        )
     group.barrier()
 
 

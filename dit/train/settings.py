@@ -9,7 +9,7 @@ from typing import Literal
 from dit.config import Complaint, ConfigError, config
 from dit.data.loading.mixture import Mixture, PartConfig
 from dit.data.storage.nodecache import NodeCacheConfig
-from dit.files import expand
+from dit.files import FileError, expand
 from dit.ranks.group import World
 from dit.train.ema import EmaConfig
 from dit.train.engines.zero_config import ZeroConfig
@@ -165,8 +165,11 @@ class RunConfig:
 
     @property
     def folder(self) -> Path:
-        """The run directory, ~ and variables filled in. FileError for a variable that is not set."""
-        return Path(expand(self.run_dir))
+        """The run directory, ~ and variables filled in. ConfigError for a variable that is not set."""
+        try:
+            return Path(expand(self.run_dir))
+        except FileError as error:
+            raise ConfigError(problems=[Complaint(("run_dir",), str(error))]) from None
 
     def __post_init__(self) -> None:
         if self.val.every and self.data.val is None:

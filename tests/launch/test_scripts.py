@@ -586,7 +586,7 @@ def queued(slurm_path, entry, tmp_path) -> Callable[..., str]:
     log = tmp_path / "requeued"
     (folder / "sleep").write_text("#!/bin/sh\n")
     (folder / "scontrol").write_text(
-        f'#!/bin/sh\n[ "$1" = show ] && printf "n7\\nn8\\n" || echo "$*" >>{log}\n'
+        f'#!/bin/sh\n[ "$1" = show ] && printf "n7\\nn8\\n" || echo "$*" >>{shlex.quote(str(log))}\n'
     )
 
     def after(status: int, **env: str) -> str:

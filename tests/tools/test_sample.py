@@ -271,6 +271,12 @@ def test_a_decoder_that_overflows_makes_no_pictures(digits: Digits, tmp_path: Pa
     assert draw(out, folder, *words[:-1], "--codec.dtype=float32").std() > 1
 
 
+def test_pictures_that_are_clipped_everywhere_are_said(run: Path, tmp_path: Path, capsys) -> None:
+    words = ("--num_samples=2", "--num_steps=1", "--solver=euler", f"--out={tmp_path / 'out'}")
+    assert call(tools.sample.main, run, *words, "--cfg_scale=1e6") == 0
+    assert "the pictures are clipped, and show little; lower cfg_scale" in capsys.readouterr().err
+
+
 def test_guidance_that_overflows_makes_no_pictures(run: Path, tmp_path: Path, capsys) -> None:
     for place in (f"--out={tmp_path / 'out'}", f"--save_pairs={tmp_path / 'pairs'}"):
         assert call(tools.sample.main, run, *BASE[:2], "--cfg_scale=1e38", place) == 1

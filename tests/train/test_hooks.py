@@ -16,6 +16,7 @@ from dit.config import ConfigError
 from dit.data import DataError
 from dit.data.loading.stream import Stream
 from dit.data.shards.manifest import Manifest
+from dit.errors import Notice
 from dit.evals.valloss import held_out_loss
 from dit.experiments.parts import make_parts
 from dit.experiments.trained import Trained
@@ -146,3 +147,12 @@ def test_without_a_cadence_there_is_no_hook(digits: Digits, tmp_path: Path) -> N
     parts = make_parts(cfg, manifest, World())
     assert parts.hooks == []
     assert held_out_hook(cfg, manifest, parts.task, World()) == []
+
+
+def test_a_picture_that_is_none_is_left_out_and_the_run_goes_on(digits: Digits, tmp_path: Path) -> None:
+    sections = {"engine": "local", "train": {"steps": 3}, "checkpoint": {"every": 3}}
+    grid = {"every": 2, "count": 2, "num_steps": 1, "solver": "euler", "cfg_scale": 1e38}
+    with pytest.warns(Notice, match=r"no picture of step 2: image 0 \(class 0\): .*; lower cfg_scale"):
+        go(values(digits, tmp_path / "run", sample=grid, **sections))
+    assert not (tmp_path / "run" / "samples").exists()
+    assert at_step(tmp_path / "run", 3).is_dir()

@@ -86,8 +86,8 @@ def latent_norm(manifest: Manifest, which: Literal["dataset", "codec"] = "datase
     if constant:
         raise DataError(
             f"{public(manifest.root)}: latents cannot be normalised by their statistics: {len(constant)} of "
-            f"{len(manifest.std)} channels ({', '.join(constant)}) have one value everywhere. Set latents.norm=codec for "
-            "the codec's own constants (pixels as they are), or encode images that differ"
+            f"{len(manifest.std)} channels ({', '.join(constant)}) have one value everywhere. Set latents.norm=codec "
+            "for the codec's own constants (pixels as they are), or encode images that differ"
         )
     try:
         return from_dict(LatentNorm, {"mean": manifest.mean, "std": manifest.std})
