@@ -16,14 +16,16 @@ from tqdm import tqdm
 from dit.cli import run
 from dit.config import from_dict, to_dict
 from dit.data.foreign.existing import already, refuse_encoded
-from dit.data.foreign.index import IndexOptions, codec_of
+from dit.data.foreign.index import codec_of
 from dit.data.foreign.index import index as write_index
+from dit.data.foreign.probe import IndexOptions
 from dit.data.foreign.shard_list import find_shards, total_bytes
 from dit.data.loading.mixing import mixing
 from dit.data.loading.stream import Stream
 from dit.data.shards.manifest import Manifest
 from dit.data.shards.verify import check_answers, check_manifest, strays
 from dit.data.shards.verify import verify as find_faults
+from dit.data.sources.classes import LabelType
 from dit.data.sources.labels import read_classes
 
 CLASSES_SHOWN = 20
@@ -86,6 +88,8 @@ def index(
     extension: Annotated[str | None, "of the arrays: npy, pt, pth, or latent.npy; found by default"] = None,
     flipped: Annotated[str | None, "extension of the flipped view beside them, such as flip.npy"] = None,
     label: Annotated[Literal["auto", "cls", "json", "none"], "KEY.cls, KEY.json, or no labels"] = "auto",
+    label_key: Annotated[str | None, "of the label in KEY.json, where it has no usual name"] = None,
+    label_type: Annotated[LabelType, "take labels as numbers, or as names of classes"] = "auto",
     classes: Annotated[str | None, "imagenet1k, or a file of names, one a line; numbers by default"] = None,
     dtype: Annotated[Literal["float16", "float32"], "of the samples when they are read"] = "float16",
     image_size: Annotated[int | None, "pixels a side; the latents' times the codec's factor"] = None,
@@ -95,8 +99,8 @@ def index(
 ) -> None:
     """Make a data set of latent shards from elsewhere: write manifest.json and names.txt in OUT, copy nothing.
 
-    PATH: tars of KEY.npy (or .pt, .pth) and KEY.cls (or KEY.json with "label"), one sample after the other: one tar, a
-    folder of them, a pattern ("shards/*.tar"), a range (shards/{000..099}.tar, also in URLs), or a text file with one
+    PATH: tars of KEY.npy (or .pt, .pth) and KEY.cls (or KEY.json with a "label"), one sample after the other: one tar,
+    a folder of them, a pattern ("shards/*.tar"), a range (shards/{000..099}.tar, also in URLs), or a text file with one
     of these a line. OUT: a folder, that of the shards or another.
 
     --codec.path=FOLDER --codec.subfolder=... configure the vae and ldm; --codec.channels=4 and, where known,

@@ -7,8 +7,6 @@ caches are those of our own blocks.
 from __future__ import annotations
 
 import io
-import json
-import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -16,13 +14,15 @@ import numpy as np
 import torch
 
 from dit.data.shards.blocks import BlockReader
-from dit.data.shards.manifest import Foreign, Manifest
+from dit.data.shards.manifest import Manifest
+from dit.data.shards.origin import Foreign
 from dit.data.shards.records import TAR_BLOCK, parse_npy, parse_npy_header
+from dit.data.sources.beside import at_key, cls_value, json_fields, keys_shown
+from dit.data.sources.classes import Label, read_label
 from dit.data.storage.files import AnyStorage, Storage
 
 LOGVAR_RANGE = (-30.0, 20.0)  # to which latent diffusion's DiagonalGaussianDistribution clamps log variances
 DTYPES = ("float16", "bfloat16", "float32")
-MAX_CLASS = 10**6  # above every label; a bigger number is an image's, and would make as many classes
 FILES, LONG_NAME, EXTENDED, EXTENSIONS = b"0\x007", ord("L"), b"xL", b"xLgK"  # kinds of a tar's headers
 
 
@@ -83,9 +83,12 @@ def _pax(said: bytes, path: bytes, size: int) -> tuple[bytes, int]:
     return path, size
 
 
-def split_path(path: bytes) -> tuple[bytes, str]:
-    """(key, extension) as the webdataset library has them: the key ends at the first dot of the last part."""
-    dot = path.find(b".", path.rfind(b"/") + 1)
+def split_path(path: bytes, dotted: bool = False) -> tuple[bytes, str]:
+    """(key, extension) as the webdataset library has them: the key ends at the first dot of the last part.
+
+    dotted: at the last one, for keys that have dots themselves.
+    """
+    dot = (path.rfind if dotted else path.find)(b".", path.rfind(b"/") + 1)
     if dot < 0:
         return path, ""
     return path[:dot], path[dot + 1 :].lower().decode("utf-8", "replace")
@@ -106,11 +109,11 @@ class Sample(NamedTuple):
     members: dict[str, Place]
 
 
-def samples_in(found: Iterator[Place], wanted: frozenset[str]) -> Iterator[Sample]:
+def samples_in(found: Iterator[Place], wanted: frozenset[str], dotted: bool = False) -> Iterator[Sample]:
     """Members grouped by key, of each group those of the wanted extensions; groups without any are left out."""
     key, members = b"", dict[str, Place]()
     for place in found:
-        own, extension = split_path(place.path)
+        own, extension = split_path(place.path, dotted)
         if own != key:
             if members:
                 yield Sample(key, members)
@@ -159,31 +162,20 @@ def read_array(extension: str, data: memoryview) -> tuple[str, np.ndarray]:
     return dtype, array
 
 
-def _cls(data: bytes) -> int:
-    if not re.fullmatch(rb"-1|\d{1,6}", data.strip()):
-        raise ValueError(f"expected a class number below {MAX_CLASS}, or -1, got {data[:20]!r}")
-    return int(data.strip())
+def _cls(data: bytes, key: str) -> Any:
+    return cls_value(data)
 
 
-def json_label(data: bytes) -> Any:
-    """What an object has under "label", None without one. Raises ValueError for what is no JSON."""
+def _json(data: bytes, key: str) -> Any:
+    fields = json_fields(data)
     try:
-        values = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON: {error}") from None
-    return values.get("label") if isinstance(values, dict) else None
+        return at_key(fields, key)
+    except KeyError:
+        raise ValueError(f"nothing under {key!r}; its keys are {keys_shown(fields)}") from None
 
 
-def _json(data: bytes) -> int:
-    label = json_label(data)
-    if type(label) is not int or not -1 <= label < MAX_CLASS:
-        raise ValueError(
-            f"expected an object with a class number 'label' below {MAX_CLASS}, or -1, got {data[:60]!r}"
-        )
-    return label
-
-
-LABELS: dict[str, Callable[[bytes], int]] = {"cls": _cls, "json": _json}
+# How a member's bytes become a label as it was written, number, name or None; key: of JSON. Both raise ValueError.
+LABELS: dict[str, Callable[[bytes, str], Any]] = {"cls": _cls, "json": _json}
 
 
 def to_codec(foreign: Foreign, raw: np.ndarray, out: np.ndarray) -> None:
@@ -210,22 +202,34 @@ def wanted(foreign: Foreign) -> frozenset[str]:
     return frozenset(e for e in (foreign.array, foreign.flipped, foreign.label) if e is not None)
 
 
-def decode(foreign: Foreign, samples: list[Sample], data: bytearray, out: np.ndarray) -> np.ndarray:
-    """The samples in `data`: their arrays in `out`, (n, *manifest.shape), and labels, (n,) int64.
+def decode(foreign: Foreign, samples: list[Sample], data: bytearray, out: np.ndarray) -> None:
+    """The arrays of the samples in `data`, to `out`, (n, *manifest.shape).
 
     Raises MemberError naming the sample that is not as `foreign` says.
     """
     for view, extension in enumerate(e for e in (foreign.array, foreign.flipped) if e is not None):
         to_codec(foreign, _stack(foreign, extension, samples, memoryview(data)), out[:, view])
-    labels = np.full(len(samples), -1, np.int64)
-    if foreign.label is not None:
-        read = LABELS[foreign.label]
-        for row, sample in enumerate(samples):
-            place = _member(sample, foreign.label)
-            try:
-                labels[row] = read(bytes(data[place.offset : place.offset + place.size]))
-            except ValueError as error:
-                raise MemberError(place, f"{_name(sample)}.{foreign.label}: no label: {error}") from None
+
+
+def decode_labels(
+    foreign: Foreign, samples: list[Sample], data: bytearray, take: Callable[[Any], Label | None]
+) -> list[Label | None]:
+    """The labels of the samples in `data`: what `take` makes of each as it is written; -1 where none is stored.
+
+    take: raises ValueError for what is none. Raises MemberError naming the sample.
+    """
+    if foreign.label is None:
+        return [-1] * len(samples)
+    labels: list[Label | None] = []
+    read = LABELS[foreign.label]
+    for sample in samples:
+        place = _member(sample, foreign.label)
+        try:
+            labels.append(
+                take(read(bytes(data[place.offset : place.offset + place.size]), foreign.label_key))
+            )
+        except ValueError as error:
+            raise MemberError(place, f"{_name(sample)}.{foreign.label}: no label: {error}") from None
     return labels
 
 
@@ -279,6 +283,7 @@ class SampleReader(BlockReader):
         super().__init__(manifest, *args, **kwargs)
         assert manifest.foreign is not None
         self.foreign, self.wanted = manifest.foreign, wanted(manifest.foreign)
+        self._places = {name: i for i, name in enumerate(manifest.classes)} if self.foreign.named else {}
 
     def open_storage(self, root: str) -> Storage:
         """Shards lie in their manifest's folder or anywhere else."""
@@ -290,19 +295,27 @@ class SampleReader(BlockReader):
         data = bytearray(block.bytes)
         self.receive(index, [memoryview(data)])
         try:
-            samples = list(samples_in(places(data), self.wanted))
+            samples = list(samples_in(places(data), self.wanted, self.foreign.dotted))
             if len(samples) != block.samples:
                 raise ValueError(f"{len(samples)} samples, the manifest says {block.samples}")
-            labels = decode(self.foreign, samples, data, rows[0])
+            decode(self.foreign, samples, data, rows[0])
+            labels = np.array(decode_labels(self.foreign, samples, data, self._number), np.int64)
         except ValueError as error:
             raise self.fault(index, f"not what the manifest describes: {error}") from None
         self.check_labels(index, labels)
         first = self.manifest.first_id(index)
         return labels, np.arange(first, first + block.samples, dtype=np.uint64)
 
+    def _number(self, value: Any) -> int:
+        """The number of a label's class."""
+        label = read_label(value, "name" if self.foreign.named else "number")
+        if isinstance(label, str) and label not in self._places:
+            raise ValueError(f"{label!r}, which is none of the {len(self._places)} classes")
+        return self._places[label] if isinstance(label, str) else int(label)
+
     def keys(self, record: bytes) -> list[str]:
         """The keys of the samples in a block's bytes."""
-        return [_name(s) for s in samples_in(places(record), self.wanted)]
+        return [_name(s) for s in samples_in(places(record), self.wanted, self.foreign.dotted)]
 
     def expected_keys(self, index: int, names: list[str]) -> list[str]:
         """The keys that the names file has for them."""

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from dit.data import DataError
+from dit.data.sources.classes import LabelChoice, of_folders
 from dit.data.sources.source import FORMATS, ImageSource, is_image, listing
 from dit.rng import Purpose, permutation
 
@@ -17,8 +18,11 @@ DIGITS_HELD_OUT = 500
 PACKED = (".tar", ".parquet")
 
 
-def open_folder(spec: str) -> ImageSource:
-    """A folder of class folders (CLASS/name.jpg), classes sorted by name; images directly in it have label -1."""
+def open_folder(spec: str, choice: LabelChoice = LabelChoice()) -> ImageSource:  # noqa: B008
+    """A folder of class folders (CLASS/name.jpg), classes sorted by name; images directly in it have label -1.
+
+    Folders that are all called by whole numbers are sorted as those: class 2 stands before class 10.
+    """
     root = Path(spec)
     if not root.exists():
         raise DataError(f"{root}: no such folder, tar or Parquet file, and not digits:train or digits:test")
@@ -30,21 +34,23 @@ def open_folder(spec: str) -> ImageSource:
         raise DataError(f"{root}: holds encoded latents (manifest.json), not images")
     folders = sorted(d.name for d in os.scandir(root) if d.is_dir() and not d.name.startswith("."))
     names: list[str] = []
-    labels: list[int] = []
+    places: list[int] = []
     faults: list[str] = []
     ignored = 0
-    for label, folder in [(-1, ""), *enumerate(folders)]:
+    for place, folder in [(-1, ""), *enumerate(folders)]:
         files, deeper = _listed(root / folder)
         images = [f for f in files if is_image(f)]
         if folder and (deeper or not images):
             faults.append(_fault(root / folder, files, deeper))
         names += [f"{folder}/{f}" if folder else f for f in images]
-        labels += [label] * len(images)
+        places += [place] * len(images)
         ignored += len(files) - len(images)
     if faults:
         raise DataError(listing(f"{root}: {len(faults)} class folder(s) that cannot be used", faults))
+    found = of_folders(folders, choice.type, str(root))
+    labels = np.append(found.labels, -1)[np.array(places, np.int64)]
     return ImageSource(
-        tuple(names), np.array(labels, np.int64), tuple(folders), partial(_open, root, names), ignored
+        tuple(names), labels, open=partial(_open, root, names), ignored=ignored, **found.fields()
     )
 
 
@@ -81,7 +87,7 @@ def _fault(folder: Path, files: list[str], deeper: list[str]) -> str:
     return f"{where} has no images: fill it or remove it{hint}"
 
 
-def open_digits(spec: str) -> ImageSource | None:
+def open_digits(spec: str, choice: LabelChoice = LabelChoice()) -> ImageSource | None:  # noqa: B008
     """`digits:train` or `digits:test`: scikit-learn's 1797 digits of 8x8, in a fixed split of 1297 and 500."""
     if not spec.startswith("digits:"):
         return None

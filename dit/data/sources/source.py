@@ -6,7 +6,7 @@ import io
 import os
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from dit.data import DataError
+from dit.data.shards.origin import Split
 from dit.data.sources.crops import Centre, Crop
 from dit.rng import Draws
 
@@ -35,7 +36,9 @@ class BadImage(DataError):
 class ImageSource:
     """Images in a fixed order. names, labels: one each; open(i) gives image i as PIL has it, from any thread.
 
-    Raises DataError for names that cannot stand as a line of UTF-8 each.
+    classes_before: the same classes as versions before numbered them, where that was another order: an encode that was
+    begun in it goes on in it. labelled_by: where the labels come from, or why there are none, where that is in doubt.
+    split: which part of a larger set this is. Raises DataError for names that cannot stand as a line of UTF-8 each.
     """
 
     names: tuple[str, ...]
@@ -43,6 +46,9 @@ class ImageSource:
     classes: tuple[str, ...]
     open: Callable[[int], Image.Image]
     ignored: int = 0  # files that are not images
+    classes_before: tuple[str, ...] | None = None
+    labelled_by: str = ""
+    split: Split | None = None
 
     def __post_init__(self) -> None:
         odd = [repr(name) for name in (*self.names, *self.classes) if not _is_line(name)]
@@ -57,6 +63,12 @@ class ImageSource:
         loose = int((self.labels < 0).sum())
         counts = f"{len(self)} images in {len(self.classes)} classes"
         return f"{counts}, {loose} without a label, {self.ignored} other files"
+
+    def numbered_by(self, classes: tuple[str, ...]) -> ImageSource:
+        """The same images with the classes in this order, of the same names."""
+        place = {name: i for i, name in enumerate(classes)}
+        table = np.array([*(place[name] for name in self.classes), -1], np.int64)
+        return replace(self, labels=table[self.labels], classes=classes, classes_before=None)
 
     def load(self, index: int, size: int, crop: Crop = Centre(), seed: int = 0) -> np.ndarray:  # noqa: B008
         """Image `index`, cropped to (size, size, 3) uint8: a pure function of the image, the crop, seed and index.
@@ -104,10 +116,11 @@ def open_image(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data), formats=FORMATS)
 
 
-def listing(head: str, faults: Iterable[str], most: int = 5) -> str:
-    """`head`, the first faults on a line each, and how many more there are."""
+def listing(head: str, faults: Iterable[str], most: int = 5, total: int | None = None) -> str:
+    """`head`, the first faults on a line each, and how many more there are: of `total`, where not all are given."""
     faults = list(faults)
-    rest = [f"... and {len(faults) - most} more"] if len(faults) > most else []
+    total = len(faults) if total is None else total
+    rest = [f"... and {total - most} more"] if total > most else []
     return "\n".join([f"{head}:", *(f"  {fault}" for fault in [*faults[:most], *rest])])
 
 

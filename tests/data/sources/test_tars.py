@@ -153,8 +153,11 @@ def test_a_missing_shard_of_a_range_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("files", "words"),
     [
-        ({"a.jpg": encoded(1), "a.cls": b"cat"}, "'a.cls' holds b'cat', expected a class number"),
-        ({"a.jpg": encoded(1), "a.cls": b"-2"}, "'a.cls' holds b'-2', expected a class number"),
+        ({"a.jpg": encoded(1), "a.cls": b"\xff"}, r"'a.jpg' has in its .cls b'\\xff', which is not UTF-8"),
+        ({"a.jpg": encoded(1), "a.cls": b"-2"}, "'a.jpg' has the label '-2', expected a class number"),
+        ({"a.jpg": encoded(1), "a.cls": b"1.5"}, "'a.jpg' has the label '1.5', expected a class number"),
+        ({"a.jpg": encoded(1), "a.cls": b""}, "'a.jpg' has the label '', expected a class number"),
+        ({"a.jpg": encoded(1), "b.cls": b"1"}, "'a.jpg' has no .cls beside it"),
         ({"a.jpg": encoded(1), "a.cls": b"1", "b.jpg": encoded(2)}, "'b.jpg' has no .cls beside it"),
         ({"a.jpg": encoded(1), "a.cls": b"1", "b.cls": b"2"}, "'b.cls' has no image beside it"),
         ({"a.jpg": encoded(1), "a.png": encoded(2), "a.cls": b"1"}, "'a.jpg' and 'a.png' belong to the same"),
@@ -165,11 +168,11 @@ def test_a_missing_shard_of_a_range_is_named(tmp_path):
                 "b.jpg": encoded(1),
                 "b.json": b'{"label": true}',
             },
-            "'b.json' holds .*, expected a class number",
+            "'b.jpg' has the label True, a truth value, where most are numbers",
         ),
         (
             {"a.jpg": encoded(1), "a.json": b'{"label": 1}', "b.jpg": encoded(1), "b.json": b'{"label": '},
-            "'b.json' holds .*, expected a class number",
+            "'b.jpg' has in its .json not JSON",
         ),
     ],
 )
@@ -183,7 +186,7 @@ def test_json_of_brackets_in_brackets_is_no_label(tmp_path):
     first = {"cat/0.jpg": encoded(0, "JPEG"), "cat/0.json": deep}
     assert open_source(write_tar(tmp_path / "set.tar", first)).classes == ("cat",)
     files = {"a.jpg": b"", "a.json": b'{"label": 1}', "b.jpg": b"", "b.json": b'{"label": ' + deep}
-    with pytest.raises(DataError, match=r"other.tar: 'b.json' holds b'.*\[', expected a class number"):
+    with pytest.raises(DataError, match=r"other.tar: 'b.jpg' has in its .json not JSON: maximum"):
         open_source(write_tar(tmp_path / "other.tar", files))
 
 
@@ -195,7 +198,8 @@ def test_a_label_of_a_megabyte_is_not_read(tmp_path, name):
     content = b"1" if name == "a.cls" else b'{"label": 1}'
     open_source(write_tar(tmp_path / "fits.tar", files | {name: content.ljust(1 << 20)}))
     with pytest.raises(
-        DataError, match=rf"set.tar: '{name}' has 1048577 bytes, expected at most 1048576 of a label"
+        DataError,
+        match=rf"set.tar: '{name[0]}.jpg' has 1048577 bytes in its {name[1:]}, expected at most 1048576",
     ):
         open_source(write_tar(tmp_path / "set.tar", files | {name: content.ljust(1048577)}))
 
@@ -221,17 +225,24 @@ def test_an_image_that_is_no_image_by_its_size_is_not_read(tmp_path):
 def test_samples_at_fault_are_listed_together(tmp_path):
     write_tar(
         tmp_path / "set-0.tar",
-        {"a.jpg": encoded(1), "a.cls": b"1", "b.jpg": b"", "c.jpg": b"", "c.cls": b"x"},
+        {"a.jpg": encoded(1), "a.cls": b"1", "b.jpg": b"", "c.jpg": b"", "c.cls": b"-7"},
     )
     write_tar(tmp_path / "set-1.tar", {f"{i}.jpg": b"" for i in range(6)})
     with pytest.raises(DataError) as error:
         open_source(tmp_path)
     lines = str(error.value).splitlines()
     assert lines[0] == f"{tmp_path}: 8 sample(s) that cannot be used:"
-    assert lines[1] == f"  {tmp_path}/set-0.tar: 'b.jpg' has no .cls beside it, though others have"
-    assert lines[2] == f"  {tmp_path}/set-0.tar: 'c.cls' holds b'x', expected a class number or -1"
-    assert lines[3] == f"  {tmp_path}/set-1.tar: '0.jpg' has no .cls beside it, though others have"
-    assert lines[6:] == ["  ... and 3 more"]
+    assert lines[1] == f"  {tmp_path}/set-0.tar: 'b.jpg' has no .cls beside it, though others have one"
+    assert (
+        lines[2]
+        == f"  {tmp_path}/set-0.tar: 'c.jpg' has the label '-7', expected a class number below 1000000, or "
+        "-1 for none"
+    )
+    assert (
+        lines[3] == f"  {tmp_path}/set-1.tar: '0.jpg' has no .cls or .json beside it, though others have one"
+    )
+    assert lines[6] == "  ... and 3 more"
+    assert lines[7:] == ["give other labels with --labels=FILE, or leave these out with --label_key="]
 
 
 # --- a tar a class -----------------------------------------------------------------------------------------
