@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,7 +70,8 @@ def _grid(
         guidance(lambda x, t, cond: Endpoints(x, x), Context(path, opener))
 
     def draw(engine: Engine) -> np.ndarray:
-        sampler = Sampler(engine, path, prediction, decode, shape, cfg.sample, opener.device, opener)
+        rest: dict[str, Any] = {"open": opener, "classes": len(manifest.classes)}
+        sampler = Sampler(engine, path, prediction, decode, shape, cfg.sample, opener.device, **rest)
         return image_grid(sampler.images(index, labels_for(index, classes)), columns=min(10, len(classes)))
 
     return draw

@@ -102,6 +102,7 @@ class Trained:
             spec,
             device,
             Checkpoints(objective.path, contract, str(self.path), self.weights, device, precision),
+            classes=len(contract["classes"]),
         )
 
     def _codec(self, keys: Mapping[str, str], device: torch.device) -> Codec:

@@ -89,6 +89,13 @@ class ClassLabel(ConditionerConfig):
         return (dims.num_classes + 1) * dims.width
 
 
+def check_labels(label: Tensor, num_classes: int) -> None:
+    """ValueError for labels (B,) that are no class of a model; negative ones are none. Waits for their device."""
+    if len(label) and int(label.max()) >= num_classes:
+        has = f"classes 0 to {num_classes - 1}" if num_classes else "no classes"
+        raise ValueError(f"label {int(label.max())}: this model has {has}; a negative label is no class")
+
+
 class ClassConditioner(nn.Module):
     """A table of class embeddings; the last row is the null condition.
 
@@ -104,14 +111,16 @@ class ClassConditioner(nn.Module):
     def forward(self, cond: Cond) -> Injection:
         """label (B,) int64, negative for none, and drop (B,) bool if present -> vector (B, D).
 
-        Labels are not range-checked here: on an accelerator that would wait for the device. One out of range
-        never reads the null row: the table's lookup fails.
+        ValueError for labels that are no class, on a CPU. On an accelerator looking at them would wait for the device:
+        there the lookup fails, and never reads the null row; who takes labels in (data, samplers) checks them before.
         """
         if "label" not in cond:
             raise ValueError(
                 f"the class conditioner needs cond['label'] ((B,) int64, -1 for none); got {sorted(cond)}"
             )
         label = cond["label"]
+        if label.device.type == "cpu" and not torch.compiler.is_compiling():
+            check_labels(label, self.num_classes)
         absent = label < 0
         if "drop" in cond:
             absent = absent | cond["drop"]

@@ -18,6 +18,7 @@ from torch import Tensor
 from dit.config import ConfigError, config
 from dit.flow.path import NoisePath
 from dit.flow.predict import Model, Prediction
+from dit.model.cond import check_labels
 from dit.rng import Draws, Purpose
 from dit.sample.denoise import DenoiseFn, Denoiser
 from dit.sample.grid import GRIDS, Grid, UniformGrid
@@ -80,7 +81,8 @@ class SamplerSpec:
 class Sampler:
     """Draws images. shape: (C, H, W) of a latent. decode: model-side latents (B, C, H, W) to images in [-1, 1].
 
-    open: opens the checkpoints that guidance names. tally: counts what was evaluated.
+    open: opens the checkpoints that guidance names. tally: counts what was evaluated. classes: that the
+    model knows, where labels are to be checked.
     """
 
     model: Model
@@ -92,6 +94,7 @@ class Sampler:
     device: torch.device
     open: Opener | None = None
     tally: Tally = field(default_factory=Tally, compare=False)
+    classes: int | None = None
 
     @cached_property
     def denoise(self) -> DenoiseFn:
@@ -117,7 +120,12 @@ class Sampler:
 
     @torch.no_grad()
     def latents(self, index: Tensor, label: Tensor) -> Tensor:
-        """(B, C, H, W) for images `index` (B,) of classes `label` (B,), both int64; label -1 = no class."""
+        """(B, C, H, W) for images `index` (B,) of classes `label` (B,), both int64; label -1 = no class.
+
+        ValueError for labels that the model does not know.
+        """
+        if self.classes is not None:
+            check_labels(label, self.classes)
         index, label = index.to(self.device), label.to(self.device)
 
         def noise(draw: int) -> Tensor:

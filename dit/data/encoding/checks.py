@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -11,7 +12,7 @@ from dit.config import to_dict
 from dit.data import DataError
 from dit.data.codecs.base import Codec
 from dit.data.encoding.differences import differences, shown
-from dit.data.encoding.job import EncodeOptions, check_fit, planned, views
+from dit.data.encoding.job import EncodeOptions, Job, check_fit, planned, views
 from dit.data.encoding.parts import refuse_other
 from dit.data.shards.manifest import FILE, Manifest
 from dit.data.shards.write import PLAN
@@ -56,6 +57,23 @@ def check_early(out: Path, codec: Codec, options: EncodeOptions) -> None:
             return
         here = planned(codec, options)
         refuse_other(plan.parent, {k: begun.get(k) for k in here} if isinstance(begun, dict) else {}, here)
+
+
+def as_begun(job: Job, out: Path) -> Job:
+    """The job with its classes in the order in which an encode of these images to `out` was begun, or is done.
+
+    Versions before sorted class folders that are called by numbers as text.
+    """
+    before = job.as_before()
+    if before is None:
+        return job
+    plan = out.with_name(out.name + ".partial") / PLAN
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # what is amiss there is said later
+        if json.loads(plan.read_bytes())["images"] == before.plan()["images"]:
+            return before
+    if (out / FILE).is_file() and Manifest.load(out).classes == before.source.classes:
+        return before
+    return job
 
 
 def refuse_something_else(out: Path, there: dict[str, Any], here: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from dit.config import to_dict
 from dit.data import DataError
 from dit.data.codecs.base import Codec
-from dit.data.encoding.checks import check_out, refuse_something_else
+from dit.data.encoding.checks import as_begun, check_out, refuse_something_else
 from dit.data.encoding.job import EncodeOptions, Job, filled
 from dit.data.encoding.part_encoder import PartEncoder
 from dit.data.encoding.parts import Books, Done, Part, Unreadable, forget_plan, images_done
@@ -58,7 +58,8 @@ def encode(
     while there is nothing else to do. Raises DataError where images cannot be read, latents are not finite or
     `out` or OUT.partial is something else; nothing that looks like a data set is left then, and nothing done is lost.
     """
-    job, out = Job(source, codec, options), Path(out).resolve()
+    out = Path(out).resolve()
+    job = as_begun(Job(source, codec, options), out)
     found = _already(job, out)
     if found is not None:
         resumed(len(source))

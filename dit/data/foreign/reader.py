@@ -17,7 +17,7 @@ from dit.data.shards.blocks import BlockReader
 from dit.data.shards.manifest import Manifest
 from dit.data.shards.origin import Foreign
 from dit.data.shards.records import TAR_BLOCK, parse_npy, parse_npy_header
-from dit.data.sources.beside import at_key, cls_value, json_fields, keys_shown
+from dit.data.sources.beside import at_key, cls_value, has_key, json_fields, keys_shown
 from dit.data.sources.classes import Label, read_label
 from dit.data.storage.files import AnyStorage, Storage
 
@@ -84,10 +84,7 @@ def _pax(said: bytes, path: bytes, size: int) -> tuple[bytes, int]:
 
 
 def split_path(path: bytes, dotted: bool = False) -> tuple[bytes, str]:
-    """(key, extension) as the webdataset library has them: the key ends at the first dot of the last part.
-
-    dotted: at the last one, for keys that have dots themselves.
-    """
+    """(key, extension) as webdataset has them: the key ends at the first dot (dotted: the last) of the name."""
     dot = (path.rfind if dotted else path.find)(b".", path.rfind(b"/") + 1)
     if dot < 0:
         return path, ""
@@ -162,20 +159,15 @@ def read_array(extension: str, data: memoryview) -> tuple[str, np.ndarray]:
     return dtype, array
 
 
-def _cls(data: bytes, key: str) -> Any:
-    return cls_value(data)
-
-
 def _json(data: bytes, key: str) -> Any:
     fields = json_fields(data)
-    try:
-        return at_key(fields, key)
-    except KeyError:
-        raise ValueError(f"nothing under {key!r}; its keys are {keys_shown(fields)}") from None
+    if not has_key(fields, key):
+        raise ValueError(f"nothing under {key!r}; its keys are {keys_shown(fields)}")
+    return at_key(fields, key)
 
 
-# How a member's bytes become a label as it was written, number, name or None; key: of JSON. Both raise ValueError.
-LABELS: dict[str, Callable[[bytes, str], Any]] = {"cls": _cls, "json": _json}
+# How a member's bytes become a label as it is written; key: of JSON. Both raise ValueError.
+LABELS: dict[str, Callable[[bytes, str], Any]] = {"cls": lambda data, key: cls_value(data), "json": _json}
 
 
 def to_codec(foreign: Foreign, raw: np.ndarray, out: np.ndarray) -> None:
@@ -309,9 +301,11 @@ class SampleReader(BlockReader):
     def _number(self, value: Any) -> int:
         """The number of a label's class."""
         label = read_label(value, "name" if self.foreign.named else "number")
-        if isinstance(label, str) and label not in self._places:
+        if not isinstance(label, str):
+            return label
+        if label not in self._places:
             raise ValueError(f"{label!r}, which is none of the {len(self._places)} classes")
-        return self._places[label] if isinstance(label, str) else int(label)
+        return self._places[label]
 
     def keys(self, record: bytes) -> list[str]:
         """The keys of the samples in a block's bytes."""

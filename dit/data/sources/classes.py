@@ -11,7 +11,7 @@ import re
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 
@@ -116,39 +116,6 @@ def in_order(names: Iterable[str]) -> Classes:
     if all(re.fullmatch("[0-9]+", name) for name in distinct):
         distinct.sort(key=lambda name: (len(name.lstrip("0")), name.lstrip("0")))
     return tuple(distinct)
-
-
-class FolderClasses(NamedTuple):
-    """labels: of each class folder, (n,) int64. before: the order of the classes in versions before, if another."""
-
-    labels: np.ndarray
-    classes: Classes
-    before: Classes | None = None
-
-    def fields(self) -> dict[str, Any]:
-        """Those of an ImageSource."""
-        return {"classes": self.classes, "classes_before": self.before}
-
-
-def of_folders(folders: Sequence[str], kind: LabelType, where: str) -> FolderClasses:
-    """What the names of class folders mean: they are names of classes, unless `kind` is number.
-
-    DataError, with `where`, for folders that are no numbers then, or stand for the same one.
-    """
-    if kind != "number":
-        classes, before = in_order(folders), tuple(sorted(folders))
-        place = {name: i for i, name in enumerate(classes)}
-        labels = np.array([place[name] for name in folders], np.int64)
-        return FolderClasses(labels, classes, None if before == classes else before)
-    column = LabelColumn("number")
-    for name in folders:
-        column.add(name)
-    labels, classes = column.numbered(where, lambda i: f"class folder '{folders[i]}'")
-    twice = np.flatnonzero(np.bincount(labels[labels >= 0]) > 1).tolist()
-    if twice:
-        both = [name for name, label in zip(folders, labels.tolist(), strict=True) if label == twice[0]]
-        raise DataError(f"{where}: the folders {', '.join(both)} stand for the same number; rename one")
-    return FolderClasses(labels, classes)
 
 
 # --- the labels of a set -----------------------------------------------------------------------------------
@@ -263,7 +230,9 @@ class LabelColumn:
             raise DataError("\n".join(line for line in (text, mixed or way_out) if line))
         classes = self._classes() if names is None else names
         place = {name: i for i, name in enumerate(classes)}
-        table = [place[v] if isinstance(v, str) else v for v in self._values if not isinstance(v, _Unusable)]
+        table = [
+            place[v] if isinstance(v, str) else v for v in self._values if not isinstance(v, _Unusable)
+        ]  # all
         return np.array([*table, -1], np.int64)[self.codes], classes
 
     def _classes(self) -> Classes:
@@ -278,12 +247,12 @@ class LabelColumn:
     def _faults(self, names: Classes | None) -> tuple[dict[int, str], str]:
         """What is wrong with values, by their places; and how to go on where there is more than one kind."""
         found = {i: value.why for i, value in enumerate(self._values) if isinstance(value, _Unusable)}
-        known = dict.fromkeys(names or ())
+        known = frozenset(names or ())
         for i, value in enumerate(self._values if names is not None else ()):
             if isinstance(value, str) and value not in known:
-                found[i] = f"has the label {_shown(value)}, which is none of the {len(known)} classes"
-            elif isinstance(value, int) and value >= len(known):
-                found[i] = f"has the label {int(value)}, with {len(known)} classes"
+                found[i] = f"has the label {_shown(value)}, which is none of the {len(names or ())} classes"
+            elif isinstance(value, int) and value >= len(names or ()):
+                found[i] = f"has the label {int(value)}, with {len(names or ())} classes"
         counts = np.bincount(self.codes, minlength=len(self._values))
         kinds: dict[type, int] = {}
         for value, count in zip(self._values, counts.tolist(), strict=True):

@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image
 
 from dit.data import DataError
-from dit.data.sources.classes import LabelChoice, of_folders
+from dit.data.sources.classes import LabelChoice
+from dit.data.sources.folder_classes import of_folders
 from dit.data.sources.source import FORMATS, ImageSource, is_image, listing
 from dit.rng import Purpose, permutation
 

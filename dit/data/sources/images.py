@@ -88,8 +88,7 @@ def open_source(
     """The images that `spec` names.
 
     - `digits:train` (1297 images), `digits:test` (500): scikit-learn's handwritten digits, 8x8 pixels
-    - a folder of class folders (CLASS/name.jpg; classes sorted by name, or as numbers where all are); images directly
-      in it have label -1
+    - a folder of class folders (CLASS/name.jpg; sorted by name, as numbers where all are); other images have label -1
     - a tar of images, classes being the folders in it; or a tar with KEY.jpg and KEY.cls (WebDataset)
     - ImageNet's tar of class tars, or a folder of them (n01440764.tar, ...)
     - Parquet with the images in it, as Hugging Face lays it out

@@ -22,6 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dit.data import DataError
+from dit.data.sources.arrow import may_hold_labels, take_labels
 from dit.data.sources.classes import USUAL, LabelChoice, LabelColumn
 from dit.data.sources.source import ImageSource, check_size, files_of, listing, open_image
 from dit.data.sources.spill import Spill
@@ -189,7 +190,7 @@ def _layout(path: Path, schema: pa.Schema, columns: Columns) -> Layout:
     label = _column(path, schema, features, LABEL, columns.label)
     if label is None and columns.label is None:
         _check_unlabelled(path, schema)
-    if label is not None and not _may_hold_labels(schema.field(label).type):
+    if label is not None and not may_hold_labels(schema.field(label).type):
         raise DataError(
             f"{path}: column '{label}' is {schema.field(label).type}, expected whole numbers or names"
         )
@@ -203,19 +204,10 @@ def _layout(path: Path, schema: pa.Schema, columns: Columns) -> Layout:
     )
 
 
-def _may_hold_labels(kind: pa.DataType) -> bool:
-    import pyarrow.types as types
-
-    if types.is_dictionary(kind):
-        kind = kind.value_type
-    tests = (types.is_integer, types.is_floating, types.is_boolean, types.is_string, types.is_large_string)
-    return any(test(kind) for test in (*tests, types.is_null))
-
-
 def _unlabelled(schema: pa.Schema, image: str) -> str:
     """Which other columns might hold labels."""
-    others = [f.name for f in schema if f.name != image and _may_hold_labels(f.type)]
-    return f"of the other columns, {', '.join(others)}, --label_column=NAME takes one" if others else ""
+    others = ", ".join(f.name for f in schema if f.name != image and may_hold_labels(f.type))
+    return f"of the other columns, {others}, --label_column=NAME takes one" if others else ""
 
 
 def _is_binary(kind: pa.DataType) -> bool:
@@ -250,7 +242,7 @@ def _column(
     said = [name for name in schema.names if features.get(name, {}).get("_type") == kind.type]
     called = [name for name in kind.usual if name in (said or schema.names)]
     if kind is LABEL:  # one of the less usual names may be that of something else
-        called = [n for n in called if n in LABEL.usual[:3] or _may_hold_labels(schema.field(n).type)]
+        called = [n for n in called if n in LABEL.usual[:3] or may_hold_labels(schema.field(n).type)]
     if len(said) > 1 and not called:
         raise DataError(
             f"{path}: several columns of {kind.type}: {', '.join(said)}; choose one with {kind.flag}=NAME"
@@ -281,16 +273,8 @@ def _take_labels(file: pq.ParquetFile, layout: Layout, labels: LabelColumn) -> N
     """The label of each row, whatever its type; -1 where the file has none."""
     if not layout.label:
         labels.extend([], np.full(file.metadata.num_rows, -1))
-        return
-    for chunk in file.read(columns=[layout.label]).column(0).chunks:
-        coded = chunk if hasattr(chunk, "dictionary") else chunk.dictionary_encode()
-        values = coded.dictionary.to_pylist()
-        known = np.array(
-            [value is not None and value == value for value in values], bool
-        )  # pandas has NaN for none
-        places = np.append(np.where(known, np.cumsum(known) - 1, -1), -1)
-        codes = coded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
-        labels.extend([v for v, k in zip(values, known.tolist(), strict=True) if k], places[codes])
+    else:
+        take_labels(file.read(columns=[layout.label]).column(0), labels)
 
 
 def _paths(file: pq.ParquetFile, layout: Layout) -> list[str | None]:

@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from dit.data import DataError
 from dit.data.sources.beside import BesideLabels
-from dit.data.sources.classes import LabelChoice, of_folders
+from dit.data.sources.classes import LabelChoice
+from dit.data.sources.folder_classes import of_folders
 from dit.data.sources.source import ImageSource, check_size, files_of, is_image, listing, open_image
 from dit.data.sources.tarwalk import walk
 
@@ -134,6 +135,7 @@ def _source(
 
 def _class_tars(spec: str, parts: Sequence[Held], choice: LabelChoice) -> ImageSource:
     """Names, order and labels are those of a folder of class folders that the tars were unpacked into."""
+    BesideLabels(choice).refuse_chosen(spec)
     parts = sorted(parts, key=lambda part: part.stem)
     faults = [f"'{a.stem}' is there twice: {a} and {b}" for a, b in pairwise(parts) if a.stem == b.stem]
     images: list[Held] = []

@@ -173,7 +173,7 @@ def test_progress_and_report(folder, tmp_path):
     assert (sum(told), resumed) == (30, [0])
     assert (report.images, report.resumed, report.ranks) == (30, 0, 1)
     assert 0 < report.decoding + report.codec + report.writing <= report.busy <= report.whole
-    assert "30 images in 2 view(s) -> 5 block(s) in 5 shard(s): " in str(report)
+    assert "30 images in 2 view(s) -> 5 block(s) in 5 shard(s) of up to 0.00922 MB: " in str(report)
 
 
 # --- going on ----------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from dit.data import DataError
 from dit.data.sources.crops import Centre
 from dit.data.sources.images import BadImage, open_source
+from dit.data.sources.parquet import Columns
 from tests.data.sources.pictures import encoded, picture, write_parquet
 
 N = 10
@@ -281,3 +282,44 @@ def test_a_damaged_file_gives_a_data_error_or_the_same_images_or_bad_ones(tmp_pa
                 assert bad.name == source.names[i]  # noqa: PT017
     except DataError as error:
         assert "set.parquet" in str(error) or "rename the files" in str(error)  # noqa: PT017
+
+
+# --- labels of every type ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("labels", "numbers", "classes"),
+    [
+        (pa.array(["b", "a", None]), [1, 0, -1], ("a", "b")),
+        (pa.array(["b", "a", "b"], pa.large_string()), [1, 0, 1], ("a", "b")),
+        (pa.array(["b", "a", None]).dictionary_encode(), [1, 0, -1], ("a", "b")),
+        (pa.DictionaryArray.from_arrays([0, 1, 0], ["z", "a"]), [1, 0, 1], ("a", "z")),
+        (pa.array([True, False, None]), [1, 0, -1], ("0", "1")),
+        (pa.array([2.0, float("nan"), 0.0]), [2, -1, 0], ("0", "1", "2")),
+        (pa.array([None, 1, 0], pa.int8()), [-1, 1, 0], ("0", "1")),
+        (pa.array(["10", "2", "0"]), [10, 2, 0], tuple(map(str, range(11)))),
+        (pa.array([None, None, None]), [-1, -1, -1], ()),
+    ],
+)
+@pytest.mark.parametrize("column", ["label", "class", "category_id"])
+def test_labels_of_every_type(tmp_path, labels, numbers, classes, column):
+    for i in range(2):  # whose dictionaries may differ
+        part = labels if i == 0 else labels.take(pa.array([2, 1, 0]))
+        write_table(tmp_path / f"{i}.parquet", image=pa.array(IMAGES[:3], pa.binary()), **{column: part})
+    source = open_source(tmp_path)
+    assert (source.labels.tolist(), source.classes) == ([*numbers, *numbers[::-1]], classes)
+
+
+def test_names_of_classes_that_two_share(tmp_path):
+    names = ("crane", "ant", "crane")
+    source = open_source(write(tmp_path / "set.parquet", IMAGES[:3], [2, 1, 0], names))
+    assert (source.labels.tolist(), source.classes) == ([2, 1, 0], names)
+
+
+def test_columns_that_may_hold_labels_are_named(tmp_path):
+    text = pa.array(["x", "y"])
+    path = write_table(tmp_path / "set.parquet", image=BYTES, species=text, target=pa.array([[1], [2]]))
+    source = open_source(path)
+    assert source.labels.tolist() == [-1, -1]
+    assert source.labelled_by == "of the other columns, species, --label_column=NAME takes one"
+    assert open_source(path, columns=Columns(label="species")).classes == ("x", "y")
