@@ -274,22 +274,26 @@ WORDS = {bool: "true and false", int: "numbers", str: "names"}
 # --- what is odd about them --------------------------------------------------------------------------------
 
 
+MANY = 20  # classes, of which it is odd that most have a sample each
+
+
 def empty_classes_note(classes: Sequence[str], counts: np.ndarray) -> str | None:
-    """What whoever made numbers should know of classes that have no samples; None where there is nothing to say.
+    """What whoever made labels should know of classes without samples, or with one each; None where nothing is odd.
 
     counts: samples of each class, (classes,).
     """
-    if not len(classes) or list(classes) != [str(i) for i in range(len(classes))]:
+    used, total = int(np.count_nonzero(counts)), int(counts.sum())
+    if used > MANY and 2 * used > total:
+        return f"{used} classes for {total} samples, such as {_shown(classes[counts.argmax()])}: are these classes?"
+    if not used or list(classes) != [str(i) for i in range(len(classes))]:
         return None
-    empty = np.flatnonzero(counts == 0)
-    used = len(classes) - len(empty)
     remedy = f"--label_type=name makes {used} class(es) of the numbers that occur, called by them"
-    if used and len(empty) and empty[0] == 0:
+    if counts[0] == 0:
         first = int(np.flatnonzero(counts)[0])
         return (
             f"no sample has the label 0: labels go from {first} to {len(classes) - 1}, and class 0 stays empty (of "
-            f"{len(classes)}, {len(empty)} are). If they are meant to begin at {first}, {remedy}"
+            f"{len(classes)}, {len(classes) - used} are). If they are meant to begin at {first}, {remedy}"
         )
-    if used and len(empty) > used:
+    if 2 * used < len(classes):
         return f"only {used} of {len(classes)} classes have samples; if the others are not to come, {remedy}"
     return None

@@ -542,3 +542,42 @@ def test_an_image_size_that_the_codec_cannot_halve(folder, tmp_path):
     with pytest.raises(ConfigError, match="image_size 9 is not a multiple of the codec's factor 2"):
         run(folder, tmp_path / "out", VaeCodec(tiny_vae()), image_size=9)
     assert list(tmp_path.iterdir()) == []
+
+
+# --- numeric class folders ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def numeric(tmp_path_factory):
+    """12 class folders, 0 to 11, of three images each."""
+    root = tmp_path_factory.mktemp("numeric") / "set"
+    for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (36, 8, 8, 3), np.uint8)):
+        (root / str(i % 12)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(root / str(i % 12) / f"{i}.png")
+    return root
+
+
+def as_text(source):
+    """As versions before numbered the classes."""
+    return replace(source.numbered_by(tuple(sorted(source.classes))), classes_before=None)
+
+
+def test_numeric_folders_are_sorted_as_numbers(numeric, tmp_path):
+    manifest = run(numeric, tmp_path / "out").manifest
+    assert manifest.classes == tuple(map(str, range(12)))
+    names, stored = manifest.read_names(), read_all(manifest)
+    folders = [int(names[i].split("/")[0]) for i in stored["id"].tolist()]
+    assert folders == stored["label"].tolist()
+
+
+def test_what_was_begun_or_done_in_the_order_of_text_goes_on_in_it(numeric, tmp_path):
+    source = open_source(numeric)
+    encode(as_text(source), PixelCodec(), tmp_path / "before", options())
+    done = files(tmp_path / "before")
+    with pytest.raises(KeyboardInterrupt):
+        encode(as_text(source), PixelCodec(), tmp_path / "out", options(), progress=stop_after(9))
+    assert (tmp_path / "out.partial" / PLAN).exists()
+    for out in ("out", "before"):
+        assert run(numeric, tmp_path / out).manifest.classes == tuple(sorted(map(str, range(12))))
+        assert files(tmp_path / out) == done
+    assert run(numeric, tmp_path / "new").manifest.classes == tuple(map(str, range(12)))

@@ -198,6 +198,12 @@ def test_class_folders():
         ("abcd", [0, 2, 2, 2], None),
         ("0123", [0, 0, 0, 0], None),
         ("", [], None),
+        (
+            [f"caption {i}" for i in range(30)],
+            [1] * 29 + [2],
+            "30 classes for 31 samples, such as 'caption 29'",
+        ),
+        ([f"class {i}" for i in range(30)], [2] * 30, None),
     ],
 )
 def test_empty_classes_are_spoken_of(classes, counts, words):
