@@ -283,8 +283,9 @@ def empty_classes_note(classes: Sequence[str], counts: np.ndarray) -> str | None
     counts: samples of each class, (classes,).
     """
     used, total = int(np.count_nonzero(counts)), int(counts.sum())
+    most = int(counts.argmax()) if used else 0
     if used > MANY and 2 * used > total:
-        return f"{used} classes for {total} samples, such as {_shown(classes[counts.argmax()])}: are these classes?"
+        return f"{used} classes for {total} samples, such as {_shown(classes[most])}: are these classes?"
     if not used or list(classes) != [str(i) for i in range(len(classes))]:
         return None
     remedy = f"--label_type=name makes {used} class(es) of the numbers that occur, called by them"
