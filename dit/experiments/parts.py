@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,9 +69,8 @@ def _grid(
         guidance(lambda x, t, cond: Endpoints(x, x), Context(path, opener))
 
     def draw(engine: Engine) -> np.ndarray:
-        sampler = Sampler(
-            engine, path, prediction, decode, shape, cfg.sample, opener.device, opener, codec_advice=advice
-        )
+        rest: dict[str, Any] = {"open": opener, "classes": len(manifest.classes), "codec_advice": advice}
+        sampler = Sampler(engine, path, prediction, decode, shape, cfg.sample, opener.device, **rest)
         return image_grid(sampler.images(index, labels_for(index, classes)), columns=min(10, len(classes)))
 
     return draw
