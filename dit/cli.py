@@ -30,11 +30,11 @@ from typing import Any
 import fire
 import pydantic
 from fire.decorators import SetParseFn, SetParseFns
-from tqdm import tqdm
 
 from dit.config import Registry, did_you_mean
 from dit.errors import Notice, Stopped, UserError
 from dit.helptext import Command, families, help_text, summary
+from dit.progress import say
 from dit.ranks.group import World
 from dit.scalars import Scalar, is_scalar, typed
 
@@ -107,7 +107,7 @@ def _clean_notices() -> Iterator[None]:
 
         def show(message: Any, category: type[Warning], *place: Any, **more: Any) -> None:
             if issubclass(category, Notice):
-                tqdm.write(f"warning{_where()}: {message}", file=sys.stderr)
+                say(f"warning{_where()}: {message}", sys.stderr)
             else:
                 others(message, category, *place, **more)
 

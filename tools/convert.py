@@ -107,8 +107,9 @@ def export(
     Averages of any width can be made after training with ema.power and ema.snapshot_every (EDM2's post-hoc EMA).
     """
     written, off = write_export(run_or_ckpt, out, weights, width, overwrite)
-    how = "" if off is None else f", an average of width {width:g} (profile off by {off:.2%})"
+    how = "" if off is None else f" (profile off by {off:.2%})"
     print(f"{out}: {written.line}{how}")
+    written.average.warn()
     if off is not None and off > 0.1:
         print(
             "note: the snapshots cannot make an average of that width (the profile is what each step's weights count "

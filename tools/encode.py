@@ -17,7 +17,6 @@ from typing import Annotated, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from tqdm import tqdm
 
 from dit.cli import run
 from dit.config import ConfigError, merge
@@ -36,6 +35,7 @@ from dit.data.sources.split import check_share, held_out_folder, split
 from dit.errors import Notice, Stopped
 from dit.files import expand
 from dit.flags import options_as_flags
+from dit.progress import Bar, say
 from dit.ranks import group
 
 PATIENCE = 60  # seconds until a rank says that it waits for one which nobody takes over from
@@ -182,12 +182,12 @@ class _Bar:
 
     def __init__(self, total: int, world: group.World):
         self.total, self.world = total, world
-        self.bar: tqdm[Any] | None = None
+        self.bar: Bar[None] | None = None
         self.told = False
 
     def resumed(self, count: int) -> None:
         hidden = not self.world.is_main
-        self.bar = tqdm(total=self.total, initial=count, unit="img", desc="encode", disable=hidden)
+        self.bar = Bar(total=self.total, initial=count, unit="img", desc="encode", hidden=hidden)
 
     def progress(self, count: int) -> None:
         if self.bar is not None:
@@ -195,14 +195,14 @@ class _Bar:
 
     def waiting(self, what: Waiting) -> None:
         if self.bar is not None:
-            self.bar.set_postfix_str(str(what))
+            self.bar.note(str(what))
         if what.ranks and what.seconds > PATIENCE and not self.told:  # on all ranks: rank 0 may be the one
             self.told = True
-            tqdm.write(f"rank {self.world.rank} waits: {what}", file=sys.stderr)
+            say(f"rank {self.world.rank} waits: {what}", sys.stderr)
 
     def close(self) -> None:
         if self.bar is not None:
-            self.bar.set_postfix_str("", refresh=False)
+            self.bar.note()
             self.bar.close()
 
 

@@ -59,7 +59,8 @@ def main(
         made = trained.experiment.train.precision if precision == "run" else precision
         measured = likelihood_of(trained, data, spec, batch_size, made, world, out, overwrite)
         if world.is_main:
-            print(f"{trained.weights_line()}\n{measured}")
+            trained.say_weights()
+            print(measured)
 
 
 def read_spec(

@@ -57,7 +57,7 @@ def main(
         table = BudgetTable(Path(expand(out)), protocol, overwrite)
         for name, path in named(runs).items():
             trained = Trained.load(path, weights, world.device)
-            print(f"{name}: {trained.weights_line()}")
+            trained.say_weights(f"{name}: ")
             first = trained.sampler(spec, {}, world.device, "fp32")
             compare = FrechetTo(reference, components, trained.contract["image_size"])
             if floor is not None:

@@ -63,7 +63,7 @@ def main(
     with group.session() as world:
         trained = Trained.load(run_or_ckpt, weights, world.device)
         if world.is_main:
-            print(trained.weights_line())
+            trained.say_weights()
         made = trained.experiment.train.precision if precision == "run" else precision
         where = {"out": folder(out), "save_pairs": folder(save_pairs), "overwrite": overwrite}
         order = Order(trained.classes(classes), num_samples, batch_size, made, codec_keys, **where)

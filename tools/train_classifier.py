@@ -16,11 +16,15 @@ if __name__ == "__main__":
 from dit.cli import run
 from dit.configfile import load
 from dit.experiments.classifier import ClassifierExperiment
-from dit.train.start import train
+from dit.train.command import start
 
 
 def main(
-    config: Annotated[str, "a YAML file such as configs/digits_classifier.yaml"], **overrides: str
+    config: Annotated[str, "a YAML file such as configs/digits_classifier.yaml"],
+    *,
+    dry_run: Annotated[bool, "print parameters, FLOPs, memory and hours, and train nothing"] = False,
+    preflight: Annotated[bool, "check nodes, network, data and disk, and train nothing"] = False,
+    **overrides: str,
 ) -> None:
     """Train a classifier in run_dir, or resume what is there.
 
@@ -29,7 +33,7 @@ def main(
     tools/sample.py RUN --out=DIR --guidance='[{name: classifier, checkpoint: RUN_DIR, scale: 2}]'
     """
     cfg = load(ClassifierExperiment, config, overrides)
-    train(cfg, ClassifierExperiment.make_parts)
+    start(cfg, ClassifierExperiment.make_parts, dry_run=dry_run, preflight=preflight)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,17 @@ from dit.configfile import load
 from dit.experiments.autoencoder import AutoencoderExperiment, export
 from dit.ranks.group import World
 from dit.stage1.figures import figures_line, newest
-from dit.train.start import train
+from dit.train.command import start
 
 
-def main(config: Annotated[str, "a YAML file such as configs/digits_vae.yaml"], **overrides: str) -> None:
+def main(
+    config: Annotated[str, "a YAML file such as configs/digits_vae.yaml"],
+    *,
+    weights: Annotated[str, "which go to RUN_DIR/vae: ema, model, or another average, as ema_0.999"] = "ema",
+    dry_run: Annotated[bool, "print parameters, FLOPs, memory and hours, and train nothing"] = False,
+    preflight: Annotated[bool, "check nodes, network, data and disk, and train nothing"] = False,
+    **overrides: str,
+) -> None:
     """Train an autoencoder in run_dir, or resume what is there, and write it to RUN_DIR/vae.
 
     The data are pixel shards (tools/encode.py IMAGES OUT --codec=pixels). RUN_DIR/vae is a diffusers folder for
@@ -29,10 +36,12 @@ def main(config: Annotated[str, "a YAML file such as configs/digits_vae.yaml"], 
     held-out images; discriminator.weight, perceptual.weights and the like turn on what is off by default.
     """
     cfg = load(AutoencoderExperiment, config, overrides)
-    train(cfg, AutoencoderExperiment.make_parts)
-    if World.from_env().is_main:
-        done = export(cfg.run_dir, cfg.folder / "vae")
-        print(f"the autoencoder of step {done.step} is in {done.folder}")
+    cfg.ema.check_name(weights)
+    trained = start(cfg, AutoencoderExperiment.make_parts, dry_run=dry_run, preflight=preflight)
+    if trained and World.from_env().is_main:
+        done = export(cfg.run_dir, cfg.folder / "vae", weights)
+        print(f"the autoencoder of step {done.step} is in {done.folder}: {done.average}")
+        done.average.warn()
         figures = newest(cfg.folder, done.step)
         if figures is not None:
             print(figures_line(figures))

@@ -25,9 +25,10 @@ from dit.stage1.figures import ReconstructionFigures
 from dit.stage1.perceptual import PerceptualConfig
 from dit.train.checkpoints import checkpoint
 from dit.train.checkpoints.checkpoint import CheckpointError, Reader
+from dit.train.ema import Average
 from dit.train.engines.base import Engine
 from dit.train.hooks import Hook, SampleGrid, held_out_hook, open_held_out
-from dit.train.run import Parts
+from dit.train.plan import Parts
 from dit.train.settings import RunConfig
 
 KL_WEIGHT = 1e-3
@@ -73,7 +74,8 @@ class AutoencoderExperiment(RunConfig):
             raise ConfigError(
                 f"images of {height}x{width} cannot be halved {len(self.autoencoder.widths) - 1} times"
             )
-        module = self.build((height, width))  # before the backbone, whose making takes random numbers too
+        with torch.device("meta"):
+            module = self.build((height, width))
         chosen = self.perceptual
         perceptual = None if chosen is None else chosen.build(height, width, world.device)
         task = AutoencoderTask(
@@ -85,13 +87,26 @@ class AutoencoderExperiment(RunConfig):
             discriminator=self.discriminator,
         )
         return Parts(
-            module=module,
+            build=lambda: self.build((height, width)),
             task=task,
             flops_per_image=training_flops(module, task, (height, width)),
             contract={} if perceptual is None else {"perceptual": perceptual.identity},
             hooks=self._hooks(manifest, task, world),
             leaf_modules=tuple({type(m) for m in module.modules() if isinstance(m, Quantizer)}),
+            about=self._about(task),
         )
+
+    def _about(self, task: AutoencoderTask) -> dict[str, str]:
+        """What the start prints of model and objective."""
+        kind, (channels, height, width) = AUTOENCODERS.name_of(self.autoencoder), task.latent
+        terms = [PIXEL_LOSSES.name_of(self.pixel)]
+        terms += [f"{self.kl_weight:g} x KL"] if self.autoencoder.has_posterior else []
+        terms += ["perceptual"] if self.perceptual else []
+        terms += ["discriminator"] if self.discriminator else []
+        return {
+            "model": f"autoencoder {kind}, to latents of {channels}x{height}x{width}",
+            "objective": " + ".join(terms),
+        }
 
     def build(self, size: tuple[int, int]) -> Autoencoder | Opposed:
         """What is trained on images of size (H, W), with random weights from torch's global generator."""
@@ -144,6 +159,7 @@ class Exported:
 
     folder: Path
     step: int
+    average: Average
 
 
 def export(run_or_checkpoint: str, folder: Path, weights: str = "ema") -> Exported:
@@ -160,4 +176,4 @@ def export(run_or_checkpoint: str, folder: Path, weights: str = "ema") -> Export
     own = "autoencoder." if cfg.discriminator else ""
     module.load_state_dict({k.removeprefix(own): v for k, v in held.items() if k.startswith(own)})
     module.vae.save_pretrained(folder, safe_serialization=True)
-    return Exported(folder, found.step)
+    return Exported(folder, found.step, Average.of_checkpoint(found.meta, weights))

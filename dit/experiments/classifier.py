@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from dit.config import config, from_dict
 from dit.data.codecs.norm import LatentNorm, latent_norm
 from dit.data.shards.manifest import Manifest
+from dit.experiments.about import named
 from dit.experiments.latents import LatentsConfig, latent_contract
 from dit.flow.objective import Loss
 from dit.flow.path import PATHS, Linear, NoisePath
@@ -28,7 +29,7 @@ from dit.sample.guide import LogitsFn
 from dit.train.checkpoints import checkpoint
 from dit.train.checkpoints.checkpoint import CheckpointError, Reader
 from dit.train.hooks import held_out_hook
-from dit.train.run import Parts
+from dit.train.plan import Parts
 from dit.train.settings import RunConfig
 from dit.train.task import Network, PlainTask, Samples
 
@@ -52,17 +53,26 @@ class ClassifierExperiment(RunConfig):
 
     def make_parts(self, manifest: Manifest, world: World) -> Parts:
         """Model, task and hooks for these data on this rank."""
-        shape = (manifest.channels, *manifest.input_size)
-        module = self.classifier.build(manifest.input_size, manifest.channels, len(manifest.classes))
+        shape, classes = (manifest.channels, *manifest.input_size), len(manifest.classes)
+
+        def build() -> Classifier:
+            return self.classifier.build(manifest.input_size, manifest.channels, classes)
+
+        with torch.device("meta"):
+            module = build()
         norm = latent_norm(manifest, self.latents.norm)
-        task = ClassifierTask(self.objective, norm, len(manifest.classes))
+        task = ClassifierTask(self.objective, norm, classes)
         return Parts(
-            module=module,
+            build=build,
             task=task,
             flops_per_image=counted_training_flops(module, torch.zeros(1, *shape), torch.zeros(1), {}),
             contract=latent_contract(manifest, norm),
             hooks=held_out_hook(self, manifest, task, world),
             leaf_modules=tuple({type(b) for b in module.blocks}),
+            about={
+                "model": f"classifier of {classes} classes",
+                "objective": f"cross-entropy, {named(self.objective)}",
+            },
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -10,10 +11,11 @@ import torch
 from dit.config import ConfigError, config, to_dict
 from dit.data import DataError
 from dit.data.codecs.base import Codec, CodecConfig
-from dit.data.codecs.codec import Pixels, check_same_codec
+from dit.data.codecs.codec import CODECS, Pixels, check_same_codec
 from dit.data.codecs.norm import LatentNorm
 from dit.data.shards.manifest import Manifest
 from dit.data.storage.remote import public
+from dit.errors import UserError
 from dit.flow.couple import COUPLINGS, Coupling
 from dit.flow.path import NoisePath
 from dit.ranks.group import World
@@ -113,6 +115,36 @@ def open_codec(
     else:
         _check_unknown_codec(identity, codec, named)
     return codec
+
+
+def codec_doubts(
+    choice: CodecConfig | None, identity: Mapping[str, Any], named: str, reads: bool
+) -> tuple[str, ...]:
+    """How the codec that is configured contradicts that of the data, in a sentence; () where it does not.
+
+    identity: of the data's codec, which `named` records. reads: look at the weights too, if they lie here; not where
+    they are opened anyway. A codec that nothing draws with may be somewhere else.
+    """
+    if choice is None:
+        return ()
+    kind, held = CODECS.name_of(choice), str(identity["name"])
+    if (kind == "pixels") != (held == "pixels"):
+        right = "codec: null" if held == "pixels" else f"codec: {{name: {held}, path: FOLDER}}"
+        return (
+            f"codec is '{kind}', and the data in {named} are of codec '{held}': a model of them is trained "
+            f"on what they hold. Take data that were encoded with {kind}, or set {right}.",
+        )
+    if not reads or "sha256" not in identity or not Path(str(getattr(choice, "path", None))).exists():
+        return ()
+    try:
+        found = choice.build("cpu").identity()
+    except UserError:  # it contradicts nothing yet; what needs it says what is wrong with it
+        return ()
+    try:
+        check_same_codec(identity, found, named, "the codec that is configured")
+    except DataError as error:
+        return (f"{error}.",)
+    return ()
 
 
 def _check_unknown_codec(identity: dict[str, Any], codec: Codec, named: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +15,13 @@ from dit.config import ConfigError, from_dict, to_dict
 from dit.data.codecs.base import Codec
 from dit.data.codecs.codec import parse_codec
 from dit.data.codecs.norm import LatentNorm
+from dit.errors import Notice
 from dit.experiments.classifier import TrainedClassifier
 from dit.experiments.diffusion import Experiment
 from dit.experiments.latents import (
     check_same_latents,
     check_same_path,
+    codec_doubts,
     open_codec,
 )
 from dit.flow.path import NoisePath
@@ -29,7 +32,7 @@ from dit.sample.guide import LogitsFn
 from dit.train.checkpoints import checkpoint
 from dit.train.checkpoints.checkpoint import CheckpointError, Reader
 from dit.train.checkpoints.nearby import MODEL, kind_of, suggestion
-from dit.train.ema import MAIN
+from dit.train.ema import MAIN, Average
 
 Precision = Literal["fp32", "bf16"]
 
@@ -47,6 +50,9 @@ class Trained:
     weights: str = "ema"  # or "model"
     updates: int = 0
     digest: str = ""  # of the checkpoint's content, wherever it lies
+    average: Average = field(
+        default_factory=lambda: Average("ema")
+    )  # which one these are, and how much of the first weights it holds
 
     @classmethod
     def load(cls, run_or_checkpoint: str, weights: str, device: torch.device) -> Trained:
@@ -71,7 +77,8 @@ class Trained:
         norm = from_dict(LatentNorm, contract["norm"])
         model = model.to(device).eval()
         facts = (found.step, found.path, weights, found.updates, found.digest)
-        return cls(model, experiment, norm, contract, *facts)
+        average = Average.of_checkpoint(found.meta, weights)
+        return cls(model, experiment, norm, contract, *facts, average)
 
     def denoiser(self, device: torch.device, precision: Precision) -> Denoiser:
         """The model as a denoiser of noisy latents, without gradients of its weights."""
@@ -121,6 +128,8 @@ class Trained:
 
     def _codec(self, keys: Mapping[str, str], device: torch.device) -> Codec:
         choice = self.experiment.codec
+        for doubt in codec_doubts(choice, self.contract["codec"], f"the run of {self.path}", reads=False):
+            warnings.warn(doubt, Notice, stacklevel=2)
         if keys:
             base, name = to_dict(choice) or {}, self.contract["codec"]["name"]
             is_like_it = bool(base) and (base["name"] == "pixels") == (name == "pixels")
@@ -136,11 +145,14 @@ class Trained:
         """The run directory that the checkpoint lies in; the folder of an exported file."""
         return self.path.parents[1] if self.path.parent.name == "checkpoints" else self.path.parent
 
+    def say_weights(self, head: str = "") -> None:
+        """Print which weights these are; warn where they are an average that still holds much of the first ones."""
+        print(f"{head}{self.weights_line()}")
+        self.average.warn()
+
     def weights_line(self) -> str:
         """Which weights these are, in a line for a person."""
-        parts = [f"weights: {self.weights} of step {self.step}, after {self.updates} updates"]
-        # HERE goes the share of the first weights that an average still holds (dit/train/ema.py), and its warning
-        return ", ".join([*parts, f"from {self.path}"])
+        return f"weights: {self.average} of step {self.step}, after {self.updates} updates, from {self.path}"
 
 
 @dataclass(frozen=True)

@@ -215,4 +215,5 @@ def from_run(
     if not isinstance(trained.model, DiT):
         raise WeightsError(f"{trained.path} holds no DiT, but a {type(trained.model).__name__}")
     write_weights(path, format.theirs(trained.model, trained.experiment.objective))
+    trained.average.warn()
     return trained.weights_line()

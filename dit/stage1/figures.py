@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from dit.data.codecs.base import in_range
 from dit.evals.frechet import Gaussian, frechet_distance
 from dit.evals.protocol import protocol_hash
 from dit.files import read_text
+from dit.progress import say
 from dit.ranks import group
 from dit.stage1.autoencoder import code_perplexity, count_codes
 from dit.stage1.autoencoder_task import AutoencoderTask
@@ -63,11 +64,15 @@ class ReconstructionFigures:
         return protocol_hash({**self.held_out.protocol, **measured})
 
     def __call__(self, step: int, engine: Engine, ema: Ema, log: RunLog) -> None:
+        used = ema.for_use()
         with ema.swapped_in(), torch.no_grad():
-            values = self.measure(engine, self.held_out.batches(self.task, engine.device))
-        log.held_out(step, {**values, "protocol": self.protocol})
+            values = self.measure(engine, self.held_out.shown(self.task, engine, "reconstructions"))
+        row = {**values, **used.row, "protocol": self.protocol}
+        log.held_out(step, row)
+        if engine.world.is_main:
+            say(f"{figures_line({**row, 'step': step})} of {used}")
 
-    def measure(self, engine: Callable[..., Any], batches: Iterator[Samples]) -> dict[str, float]:
+    def measure(self, engine: Callable[..., Any], batches: Iterable[Samples]) -> dict[str, float]:
         """Figures over all ranks. engine: images and noise to outputs. batches: this rank's; as many as the others'."""
         perceptual = self.task.perceptual
         rows: dict[str, list[np.ndarray]] = {}
@@ -116,5 +121,6 @@ def newest(run_dir: Path, step: int) -> dict[str, Any] | None:
 def figures_line(row: dict[str, Any]) -> str:
     """One line of figures for a person."""
     units = {"psnr": "PSNR {:.2f} dB", "ssim": "SSIM {:.4f}"}
-    parts = [units.get(k, k + " {:.4g}").format(v) for k, v in row.items() if isinstance(v, float)]
+    figures = {k: v for k, v in row.items() if isinstance(v, float) and k != "start_share"}
+    parts = [units.get(k, k + " {:.4g}").format(v) for k, v in figures.items()]
     return f"{', '.join(parts)} (held out, step {row['step']}, protocol {row['protocol']})"

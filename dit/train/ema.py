@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dit.config import ConfigError, config
+from dit.config import ConfigError, config, from_dict
+from dit.errors import Notice
 from dit.train.engines.base import Engine
 from dit.train.posthoc import WIDEST, power_of, power_share
 
 MAIN = "ema"  # the average that is sampled from while training and unless another is asked for
+LIVE = "model"  # the weights themselves
+MUCH = 0.01  # share of the first weights in an average above which it is warned of
 
 
 @config
@@ -20,6 +27,8 @@ class EmaConfig:
     """Averaging follows updates: a skipped update leaves every average as it is."""
 
     decay: float = 0.9999  # of the average, per update, from 0 to less than 1
+    # At update n the decays are (1 + n) / (10 + n) at most, so that the weights of the beginning are soon forgotten.
+    warmup: bool | None = None  # null = true in a new run, and as it was in one that goes on (false of old)
     also: tuple[float, ...] = ()  # more decays: each is an average more, "ema_0.999" for 0.999
     power: tuple[float, ...] = ()  # widths (sigma_rel) of power-function averages; EDM2 takes 0.05, 0.1
     snapshot_every: int = 0  # steps; keep the power-function averages in RUN/snapshots for good; 0 = never
@@ -49,6 +58,120 @@ class EmaConfig:
         """Averages that are kept up, each 4 bytes a parameter."""
         return 1 + len(self.also) + len(self.power)
 
+    @property
+    def decays(self) -> dict[str, float]:
+        """The decay of each average that has one, by its name."""
+        return {MAIN: self.decay, **{f"ema_{decay}": decay for decay in self.also}}
+
+    @property
+    def powers(self) -> dict[str, float]:
+        """The width of each power-function average, by its name."""
+        return {f"power_{width}": width for width in self.power}
+
+    def check_name(self, name: str) -> None:
+        """ConfigError for a name that is neither LIVE nor one of the averages, before hours go by for it."""
+        there = (LIVE, *self.decays, *self.powers)
+        if name not in there:
+            raise ConfigError(f"there are no weights '{name}'; this run has {', '.join(there)}")
+
+    def shares(self, updates: int) -> dict[str, float]:
+        """The share of the newest weights that update number `updates`, at least 1, brings into each average."""
+        most = 9 / (10 + updates) if self.warmup else 0.0  # 1 - (1 + n) / (10 + n)
+        shares = {name: max(1 - decay, most) for name, decay in self.decays.items()}
+        return shares | {name: power_share(power_of(width), updates) for name, width in self.powers.items()}
+
+    def start_share(self, name: str, updates: int) -> float:
+        """The share in [0, 1] of the weights before the first update that an average still holds after so many.
+
+        The product of all decays. Warmed up to update m, from where on the decay itself is smaller, that is
+        prod (1 + k) / (10 + k) = 10! / ((m + 2) ... (m + 10)), times decay^(n - m). Of a power-function average the
+        first update replaces all. KeyError for a name that is no average of these.
+        """
+        if name in self.powers:
+            return 0.0 if updates else 1.0
+        decay, warm = self.decays[name], 0
+        if self.warmup:  # while (1 + k) / (10 + k) < decay
+            warm = min(updates, max(0, math.ceil((10 * decay - 1) / (1 - decay)) - 1))
+        telescoped = math.lgamma(11) + math.lgamma(warm + 2) - math.lgamma(warm + 11)
+        if not decay:
+            return math.exp(telescoped) if updates == warm else 0.0
+        return math.exp(telescoped + (updates - warm) * math.log(decay))
+
+
+@dataclass(frozen=True)
+class Average:
+    """Which weights are used, and how much of the first ones is still in them.
+
+    start_share: in [0, 1]; None where nothing is known of it, as of weights from elsewhere. how: what kind of average.
+    """
+
+    name: str
+    start_share: float | None = None
+    how: str = ""
+
+    @classmethod
+    def of(cls, cfg: EmaConfig, name: str, updates: int) -> Average:
+        """One of a run's averages after so many updates; LIVE is the weights themselves."""
+        if name in cfg.powers:
+            return cls(name, cfg.start_share(name, updates), f"width {cfg.powers[name]:g}")
+        if name not in cfg.decays:
+            return cls(name)
+        how = f"decay {cfg.decays[name]:g}{', warmed up' if cfg.warmup else ''}"
+        return cls(name, cfg.start_share(name, updates), how)
+
+    @classmethod
+    def of_checkpoint(cls, meta: Mapping[str, Any], name: str) -> Average:
+        """One of the sets of weights in a checkpoint, or in a file that was exported from one, from its meta data."""
+        if not meta["updates"]:  # nothing was averaged here: converted from elsewhere
+            return cls(name)
+        if "width" in meta:
+            return cls(name, 0.0, f"width {meta['width']:g}, made afterwards")
+        return cls.of(ema_of(meta["config"]), name, meta["updates"])
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """What a line of figures says of the weights that they are of."""
+        return {"weights": self.name, "start_share": self.start_share}
+
+    def __str__(self) -> str:
+        """As "ema (decay 0.998, warmed up; 0.1% of the first weights left)"."""
+        if self.start_share is None:
+            return f"{self.name} weights"
+        return f"{self.name} ({self.how}; {percent(self.start_share)} of the first weights left)"
+
+    @property
+    def complaint(self) -> str | None:
+        """What to warn of where it still holds more than MUCH of the first weights, or None."""
+        if self.start_share is None or self.start_share <= MUCH:
+            return None
+        return (
+            f"the average {self} is not of trained weights alone: it was not updated often enough for its decay. Take "
+            "--weights=model, train longer, or train with ema.warmup: true or a smaller ema.decay"
+        )
+
+    def warn(self) -> None:
+        """Give the complaint as a Notice, if there is one."""
+        if self.complaint is not None:
+            warnings.warn(self.complaint, Notice, stacklevel=2)
+
+
+def ema_of(values: Mapping[str, Any]) -> EmaConfig:
+    """The averages' configuration in a run configuration's plain values, whichever version wrote it."""
+    return from_dict(EmaConfig, values.get("ema", {}))
+
+
+def percent(share: float) -> str:
+    """A share in few digits, and never 0% for what is not 0."""
+    return (
+        "0%"
+        if not share
+        else "under 0.1%"
+        if share < 1e-3
+        else f"{100 * share:.2g}%"
+        if share < 0.995
+        else "100%"
+    )
+
 
 class Ema:
     """Averages over an engine's fragments: 4 bytes per parameter each, over the number of ranks that share it.
@@ -58,11 +181,8 @@ class Ema:
 
     def __init__(self, engine: Engine, cfg: EmaConfig):
         self.engine, self.cfg = engine, cfg
-        self._live = [f.weight for f in engine.fragments()]
-        decays = {MAIN: cfg.decay, **{f"ema_{decay}": decay for decay in cfg.also}}
-        self._shares = {name: 1 - decay for name, decay in decays.items()}  # of the new weights
-        self._powers = {f"power_{width}": power_of(width) for width in cfg.power}
-        names = (*self._shares, *self._powers)
+        self._live, self._has_warned = [f.weight for f in engine.fragments()], False
+        names = (*cfg.decays, *cfg.powers)
         self.averages: dict[str, list[Tensor]] = {n: [w.clone() for w in self._live] for n in names}
 
     @property
@@ -73,13 +193,25 @@ class Ema:
     @property
     def powers(self) -> dict[str, list[Tensor]]:
         """The power-function averages."""
-        return {name: self.averages[name] for name in self._powers}
+        return {name: self.averages[name] for name in self.cfg.powers}
+
+    @property
+    def main(self) -> Average:
+        """What the main average is now."""
+        return Average.of(self.cfg, MAIN, self.engine.updates)
+
+    def for_use(self) -> Average:
+        """What the main average is now; the first time that it holds much of the start, rank 0 warns of it."""
+        found = self.main
+        if found.complaint is not None and not self._has_warned and self.engine.world.is_main:
+            found.warn()
+            self._has_warned = True
+        return found
 
     @torch.no_grad()
     def update(self) -> None:
         """average <- average + share * (weights - average). Call it after an update that was applied."""
-        shares = {n: power_share(power, self.engine.updates) for n, power in self._powers.items()}
-        for name, share in (self._shares | shares).items():
+        for name, share in self.cfg.shares(self.engine.updates).items():
             torch._foreach_lerp_(self.averages[name], self._live, share)
 
     @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from dit.config import ConfigError
 from dit.data import DataError
@@ -22,6 +23,7 @@ from dit.data.sources.classes import in_order
 from dit.errors import Notice
 from dit.evals.protocol import protocol_hash
 from dit.evals.valloss import held_out_loss
+from dit.progress import Bar, say
 from dit.ranks.group import World
 from dit.rng import Draws
 from dit.sample.finite import NotFiniteError
@@ -52,9 +54,12 @@ class HeldOutLoss:
     protocol: str  # hash of what has to be the same for two of these figures to be compared
 
     def __call__(self, step: int, engine: Engine, ema: Ema, log: RunLog) -> None:
+        used = ema.for_use()
         with ema.swapped_in(), torch.no_grad():
             values = self.evaluate(engine)
-        log.held_out(step, {**values, "protocol": self.protocol})
+        log.held_out(step, {**values, **used.row, "protocol": self.protocol})
+        if engine.world.is_main:
+            say(f"step {step}: held-out loss {values['loss']:.4f} of {used}")
 
 
 @dataclass
@@ -69,6 +74,7 @@ class SampleGrid:
     folder: Path
 
     def __call__(self, step: int, engine: Engine, ema: Ema, log: RunLog) -> None:
+        used = ema.for_use()
         try:
             with ema.swapped_in(), torch.no_grad():
                 grid = self.draw(engine)
@@ -76,10 +82,13 @@ class SampleGrid:
             if engine.world.is_main:
                 warnings.warn(f"no picture of step {step}: {error}. The run goes on", Notice, stacklevel=2)
             return
+        log.image(step, "samples", grid, str(used))
         if engine.world.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(grid).save(self.folder / f"step-{step:08d}.png")
-        log.image(step, "samples", grid)
+            file, about = self.folder / f"step-{step:08d}.png", PngInfo()
+            about.add_text("Title", f"step {step}, {used}")
+            Image.fromarray(grid).save(file, pnginfo=about)
+            say(f"step {step}: pictures of {used} in {file}")
 
 
 def _check_alike(manifest: Manifest, held_out: Manifest, cfg: RunConfig) -> None:
@@ -117,12 +126,19 @@ def _some(names: set[str], most: int = 5) -> str:
 class HeldOut:
     """The held-out data of a run, a rank's share of them, the same on any number of ranks.
 
-    batches: gives each micro-batch, drawn for the device. protocol: what decides which samples and draws these are.
+    batches: gives each micro-batch, drawn for the device; `count` of them, if that is known. protocol: what decides
+    which samples and draws these are.
     """
 
     manifest: Manifest
     batches: Callable[[Task, torch.device], Iterator[Samples]]
     protocol: dict[str, Any]
+    count: int | None = None
+
+    def shown(self, task: Task, engine: Engine, desc: str) -> Iterable[Samples]:
+        """The micro-batches, with a bar on rank 0 where they take long."""
+        hidden, batches = not engine.world.is_main, self.batches(task, engine.device)
+        return Bar(batches, total=self.count, unit="batch", desc=desc, hidden=hidden, leave=False, delay=2)
 
 
 def open_held_out(cfg: RunConfig, manifest: Manifest, task: Task, world: World) -> HeldOut | None:
@@ -150,7 +166,7 @@ def open_held_out(cfg: RunConfig, manifest: Manifest, task: Task, world: World) 
             yield from samples.micro_batches(micro)
 
     protocol = {"data": held_out.digest, "batch": batch, "batches": steps, "seed": VAL_SEED}
-    return HeldOut(held_out, batches, protocol)
+    return HeldOut(held_out, batches, protocol, steps * -(-batch // world.size // micro))
 
 
 def held_out_hook(cfg: RunConfig, manifest: Manifest, task: Task, world: World) -> list[Hook]:
@@ -160,6 +176,8 @@ def held_out_hook(cfg: RunConfig, manifest: Manifest, task: Task, world: World) 
         return []
 
     def evaluate(engine: Engine) -> dict[str, float]:
-        return held_out_loss(task.loss(engine, part) for part in held_out.batches(task, engine.device))
+        return held_out_loss(
+            task.loss(engine, part) for part in held_out.shown(task, engine, "held-out loss")
+        )
 
     return [HeldOutLoss(cfg.val.every, evaluate, protocol_hash({**held_out.protocol, "task": repr(task)}))]

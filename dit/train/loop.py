@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
-
-from tqdm import tqdm
 
 from dit.data.loading.stream import Batch
 from dit.errors import Interrupted, Stopped
 from dit.flow.objective import Loss
+from dit.progress import Bar
 from dit.ranks import group
 from dit.rng import Draws
 from dit.train import recovery
@@ -53,7 +51,9 @@ class Loop:
         """
         run, steps, at_once = self.run, self.run.cfg.train.steps, False
         run.records.open(run.step, run.step - run.hooks_are_due)
-        bar = tqdm(total=steps, initial=run.step, unit="step", disable=not run.world.is_main, smoothing=0.05)
+        bar = Bar[None](
+            total=steps, initial=run.step, unit="step", desc="train", hidden=not run.world.is_main
+        )
         run.watch.at("data", run.step)
         try:
             with rank_flags(run.world) as flags, run.watch, stop.is_heard_after_steps(self._words):
@@ -112,7 +112,7 @@ class Loop:
 
     # --- between steps -------------------------------------------------------------------------------------
 
-    def _after_step(self, bar: tqdm[Any], fault: Fault | None, stopped: int, *progress: int) -> None:
+    def _after_step(self, bar: Bar[None], fault: Fault | None, stopped: int, *progress: int) -> None:
         """Log, mend, call hooks and save, as is due.
 
         stopped: the urgency with which any rank was asked to end: raises Stopped, once the step is saved.
@@ -157,7 +157,7 @@ class Loop:
                 run.watch.at("hook", run.step)
                 hook(run.step, run.engine, run.ema, run.records.log)
 
-    def _log(self, bar: tqdm[Any]) -> Fault | None:
+    def _log(self, bar: Bar[None]) -> Fault | None:
         """Log the steps since the last logged one, and judge their mean loss."""
         run = self.run
         steps = run.records.take_steps(run.step)
@@ -174,9 +174,10 @@ class Loop:
                 "mfu": None if run.peak_flops is None else run.parts.flops_per_image * rate / run.peak_flops,
                 "updates": run.engine.updates,
                 "skipped": run.engine.skipped,
+                "ema_start_share": run.ema.main.start_share,
                 **run.faults.counts(),
                 **run.feed.counts(),
             },
         )
-        bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        bar.note(f"loss={loss:.4f}")
         return fault

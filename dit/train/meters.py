@@ -261,10 +261,12 @@ class RunLog:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **{k: _finite(v) for k, v in row.items()}}) + "\n")
 
-    def image(self, step: int, name: str, grid: np.ndarray) -> None:
-        """Write a picture for TensorBoard: (H, W, 3) uint8."""
+    def image(self, step: int, name: str, grid: np.ndarray, title: str = "") -> None:
+        """Write a picture for TensorBoard: (H, W, 3) uint8. title: what it shows, among the texts."""
         if self._writer is not None:
             self._writer.add_image(name, grid, step, dataformats="HWC")
+            if title:
+                self._writer.add_text(name, title, step)
 
     def close(self) -> None:
         """Flush and close."""
@@ -288,6 +290,7 @@ def _group(name: str) -> str:
         "samples": "optim",
         "spikes": "optim",
         "returned": "optim",
+        "ema_start_share": "optim",
     }
     groups |= {f"loss_q{i + 1}": "loss_by_t" for i in range(QUARTERS)}
     return f"{groups.get(name, 'train')}/{name}"

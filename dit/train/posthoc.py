@@ -7,6 +7,7 @@ deviation over n.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ class Profile:
     updates: int
 
 
+@functools.cache
 def power_of(width: float) -> float:
     """g of a width sigma_rel in (0, WIDEST): sigma_rel^2 = (g + 1) / ((g + 2)^2 (g + 3))."""
     roots = np.roots([1, 7, 16 - width**-2, 12 - width**-2])

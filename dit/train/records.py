@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tqdm import tqdm
-
+from dit.progress import say
 from dit.ranks.group import World
 from dit.train.meters import Meters, RunLog
 
@@ -37,7 +36,7 @@ class Records:
     def say(self, text: str) -> None:
         """Print on rank 0, beside a progress bar."""
         if self.world.is_main:
-            tqdm.write(text)
+            say(text)
 
     def close(self) -> None:
         """Flush and close the log."""

@@ -2,51 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from dit.config import flatten
-from dit.model.cost import Memory
 from dit.ranks import group
 from dit.ranks.group import World
 from dit.ranks.watch import Watch
 from dit.train import run_dir
 from dit.train.checkpoints import checkpoint
 from dit.train.checkpoints.archive import Archive
-from dit.train.checkpoints.checkpoint import Checkpoint, CheckpointError, State
+from dit.train.checkpoints.checkpoint import Checkpoint, State, check_same_data
 from dit.train.ema import Ema
 from dit.train.engines.base import Engine
 from dit.train.faults import Fault, Faults
 from dit.train.feed import Feed
-from dit.train.hooks import Hook
 from dit.train.meters import Meters
+from dit.train.plan import Parts
 from dit.train.records import Records
 from dit.train.settings import RunConfig
 from dit.train.task import Task
-
-
-@dataclass
-class Parts:
-    """What a kind of experiment brings to a run.
-
-    contract: JSON values that travel with every checkpoint (latent statistics, codec, ...).
-    flops_per_image: of a training step. leaf_modules: see DeepSpeedEngine.
-    memory: (ZeRO stage, numbers in frozen parameters) -> what a rank holds; None: all but the activations is counted.
-    """
-
-    module: nn.Module
-    task: Task
-    flops_per_image: float
-    contract: dict[str, Any] = field(default_factory=dict)
-    hooks: list[Hook] = field(default_factory=list)
-    leaf_modules: tuple[type[nn.Module], ...] = ()
-    memory: Callable[[int, int], Memory] | None = None
 
 
 @dataclass
@@ -158,7 +134,7 @@ class Run:
         if found is None:
             return False
         run_dir.differences(found.meta["config"], self.cfg, str(found.path))
-        self._check_data(found)
+        check_same_data(found, self.identity)
         self.restore(found)
         self.hooks_are_due = found.meta.get("hooks_are_due", False)
         self.archive.probe.check(found)
@@ -201,18 +177,3 @@ class Run:
 
     def _state(self) -> State:
         return State(self.engine.fragments(), self.ema.averages, self.engine.module)
-
-    def _check_data(self, found: Checkpoint) -> None:
-        """Refuse data, statistics or a codec that are not the checkpoint's."""
-        there, here = ({k: d[k] for k in ("data", "contract")} for d in (found.meta, self.identity))
-        before, now = flatten(there), flatten(json.loads(json.dumps(here)))
-        rows = [
-            f"  {k}: {before.get(k)!r} there, {now.get(k)!r} here"
-            for k in sorted({*before, *now})
-            if before.get(k) != now.get(k)
-        ]
-        if rows:
-            raise CheckpointError(
-                f"{found.path} was trained on other data than the ones given:\n" + "\n".join(rows) + "\n"
-                "Set data.path (or data.mix) to the data of this run, or another run_dir to start a new one."
-            )

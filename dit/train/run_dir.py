@@ -8,20 +8,48 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from dit.config import ConfigError, flatten, from_dict, to_dict
 from dit.configfile import read_own, write_yaml
 from dit.ranks import group
 from dit.ranks.group import World
 from dit.scalars import resolved
+from dit.train.checkpoints import checkpoint
+from dit.train.checkpoints.checkpoint import CheckpointError
 from dit.train.settings import OPERATIONAL, RunConfig
 from dit.version import code_version
 
 CONFIG = "config.yaml"
 LOCK = ".lock"
 PATIENCE = 30.0  # seconds to wait for a run directory whose job may be dying
+AnyConfig = TypeVar("AnyConfig", bound=RunConfig)
+
+
+def begun_with(run_dir: Path) -> Mapping[str, Any] | None:
+    """Read the plain values of the config that a run directory's run has: config.yaml, or else its newest checkpoint's.
+
+    None where no run has begun there.
+    """
+    if (run_dir / CONFIG).is_file():
+        return read_own(run_dir / CONFIG)
+    for path in checkpoint.candidates(run_dir / "checkpoints"):
+        with contextlib.suppress(CheckpointError):  # a broken one, which resuming names and passes over
+            return dict(checkpoint.read(path, verify=False).meta["config"])
+    return None
+
+
+def settled(cfg: AnyConfig, before: Mapping[str, Any] | None) -> AnyConfig:
+    """Decide what the config leaves open: as in `before`, what its run began with, or as in a new run (None).
+
+    A run that began before a key existed goes on without what the key turns on.
+    """
+    if cfg.ema.warmup is not None:
+        return cfg
+    warmup = True if before is None else bool((before.get("ema") or {}).get("warmup"))
+    return replace(cfg, ema=replace(cfg.ema, warmup=warmup))
 
 
 def claim(cfg: RunConfig, world: World, facts: Mapping[str, Any] | None = None) -> Path:
@@ -138,11 +166,13 @@ def differences(before: Mapping[str, Any], cfg: RunConfig, where: str) -> dict[s
 
     Keys that did not exist when `before` was written count as having had their defaults.
     """
+    cfg = settled(cfg, before)
     try:
         before = to_dict(from_dict(type(cfg), before))
     except ConfigError:  # a key that exists no longer shows among the differing ones
         before = resolved(before)
     there, now = flatten(before), flatten(to_dict(cfg))
+    there["ema.warmup"] = bool(there.get("ema.warmup"))  # not there, or null: from before it existed
     differing = {k: [there.get(k), now.get(k)] for k in sorted({*there, *now}) if there.get(k) != now.get(k)}
     fatal = {k: v for k, v in differing.items() if not is_operational(k)}
     if fatal:

@@ -65,6 +65,11 @@ class TrainConfig:
             )
         return micro
 
+    def shared_out(self, world: World) -> str:
+        """How a batch is shared by the ranks, as text. Raises ConfigError where it cannot be."""
+        micro, local = self.micro(world), self.local_batch(world)
+        return f"{self.global_batch} = {world.size} ranks x {micro} x {local // micro} accumulated"
+
 
 @config
 class CheckpointConfig:

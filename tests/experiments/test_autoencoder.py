@@ -128,6 +128,6 @@ def test_flops_are_three_forward_passes(digits: Digits, tmp_path: Path) -> None:
     """2 per multiply-add: a convolution's weight acts at 16 to 64 places of an 8x8 image halved once."""
     cfg = from_dict(AutoencoderExperiment, values(digits, tmp_path))
     parts = cfg.make_parts(Manifest.load(digits.pixels), World())
-    weights = sum(p.numel() for n, p in parts.module.named_parameters() if p.ndim == 4)
+    weights = sum(p.numel() for n, p in parts.build().named_parameters() if p.ndim == 4)
     assert 3 * 2 * weights * 16 < parts.flops_per_image < 3 * 2 * weights * 64
     assert from_dict(AutoencoderExperiment, to_dict(cfg)) == cfg

@@ -167,16 +167,17 @@ def test_parts_for_real_data(digits: Digits) -> None:
     manifest = Manifest.load(digits.moments)
     cfg = experiment(data={"path": str(digits.moments)}, model={"size": "nano"}, train={"global_batch": 32})
     parts = make_parts(cfg, manifest, World())
-    assert isinstance(parts.module, DiT)
-    assert parts.module(torch.zeros(2, 4, 8, 8), torch.zeros(2), {"label": torch.tensor([0, 9])}).shape == (
+    module = parts.build()
+    assert isinstance(module, DiT)
+    assert module(torch.zeros(2, 4, 8, 8), torch.zeros(2), {"label": torch.tensor([0, 9])}).shape == (
         2,
         4,
         8,
         8,
     )
-    assert parts.leaf_modules == (type(parts.module.blocks[0]),)
+    assert parts.leaf_modules == (type(module.blocks[0]),)
     assert parts.flops_per_image == cfg.cost(manifest).training_flops > 0
-    assert cfg.cost(manifest).parameters.trainable == sum(p.numel() for p in parts.module.parameters())
+    assert cfg.cost(manifest).parameters.trainable == sum(p.numel() for p in module.parameters())
     assert parts.contract["classes"] == [str(i) for i in range(10)]
 
 
@@ -242,7 +243,15 @@ def test_a_trained_model_is_the_one_that_was_trained(digits: Digits, run: Path) 
     trained = Trained.load(str(run), "ema", CPU)
     assert trained.step == 3
     assert trained.experiment == from_dict(
-        Experiment, values(digits, run, engine="local", train={"steps": 3}, checkpoint={"every": 1})
+        Experiment,
+        values(
+            digits,
+            run,
+            engine="local",
+            train={"steps": 3},
+            checkpoint={"every": 1},
+            ema={"warmup": True},  # which was left open
+        ),
     )
     assert trained.norm == trained.experiment.norm(Manifest.load(digits.moments))
     assert not trained.model.training

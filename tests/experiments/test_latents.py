@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 
 from dit.config import ConfigError
 from dit.data import DataError
+from dit.data.codecs.autoencoders import Vae
+from dit.data.codecs.codec import CODECS, Pixels
+from dit.data.codecs.ldm import Ldm
 from dit.data.codecs.norm import latent_norm
 from dit.data.shards.manifest import Manifest
-from dit.experiments.latents import check_same_latents, check_same_path, latent_contract
+from dit.experiments.latents import check_same_latents, check_same_path, codec_doubts, latent_contract
 from dit.flow.path import PATHS, Linear
+from dit.stage1.autoencoder import Kl
 from tests.datasets import Digits
 
 
@@ -55,3 +60,35 @@ def test_the_same_noise_is_asked_for_and_not_the_same_words(name: str) -> None:
 
 def test_another_name_of_the_time_is_the_same_noise() -> None:
     check_same_path(Linear(), Linear(model_time_data=1.0, model_time_noise=0.0), "a", "b")
+
+
+# --- a codec that is configured, beside that of the data ----------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [n for n in CODECS if n != "pixels"])
+def test_pixels_and_a_codec_contradict_each_other(name: str, digits: Digits) -> None:
+    choice = {"vae": Vae(path="gone"), "ldm": Ldm(path="gone")}[name]
+    pixels, latents = (Manifest.load(d).codec for d in (digits.pixels, digits.moments))
+    for reads in (True, False):
+        (told,) = codec_doubts(choice, pixels, "there", reads)
+        assert told.startswith(f"codec is '{name}', and the data in there are of codec 'pixels': ")
+        assert "or set codec: null" in told
+        assert codec_doubts(choice, latents, "there", reads) == ()  # it may be somewhere else
+    (told,) = codec_doubts(Pixels(), latents, "there", reads=False)
+    assert told.startswith("codec is 'pixels', and the data in there are of codec 'vae': ")
+    assert "or set codec: {name: vae, path: FOLDER}" in told
+
+
+def test_what_is_the_datas_own_or_not_said_contradicts_nothing(digits: Digits, tmp_path: Path) -> None:
+    pixels, latents = (Manifest.load(d).codec for d in (digits.pixels, digits.moments))
+    for identity in (pixels, latents):
+        assert codec_doubts(None, identity, "there", reads=True) == ()
+    assert codec_doubts(Pixels(), pixels, "there", reads=True) == ()
+    assert codec_doubts(Vae(path=str(digits.vae)), latents, "there", reads=True) == ()
+    Kl(widths=(8, 8), groups=4).build().vae.save_pretrained(tmp_path / "other")
+    other = Vae(path=str(tmp_path / "other"))
+    (told,) = codec_doubts(other, latents, "there", reads=True)
+    assert told.startswith("there and the codec that is configured come from different codecs")
+    assert codec_doubts(other, latents, "there", reads=False) == ()
+    (tmp_path / "empty").mkdir()
+    assert codec_doubts(Vae(path=str(tmp_path / "empty")), latents, "there", reads=True) == ()

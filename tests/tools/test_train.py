@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 import tools.train
 from dit.config import to_dict
@@ -109,6 +111,50 @@ def test_what_is_wrong_is_said_before_anything_starts(
     assert said.err.startswith("error: ")
     assert "Traceback" not in said.err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_start_says_what_it_is(config: Path, digits: Digits, tmp_path: Path) -> None:
+    """In aligned lines; and as stderr is no terminal, in lines alone."""
+    words = ("--train.steps=4", "--engine=local", f"--data.val={digits.moments_val}", "--val.every=2")
+    done = execute(
+        "train.py", config, *words, "--sample.every=4", "--sample.count=10", "--sample.num_steps=2"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "\r" not in done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    rows = {line.split()[0]: line[12:] for line in lines[:14]}
+    assert rows["run"] == f"{tmp_path / 'run'} (new)"
+    assert rows["device"].startswith("1 x CPU, ")
+    assert rows["model"].startswith("dit nano (width 64, depth 2, 2 heads), patch 2, 16 tokens")
+    assert rows["objective"].startswith("path linear, prediction velocity, times logit_normal")
+    assert (
+        f"{digits.moments}: 160 samples of (2, 2, 4, 8, 8), 0.8 epochs, 10 classes, codec vae" in rows["data"]
+    )
+    assert "32 = 1 ranks x 8 x 4 accumulated" in rows["batch"]
+    assert rows["steps"] == "4; checkpoint every 4, held-out loss every 2, pictures every 4"
+    assert rows["rate"].startswith("0.002, cosine, 4 updates of warm-up (")
+    assert rows["ema"].startswith("decay 0.9, warmed up; 0.5% of the first weights left after 4 updates")
+    assert str(digits.vae) in rows["codec"]
+    assert f"tensorboard --logdir {tmp_path / 'run'}" in rows["watch"]
+    told = [line for line in lines if line.startswith("step ")]
+    assert [line.split(" of ema ")[0].rsplit(" ", 1)[0] for line in told] == [
+        "step 2: held-out loss",
+        "step 4: held-out loss",
+        "step 4:",
+    ]
+    assert "(decay 0.9, warmed up; 0.5% of the first weights left)" in told[-1]
+    assert [line.split(",")[0] for line in done.stderr.splitlines() if line.startswith("train: ")] == [
+        "train: 1/4 step (25%)",
+        "train: 4/4 step (100%)",
+    ]
+    with Image.open(tmp_path / "run" / "samples" / "step-00000004.png") as picture:
+        assert picture.text["Title"] == "step 4, ema (decay 0.9, warmed up; 0.5% of the first weights left)"
+    rows = [json.loads(line) for line in (tmp_path / "run" / "held_out.jsonl").read_text().splitlines()]
+    assert [row["weights"] for row in rows] == ["ema", "ema"]
+    assert [row["start_share"] for row in rows] == pytest.approx(
+        [2 / 11 * 3 / 12, 2 / 11 * 3 / 12 * 4 / 13 * 5 / 14]
+    )
+    assert column(tmp_path / "run", "ema_start_share")[1::2] == [row["start_share"] for row in rows]
 
 
 def test_a_missing_config_is_named(tmp_path: Path, capsys) -> None:

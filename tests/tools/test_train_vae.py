@@ -43,6 +43,19 @@ def test_it_trains_exports_and_the_images_can_be_encoded_with_it(
     assert manifest.codec == Vae(path=str(vae)).build().identity()
 
 
+def test_it_exports_the_weights_that_are_asked_for(config: Path, tmp_path: Path, capsys) -> None:
+    kinds = ("model", "ema", "ema_0.25")
+    found = {}
+    for weights in kinds:
+        assert call(tools.train_vae.main, config, "--ema.also=[0.25]", f"--weights={weights}") == 0
+        assert f"is in {tmp_path / 'run' / 'vae'}: {weights} " in capsys.readouterr().out
+        found[weights] = Vae(path=str(tmp_path / "run" / "vae")).build().identity()["sha256"]
+    assert len(set(found.values())) == len(kinds)
+    assert call(tools.train_vae.main, config, "--weights=emma", f"--run_dir={tmp_path / 'other'}") == 1
+    assert "there are no weights 'emma'; this run has model, ema" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_vq_autoencoder_with_a_discriminator_becomes_a_codec_too(
     config: Path, tmp_path: Path, capsys
 ) -> None:

@@ -109,8 +109,10 @@ def _steps(run: Run, steps: int) -> list[dict[str, Any]]:
         after = full_weights(run)
         applied = run.engine.updates > updates
         if applied:
+            n, ema = run.engine.updates, run.ema.cfg
+            decay = min(ema.decay, (1 + n) / (10 + n)) if ema.warmup else ema.decay
             for name, w in after.items():
-                average[name].lerp_(w, 1 - run.ema.cfg.decay)
+                average[name].lerp_(w, 1 - decay)
         now = assembled(run, run.ema.pieces)
         found.append(
             {

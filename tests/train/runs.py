@@ -21,6 +21,7 @@ from dit.experiments.parts import make_parts
 from dit.ranks import group
 from dit.train.checkpoints import checkpoint
 from dit.train.checkpoints.checkpoint import Reader
+from dit.train.plan import Plan
 from dit.train.run import Run
 from dit.train.start import build, train
 from tests.datasets import Digits
@@ -80,8 +81,7 @@ def go_until(given: Values, step: int, released: Path) -> None:
 
 def built(given: Values) -> Run:
     """A run, in a session that is open already."""
-    cfg = experiment(given)
-    return build(cfg, make_parts, group.World.from_env())
+    return build(Plan(experiment(given), make_parts, group.World.from_env()))
 
 
 # --- what a run left ---------------------------------------------------------------------------------------

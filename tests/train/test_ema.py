@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from dit.config import ConfigError, from_dict
+from dit.errors import Notice
 from dit.ranks.group import World
 from dit.train.checkpoints import checkpoint
 from dit.train.checkpoints.checkpoint import CheckpointError, Reader
 from dit.train.checkpoints.export import of_width
-from dit.train.ema import Ema, EmaConfig
+from dit.train.ema import Average, Ema, EmaConfig
 from dit.train.engines.local import LocalEngine
 from dit.train.optim import OptimConfig
 from dit.train.posthoc import power_of
@@ -32,7 +33,13 @@ def test_at_every_stage_it_is_an_unsharded_average_and_stands_still_on_skipped_u
 ) -> None:
     """NaN in one rank's data: the update is skipped on both ranks, and weights and average keep every bit."""
     runs = [
-        values(digits, tmp_path / str(stage), data={"path": str(poisoned.folder)}, zero={"stage": stage})
+        values(
+            digits,
+            tmp_path / str(stage),
+            data={"path": str(poisoned.folder)},
+            zero={"stage": stage},
+            ema={"warmup": stage != 1},
+        )
         for stage in (0, 1, 2, 3)
     ]
     for found in ranks.run(2, steps_beside_reference, runs, STEPS):
@@ -66,6 +73,87 @@ def test_closed_form() -> None:
         assert module.weight.item() == 2.125
     assert module.weight.item() == 3.0
     assert float(ema.pieces[0]) == 2.125
+
+
+def single(cfg: EmaConfig, start: float) -> Ema:
+    """Averages of one number."""
+    module = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.constant_(module.weight, start)
+    return Ema(LocalEngine(module, OptimConfig(), World()), cfg)
+
+
+def update(ema: Ema, value: float) -> None:
+    """An update that was applied, after which the weight is this."""
+    ema.engine.module.weight.data.fill_(value)
+    ema.engine.updates += 1  # type: ignore[misc]
+    ema.update()
+
+
+def test_warmed_up_the_decays_are_those_of_the_formula() -> None:
+    """At update n: (1 + n) / (10 + n), and no more than the decay; of weights 1, 2, ... after a start at 0."""
+    cfg = EmaConfig(decay=0.9, also=(0.25,), warmup=True)
+    ema, expected = single(cfg, 0.0), {"ema": 0.0, "ema_0.25": 0.0}
+    for n in range(1, 120):
+        update(ema, float(n))
+        for name, most in (("ema", 0.9), ("ema_0.25", 0.25)):
+            decay = min(most, (1 + n) / (10 + n))
+            expected[name] = decay * expected[name] + (1 - decay) * n
+            assert float(ema.averages[name][0]) == pytest.approx(expected[name], rel=1e-6)
+
+
+@pytest.mark.parametrize("warmup", [True, False, None])
+@pytest.mark.parametrize("decay", [0.0, 0.05, 0.5, 0.9, 0.998, 0.9999])
+def test_the_share_of_the_first_weights_is_what_is_left_of_them(warmup: bool | None, decay: float) -> None:
+    """First weights of 1 and then 0: the average is the share itself."""
+    cfg = EmaConfig(decay=decay, also=(0.7,), power=(0.1,), warmup=warmup)
+    ema = single(cfg, 1.0)
+    for name in ema.averages:
+        assert cfg.start_share(name, 0) == 1.0
+    for n in range(1, 400):
+        update(ema, 0.0)
+        for name, (average,) in ema.averages.items():
+            assert cfg.start_share(name, n) == pytest.approx(float(average), rel=1e-4, abs=1e-30), (name, n)
+
+
+def test_what_digits_held_and_hold_now() -> None:
+    """The default after a short run, and the quickstart's decay."""
+    off, on = EmaConfig(), EmaConfig(warmup=True)
+    assert off.start_share("ema", 600) == pytest.approx(0.9418, abs=1e-4)
+    assert EmaConfig(decay=0.998).start_share("ema", 600) == pytest.approx(0.3008, abs=1e-4)
+    assert on.start_share("ema", 600) < 1e-15
+    assert str(Average.of(EmaConfig(decay=0.998), "ema", 600)) == (
+        "ema (decay 0.998; 30% of the first weights left)"
+    )
+    assert str(Average.of(on, "model", 600)) == "model weights"
+    with pytest.raises(KeyError):
+        on.start_share("ema_0.5", 3)
+
+
+def test_it_is_warned_of_once_where_it_is_used(recwarn: pytest.WarningsRecorder) -> None:
+    ema = single(EmaConfig(decay=0.9), 1.0)
+    for _ in range(3):
+        update(ema, 0.0)
+        assert ema.for_use().start_share == pytest.approx(0.9**ema.engine.updates)
+    (told,) = recwarn.list
+    assert told.category is Notice
+    assert "ema (decay 0.9; 90% of the first weights left) is not of trained weights alone" in str(
+        told.message
+    )
+    recwarn.clear()
+    for _ in range(50):
+        update(ema, 0.0)
+    assert 0 < (ema.for_use().start_share or 0) < 0.01
+    assert not recwarn.list
+
+
+def test_weights_from_elsewhere_hold_nothing_that_is_known(several: Path) -> None:
+    meta = checkpoint.read(at_step(several, 3)).meta
+    assert Average.of_checkpoint(meta, "ema_0.99").start_share == pytest.approx(2 / 11 * 3 / 12 * 4 / 13)
+    assert Average.of_checkpoint(meta, "power_0.1").start_share == 0.0
+    assert Average.of_checkpoint({**meta, "width": 0.15}, "ema").start_share == 0.0
+    assert Average.of_checkpoint({**meta, "updates": 0}, "ema").start_share is None  # converted
+    old = {**meta, "config": {**meta["config"], "ema": {"decay": 0.9}}}  # from before warming up
+    assert Average.of_checkpoint(old, "ema").start_share == pytest.approx(0.9**3)
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, 1.5])
@@ -110,11 +198,12 @@ def saved(run_dir: Path, kind: str) -> list[torch.Tensor]:
 
 
 def test_every_decay_is_an_average_of_its_own(several: Path) -> None:
-    """From each checkpoint's weights and the average one step before."""
+    """From each checkpoint's weights and the average one step before; every decay is warmed up."""
     weights = saved(several, "model")
-    for kind, decay in {"ema": 0.9, "ema_0.5": 0.5, "ema_0.99": 0.99}.items():
+    for kind, most in {"ema": 0.9, "ema_0.5": 0.5, "ema_0.99": 0.99}.items():
         averages = saved(several, kind)
-        for before, now, weight in zip(averages, averages[1:], weights[1:], strict=False):
+        for i, (before, now, weight) in enumerate(zip(averages, averages[1:], weights[1:], strict=False)):
+            decay = min(most, (i + 3) / (i + 12))  # of update i + 2
             assert torch.allclose(now, decay * before + (1 - decay) * weight, atol=1e-8)
 
 

@@ -9,8 +9,8 @@ from dit.config import ConfigError, config, from_dict
 from dit.data import DataError
 from dit.data.foreign.reader import ARRAYS, read_array, split_path
 from dit.data.foreign.tape import MAX_SAMPLE, Beginning, SampleFormat, groups
+from dit.data.origin import Foreign
 from dit.data.shards.manifest import ITEMSIZE, MAX_BLOCK_BYTES
-from dit.data.shards.origin import Foreign
 from dit.data.sources.beside import MAX_LABEL, has_key, json_fields, keys_shown, usual_key
 from dit.data.sources.classes import LabelType
 from dit.data.sources.tarwalk import Member

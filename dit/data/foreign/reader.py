@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from dit.data.origin import Foreign
 from dit.data.shards.blocks import BlockReader
 from dit.data.shards.manifest import Manifest
-from dit.data.shards.origin import Foreign
 from dit.data.shards.records import TAR_BLOCK, parse_npy, parse_npy_header
 from dit.data.sources.beside import at_key, cls_value, has_key, json_fields, keys_shown
 from dit.data.sources.classes import Label, read_label

@@ -27,8 +27,8 @@ from dit.data.foreign.reader import (
     split_path,
     wanted,
 )
+from dit.data.origin import Foreign
 from dit.data.shards.manifest import MAX_BLOCK_BYTES
-from dit.data.shards.origin import Foreign
 from dit.data.shards.records import TAR_BLOCK
 from dit.data.shards.write import ChannelStats
 from dit.data.sources.beside import MAX_LABEL, json_fields

@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 from dit.config import ConfigError, config, from_dict, to_dict
 from dit.data import DataError
+from dit.data.origin import Foreign, Split, leave_out_unsaid
 from dit.data.shards.absent import absent
-from dit.data.shards.origin import Foreign, Split, leave_out_unsaid
 from dit.data.storage.files import describe, open_storage
 from dit.data.storage.remote import advice_of, advised, has_own_root, is_remote, join, public
 from dit.files import expand, write_atomically

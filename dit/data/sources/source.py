@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from dit.data import DataError
-from dit.data.shards.origin import Split
+from dit.data.origin import Split
 from dit.data.sources.crops import Centre, Crop
 from dit.data.sources.decode import Decode, Decoded, ImageFileOrPixels, before
 from dit.data.sources.formats import Refused, is_junk, is_usual, shown_endings

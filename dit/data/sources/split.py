@@ -16,7 +16,7 @@ import xxhash
 
 from dit.config import ConfigError
 from dit.data import DataError
-from dit.data.shards.origin import Split
+from dit.data.origin import Split
 from dit.data.sources.decode import ImageFileOrPixels
 from dit.data.sources.source import ImageSource
 

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from dit.config import flatten
 from dit.errors import UserError
 from dit.files import expand, sought
 from dit.train.checkpoints.nearby import suggestion
@@ -260,14 +261,39 @@ class Reader:
         keys = [k for k in file.keys() if k.startswith("buffer/")]  # noqa: SIM118 (safe_open is no dict)
         return {k.removeprefix("buffer/"): file.get_tensor(k) for k in keys}
 
+    def outline(self, kind: str) -> dict[str, Tensor]:
+        """Names and shapes of `state_dict(kind)`: tensors on the meta device, for which no weights are read."""
+        self._check(kind)
+        shapes = {name: torch.empty(shape, device="meta") for name, shape in self.shapes.items()}
+        return {**shapes, **{name: buffer.to("meta") for name, buffer in self.buffers().items()}}
+
     def state_dict(self, kind: str) -> dict[str, Tensor]:
         """The whole model's weights ("model", "ema" or another average) with its buffers, for load_state_dict."""
+        self._check(kind)
+        return {**{name: self.whole(kind, name) for name in self.shapes}, **self.buffers()}
+
+    def _check(self, kind: str) -> None:
         weights = self.checkpoint.weights
         if kind not in weights:
             raise CheckpointError(
                 f"{self.checkpoint.path} holds the weights {', '.join(weights)}; got '{kind}'"
             )
-        return {**{name: self.whole(kind, name) for name in self.shapes}, **self.buffers()}
+
+
+def check_same_data(found: Checkpoint, identity: Mapping[str, Any]) -> None:
+    """CheckpointError where data, statistics or a codec are not the checkpoint's. identity: what a new one holds."""
+    there, here = ({k: d[k] for k in ("data", "contract")} for d in (found.meta, identity))
+    before, now = flatten(there), flatten(json.loads(json.dumps(here)))
+    rows = [
+        f"  {k}: {before.get(k)!r} there, {now.get(k)!r} here"
+        for k in sorted({*before, *now})
+        if before.get(k) != now.get(k)
+    ]
+    if rows:
+        raise CheckpointError(
+            f"{found.path} was trained on other data than the ones given:\n" + "\n".join(rows) + "\n"
+            "Set data.path (or data.mix) to the data of this run, or another run_dir to start a new one."
+        )
 
 
 @torch.no_grad()

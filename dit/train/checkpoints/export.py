@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dit.config import ConfigError
 from dit.files import expand, sync
 from dit.outputs import claim
+from dit.progress import Bar
 from dit.train.checkpoints import checkpoint
 from dit.train.checkpoints.checkpoint import EXPORT, Checkpoint, CheckpointError, Reader
 from dit.train.checkpoints.tensorfile import write_tensors
-from dit.train.ema import MAIN
+from dit.train.ema import MAIN, Average
 from dit.train.posthoc import WIDEST, Profile, combination, power_of
 
 KEPT = ("config", "contract", "step", "updates", "code", "torch", "data")  # of meta.json
@@ -34,9 +34,14 @@ class Weights:
     kind: str
 
     @property
+    def average(self) -> Average:
+        """Which average these are, and how much of the first weights it still holds."""
+        return Average.of_checkpoint(self.meta, self.kind)
+
+    @property
     def line(self) -> str:
         """Which weights these are, in words."""
-        return f"the {self.kind} weights of step {self.meta['step']}, after {self.meta.get('updates', '?')} updates"
+        return f"{self.average} of step {self.meta['step']}, after {self.meta.get('updates', '?')} updates"
 
     def write(self, out: Path, overwrite: bool = False) -> None:
         """Write a safetensors file, there whole or not at all. Its tensors have the state dict's names.
@@ -84,7 +89,7 @@ def of_width(run_dir: Path, width: float) -> tuple[Weights, float]:
     readers = {s.path: Reader(s) for s in found}
     newest = readers[found[-1].path]
     tensors: dict[str, Tensor] = {}
-    for name in tqdm(newest.shapes, unit="tensor", leave=False):
+    for name in Bar(newest.shapes, total=len(newest.shapes), unit="tensor", leave=False):
         total = torch.zeros(newest.shapes[name], dtype=torch.float64)
         for (snapshot, kind), factor in zip(sources, factors.tolist(), strict=True):
             total.add_(readers[snapshot.path].whole(kind, name), alpha=factor)

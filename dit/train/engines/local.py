@@ -13,6 +13,12 @@ from dit.train.engines.base import Fragment, set_adam_step, whole_parameters
 from dit.train.optim import GuardedAdamW, OptimConfig, adamw_arguments, parameter_groups, set_lr
 
 
+def check_alone(world: World) -> None:
+    """ConfigError where there are several ranks."""
+    if world.size != 1:
+        raise ConfigError(f"the local engine runs on one rank, not {world.size}: set engine: deepspeed")
+
+
 class LocalEngine:
     """Plain torch: one process, fp32 parameters, optionally bf16 autocast in the forward pass."""
 
@@ -25,8 +31,7 @@ class LocalEngine:
         accumulation: int = 1,
         precision: str = "fp32",
     ):
-        if world.size != 1:
-            raise ConfigError(f"the local engine runs on one rank, not {world.size}: set engine: deepspeed")
+        check_alone(world)
         self.world, self.device = world, world.device
         self.module = module.to(world.device)
         self.updates = self.skipped = 0

@@ -1,18 +1,16 @@
 """What a run needs of its machines, looked at before it starts: what is wrong is said in seconds, with the node's name.
 
-`check` is called by every start and takes milliseconds; `check_and_print` is all that `--preflight` does.
+CHECKS is one list for three: `check` is called by every start and every dry run, and `check_and_print` is all that
+`--preflight` does. Those of the configuration and its data are in fits.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import os
 import platform
 import secrets
-import shutil
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -23,12 +21,13 @@ import torch.distributed as td
 from dit.data.shards.blocks import BlockError
 from dit.data.shards.manifest import Manifest
 from dit.data.shards.readers import open_reader
-from dit.errors import Notice, UserError
+from dit.errors import UserError
 from dit.ranks import group
-from dit.ranks.group import World
 from dit.ranks.join import patience, ranks_text
-from dit.train.preflight.nodes import PreflightError, Site, open_site
-from dit.train.settings import CheckpointConfig, RunConfig
+from dit.train.plan import MakeParts, Plan
+from dit.train.preflight import fits
+from dit.train.preflight.nodes import PreflightError, Site, existing, open_site
+from dit.train.settings import RunConfig
 from dit.version import code_version
 
 SUMMED = 1 << 18  # numbers that the all-reduce adds up, 8 bytes each
@@ -40,9 +39,7 @@ NFS_PATIENCE = 10.0  # seconds until a file that one node wrote must be seen by 
 
 def batch(site: Site) -> str:
     """The global batch can be shared by the ranks. ConfigError where not."""
-    train, world = site.cfg.train, site.world
-    micro, local = train.micro(world), train.local_batch(world)
-    return f"{train.global_batch} = {world.size} ranks x {micro} x {local // micro} accumulated"
+    return site.cfg.train.shared_out(site.world)
 
 
 def versions(site: Site) -> str:
@@ -181,11 +178,6 @@ def _holds(file: Path, text: str) -> bool:
         return False
 
 
-def existing(folder: Path) -> Path:
-    """The folder, or the first above it that is there."""
-    return next(f for f in (folder, *folder.parents) if os.path.isdir(f))
-
-
 def data(site: Site) -> str:
     """Each node reads the same manifests, and a block. DataError where none can; PreflightError where some cannot."""
     by_node = site.on_nodes(lambda: _read_data(site.cfg))
@@ -224,43 +216,8 @@ def _read_a_block(manifest: Manifest, budget: int) -> None:
                 raise
 
 
-def space(cfg: RunConfig, parameters: int, trained: int) -> str:
-    """Room on disk for the checkpoints to come; called on one rank. parameters: numbers in them; trained: of them.
-
-    Raises PreflightError where not one fits, and warns where those that checkpoint.keep asks for do not.
-    """
-    run = cfg.folder.absolute()
-    numbers = (1 + cfg.ema.count) * parameters + 2 * trained  # weights, averages; two moments
-    size, free = 4 * numbers, shutil.disk_usage(existing(run)).free
-    free += _left_over(run / "checkpoints")  # which goes before anything is written
-    there = len([p for p in (run / "checkpoints").glob("step-*") if p.suffix != ".partial"])
-    wanted = max(1, _held_at_most(cfg.checkpoint, cfg.train.steps) - there)
-    told = f"{_bytes(free)} free in {existing(run)}, a checkpoint takes {_bytes(size)}"
-    if free < size:
-        raise PreflightError(f"{told}: free space, or choose another run_dir")
-    if free < size * wanted:
-        keep = f"checkpoint.keep = {cfg.checkpoint.keep}, keep_every = {cfg.checkpoint.keep_every}"
-        warnings.warn(f"{told}: {free // size} fit, {wanted} are to come ({keep})", Notice, stacklevel=2)
-    return f"{told}; {wanted} to come"
-
-
-def _left_over(folder: Path) -> int:
-    """Bytes of what a kill left of unfinished checkpoints."""
-    return sum(f.stat().st_size for p in folder.glob("step-*.partial") for f in p.rglob("*") if f.is_file())
-
-
-def _held_at_most(saving: CheckpointConfig, steps: int) -> int:
-    """Checkpoints of a run on disk at a time: a new one is there before the oldest goes."""
-    saves = -(-steps // saving.every)
-    for_good = steps // saving.keep_every if saving.keep_every else 0
-    return min(saves, saving.keep + 1 + for_good) if saving.keep else saves
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"
-
-
-CHECKS: dict[str, Callable[[Site], str]] = {
+Checks = dict[str, Callable[[Site], str]]
+MACHINES: Checks = {
     "batch": batch,
     "versions": versions,
     "devices": devices,
@@ -268,40 +225,42 @@ CHECKS: dict[str, Callable[[Site], str]] = {
     "run_dir": run_dir,
     "data": data,
 }
+FITS: Checks = {
+    "config": fits.config,
+    "order": fits.order,
+    "model": fits.model,
+    "past": fits.past,
+    "init": fits.init,
+    "sharding": fits.sharding,
+    "space": fits.room,
+}
+CHECKS: Checks = {**MACHINES, **FITS}
 
 
-def check(cfg: RunConfig, world: World) -> None:
-    """All CHECKS; the first that fails raises on every rank. Collective. `space` needs the model: see `start.build`."""
-    with open_site(cfg, world) as site:
-        for run in CHECKS.values():
+def check(plan: Plan, chosen: Checks = CHECKS) -> None:
+    """Run checks; the first that fails raises on every rank. Collective. A start and a dry run call it with all."""
+    with open_site(plan) as site:
+        for run in chosen.values():
             run(site)
 
 
-def check_and_print(cfg: RunConfig, parameters: Callable[[Manifest], int]) -> None:
+def check_and_print(cfg: RunConfig, make_parts: MakeParts) -> None:
     """Every check, a line each, also after one that failed; nothing is trained. Collective.
 
-    parameters: numbers in those of the model for the data. Raises PreflightError with what failed.
+    Raises PreflightError with what failed. A check that meets what another one has failed at is not counted again.
     """
-
-    def room(site: Site) -> str:
-        def look() -> str:
-            if not site.world.is_main:
-                return ""
-            numbers = parameters(cfg.data.open().manifest)
-            return space(cfg, numbers, numbers)
-
-        found = site.on_nodes(look)
-        return next(iter(found.values()))
-
-    failed = []
-    with group.session() as world, open_site(cfg, world) as site:
-        for name, run in {**CHECKS, "space": room}.items():
-            try:
-                told = run(site)
-            except (UserError, OSError) as error:
-                failed.append(f"{name}: {error}")
-                told = f"FAILED: {error}"
-            if world.is_main:
-                print(f"{name:11s} {told}", flush=True)
+    failed: dict[str, str] = {}
+    with group.session() as world:
+        plan = Plan(cfg, make_parts, world)
+        with open_site(plan) as site, contextlib.closing(plan):
+            for name, run in CHECKS.items():
+                try:
+                    told = run(site)
+                except (UserError, OSError) as error:
+                    known = failed.setdefault(str(error), name)
+                    told = f"FAILED: {error}" if known == name else f"not looked at, see {known}"
+                if world.is_main:
+                    print(f"{name:11s} {told}", flush=True)
     if failed:
-        raise PreflightError(f"{len(failed)} check(s) failed. " + "\n".join(failed))
+        texts = [f"{name}: {text}" for text, name in failed.items()]
+        raise PreflightError(f"{len(failed)} check(s) failed. " + "\n".join(texts))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as td
@@ -13,6 +15,7 @@ from dit.errors import UserError
 from dit.ranks import group
 from dit.ranks.group import PeerError, World
 from dit.ranks.join import ranks_text
+from dit.train.plan import Plan
 from dit.train.settings import RunConfig
 
 T = TypeVar("T")
@@ -30,10 +33,15 @@ class Site:
     nodes: of each rank.
     """
 
-    cfg: RunConfig
+    plan: Plan
     world: World
     group: Any
     nodes: tuple[str, ...]
+
+    @property
+    def cfg(self) -> RunConfig:
+        """The run's configuration."""
+        return self.plan.cfg
 
     @property
     def leads(self) -> bool:
@@ -90,12 +98,18 @@ class Site:
         return "; ".join(rows)
 
 
+def existing(folder: Path) -> Path:
+    """The folder, or the first above it that is there."""
+    return next(f for f in (folder, *folder.parents) if os.path.isdir(f))
+
+
 @contextlib.contextmanager
-def open_site(cfg: RunConfig, world: World) -> Iterator[Site]:
+def open_site(plan: Plan) -> Iterator[Site]:
     """Find which ranks are on which nodes. Collective."""
+    world = plan.world
     over_gloo = td.new_group(backend="gloo") if world.size > 1 else None
     try:
-        yield Site(cfg, world, over_gloo, tuple(group.gather_objects(group.node_name(), over_gloo)))
+        yield Site(plan, world, over_gloo, tuple(group.gather_objects(group.node_name(), over_gloo)))
     finally:
         if over_gloo is not None:
             td.destroy_process_group(over_gloo)

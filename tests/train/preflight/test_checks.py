@@ -21,10 +21,13 @@ from dit.data import DataError
 from dit.data.shards.manifest import Manifest
 from dit.errors import Notice
 from dit.experiments.diffusion import Experiment
+from dit.experiments.parts import make_parts
 from dit.ranks import group
 from dit.ranks.group import World
+from dit.train.plan import Plan
 from dit.train.preflight import checks
-from dit.train.preflight.checks import CHECKS, PreflightError, several_on_one, space
+from dit.train.preflight.checks import CHECKS, PreflightError, several_on_one
+from dit.train.preflight.fits import held_at_most, space
 from dit.train.preflight.nodes import Site, open_site
 from dit.train.settings import CheckpointConfig
 from tests.commands import call
@@ -49,12 +52,16 @@ def own_node(mounts: Sequence[Sequence[str]]) -> None:
     checks.NFS_PATIENCE = 1.0
 
 
+def planned(given: Values) -> Plan:
+    return Plan(experiment(given), make_parts, World.from_env())
+
+
 def check(given: Values, mounts: Mounts) -> float:
     """All checks, on nodes of two ranks each; seconds."""
     world = World.from_env()
     own_node(mounts.get(world.rank - world.rank % 2, ()))
     began = time.monotonic()
-    checks.check(experiment(given), world)
+    checks.check(planned(given))
     return time.monotonic() - began
 
 
@@ -172,7 +179,7 @@ def add_up(given: Values, rank_1: dict[str, Any]) -> str:
     world = World.from_env()
     os.environ |= {"SLURMD_NODENAME": f"n{world.rank}", "DIT_JOIN_SECONDS": "2"}
     mine = rank_1 if world.rank == 1 else {}
-    with open_site(experiment(given), world) as site:
+    with open_site(planned(given)) as site:
         time.sleep(mine.get("late", 0.0))
         return checks.all_reduce(replace(site, world=mine.get("world", world)))
 
@@ -233,11 +240,11 @@ def test_blocks_that_the_run_may_leave_out_do_not_stop_it(digits: Digits, tmp_pa
     assert block.shard == 0
     flip_bit(tmp_path / "data" / Manifest.load(tmp_path / "data").shards[0].name, block.offset + 2000)
     data = {"path": str(tmp_path / "data")}
-    with group.session() as world:
+    with group.session():
         with pytest.raises(DataError, match="block"):
-            checks.check(experiment(values(digits, tmp_path / "run", data=data)), world)
+            checks.check(planned(values(digits, tmp_path / "run", data=data)))
         data["max_quarantined"] = 1
-        checks.check(experiment(values(digits, tmp_path / "run", data=data)), world)
+        checks.check(planned(values(digits, tmp_path / "run", data=data)))
 
 
 # --- disk --------------------------------------------------------------------------------------------------
@@ -289,7 +296,7 @@ def test_a_run_without_room_does_not_start(digits: Digits, small_disk: Path) -> 
     ],
 )
 def test_checkpoints_at_a_time(saving: dict[str, int], steps: int, count: int) -> None:
-    assert checks._held_at_most(CheckpointConfig(**saving), steps) == count
+    assert held_at_most(CheckpointConfig(**saving), steps) == count
 
 
 # --- tools/train.py --preflight ----------------------------------------------------------------------------
@@ -307,7 +314,7 @@ def config(digits: Digits, tmp_path: Path) -> Path:
 def test_preflight_alone(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(tools.train.main, config, "--preflight", config=Experiment) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == [*CHECKS, "space"]
+    assert [line.split()[0] for line in lines] == list(CHECKS)
     assert "batch       32 = 1 ranks x 8 x 4 accumulated" in lines
     assert not (tmp_path / "run").exists()
 
@@ -319,8 +326,9 @@ def test_preflight_alone_shows_all_that_is_wrong(
     assert call(tools.train.main, *words, config=Experiment) == 1
     said = capsys.readouterr()
     failed = [line.split()[0] for line in said.out.splitlines() if "FAILED: " in line]
-    assert failed == ["batch", "data", "space"]
-    assert said.err.startswith("error: 3 check(s) failed. batch: train.micro_batch = 5 does not divide")
+    assert failed == ["batch", "data"]
+    assert "order       not looked at, see data" in said.out
+    assert said.err.startswith("error: 2 check(s) failed. batch: train.micro_batch = 5 does not divide")
     assert "nowhere: no manifest.json" in said.err
     assert not (tmp_path / "run").exists()
 

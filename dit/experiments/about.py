@@ -1,0 +1,27 @@
+"""What a configuration has chosen, for people."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from dit.config import to_dict
+
+
+def named(value: Any) -> str:
+    """A config's choices in one line, those of its fields that are members of a registry: "path linear, times uniform".
+
+    A choice whose own fields are not their defaults has them behind it: "times logit_normal {shift: 3.0}".
+    """
+    parts = []
+    for field in dataclasses.fields(value):
+        member = getattr(value, field.name)
+        if (name := getattr(type(member), "registered_name", None)) is not None:
+            given = {
+                f.name.rstrip("_"): to_dict(getattr(member, f.name))
+                for f in dataclasses.fields(member)
+                if getattr(member, f.name) != f.default
+            }
+            inner = ", ".join(f"{key}: {item}" for key, item in given.items())
+            parts.append(f"{field.name.rstrip('_')} {name}{f' {{{inner}}}' if inner else ''}")
+    return ", ".join(parts)

@@ -1,0 +1,240 @@
+"""A run before its first step: what it is made of, each part made when it is first asked for.
+
+A start, the preflight and the dry run all look at a `Plan`, through the checks in `dit/train/preflight`: what one of
+them refuses, all refuse, in the same words.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from dit.config import to_dict
+from dit.data.loading.mixture import Mixture
+from dit.data.loading.quarantine import Quarantine
+from dit.data.loading.stream import Stream
+from dit.data.shards.manifest import Manifest
+from dit.model.cost import Memory, peak_flops, state_memory
+from dit.ranks import group
+from dit.ranks.group import World
+from dit.train.checkpoints import checkpoint
+from dit.train.checkpoints.archive import checkpoints_of
+from dit.train.checkpoints.checkpoint import CheckpointError, Reader
+from dit.train.engines.local import check_alone
+from dit.train.engines.zero_config import Choice, Device, choose
+from dit.train.hooks import Hook
+from dit.train.optim import freeze
+from dit.train.run_dir import begun_with, settled
+from dit.train.settings import RunConfig
+from dit.train.task import Task
+from dit.version import code_version
+
+
+@dataclass
+class Parts:
+    """What a kind of experiment brings to the loop.
+
+    build: makes the network, its weights drawn from torch's global generator; on the meta device too.
+    contract: JSON values that travel with every checkpoint (latent statistics, codec, ...).
+    flops_per_image: of a training step. leaf_modules: see DeepSpeedEngine.
+    memory: (ZeRO stage, numbers in frozen parameters) -> what a rank holds; None: all but the activations is counted.
+    about: rows of what is printed at the start, by name ("model", "objective", "codec").
+    doubts: what in the configuration contradicts the data: refused in a new run, warned of in one that goes on.
+    """
+
+    build: Callable[[], nn.Module]
+    task: Task
+    flops_per_image: float
+    contract: dict[str, Any] = field(default_factory=dict)
+    hooks: list[Hook] = field(default_factory=list)
+    leaf_modules: tuple[type[nn.Module], ...] = ()
+    memory: Callable[[int, int], Memory] | None = None
+    about: dict[str, str] = field(default_factory=dict)
+    doubts: tuple[str, ...] = ()
+
+
+MakeParts = Callable[[Any, Manifest, World], Parts]
+
+
+@dataclass(frozen=True)
+class Outline:
+    """The network on the meta device, where it takes no memory, and how its numbers are shared out."""
+
+    module: nn.Module
+    frozen: int  # numbers in parameters that train.freeze keeps from training
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in all parameters."""
+        return sum(p.numel() for p in self.module.parameters())
+
+    @property
+    def buffers(self) -> int:
+        """Numbers in all buffers."""
+        return sum(b.numel() for b in self.module.buffers())
+
+
+class Plan:
+    """A run of a configuration on these ranks. Making one is collective; asking for a part of it is not.
+
+    cfg: what it leaves open is decided: by the run that run_dir holds, or as in a new one. before: what that run has
+    for a configuration, as plain values; None where none has begun.
+    """
+
+    def __init__(self, cfg: RunConfig, make_parts: MakeParts, world: World):
+        self._given, self._make_parts, self.world = cfg, make_parts, world
+        self.device = Device.smallest(world)
+        self.look()
+
+    def look(self) -> None:
+        """See what run_dir holds now. Collective; before any part is asked for."""
+        folder = self._given.folder
+        # rank 0 looks for all: file systems may not show every rank the same
+        self.before: Mapping[str, Any] | None
+        self.before, self.has_checkpoint = group.on_main(
+            lambda: (begun_with(folder), checkpoint.exists(checkpoints_of(folder)))
+        )
+        self.cfg = settled(self._given, self.before)
+
+    @cached_property
+    def mixture(self) -> Mixture:
+        """The data, opened. Raises DataError."""
+        return self.cfg.data.open()
+
+    @property
+    def manifest(self) -> Manifest:
+        """The data's, of a mixture as if it were one set."""
+        return self.mixture.manifest
+
+    @cached_property
+    def parts(self) -> Parts:
+        """What the experiment brings. Raises ConfigError or DataError where that does not fit the data."""
+        return self._make_parts(self.cfg, self.manifest, self.world)
+
+    @cached_property
+    def outline(self) -> Outline:
+        """The network without its weights; ConfigError where a pattern of train.freeze fits nothing."""
+        build = self.parts.build  # made outside: data and codecs are no outlines
+        with torch.device("meta"):
+            module = build()
+        return Outline(module, freeze(module, self.cfg.train.freeze))
+
+    @cached_property
+    def sharding(self) -> Choice:
+        """The ZeRO stage, and why. ConfigError where the ranks cannot be grouped as asked."""
+        self.cfg.zero.check(self.world)
+        return choose(self.cfg.zero, self.memory, self.device)
+
+    def check_engine(self) -> None:
+        """ConfigError for the local engine on several ranks."""
+        if self.cfg.engine == "local":
+            check_alone(self.world)
+
+    def memory(self, stage: int) -> Memory:
+        """What a rank holds at a ZeRO stage."""
+        frozen = self.outline.frozen
+        if self.parts.memory is not None:
+            return self.parts.memory(stage, frozen)
+        return state_memory(self.outline.parameters, stage, self.world.size, self.cfg.ema.count, frozen)
+
+    @cached_property
+    def stream(self) -> Stream:
+        """This rank's batches. ConfigError where the data are fewer than a batch, or the sizes do not fit."""
+        cfg = self.cfg
+        return Stream(
+            self.mixture,
+            cfg.seed,
+            cfg.train.global_batch,
+            self.world.rank,
+            self.world.size,
+            cfg.data.lanes,
+            cfg.data.window,
+            readers=cfg.data.readers,
+            cache=cfg.data.cache,
+            quarantine=Quarantine(cfg.data.max_quarantined),
+            pin=self.world.device.type == "cuda",
+        )
+
+    @cached_property
+    def init(self) -> Reader | None:
+        """What the weights come from: init.from, where it is set and the run has no checkpoint of its own."""
+        if self.cfg.init.from_ is None or self.has_checkpoint:
+            return None
+        return Reader(checkpoint.resolve(self.cfg.init.from_))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """JSON values that go into every checkpoint, and of which "data" and "contract" must stay what they are."""
+        manifest = self.manifest
+        return {
+            "config": to_dict(self.cfg),
+            "data": {
+                "digest": manifest.digest,
+                "samples": manifest.samples,
+                "classes": list(manifest.classes),
+            },
+            "contract": self.parts.contract,
+            "code": code_version(),
+            "torch": torch.__version__,
+        }
+
+    def build(self) -> nn.Module:
+        """The network, with weights of the run's seed or of `init`, and what is to be frozen frozen."""
+        torch.manual_seed(self.cfg.seed)
+        module = self.parts.build()
+        source = self.init
+        if source is not None:
+            weights = self.cfg.init.weights
+            fill(module, source, source.state_dict(weights))
+            if self.world.is_main:
+                print(f"starting from the {weights} weights of {source.checkpoint.path}", flush=True)
+        freeze(module, self.cfg.train.freeze)
+        return module
+
+    def close(self) -> None:
+        """End the reading threads, if there are any."""
+        if "stream" in self.__dict__:
+            self.stream.close()
+
+
+def fill(module: nn.Module, source: Reader, weights: Mapping[str, torch.Tensor]) -> None:
+    """Load init.from's weights; CheckpointError where they do not fit the network."""
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        _, *rows = str(error).splitlines()
+        more = f"\n  and {len(rows) - 3} more" if len(rows) > 3 else ""
+        raise CheckpointError(
+            f"init.from: {source.checkpoint.path} does not fit this model:\n" + "\n".join(rows[:3]) + more
+        ) from None
+
+
+def stored_shape(manifest: Manifest) -> tuple[int, ...]:
+    """(2, C, H, W) where moments are stored, (1, C, H, W) where latents are: one sample of one view."""
+    one = manifest.shape[1:]
+    return one if manifest.array == "moments" else (1, *one)
+
+
+def device_peak(device: torch.device) -> float:
+    """Peak FLOP/s of this rank's device for MFU: by the maker's table, else what a matrix product reaches here."""
+    known = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return known or _measured_peak(device)
+
+
+@functools.cache
+def _measured_peak(device: torch.device, size: int = 1024, repeats: int = 5) -> float:
+    """FLOP/s of the best of some square fp32 matrix products (0.1 s on a CPU core)."""
+    a = torch.ones(size, size, device=device)
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        float((a @ a)[0, 0])  # waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best

@@ -1,0 +1,143 @@
+"""What of a run needs no machine to be looked at: whether its configuration, its data and its past fit together.
+
+Each check is a function of the `Site`, as those in checks.py: collective, with what it found as text, and the same
+error on every rank.
+"""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from pathlib import Path
+
+from dit.config import ConfigError
+from dit.errors import Notice
+from dit.ranks import group
+from dit.train import run_dir
+from dit.train.checkpoints import checkpoint
+from dit.train.checkpoints.checkpoint import Checkpoint, CheckpointError, check_same_data
+from dit.train.plan import Plan, fill
+from dit.train.preflight.nodes import PreflightError, Site, existing
+from dit.train.settings import CheckpointConfig, RunConfig
+
+
+def config(site: Site) -> str:
+    """The run directory is empty, or holds this run. ConfigError where it holds another one."""
+    site.plan.look()
+    cfg = site.cfg
+    group.on_main(lambda: run_dir.compare(cfg.folder / run_dir.CONFIG, cfg))
+    return f"{cfg.run_dir} {'holds no run' if site.plan.before is None else 'holds this run'}"
+
+
+def order(site: Site) -> str:
+    """Every step has samples: the batch is not larger than the data, and lanes and ranks divide it."""
+    site.on_ranks(lambda: site.plan.stream)
+    stream, train = site.plan.stream, site.cfg.train
+    return f"{stream.steps_per_epoch} steps of {train.global_batch} samples an epoch"
+
+
+def model(site: Site) -> str:
+    """Model, objective, held-out data, the pictures' codec and guidance are there, and fit the data."""
+    site.on_ranks(lambda: site.plan.outline)
+    parts = site.plan.parts
+    if parts.doubts and site.plan.before is None:
+        raise ConfigError("\n".join(parts.doubts))
+    for doubt in parts.doubts if site.world.is_main else ():
+        warnings.warn(f"{doubt} This run goes on as it began.", Notice, stacklevel=2)
+    return f"{site.plan.outline.parameters:,} parameters; {len(parts.hooks)} hook(s)"
+
+
+def past(site: Site) -> str:
+    """The newest checkpoint is of this configuration and these data. CheckpointError or ConfigError where not."""
+
+    def look() -> str:
+        found = newest(site.cfg.folder / "checkpoints")
+        if found is None:
+            return "no checkpoint: begins at step 0"
+        run_dir.differences(found.meta["config"], site.cfg, str(found.path))
+        check_same_data(found, site.plan.identity)
+        return f"goes on from {found.path}"
+
+    return group.on_main(look)
+
+
+def newest(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint that looks whole; its tensors are verified when it is loaded."""
+    for path in checkpoint.candidates(folder):
+        try:
+            return checkpoint.read(path, verify=False)
+        except CheckpointError:  # named when the run resumes, which passes over it
+            continue
+    return None
+
+
+def init(site: Site) -> str:
+    """The weights that init.from names are there and fit the model. CheckpointError where not."""
+
+    def look() -> str:
+        source = site.plan.init
+        if source is None:
+            return "the seed's weights" if not site.plan.has_checkpoint else "the checkpoint's weights"
+        fill(site.plan.outline.module, source, source.outline(site.cfg.init.weights))
+        return f"the {site.cfg.init.weights} weights of {source.checkpoint.path}"
+
+    found: list[str] = []
+    site.on_ranks(lambda: found.append(look()))
+    return found[0]
+
+
+def sharding(site: Site) -> str:
+    """The ranks can be grouped as zero.* asks, and on the local engine there is one."""
+
+    def look() -> None:
+        site.plan.check_engine()
+        _ = site.plan.sharding
+
+    site.on_ranks(look)
+    return site.plan.sharding.why or f"stage {site.plan.sharding.stage}"
+
+
+def room(site: Site) -> str:
+    """There is room on disk for the checkpoints. PreflightError where not even one fits."""
+    return group.on_main(lambda: _room(site.plan))
+
+
+def _room(plan: Plan) -> str:
+    every = plan.outline.parameters
+    return space(plan.cfg, every, every - plan.outline.frozen)
+
+
+def space(cfg: RunConfig, parameters: int, trained: int) -> str:
+    """Room on disk for the checkpoints to come; called on one rank. parameters: numbers in them; trained: of them.
+
+    Raises PreflightError where not one fits, and warns where those that checkpoint.keep asks for do not.
+    """
+    run = cfg.folder.absolute()
+    numbers = (1 + cfg.ema.count) * parameters + 2 * trained  # weights, averages; two moments
+    size, free = 4 * numbers, shutil.disk_usage(existing(run)).free
+    free += _left_over(run / "checkpoints")  # which goes before anything is written
+    there = len([p for p in (run / "checkpoints").glob("step-*") if p.suffix != ".partial"])
+    wanted = max(1, held_at_most(cfg.checkpoint, cfg.train.steps) - there)
+    told = f"{_bytes(free)} free in {existing(run)}, a checkpoint takes {_bytes(size)}"
+    if free < size:
+        raise PreflightError(f"{told}: free space, or choose another run_dir")
+    if free < size * wanted:
+        keep = f"checkpoint.keep = {cfg.checkpoint.keep}, keep_every = {cfg.checkpoint.keep_every}"
+        warnings.warn(f"{told}: {free // size} fit, {wanted} are to come ({keep})", Notice, stacklevel=2)
+    return f"{told}; {wanted} to come"
+
+
+def _left_over(folder: Path) -> int:
+    """Bytes of what a kill left of unfinished checkpoints."""
+    return sum(f.stat().st_size for p in folder.glob("step-*.partial") for f in p.rglob("*") if f.is_file())
+
+
+def held_at_most(saving: CheckpointConfig, steps: int) -> int:
+    """Checkpoints of a run on disk at a time: a new one is there before the oldest goes."""
+    saves = -(-steps // saving.every)
+    for_good = steps // saving.keep_every if saving.keep_every else 0
+    return min(saves, saving.keep + 1 + for_good) if saving.keep else saves
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"
