@@ -8,96 +8,93 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
 from dit.cli import run
-from dit.config import ConfigError, from_dict, merge
+from dit.config import ConfigError, merge
 from dit.data.codecs.base import Codec, CodecConfig
 from dit.data.codecs.codec import CODECS
 from dit.data.encoding.checks import check_early, check_out
 from dit.data.encoding.encode import EncodeOptions, Waiting, encode
-from dit.data.encoding.older import as_begun
+from dit.data.encoding.older import options_as_begun
 from dit.data.encoding.parts import images_done
+from dit.data.sources.classes import LabelChoice, LabelType
 from dit.data.sources.crops import CROPS
-from dit.data.sources.decode import MAX_PIXELS, Decode
-from dit.data.sources.images import ImageSource, check_spec, open_source, unlabelled_note
+from dit.data.sources.decode import Decode
+from dit.data.sources.images import ImageSource, check_spec, label_warning, open_source, unlabelled_note
 from dit.data.sources.parquet import Columns
-from dit.errors import Stopped
+from dit.data.sources.split import check_share, held_out_folder, split
+from dit.errors import Notice, Stopped
 from dit.files import expand
+from dit.flags import options_as_flags
 from dit.progress import Bar, say
 from dit.ranks import group
 
 PATIENCE = 60  # seconds until a rank says that it waits for one which nobody takes over from
 
 
+@options_as_flags
 def main(
     images: str,
     out: str,
     *,
     codec: Annotated[str, "which of the codecs below"] = "vae",
-    image_size: Annotated[int, "pixels a side, a multiple of the codec's factor"] = 256,
     crop: Annotated[str, "which of the crops below"] = "centre",
-    flip: Annotated[bool, "store a mirrored view beside each image; --no-flip for digits and text"] = True,
-    exif: Annotated[Literal["turn", "ignore"], "turn images upright, or take them as stored"] = "turn",
-    background: Annotated[str, "under transparent places: white, black, #rrggbb"] = "white",
-    icc: Annotated[Literal["convert", "ignore"], "colours to sRGB by ICC profiles, or not"] = "convert",
-    max_pixels: Annotated[int, "of an image; larger ones are unreadable"] = MAX_PIXELS,
+    options: EncodeOptions,
+    decode: Decode,
     classes: Annotated[str | None, "imagenet1k: its 1000 labels, for folders or tars named by wnid"] = None,
-    labels: Annotated[str | None, "file of lines `name class`, in place of the images' folders"] = None,
-    posterior: Annotated[Literal["moments", "sample"], "keep mean and std, or one draw"] = "moments",
-    dtype: Annotated[Literal["float16", "float32"], "of what is stored"] = "float16",
-    block: Annotated[int, "samples a block at most"] = 256,
-    shard_mb: Annotated[float, "MB a shard at most"] = 512.0,
-    seed: Annotated[int, "of the order of writing, of random crops and of drawn latents"] = 0,
-    batch_size: Annotated[int, "images at a time through the codec"] = 64,
-    max_bad: Annotated[int, "unreadable images to leave out before giving up"] = 0,
-    workers: Annotated[int, "threads a rank that decode images; 0: one a core, at most 16"] = 0,
-    device: Annotated[str | None, "cpu, cuda, cuda:1, ...; the rank's GPU where there is one"] = None,
+    labels: Annotated[str | None, "file of names and classes, a line each (CSV), for their own"] = None,
+    label_key: Annotated[str | None, "of the label in KEY.json, or in the head of --labels"] = None,
+    label_type: Annotated[LabelType, "take labels as numbers, or as names of classes"] = "auto",
     label_column: Annotated[str | None, "of Parquet, where it is not called label; empty: no labels"] = None,
     image_column: Annotated[str | None, "of Parquet, where it is not called image"] = None,
+    holdout: Annotated[float, "share of the images, of each class, to keep from training in OUT-val"] = 0.0,
+    device: Annotated[str | None, "cpu, cuda, cuda:1, ...; the rank's GPU where there is one"] = None,
     **codec_crop_keys: str,
 ) -> None:
     """Encode IMAGES once, into latent shards and a manifest in the new folder OUT.
 
-    IMAGES: a folder (CLASS/name.jpg), a tar of such a folder, WebDataset tars of KEY.jpg and KEY.cls, ImageNet's tar
-    of class tars, Parquet with image bytes (each: one file, a folder of them, train-{000..099}.tar or a pattern), or
-    digits:train and digits:test. Formats: JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, JPEG 2000, PPM, QOI.
+    IMAGES: a folder (CLASS/name.jpg), a tar of such a folder, WebDataset tars of KEY.jpg and KEY.cls (or KEY.json),
+    ImageNet's tar of class tars, Parquet with image bytes (each: one file, a folder of them, train-{000..099}.tar or a
+    pattern), or digits:train and digits:test. Formats: JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, JPEG 2000, PPM, QOI.
 
     Stopped or killed, the same command goes on with what is done. Ranks share the work: launch/local.sh
     tools/encode.py IMAGES OUT ..., or sbatch ... launch/multinode.sh tools/encode.py IMAGES OUT ... (OUT on a file
     system that the nodes share). The same images, codec and options give the same bytes, whatever the ranks.
+
+    --holdout=0.1 writes a tenth of each class to OUT-val first, for --data.val; the same images whatever the ranks.
     """
-    images, out = expand(images), expand(out)
-    options = _options(locals())
+    images, folder = expand(images), Path(expand(out)).resolve()
+    options = replace(options, crop=CROPS.parse(_named("crop", crop, codec_crop_keys)), decode=decode)
     chosen = CODECS.parse(_named("codec", codec, codec_crop_keys))
     world, columns = group.World.from_env(), Columns(image_column, label_column)
-    with _interruptible(Path(out).resolve(), world):
-        built = _checked(images, out, chosen, options, _device(device, world))
-        source = open_source(images, classes, labels, columns)
-        _encode(images, source, built, out, options, world)
-
-
-def _options(given: Mapping[str, Any]) -> EncodeOptions:
-    """Those of the arguments that say how to encode; each is called as its option."""
-    plain = {f.name: given[f.name] for f in fields(EncodeOptions) if f.name in given}
-    decode = {f.name: given[f.name] for f in fields(Decode)}
-    crop = _named("crop", given["crop"], given["codec_crop_keys"])
-    return from_dict(EncodeOptions, {**plain, "crop": crop, "decode": decode})
+    check_share(holdout)
+    outs = [held_out_folder(folder), folder] if holdout else [folder]
+    with _interruptible(outs, world):
+        built = _checked(images, outs, chosen, options, _device(device, world))
+        source = open_source(images, classes, labels, columns, LabelChoice(label_key, label_type))
+        if world.is_main:
+            _tell(images, source, options_as_begun(folder, options))
+        parts = reversed(split(source, holdout, options.seed)) if holdout else [source]
+        _encode_each(zip(parts, outs, strict=True), built, options, world)
 
 
 def _tell(images: str, source: ImageSource, options: EncodeOptions) -> None:
     """What was found, what is odd about it, and what will be done to it."""
-    note = unlabelled_note(images, source)
+    note, odd = unlabelled_note(images, source), label_warning(source)
+    by = f" ({source.labelled_by})" if source.labelled_by and source.classes else ""
     notes = [f"note: {note}"] if note else []
-    print(f"{images}: {source}", *notes, *options.steps(), sep="\n", flush=True)
+    print(f"{images}: {source}{by}", *notes, *options.steps(), sep="\n", flush=True)
+    if odd:
+        warnings.warn(odd, Notice, stacklevel=2)
 
 
 def _device(text: str | None, world: group.World) -> torch.device:
@@ -121,27 +118,29 @@ def _device(text: str | None, world: group.World) -> torch.device:
 
 
 def _checked(
-    images: str, out: str, codec: CodecConfig, options: EncodeOptions, device: torch.device
+    images: str, outs: list[Path], codec: CodecConfig, options: EncodeOptions, device: torch.device
 ) -> Codec:
     """The codec, after all that can be checked before images are listed."""
     check_spec(images)
-    check_out(Path(out).resolve())
+    for out in outs:
+        check_out(out)
     if "OMP_NUM_THREADS" not in os.environ:  # launch/ sets it
         torch.set_num_threads(group.cores())
     built = codec.build(device)
-    check_early(Path(out).resolve(), built, options)
+    for out in outs:
+        check_early(out, built, options)
     return built
 
 
 @contextlib.contextmanager
-def _interruptible(out: Path, world: group.World) -> Iterator[None]:
+def _interruptible(outs: list[Path], world: group.World) -> Iterator[None]:
     """Ctrl-C, or a scheduler's signal, ends with what is done, said once."""
     try:
         with group.on_signals(_stop):
             yield
     except (KeyboardInterrupt, Stopped) as ended:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun passes it on, to those who have it already
-        done = images_done(out)
+        done = sum(images_done(out) for out in outs)
         kept = f"{done} images are done and kept" if done else "nothing is done yet"
         if world.is_main:
             print(f"interrupted: {kept}; start the same command again to go on", file=sys.stderr, flush=True)
@@ -152,21 +151,30 @@ def _stop(number: int, frame: FrameType | None) -> None:
     raise Stopped
 
 
-def _encode(
-    images: str, source: ImageSource, codec: Codec, out: str, options: EncodeOptions, world: group.World
+def _encode_each(
+    sets: Iterable[tuple[ImageSource, Path]], codec: Codec, options: EncodeOptions, world: group.World
 ) -> None:
-    """This rank's share; rank 0 says what will be done, has a bar over the whole set, and says what was done."""
+    """One set after the other, each to its folder; max_bad is of all of them together."""
     warnings.filterwarnings(
         "ignore", module=r"PIL\."
     )  # which images are damaged or odd is said by the report
-    if world.is_main:
-        _tell(images, source, as_begun(Path(out).resolve(), options))
+    for source, out in sets:
+        bad = _encode(source, codec, out, options, world)
+        options = replace(options, max_bad=options.max_bad - bad)
+
+
+def _encode(source: ImageSource, codec: Codec, out: Path, options: EncodeOptions, world: group.World) -> int:
+    """This rank's share; rank 0 has a bar over the whole set, and says what was done when that is closed.
+
+    Returns how many images could not be read.
+    """
     with contextlib.closing(_Bar(len(source), world)) as bar:
         me = {"rank": world.rank, "size": world.size}
         tell = {"resumed": bar.resumed, "waiting": bar.waiting}
         report = encode(source, codec, out, options, bar.progress, **me, **tell)
     if world.is_main:
         print(f"{out}: {report}", flush=True)
+    return len(report.manifest.bad)
 
 
 class _Bar:

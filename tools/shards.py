@@ -16,8 +16,9 @@ from tqdm import tqdm
 from dit.cli import run
 from dit.config import to_dict
 from dit.data.foreign.existing import already, refuse_encoded
-from dit.data.foreign.index import IndexOptions, codec_of
+from dit.data.foreign.index import codec_of
 from dit.data.foreign.index import index as write_index
+from dit.data.foreign.probe import IndexOptions
 from dit.data.foreign.shard_list import find_shards, total_bytes
 from dit.data.loading.mixing import mixing
 from dit.data.loading.stream import Stream
@@ -89,8 +90,8 @@ def index(
 ) -> None:
     """Make a data set of latent shards from elsewhere: write manifest.json and names.txt in OUT, copy nothing.
 
-    PATH: tars of KEY.npy (or .pt, .pth) and KEY.cls (or KEY.json with "label"), one sample after the other: one tar, a
-    folder of them, a pattern ("shards/*.tar"), a range (shards/{000..099}.tar, also in URLs), or a text file with one
+    PATH: tars of KEY.npy (or .pt, .pth) and KEY.cls (or KEY.json with a "label"), one sample after the other: one tar,
+    a folder of them, a pattern ("shards/*.tar"), a range (shards/{000..099}.tar, also in URLs), or a text file with one
     of these a line. OUT: a folder, that of the shards or another.
 
     --codec.path=FOLDER --codec.subfolder=... configure the vae and ldm; --codec.channels=4 and, where known,

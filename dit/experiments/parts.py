@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -107,9 +108,9 @@ def _grid(
         with Bar[None](
             unit="evaluation", desc="pictures", hidden=not engine.world.is_main, leave=False, delay=2
         ) as bar:
-            tally = _ShownTally(bar=bar)
-            how = (engine, path, prediction, decode, shape, cfg.sample, opener.device, opener, tally)
-            sampler = Sampler(*how, codec_advice=advice)
+            how = (engine, path, prediction, decode, shape, cfg.sample, opener.device)
+            rest: dict[str, Any] = {"classes": len(manifest.classes), "codec_advice": advice}
+            sampler = Sampler(*how, open=opener, tally=_ShownTally(bar=bar), **rest)
             bar.expect(sampler.nfe)
             images = sampler.images(index, labels_for(index, classes))
         return image_grid(images, columns=min(10, len(classes)))

@@ -123,6 +123,7 @@ class Trained:
             Checkpoints(objective.path, contract, str(self.path), self.weights, device, precision),
             model_advice="compute in float32 (--precision=fp32)" if precision == "bf16" else "",
             codec_advice="" if opened is None else opened.advice,
+            classes=len(contract["classes"]),
         )
 
     def _codec(self, keys: Mapping[str, str], device: torch.device) -> Codec:

@@ -24,6 +24,13 @@ Model = Callable[[Tensor, Tensor, Cond], Tensor]  # (x (B, C, ...), model_time (
 Row = tuple[Tensor, Tensor]  # (a, b), each (B,)
 
 
+def check_labels(label: Tensor, num_classes: int) -> None:
+    """Raise ValueError for labels (B,) that are no class of a model; negative ones are none. Waits for their device."""
+    if len(label) and int(label.max()) >= num_classes:
+        has = f"classes 0 to {num_classes - 1}" if num_classes else "no classes"
+        raise ValueError(f"label {int(label.max())}: this model has {has}; a negative label is no class")
+
+
 @dataclass(frozen=True)
 class Endpoints:
     """Where the network thinks the path through x begins and ends: data and eps, each of the shape of x.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dit.config import Registry, config
-from dit.flow.predict import Cond
+from dit.flow.predict import Cond, check_labels
 from dit.model.dims import Dims
 
 
@@ -104,14 +104,16 @@ class ClassConditioner(nn.Module):
     def forward(self, cond: Cond) -> Injection:
         """label (B,) int64, negative for none, and drop (B,) bool if present -> vector (B, D).
 
-        Labels are not range-checked here: on an accelerator that would wait for the device. One out of range
-        never reads the null row: the table's lookup fails.
+        ValueError for labels that are no class, on a CPU. On an accelerator looking at them would wait for the device:
+        there the lookup fails, and never reads the null row; who takes labels in (data, samplers) checks them before.
         """
         if "label" not in cond:
             raise ValueError(
                 f"the class conditioner needs cond['label'] ((B,) int64, -1 for none); got {sorted(cond)}"
             )
         label = cond["label"]
+        if label.device.type == "cpu" and not torch.compiler.is_compiling():
+            check_labels(label, self.num_classes)
         absent = label < 0
         if "drop" in cond:
             absent = absent | cond["drop"]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dit.config import ConfigError, config
 from dit.flow.path import NoisePath
-from dit.flow.predict import Model, Prediction
+from dit.flow.predict import Model, Prediction, check_labels
 from dit.rng import Draws, Purpose
 from dit.sample.denoise import DenoiseFn, Denoiser
 from dit.sample.finite import NotFiniteError, check_finite, first_not_finite
@@ -98,7 +98,8 @@ class Sampler:
     """Draws images. shape: (C, H, W) of a latent. decode: model-side latents (B, C, H, W) to images in [-1, 1].
 
     open: opens the checkpoints that guidance names. tally: counts what was evaluated. model_advice, codec_advice: what
-    to try where latents, or the pictures made of them, are not finite; empty where nothing is known to help.
+    to try where latents, or the pictures made of them, are not finite; empty where nothing is known to help. classes:
+    that the model knows, where labels are to be checked.
     """
 
     model: Model
@@ -112,6 +113,7 @@ class Sampler:
     tally: Tally = field(default_factory=Tally, compare=False)
     model_advice: str = ""
     codec_advice: str = ""
+    classes: int | None = None
 
     @cached_property
     def denoise(self) -> DenoiseFn:
@@ -139,8 +141,11 @@ class Sampler:
     def latents(self, index: Tensor, label: Tensor) -> Tensor:
         """(B, C, H, W) for images `index` (B,) of classes `label` (B,), both int64; label -1 = no class.
 
-        Raises NotFiniteError naming the first image whose latents are not finite.
+        Raises NotFiniteError naming the first image whose latents are not finite, ValueError for labels that the
+        model does not know.
         """
+        if self.classes is not None:
+            check_labels(label, self.classes)
         index, label = index.to(self.device), label.to(self.device)
 
         def noise(draw: int) -> Tensor:

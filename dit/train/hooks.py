@@ -16,8 +16,10 @@ from PIL.PngImagePlugin import PngInfo
 from dit.config import ConfigError
 from dit.data import DataError
 from dit.data.codecs.codec import check_same_codec
+from dit.data.loading.mixture import Mixture
 from dit.data.loading.stream import Stream
 from dit.data.shards.manifest import Manifest
+from dit.data.sources.classes import in_order
 from dit.errors import Notice
 from dit.evals.protocol import protocol_hash
 from dit.evals.valloss import held_out_loss
@@ -90,14 +92,34 @@ class SampleGrid:
 
 
 def _check_alike(manifest: Manifest, held_out: Manifest, cfg: RunConfig) -> None:
-    """Refuse held-out data whose labels or latents mean something else."""
-    for name in ("classes", "image_size", "array", "channels", "input_size"):
+    """Refuse held-out data of other latents, or of other classes; these may come in another order."""
+    for name in ("image_size", "array", "channels", "input_size"):
         ours, theirs = getattr(manifest, name), getattr(held_out, name)
         if ours != theirs:
             raise DataError(
                 f"{cfg.data.val} (held out) and {cfg.data.name} differ in {name}: {theirs!r} against {ours!r}; "
-                "encode both from folders with the same classes, at the same size"
+                "encode both at the same size, with the same options"
             )
+    ours, theirs = manifest.classes, held_out.classes
+    if sorted(ours) != sorted(theirs) or (ours != theirs and len(set(ours)) < len(ours)):
+        lines = (
+            [f"{cfg.data.name} alone has {_some(set(ours) - set(theirs))}"] if set(ours) - set(theirs) else []
+        )
+        lines += (
+            [f"{cfg.data.val} alone has {_some(set(theirs) - set(ours))}"] if set(theirs) - set(ours) else []
+        )
+        what = f"{len(theirs)} against {len(ours)}: " + ("; ".join(lines) or "one name stands for several")
+        raise DataError(
+            f"{cfg.data.val} (held out) and {cfg.data.name} differ in classes, {what}; "
+            "encode both with the same classes, or hold a share out with tools/encode.py IMAGES OUT --holdout=0.1"
+        )
+
+
+def _some(names: set[str], most: int = 5) -> str:
+    """The first of these, in order."""
+    chosen = in_order(names)
+    more = f" and {len(chosen) - most} more" if len(chosen) > most else ""
+    return ", ".join(map(repr, chosen[:most])) + more
 
 
 @dataclass(frozen=True)
@@ -134,7 +156,7 @@ def open_held_out(cfg: RunConfig, manifest: Manifest, task: Task, world: World) 
             f"{cfg.data.val} has {held_out.samples} samples, taken {batch} at a time: {world.size} ranks x groups of "
             f"{task.group} do not divide that; use more held-out data, fewer ranks, or val.every: 0"
         )
-    stream = Stream(held_out, VAL_SEED, batch, world.rank, world.size)
+    stream = Stream(Mixture.of(held_out, manifest.classes), VAL_SEED, batch, world.rank, world.size)
     steps, micro = min(cfg.val.batches, stream.steps_per_epoch), cfg.train.micro(world)
 
     def batches(task: Task, device: torch.device) -> Iterator[Samples]:

@@ -40,6 +40,15 @@ def sampler(
     )
 
 
+@pytest.mark.parametrize("label", [3, 1000])
+def test_labels_that_the_model_does_not_know_are_refused(label: int) -> None:
+    drawn = replace(sampler(lambda x, t, cond: x, num_steps=1), classes=3)
+    known = torch.tensor([2, -1, 0])
+    assert drawn.latents(torch.arange(3), known).shape == (3, *SHAPE)
+    with pytest.raises(ValueError, match=rf"label {label}: this model has classes 0 to 2"):
+        drawn.latents(torch.arange(2), torch.tensor([0, label]))
+
+
 def trainable() -> list[tuple[NoisePath, Prediction]]:
     """The pairs that the objective lets train, so that they are sampled."""
     found = []

@@ -15,6 +15,7 @@ from dit.data import DataError
 from dit.data.codecs.autoencoders import VaeCodec
 from dit.data.shards.manifest import Manifest
 from dit.data.sources.crops import RandomResized
+from dit.errors import Notice
 from tests.commands import command, environment, execute
 from tests.data.helpers import endless, tiny_vae
 from tools.encode import main
@@ -232,3 +233,77 @@ def test_the_command(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "500 images in 1 view(s)" in done.stdout
     assert Manifest.load(tmp_path / "out").views == ("original",)
+
+
+def test_a_share_may_be_held_out(tmp_path, capsys):
+    how = {"codec": "pixels", "image_size": 8, "block": 32, "holdout": 0.1}
+    main("digits:test", str(tmp_path / "out"), **how)
+    train, held = (Manifest.load(tmp_path / name) for name in ("out", "out-val"))
+    assert (train.samples, held.samples) == (450, 50)
+    assert train.classes == held.classes
+    assert set(train.read_names()).isdisjoint(held.read_names())
+    assert all(0.05 < a / (a + b) < 0.15 for a, b in zip(held.class_counts, train.class_counts, strict=True))
+    assert (train.split.part, held.split.part) == ("train", "held out")
+    assert (held.split.share, held.split.seed, held.split.images) == (0.1, 0, 500)
+    main("digits:test", str(tmp_path / "out"), **how)
+    assert capsys.readouterr().out.count("all was there already") == 2
+    for other, words in ((0.2, "holdout: 0.1 there, 0.2 here"), (0.0, "holdout: 0.1 there, 0.0 here")):
+        with pytest.raises(DataError, match=words):
+            main("digits:test", str(tmp_path / "out"), **how | {"holdout": other})
+    with pytest.raises(ConfigError, match="holdout is 10"):
+        main("digits:test", str(tmp_path / "new"), **how | {"holdout": 10})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out-val"]
+
+
+def test_a_share_is_the_same_on_ranks_that_are_killed(tmp_path):
+    main("digits:test", str(tmp_path / "whole"), codec="pixels", image_size=8, block=32, holdout=0.3)
+    words = command("encode.py", FLAGS[0], tmp_path / "out", *FLAGS[1:], "--holdout=0.3")
+    for part in ("out-val", "out"):
+        ranks = [
+            subprocess.Popen(
+                words,
+                env=environment() | {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            for rank in ("0", "1")
+        ]
+        while not list(tmp_path.glob(f"{part}.partial/parts/*.json")) and not (tmp_path / part).exists():
+            time.sleep(0.001)
+        for process in ranks:
+            process.kill()
+            process.wait()
+    main("digits:test", str(tmp_path / "out"), codec="pixels", image_size=8, block=32, holdout=0.3)
+    for part in ("", "-val"):
+        assert files(tmp_path / f"out{part}") == files(tmp_path / f"whole{part}")
+
+
+def test_unreadable_images_count_in_both_parts(tmp_path):
+    for i in range(20):
+        file = tmp_path / "images" / "ab"[i % 2] / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(file)
+    how = {"codec": "pixels", "image_size": 8, "holdout": 0.5}
+    images = str(tmp_path / "images")
+    main(images, str(tmp_path / "whole"), **how)
+    for part in ("whole", "whole-val"):
+        (tmp_path / "images" / Manifest.load(tmp_path / part).read_names()[0]).write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"1 image\(s\) cannot be read, 0 allowed"):
+        main(images, str(tmp_path / "out"), **how, max_bad=1)
+    main(images, str(tmp_path / "out"), **how, max_bad=2)
+    assert [len(Manifest.load(tmp_path / part).bad) for part in ("out", "out-val")] == [1, 1]
+
+
+def test_labels_from_one_are_spoken_of(tmp_path):
+    (tmp_path / "images").mkdir()
+    for i in range(3):
+        Image.new("RGB", (8, 8)).save(tmp_path / "images" / f"{i}.png")
+    (tmp_path / "labels.csv").write_text("0.png,1\n1.png,3\n2.png,2\n")
+    images, how = str(tmp_path / "images"), {"codec": "pixels", "image_size": 8}
+    how["labels"] = str(tmp_path / "labels.csv")
+    with pytest.warns(Notice, match="no sample has the label 0: labels go from 1 to 3"):
+        main(images, str(tmp_path / "out"), **how)
+    assert Manifest.load(tmp_path / "out").class_counts == (0, 1, 1, 1)
+    main(images, str(tmp_path / "named"), **how, label_type="name")
+    named = Manifest.load(tmp_path / "named")
+    assert (named.classes, named.class_counts) == (("1", "2", "3"), (1, 1, 1))

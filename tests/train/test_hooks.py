@@ -22,7 +22,7 @@ from dit.experiments.parts import make_parts
 from dit.experiments.trained import Trained
 from dit.ranks.group import World
 from dit.rng import Draws
-from dit.train.hooks import VAL_SEED, held_out_hook
+from dit.train.hooks import VAL_SEED, held_out_hook, open_held_out
 from dit.train.task import LatentTask, batch_samples
 from tests.data.helpers import edit_manifest
 from tests.datasets import Digits
@@ -109,8 +109,28 @@ def test_held_out_data_with_other_classes_are_refused(digits: Digits, tmp_path: 
     other = shutil.copytree(digits.moments_val, tmp_path / "other")
     edit_manifest(other, classes=[f"digit {c}" for c in Manifest.load(other).classes])
     given = values(digits, tmp_path / "run", data={"val": str(other)}, val={"every": 1}, engine="local")
-    with pytest.raises(DataError, match="differ in classes"):
+    with pytest.raises(
+        DataError, match=r"differ in classes, 10 against 10: .* alone has '0', '1', .* and 5 more; .*'digit"
+    ):
         go(given)
+    edit_manifest(other, classes=list("012345678"), class_counts=[*[5] * 8, 8])
+    with pytest.raises(DataError, match=r"9 against 10: .* alone has '9'; encode both"):
+        go(given)
+
+
+def test_held_out_classes_in_another_order_are_matched_by_name(digits: Digits, tmp_path: Path) -> None:
+    manifest, val = Manifest.load(digits.moments), Manifest.load(digits.moments_val)
+    other = shutil.copytree(digits.moments_val, tmp_path / "other")
+    edit_manifest(other, classes=list(val.classes[::-1]))
+    found = []
+    for data in (digits.moments_val, other):
+        cfg = experiment(values(digits, tmp_path, data={"val": str(data)}, val={"every": 1}))
+        task = LatentTask(cfg.objective, cfg.norm(manifest), 0.1, has_unit_variance=True)
+        held_out = open_held_out(cfg, manifest, task, World())
+        assert held_out is not None
+        found.append(torch.cat([part.label for part in held_out.batches(task, torch.device("cpu"))]))
+    assert found[0].unique().numel() > 5
+    assert torch.equal(found[1], 9 - found[0])
 
 
 def test_held_out_data_of_another_codec_are_refused(digits: Digits, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from dit.data import DataError
 from dit.data.codecs.base import Codec
 from dit.data.encoding.differences import differences, shown
 from dit.data.encoding.job import EncodeOptions, check_fit, planned, views
-from dit.data.encoding.older import as_begun
+from dit.data.encoding.older import options_as_begun
 from dit.data.encoding.parts import refuse_other
 from dit.data.shards.manifest import FILE, Manifest
 from dit.data.shards.write import PLAN
@@ -38,7 +38,7 @@ def check_early(out: Path, codec: Codec, options: EncodeOptions) -> None:
     """ConfigError where codec and options do not go together, DataError where `out` is of others, done or begun."""
     check_fit(codec, options)
     check_out(out)
-    options = as_begun(out, options)
+    options = options_as_begun(out, options)
     if (out / FILE).exists():
         there = to_dict(Manifest.load(out))
         here = {

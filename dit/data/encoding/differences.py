@@ -26,6 +26,7 @@ FOLLOWS = (
     "images.",
     "names.",
     "classes",
+    "split",
 )
 
 
@@ -36,7 +37,7 @@ def differences(there: Any, here: Mapping[str, Any]) -> list[str]:
     theirs = flatten(json.loads(json.dumps(theirs)))
     keys = [k for k in [*ours, *(k for k in theirs if k not in ours)] if theirs.get(k) != ours.get(k)]
     values = {k: (theirs.get(k), ours.get(k)) for k in keys}
-    causes = [*_images(values), *_codec(values), *_options(values)]
+    causes = [*(_split(values) or _images(values)), *_codec(values), *_options(values)]
     return causes or [f"{k}: {_pair(*v)}" for k, v in values.items()]
 
 
@@ -52,6 +53,12 @@ def shown(lines: list[str]) -> str:
 
 
 Values = Mapping[str, tuple[Any, Any]]  # by key: there, here
+
+
+def _split(values: Values) -> list[str]:
+    """Of another share that is held out nothing but that; the images are others then."""
+    shares = values.get("split.share")
+    return [f"holdout: {_pair(*(share or 0.0 for share in shares))}"] if shares else []
 
 
 def _images(values: Values) -> list[str]:

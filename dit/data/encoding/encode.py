@@ -62,10 +62,9 @@ def encode(
     `out` or OUT.partial is something else; nothing that looks like a data set is left then, and nothing done is lost.
     """
     out = Path(expand(str(out))).resolve()
-    begun = as_begun(out, options)
-    if begun != options and rank == 0:
+    job = as_begun(Job(source, codec, options), out)
+    if job.options != options and rank == 0:
         warnings.warn(f"{out} {BEFORE}", Notice, stacklevel=2)
-    job = Job(source, codec, begun)
     found = _already(job, out)
     if found is not None:
         resumed(len(source))

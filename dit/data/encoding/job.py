@@ -37,15 +37,16 @@ MAX_BATCH_BYTES = 16 << 30  # of its pixels as float32
 class EncodeOptions:
     """How to encode. OPERATIONAL ones may change between starts; all the others decide about the bytes."""
 
-    image_size: Annotated[int, Field(ge=1, le=8192)]  # pixels a side, a multiple of the codec's factor
-    flip: bool = True  # store a flipped view beside each image
+    image_size: Annotated[int, Field(ge=1, le=8192)] = 256  # pixels a side, a multiple of the codec's factor
+    flip: bool = True  # store a mirrored view beside each image; --no-flip for digits and text
     block: Annotated[int, Field(ge=1)] = 256  # samples a block at most
-    shard_mb: Annotated[float, Field(gt=0)] = 512.0  # MB (10^6 bytes) a shard at most
+    # MB (10^6 bytes) a shard at most, but a block at least; smaller where there would be fewer than 64 to share out
+    shard_mb: Annotated[float, Field(gt=0)] = 512.0
     seed: int = 0  # of the order of writing, random crops and drawn latents
     batch_size: Annotated[int, Field(ge=1)] = 64  # images at a time through the codec
     max_bad: Annotated[int, Field(ge=0)] = 0  # unreadable images to leave out before giving up
     posterior: Literal["moments", "sample"] = "moments"  # keep mean and std, or one draw
-    workers: Annotated[int, Field(ge=0)] = 0  # threads that decode images; 0: one a core, 16 at most
+    workers: Annotated[int, Field(ge=0)] = 0  # threads a rank that decode images; 0: one a core, 16 at most
     dtype: Literal["float16", "float32"] = "float16"  # of the latents or pixels that are stored
     crop: Annotated[Crop, CROPS] = Centre()  # how a square is cut from an image
     decode: Decode | None = Decode()  # how files become pixels; None: as before there was a choice (older.py)
@@ -164,7 +165,13 @@ class Job:
         labels = hashlib.sha256(np.ascontiguousarray(self.source.labels, np.int64).tobytes())
         labels.update(json.dumps(self.source.classes).encode())
         images = {"count": self.names.count, "names": self.names.sha256, "labels": labels.hexdigest()}
-        return {**planned(self.codec, self.options), "images": images}
+        split = {} if self.source.split is None else {"split": to_dict(self.source.split)}
+        return {**planned(self.codec, self.options), "images": images, **split}
+
+    def as_before(self) -> Job | None:
+        """The same with the classes in the order that versions before gave them; None where that is no other one."""
+        before = self.source.classes_before
+        return None if before is None else replace(self, source=self.source.numbered_by(before))
 
     def _kept(self, left_out: Collection[str]) -> np.ndarray:
         """Which images are not left out, by their names: (N,) bool."""
@@ -199,6 +206,7 @@ class Job:
             "seed": self.options.seed,
             "block": self.block,
             "names": self.names,
+            "split": self.source.split,
         }
 
     def manifest(self, parts: list[Done]) -> Manifest:

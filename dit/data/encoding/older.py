@@ -1,13 +1,18 @@
-"""Data sets begun before there was a choice of how files become pixels: they are gone on with as they were begun."""
+"""Data sets that an older version began or wrote: they are gone on with as they were begun.
+
+Before there was a choice of how files become pixels there was one way; and class folders that are called by numbers
+were sorted as text.
+"""
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from dit.data import DataError
-from dit.data.encoding.job import EncodeOptions
+from dit.data.encoding.job import EncodeOptions, Job
 from dit.data.shards.manifest import FILE, Manifest
 from dit.data.shards.write import PLAN
 from dit.data.sources.decode import MAX_PIXELS, Decode
@@ -18,7 +23,21 @@ BEFORE = (
 )
 
 
-def as_begun(out: Path, options: EncodeOptions) -> EncodeOptions:
+def as_begun(job: Job, out: Path) -> Job:
+    """Make of a job the one that goes on with what is in `out` or beside it: files become pixels, and classes are
+    numbered, as they were there. DataError as of `options_as_begun`.
+    """
+    options = options_as_begun(out, job.options)
+    job = job if options == job.options else replace(job, options=options)
+    before = job.as_before()
+    if before is None:
+        return job
+    if (out / FILE).is_file():
+        return before if Manifest.load(out).classes == before.source.classes else job
+    return before if _begun(out).get("images") == before.plan()["images"] else job
+
+
+def options_as_begun(out: Path, options: EncodeOptions) -> EncodeOptions:
     """The options that go on with what is in `out` or beside it: those of before (decode None) where it is older.
 
     DataError where older data are asked to go on in another way than by default.
@@ -36,9 +55,15 @@ def as_begun(out: Path, options: EncodeOptions) -> EncodeOptions:
 def _is_older(out: Path, options: EncodeOptions) -> bool:
     if (out / FILE).exists():
         return Manifest.load(out).transform == options.crop.text
+    begun = _begun(out).get("options")
+    return isinstance(begun, dict) and "decode" not in begun
+
+
+def _begun(out: Path) -> dict[str, Any]:
+    """The plan of what was begun in OUT.partial; nothing where there is none, or a damaged one: that is said where the
+    plan is needed."""
     try:
         plan = json.loads((out.with_name(out.name + ".partial") / PLAN).read_bytes())
-    except (OSError, ValueError):  # none is there, or it is damaged: said where the plan is needed
-        return False
-    begun = plan.get("options") if isinstance(plan, dict) else None
-    return isinstance(begun, dict) and "decode" not in begun
+    except (OSError, ValueError):
+        return {}
+    return plan if isinstance(plan, dict) else {}

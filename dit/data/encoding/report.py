@@ -35,6 +35,7 @@ class Report:
     def __str__(self) -> str:
         m = self.manifest
         size = f"{m.samples} images in {len(m.views)} view(s) -> {len(m.blocks)} block(s) in {len(m.shards)} shard(s)"
+        size += f" of up to {max(s.bytes for s in m.shards) / 1e6:.3g} MB"
         left_out = f"; {len(m.bad)} unreadable left out: {', '.join(m.bad[:10])}" if m.bad else ""
         if not self.images + self.others:
             return f"{size}; all was there already{left_out}{self._notes()}"

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from dit.data import DataError
 from dit.data.codecs.base import Codec
-from dit.data.foreign.index import IndexOptions, UnknownCodec, shard_name
+from dit.data.foreign.index import UnknownCodec, shard_name
+from dit.data.foreign.probe import IndexOptions
 from dit.data.shards.manifest import FILE, Manifest
 from dit.data.storage.files import AnyStorage
 from dit.data.storage.remote import is_remote
@@ -68,7 +69,12 @@ def _chosen(found: Manifest, codec: Codec | UnknownCodec, options: IndexOptions)
         options.dtype,
         codec.identity(),
     )
-    free = [(options.extension, foreign.array), (options.classes, found.classes)]
-    if any(given not in (None, has) for given, has in [*free, (options.image_size, found.image_size)]):
+    free: list[tuple[object, object]] = [(options.extension, foreign.array), (options.classes, found.classes)]
+    free += [(options.image_size, found.image_size), (options.label_key, foreign.label_key)]
+    if any(given not in (None, has) for given, has in free):
+        return False
+    by_themselves = foreign.named and not all(map(str.isdecimal, found.classes))
+    named = {"auto": by_themselves, "name": True, "number": False}[options.label_type]
+    if foreign.label is not None and foreign.named != named:
         return False
     return said == asked and found.block <= options.block

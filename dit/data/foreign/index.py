@@ -6,15 +6,16 @@ index has decoded then, foreign.py decodes again whenever a block is read.
 
 from __future__ import annotations
 
-import math
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -23,61 +24,15 @@ from dit.data import DataError
 from dit.data.codecs.autoencoders import unknown_vae
 from dit.data.codecs.base import Codec
 from dit.data.codecs.codec import parse_codec
-from dit.data.foreign.reader import ARRAYS, json_label, read_array, split_path
-from dit.data.foreign.tape import (
-    MAX_LABEL,
-    MAX_SAMPLE,
-    Beginning,
-    Indexed,
-    SampleFormat,
-    ShardIndexer,
-    groups,
-)
-from dit.data.shards.manifest import FILE, ITEMSIZE, MAX_BLOCK_BYTES, Block, Foreign, Manifest, Names, Shard
+from dit.data.foreign.probe import IndexOptions, probe
+from dit.data.foreign.tape import Indexed, SampleFormat, ShardIndexer
+from dit.data.shards.manifest import FILE, Block, Manifest, Names, Shard
 from dit.data.shards.write import ChannelStats, write_names
+from dit.data.sources.classes import Classes, LabelColumn, empty_classes_note
 from dit.data.sources.source import listing
-from dit.data.sources.tarwalk import Member
 from dit.data.storage.remote import advised, is_remote, public
+from dit.errors import Notice
 from dit.files import expand
-
-
-@config
-class IndexOptions:
-    """How the samples are stored, where the shards do not say it themselves.
-
-    array: latents (C, H, W), or moments (2C, H, W) or (2, C, H, W); a leading axis of 1 may stand before. spread: what
-    the second half of moments is. extension, label: of the members; found in the first sample by default. flipped:
-    extension of the flipped view. scale: stored = latents * scale. dtype: of the samples when they are read.
-    classes: their names; the numbers that were found by default. image_size: pixels a side; the latents' times the
-    codec's factor by default. block: samples a block at most. threads: shards at a time.
-    """
-
-    # latents (C, H, W), or moments (2C, H, W) or (2, C, H, W)
-    array: Literal["latents", "moments"] = "latents"
-    spread: Literal["std", "logvar"] = "std"  # what the second half of moments is
-    extension: str | None = None  # of the members that hold arrays; null = as in the first sample
-    flipped: str | None = None  # extension of the flipped view; null = there is none
-    # how labels are stored; auto = as in the first sample
-    label: Literal["auto", "cls", "json", "none"] = "auto"
-    scale: float = 1.0  # stored = latents * scale
-    dtype: Literal["float16", "float32"] = "float16"  # of the samples when they are read
-    classes: tuple[str, ...] | None = None  # their names; null = the numbers that are found
-    image_size: int | None = None  # pixels a side; null = the latents' times the codec's factor
-    block: int = 256  # samples a block at most
-    threads: int = 4  # shards that are read at a time
-
-    def __post_init__(self) -> None:
-        for name in ("block", "threads"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}, expected at least 1")
-        if not 0 < self.scale < float("inf"):
-            raise ConfigError(
-                f"scale is {self.scale}, expected a finite number above 0 (stored = latents * scale)"
-            )
-        for name in ("extension", "flipped"):
-            given = getattr(self, name)
-            if given is not None and given.lower().rpartition(".")[2] not in ARRAYS:
-                raise ConfigError(f"{name} is {given!r}, expected one that ends in {', '.join(ARRAYS)}")
 
 
 @config
@@ -99,79 +54,6 @@ def codec_of(name: str, keys: Mapping[str, str], scale: float = 1.0) -> Codec | 
         return parse_codec({"name": name}, keys).build("cpu")
     known = {} if scale == 1.0 else {"scaling_factor": scale}
     return from_dict(UnknownCodec, {**known, **{re.sub(r"^codec[._]", "", k): v for k, v in keys.items()}})
-
-
-# --- how samples are stored ----------------------------------------------------------------------------------
-
-
-def probe(location: str, options: IndexOptions, channels: int) -> SampleFormat:
-    """Find out how samples are stored, from a shard's first one. Raises DataError where that is not clear."""
-    file = Beginning(location)
-    key, members = _first_sample(file, options)
-    where = f"{public(location)}: the sample {key!r}"
-    extension = options.extension or next(e for e in members if _is_array(e, options))
-    arrays = [e for e in members if _is_array(e, options)]
-    if extension not in members or (options.extension is None and len(arrays) > 1):
-        have = ", ".join(arrays)
-        raise DataError(f"{where} has the arrays {have}: choose one with --extension (and --flipped)")
-    label = options.label if options.label != "auto" else _found_label(where, file, members)
-    try:
-        dtype, array = read_array(extension, memoryview(file.member(members[extension], MAX_SAMPLE)))
-        shape = codec_shape(options.array, array.shape)
-        if shape[-3] != channels:
-            twice = options.array == "latents" and shape[-3] == 2 * channels
-            more = ": are these mean and std? --array=moments" if twice else ""
-            raise ValueError(f"{array.shape} has {shape[-3]} channels, the codec has {channels}{more}")
-    except ValueError as error:
-        raise DataError(f"{where}: .{extension}: {error}") from None
-    values: dict[str, Any] = {
-        "array": extension,
-        "flipped": options.flipped,
-        "label": None if label == "none" else label,
-    }
-    values |= {"shape": array.shape, "dtype": dtype, "spread": options.spread, "scale": options.scale}
-    whole = (1 if options.flipped is None else 2, *shape)
-    most = MAX_BLOCK_BYTES // (math.prod(whole) * ITEMSIZE[options.dtype])
-    no_labels = options.label == "auto" and label == "none"
-    block = max(1, min(options.block, most))
-    return SampleFormat(from_dict(Foreign, values), whole, options.dtype, block, no_labels)
-
-
-def _first_sample(file: Beginning, options: IndexOptions) -> tuple[str, dict[str, Member]]:
-    """(key, members by extension) of the first sample that has an array."""
-    for key, group in groups(file, file.name):
-        members = {split_path(m.path.encode())[1]: m for m in group}
-        if any(_is_array(extension, options) for extension in members):
-            return key, members
-    raise DataError(f"{public(file.name)}: no member ends in one of {', '.join(ARRAYS)}")
-
-
-def _is_array(extension: str, options: IndexOptions) -> bool:
-    return extension.rpartition(".")[2] in ARRAYS and extension != options.flipped
-
-
-def _found_label(where: str, file: Beginning, members: dict[str, Member]) -> str:
-    """Which file beside an array is the label: any .cls, or a .json with a number; both may turn out bad ones."""
-    if "cls" in members:
-        return "cls"
-    try:
-        labelled = "json" in members and type(json_label(file.member(members["json"], MAX_LABEL))) is int
-    except ValueError as error:
-        raise DataError(f"{where}: .json: {error}; --label=none if it is no label") from None
-    return "json" if labelled else "none"
-
-
-def codec_shape(array: Literal["latents", "moments"], stored: tuple[int, ...]) -> tuple[int, ...]:
-    """Return (C, H, W), or (2, C, H, W) of moments, for one stored array. ValueError for a shape that is neither."""
-    inner = stored[1:] if len(stored) > 3 and stored[0] == 1 else stored
-    if array == "latents" and len(inner) == 3:
-        return inner
-    if array == "moments" and len(inner) == 3 and inner[0] % 2 == 0:
-        return 2, inner[0] // 2, *inner[1:]
-    if array == "moments" and len(inner) == 4 and inner[0] == 2:
-        return inner
-    expected = "(C, H, W)" if array == "latents" else "(2C, H, W) or (2, C, H, W)"
-    raise ValueError(f"an array {stored} for {array}, expected {expected}, maybe with a leading 1")
 
 
 # --- all of them -------------------------------------------------------------------------------------------
@@ -197,29 +79,45 @@ def index(
         layout = probe(shards[0], options, codec.channels)
     found = _all(shards, layout, options.threads, progress)
     _refuse_twice(found)
-    classes, labels = _classes(found, options)
+    layout, labels, classes = _labels(found, layout, options)
+    _tell(layout, labels, classes)
     folder.mkdir(parents=True, exist_ok=True)
     names = write_names(folder, [key for shard in found for key in shard.keys])
     _manifest(found, layout, codec, options, classes, labels, names, folder).save(folder)
     return Manifest.load(folder)
 
 
-def _classes(found: list[Indexed], options: IndexOptions) -> tuple[tuple[str, ...], np.ndarray]:
-    """Names of classes, and the labels of all samples, (n,) int64."""
-    labels = np.concatenate([part for shard in found for part in shard.labels])
-    classes = options.classes
-    if classes is None:
-        classes = tuple(str(i) for i in range(int(labels.max()) + 1))
-    if labels.max() >= len(classes):
-        raise DataError(_without_class(found, labels, len(classes)))
-    return classes, labels
+def _labels(
+    found: list[Indexed], layout: SampleFormat, options: IndexOptions
+) -> tuple[SampleFormat, np.ndarray, Classes]:
+    """The layout, as far as labels decide about it; the labels of all samples, (n,) int64; names of the classes."""
+    column = LabelColumn(options.label_type)
+    for shard in found:
+        column.merge(shard.labels)
+
+    def where(sample: int) -> str:
+        key, shard = next(islice(((key, s) for s in found for key in s.keys), sample, None))
+        return f"{public(shard.location)}: the sample {key!r}"
+
+    head = public(found[0].location) + (f" and {len(found) - 1} more" if len(found) > 1 else "")
+    if not column.has_labels:
+        layout = replace(layout, foreign=replace(layout.foreign, label=None))
+        return layout, np.full(len(column), -1, np.int64), options.classes or ()
+    way_out = "leave the labels out with --label=none"
+    if options.classes is not None:
+        way_out = f"name all classes with --classes, or {way_out}"
+    labels, classes = column.numbered(head, where, options.classes, way_out=way_out)
+    return replace(layout, foreign=replace(layout.foreign, named=column.is_named)), labels, classes
 
 
-def _without_class(found: list[Indexed], labels: np.ndarray, classes: int) -> str:
-    odd = int(np.argmax(labels >= classes))
-    key, shard = next(islice(((key, s) for s in found for key in s.keys), odd, None))
-    what = f"the sample {key!r} has the label {labels[odd]}, with {classes} classes"
-    return f"{public(shard.location)}: {what}: name all of them with --classes"
+def _tell(layout: SampleFormat, labels: np.ndarray, classes: Classes) -> None:
+    """What whoever indexes should know of the labels."""
+    counts = np.bincount(labels[labels >= 0], minlength=len(classes))
+    odd = empty_classes_note(classes, counts)
+    if layout.keys:
+        odd = f"no labels: KEY.json has the keys {layout.keys}; --label_key=KEY takes the labels from one"
+    if odd:
+        warnings.warn(odd, Notice, stacklevel=3)
 
 
 def _manifest(
@@ -227,7 +125,7 @@ def _manifest(
     layout: SampleFormat,
     codec: Codec | UnknownCodec,
     options: IndexOptions,
-    classes: tuple[str, ...],
+    classes: Classes,
     labels: np.ndarray,
     names: Names,
     folder: Path,

@@ -7,22 +7,22 @@ caches are those of our own blocks.
 from __future__ import annotations
 
 import io
-import json
-import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from dit.data.origin import Foreign
 from dit.data.shards.blocks import BlockReader
-from dit.data.shards.manifest import Foreign, Manifest
+from dit.data.shards.manifest import Manifest
 from dit.data.shards.records import TAR_BLOCK, parse_npy, parse_npy_header
+from dit.data.sources.beside import at_key, cls_value, has_key, json_fields, keys_shown
+from dit.data.sources.classes import Label, read_label
 from dit.data.storage.files import AnyStorage, Storage
 
 LOGVAR_RANGE = (-30.0, 20.0)  # to which latent diffusion's DiagonalGaussianDistribution clamps log variances
 DTYPES = ("float16", "bfloat16", "float32")
-MAX_CLASS = 10**6  # above every label; a bigger number is an image's, and would make as many classes
 FILES, LONG_NAME, EXTENDED, EXTENSIONS = b"0\x007", ord("L"), b"xL", b"xLgK"  # kinds of a tar's headers
 
 
@@ -83,9 +83,9 @@ def _pax(said: bytes, path: bytes, size: int) -> tuple[bytes, int]:
     return path, size
 
 
-def split_path(path: bytes) -> tuple[bytes, str]:
-    """Return (key, extension) as the webdataset library has them: the key ends at the first dot of the last part."""
-    dot = path.find(b".", path.rfind(b"/") + 1)
+def split_path(path: bytes, dotted: bool = False) -> tuple[bytes, str]:
+    """Return (key, extension) as webdataset has them: the key ends at the name's first dot (dotted: at the last)."""
+    dot = (path.rfind if dotted else path.find)(b".", path.rfind(b"/") + 1)
     if dot < 0:
         return path, ""
     return path[:dot], path[dot + 1 :].lower().decode("utf-8", "replace")
@@ -106,11 +106,11 @@ class Sample(NamedTuple):
     members: dict[str, Place]
 
 
-def samples_in(found: Iterator[Place], wanted: frozenset[str]) -> Iterator[Sample]:
+def samples_in(found: Iterator[Place], wanted: frozenset[str], dotted: bool = False) -> Iterator[Sample]:
     """Group members by key, of each group those of the wanted extensions; groups without any are left out."""
     key, members = b"", dict[str, Place]()
     for place in found:
-        own, extension = split_path(place.path)
+        own, extension = split_path(place.path, dotted)
         if own != key:
             if members:
                 yield Sample(key, members)
@@ -159,31 +159,15 @@ def read_array(extension: str, data: memoryview) -> tuple[str, np.ndarray]:
     return dtype, array
 
 
-def _cls(data: bytes) -> int:
-    if not re.fullmatch(rb"-1|\d{1,6}", data.strip()):
-        raise ValueError(f"expected a class number below {MAX_CLASS}, or -1, got {data[:20]!r}")
-    return int(data.strip())
+def _json(data: bytes, key: str) -> Any:
+    fields = json_fields(data)
+    if not has_key(fields, key):
+        raise ValueError(f"nothing under {key!r}; its keys are {keys_shown(fields)}")
+    return at_key(fields, key)
 
 
-def json_label(data: bytes) -> Any:
-    """Return what an object has under "label", None without one. Raises ValueError for what is no JSON."""
-    try:
-        values = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON: {error}") from None
-    return values.get("label") if isinstance(values, dict) else None
-
-
-def _json(data: bytes) -> int:
-    label = json_label(data)
-    if type(label) is not int or not -1 <= label < MAX_CLASS:
-        raise ValueError(
-            f"expected an object with a class number 'label' below {MAX_CLASS}, or -1, got {data[:60]!r}"
-        )
-    return label
-
-
-LABELS: dict[str, Callable[[bytes], int]] = {"cls": _cls, "json": _json}
+# How a member's bytes become a label as it is written; key: of JSON. Both raise ValueError.
+LABELS: dict[str, Callable[[bytes, str], Any]] = {"cls": lambda data, key: cls_value(data), "json": _json}
 
 
 def to_codec(foreign: Foreign, raw: np.ndarray, out: np.ndarray) -> None:
@@ -210,24 +194,37 @@ def wanted(foreign: Foreign) -> frozenset[str]:
     return frozenset(e for e in (foreign.array, foreign.flipped, foreign.label) if e is not None)
 
 
-def decode(
-    foreign: Foreign, samples: list[Sample], data: bytearray | memoryview, out: np.ndarray
-) -> np.ndarray:
-    """Decode the samples in `data`: arrays to `out`, (n, *manifest.shape); returns labels, (n,) int64.
+def decode(foreign: Foreign, samples: list[Sample], data: bytearray | memoryview, out: np.ndarray) -> None:
+    """Decode the arrays of the samples in `data` to `out`, (n, *manifest.shape).
 
     Raises MemberError naming the sample that is not as `foreign` says.
     """
     for view, extension in enumerate(e for e in (foreign.array, foreign.flipped) if e is not None):
         to_codec(foreign, _stack(foreign, extension, samples, memoryview(data)), out[:, view])
-    labels = np.full(len(samples), -1, np.int64)
-    if foreign.label is not None:
-        read = LABELS[foreign.label]
-        for row, sample in enumerate(samples):
-            place = _member(sample, foreign.label)
-            try:
-                labels[row] = read(bytes(data[place.offset : place.offset + place.size]))
-            except ValueError as error:
-                raise MemberError(place, f"{_name(sample)}.{foreign.label}: no label: {error}") from None
+
+
+def decode_labels(
+    foreign: Foreign,
+    samples: list[Sample],
+    data: bytearray | memoryview,
+    take: Callable[[Any], Label | None],
+) -> list[Label | None]:
+    """List the labels of the samples in `data`: what `take` makes of each as it is written; -1 where none is stored.
+
+    take: raises ValueError for what is none. Raises MemberError naming the sample.
+    """
+    if foreign.label is None:
+        return [-1] * len(samples)
+    labels: list[Label | None] = []
+    read = LABELS[foreign.label]
+    for sample in samples:
+        place = _member(sample, foreign.label)
+        try:
+            labels.append(
+                take(read(bytes(data[place.offset : place.offset + place.size]), foreign.label_key))
+            )
+        except ValueError as error:
+            raise MemberError(place, f"{_name(sample)}.{foreign.label}: no label: {error}") from None
     return labels
 
 
@@ -281,6 +278,7 @@ class SampleReader(BlockReader):
         super().__init__(manifest, *args, **kwargs)
         assert manifest.foreign is not None
         self.foreign, self.wanted = manifest.foreign, wanted(manifest.foreign)
+        self._places = {name: i for i, name in enumerate(manifest.classes)} if self.foreign.named else {}
 
     def open_storage(self, root: str) -> Storage:
         """Open what holds shards in their manifest's folder or anywhere else."""
@@ -289,20 +287,29 @@ class SampleReader(BlockReader):
     def parse(self, index: int, record: memoryview) -> dict[str, np.ndarray]:
         """See the parent. The label is -1 everywhere in a data set without; the id is the place in the data set."""
         count, first = self.manifest.blocks[index].samples, self.manifest.first_id(index)
-        samples = list(samples_in(places(record), self.wanted))
+        samples = list(samples_in(places(record), self.wanted, self.foreign.dotted))
         if len(samples) != count:
             raise ValueError(f"{len(samples)} samples, the manifest says {count}")
         arrays = np.empty((count, *self.manifest.shape), self.manifest.dtype)
-        labels = decode(self.foreign, samples, record, arrays)
+        decode(self.foreign, samples, record, arrays)
         return {
             self.manifest.array: arrays,
-            "label": labels,
+            "label": np.array(decode_labels(self.foreign, samples, record, self._number), np.int64),
             "id": np.arange(first, first + count, dtype=np.uint64),
         }
 
+    def _number(self, value: Any) -> int:
+        """The number of a label's class."""
+        label = read_label(value, "name" if self.foreign.named else "number")
+        if not isinstance(label, str):
+            return label
+        if label not in self._places:
+            raise ValueError(f"{label!r}, which is none of the {len(self._places)} classes")
+        return self._places[label]
+
     def keys(self, record: bytes) -> list[str]:
         """Return the keys of the samples in a block's bytes."""
-        return [_name(s) for s in samples_in(places(record), self.wanted)]
+        return [_name(s) for s in samples_in(places(record), self.wanted, self.foreign.dotted)]
 
     def expected_keys(self, index: int, names: list[str]) -> list[str]:
         """Return the keys that the names file has for them."""

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import BinaryIO, Never, cast
+from typing import Any, BinaryIO, Never, cast
 
 import numpy as np
 import xxhash
@@ -21,15 +21,18 @@ from dit.data.foreign.reader import (
     Place,
     Sample,
     decode,
-    json_label,
+    decode_labels,
     places,
     samples_in,
     split_path,
     wanted,
 )
-from dit.data.shards.manifest import MAX_BLOCK_BYTES, Foreign
+from dit.data.origin import Foreign
+from dit.data.shards.manifest import MAX_BLOCK_BYTES
 from dit.data.shards.records import TAR_BLOCK
 from dit.data.shards.write import ChannelStats
+from dit.data.sources.beside import MAX_LABEL, json_fields
+from dit.data.sources.classes import USUAL, Label, LabelColumn, LabelType, read_label
 from dit.data.sources.tarwalk import Member, walk
 from dit.data.storage.files import AnyStorage
 from dit.data.storage.remote import public
@@ -37,7 +40,6 @@ from dit.data.storage.remote import public
 CHUNK = 4 << 20  # bytes asked for at a time
 MAX_STRETCH = 4 * MAX_BLOCK_BYTES  # bytes of a block in its shard, with what lies beside the arrays
 MAX_SAMPLE = 1 << 30  # bytes of one sample, with all its members
-MAX_LABEL = 1 << 20  # bytes of a label's file
 
 
 class Beginning:
@@ -106,7 +108,7 @@ class Indexed:
     sha256: str = ""
     blocks: list[tuple[int, int, int, str]] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
-    labels: list[np.ndarray] = field(default_factory=list)
+    labels: LabelColumn = field(default_factory=LabelColumn)
     stats: ChannelStats = field(default_factory=ChannelStats)
 
 
@@ -114,7 +116,8 @@ class Indexed:
 class SampleFormat:
     """How samples are stored, and what they become: arrays of `shape` and `dtype`, `block` of them at a time.
 
-    no_labels: that there are none was not said, but seen in the first sample: then no other may have one.
+    labels: what they are taken as. no_labels: that there are none was not said, but seen in the first sample, whose
+    JSON has other keys: then no other may have one.
     """
 
     foreign: Foreign
@@ -122,13 +125,15 @@ class SampleFormat:
     dtype: str
     block: int
     no_labels: bool
+    labels: LabelType = "auto"
+    keys: str = ""
 
 
 class ShardIndexer:
     """Indexes one shard."""
 
     def __init__(self, location: str, layout: SampleFormat, progress: Callable[[int], object]):
-        self.layout, self.found = layout, Indexed(location)
+        self.layout, self.found = layout, Indexed(location, labels=LabelColumn(layout.labels))
         self.wanted = wanted(layout.foreign)
         self.tape = Tape(location, progress)
         # where no sample should have a label: files of the block that may hold one
@@ -137,7 +142,7 @@ class ShardIndexer:
     def run(self) -> Indexed:
         start = end = 0
         samples: list[Sample] = []
-        for key, group in groups(self.tape, self.found.location):
+        for key, group in groups(self.tape, self.found.location, self.layout.foreign.dotted):
             members = dict[str, Place]()
             for place, member in enumerate(group):
                 full = len(samples) == self.layout.block or member.header - start > MAX_STRETCH
@@ -158,7 +163,7 @@ class ShardIndexer:
 
     def _take_in(self, members: dict[str, Place], member: Member, start: int) -> None:
         """Note a member that is wanted, with its place in the block."""
-        extension = split_path(member.path.encode())[1]
+        extension = split_path(member.path.encode(), self.layout.foreign.dotted)[1]
         if extension in members:
             self.fail(member.header, f"a second member {extension!r} of the sample; as {member.path!r}")
         place = Place(member.path.encode(), member.offset - start, member.size)
@@ -171,6 +176,10 @@ class ShardIndexer:
         if extension in self.wanted:
             members[extension] = place
 
+    def _label(self, value: Any) -> Label | None:
+        """A label, to be judged when all are there; where it alone is none, the place in the shard is said now."""
+        return None if value is None else read_label(value, self.layout.labels)
+
     def _unexpected(self, start: int, path: str) -> Never:
         self.fail(start, f"{path!r}, but the first sample has no label; --label=none for no labels")
 
@@ -178,14 +187,15 @@ class ShardIndexer:
         """Decode a block as the reader will, and note what the manifest says of it."""
         layout, data = self.layout, self.tape.take(start, stop)
         try:
-            known = list(samples_in(places(data), self.wanted)) == samples
+            known = list(samples_in(places(data), self.wanted, layout.foreign.dotted)) == samples
         except ValueError:
             known = False
         if not known:
             self.fail(start, "headers that the reader of blocks would take for something else")
         out = np.empty((len(samples), *layout.shape), layout.dtype)
         try:
-            labels = decode(layout.foreign, samples, data, out)
+            decode(layout.foreign, samples, data, out)
+            labels = decode_labels(layout.foreign, samples, data, self._label)
         except MemberError as error:
             self.fail(start + error.offset, f"{error}")
         odd = [s for s, array in zip(samples, out, strict=True) if not np.isfinite(array).all()]
@@ -196,7 +206,8 @@ class ShardIndexer:
         self._none_labelled(start, data)
         self.found.blocks.append((start, stop - start, len(samples), xxhash.xxh3_64_hexdigest(data)))
         self.found.keys += [s.key.decode() for s in samples]
-        self.found.labels.append(labels)
+        for label in labels:
+            self.found.labels.add(label)
         self.found.stats.add(out if out.ndim == 6 else out[:, :, None])
 
     def _why(self, sample: Sample, data: bytearray) -> str:
@@ -210,10 +221,10 @@ class ShardIndexer:
     def _none_labelled(self, start: int, data: bytearray) -> None:
         for path, offset, size in self.labels:
             try:
-                label = json_label(bytes(data[offset : offset + size]))
+                fields = json_fields(bytes(data[offset : offset + size]))
             except ValueError:
                 continue  # what is no JSON is no label either
-            if type(label) is int:
+            if any(fields.get(key) is not None for key in USUAL):
                 self._unexpected(start + offset, path.decode())
         self.labels = []
 
@@ -221,8 +232,9 @@ class ShardIndexer:
         raise DataError(f"{public(self.found.location)}: from byte {start} on: {what}")
 
 
-def groups(tape: Beginning, location: str) -> Iterator[tuple[str, Iterator[Member]]]:
+def groups(tape: Beginning, location: str, dotted: bool = False) -> Iterator[tuple[str, Iterator[Member]]]:
     """Group the members of a tar by the key that those next to each other share."""
     return groupby(
-        walk(cast(BinaryIO, tape), public(location)), lambda m: split_path(m.path.encode())[0].decode()
+        walk(cast(BinaryIO, tape), public(location)),
+        lambda m: split_path(m.path.encode(), dotted)[0].decode(),
     )

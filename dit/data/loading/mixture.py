@@ -27,14 +27,18 @@ class PartConfig:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Data sets with the fraction of each batch that is theirs; fractions add up to 1."""
+    """Data sets with the fraction of each batch that is theirs; fractions add up to 1.
+
+    numbered: names of classes in the order that gives them their numbers; by default that of their first appearance.
+    """
 
     parts: tuple[tuple[Manifest, float], ...]
+    numbered: tuple[str, ...] | None = None
 
     @classmethod
-    def of(cls, manifest: Manifest) -> Mixture:
+    def of(cls, manifest: Manifest, numbered: tuple[str, ...] | None = None) -> Mixture:
         """Make a mixture of one data set alone."""
-        return cls(((manifest, 1.0),))
+        return cls(((manifest, 1.0),), numbered)
 
     @classmethod
     def load(cls, parts: Sequence[PartConfig]) -> Mixture:
@@ -85,10 +89,16 @@ class Mixture:
     @cached_property
     def classes(self) -> tuple[str, ...]:
         """Names of the classes of all data sets, each once, in the order of their first appearance."""
+        if self.numbered is not None:
+            return self.numbered
+        if len(self.parts) == 1:  # as it has them, should two be called the same
+            return self.parts[0][0].classes
         return tuple(dict.fromkeys(name for manifest, _ in self.parts for name in manifest.classes))
 
     def label_of(self, manifest: Manifest) -> np.ndarray:
         """Return the mixture's label of each class of one of its data sets, (classes,) int64: that of the same name."""
+        if manifest.classes == self.classes:
+            return np.arange(len(self.classes))
         place = {name: i for i, name in enumerate(self.classes)}
         return np.array([place[name] for name in manifest.classes], np.int64)
 

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from dit.config import ConfigError, config, from_dict, to_dict
 from dit.data import DataError
+from dit.data.origin import Foreign, Split, leave_out_unsaid
 from dit.data.shards.absent import absent
 from dit.data.storage.files import describe, open_storage
 from dit.data.storage.remote import advice_of, advised, has_own_root, is_remote, join, public
@@ -67,24 +68,6 @@ class Names:
 
 
 @config
-class Foreign:
-    """How an index of shards made elsewhere (foreign.py) has samples: one by one, as members KEY.EXTENSION of a tar.
-
-    array: extension of the member that holds the array; flipped: of its flipped view, where there is one; label: of
-    the label (cls: a whole number as text; json: an object with a whole number "label"), where samples have one.
-    shape, dtype: of these arrays. spread: what the second half of stored moments is. scale: stored = latents * scale.
-    """
-
-    array: str
-    flipped: str | None = None
-    label: Literal["cls", "json"] | None = None
-    shape: tuple[int, ...]
-    dtype: Literal["float16", "bfloat16", "float32"]
-    spread: Literal["std", "logvar"] = "std"
-    scale: float = 1.0
-
-
-@config
 class Manifest:
     """A data set of latents on disk (the data contract: docs/architecture.md).
 
@@ -100,6 +83,7 @@ class Manifest:
         not in the file where that was done to none, or was not counted yet.
     foreign: of an index of shards made elsewhere. Their names may be whole paths and URLs, a block is a stretch of
         whole members, the id of a sample is its place in the data set, and its name its key.
+    split: which part of a larger set this is, where a share was held out.
     """
 
     format: Literal["dit-blocks/2", "dit-samples/1"] = "dit-blocks/2"
@@ -126,6 +110,7 @@ class Manifest:
     shards: tuple[Shard, ...]
     blocks: tuple[Block, ...]
     foreign: Foreign | None = None
+    split: Split | None = None
     root: str = ""  # the folder or URL it was read from; not in the file
 
     @classmethod
@@ -182,8 +167,7 @@ class Manifest:
     def _plain(self) -> dict[str, Any]:
         plain: dict[str, Any] = to_dict(self)
         del plain["root"]
-        if not self.counted:  # nothing else tells the digests of data sets from before it
-            del plain["counted"]
+        leave_out_unsaid(plain)
         return plain
 
     def problems(self) -> list[str]:

@@ -88,9 +88,11 @@ class Decode:
     """How files become pixels. Of all this nothing is random; `max_pixels` decides about no byte."""
 
     exif: Literal["turn", "ignore"] = "turn"  # turn upright, or take pixels as they are stored
-    background: Annotated[str, pydantic.AfterValidator(_colour)] = "#ffffff"  # under transparent places
+    background: Annotated[str, pydantic.AfterValidator(_colour)] = (
+        "#ffffff"  # under transparent places: white, black, #rrggbb
+    )
     icc: Literal["convert", "ignore"] = "convert"  # colours to sRGB by the image's profile, or as numbers
-    max_pixels: Annotated[int, Field(ge=1)] = MAX_PIXELS  # of an image; larger ones are bad images
+    max_pixels: Annotated[int, Field(ge=1)] = MAX_PIXELS  # of an image; larger ones are unreadable
 
     @property
     def text(self) -> str:

@@ -14,6 +14,8 @@ import numpy as np
 from PIL import Image
 
 from dit.data import DataError
+from dit.data.sources.classes import LabelChoice
+from dit.data.sources.folder_classes import of_folders
 from dit.data.sources.formats import HEAD, Refused, count_endings, format_of, is_image, is_junk, says_nothing
 from dit.data.sources.source import ImageSource, check_size, leads_to, listing
 from dit.rng import Purpose, permutation
@@ -43,8 +45,11 @@ class Folder(NamedTuple):
     links: list[str]
 
 
-def open_folder(spec: str) -> ImageSource:
-    """A folder of class folders (CLASS/name.jpg), classes sorted by name; images directly in it have label -1."""
+def open_folder(spec: str, choice: LabelChoice = LabelChoice()) -> ImageSource:  # noqa: B008
+    """A folder of class folders (CLASS/name.jpg), classes sorted by name; images directly in it have label -1.
+
+    Folders that are all called by whole numbers are sorted as those: class 2 stands before class 10.
+    """
     root = Path(spec)
     if not root.exists():
         raise DataError(f"{root}: no such folder, tar or Parquet file, and not digits:train or digits:test")
@@ -54,10 +59,10 @@ def open_folder(spec: str) -> ImageSource:
         raise DataError(f"{root}: holds encoded latents (manifest.json), not images")
     top = _listed(root)
     names: list[str] = []
-    labels: list[int] = []
+    places: list[int] = []
     others: Counter[str] = Counter()
     faults = [_lost(root / name) for name in top.links]
-    for label, folder in [(-1, ""), *enumerate(top.folders)]:
+    for place, folder in [(-1, ""), *enumerate(top.folders)]:
         try:
             here = _listed(root / folder) if folder else top
         except DataError as error:
@@ -66,12 +71,14 @@ def open_folder(spec: str) -> ImageSource:
         if folder and (here.folders or not here.images):
             faults.append(_fault(root / folder, here))
         names += [f"{folder}/{f}" if folder else f for f in here.images]
-        labels += [label] * len(here.images)
+        places += [place] * len(here.images)
         others += here.others
     if faults:
         raise DataError(listing(f"{root}: {len(faults)} class folder(s) that cannot be used", faults))
+    found = of_folders(top.folders, choice.type, str(root))
+    labels = np.append(found.labels, -1)[np.array(places, np.int64)]
     return ImageSource(
-        tuple(names), np.array(labels, np.int64), tuple(top.folders), partial(_read, root, names), others
+        tuple(names), labels, open=partial(_read, root, names), others=others, **found.fields()
     )
 
 
@@ -174,7 +181,7 @@ def _fault(folder: Path, here: Folder) -> str:
     return f"{where} has no images: fill it or remove it{hint}"
 
 
-def open_digits(spec: str) -> ImageSource | None:
+def open_digits(spec: str, choice: LabelChoice = LabelChoice()) -> ImageSource | None:  # noqa: B008
     """`digits:train` or `digits:test`: scikit-learn's 1797 digits of 8x8, in a fixed split of 1297 and 500."""
     if not spec.startswith("digits:"):
         return None

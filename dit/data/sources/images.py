@@ -16,18 +16,32 @@ from pathlib import Path
 import numpy as np
 
 from dit.data import DataError
+from dit.data.sources.classes import LabelChoice, empty_classes_note
 from dit.data.sources.folders import is_class, open_digits, open_folder
 from dit.data.sources.formats import ENDINGS, shown_endings
 from dit.data.sources.labels import relabel
 from dit.data.sources.parquet import Columns, open_parquet
 from dit.data.sources.source import BadImage, ImageSource
-from dit.data.sources.tars import open_tars
+from dit.data.sources.tars import HeldImages, open_tars
 from dit.files import expand
 
-__all__ = ["SOURCES", "BadImage", "ImageSource", "check_spec", "open_source", "unlabelled_note"]
+__all__ = [
+    "SOURCES",
+    "BadImage",
+    "ImageSource",
+    "check_spec",
+    "label_warning",
+    "open_source",
+    "unlabelled_note",
+]
 
 # Each opens what it knows by its spec and gives None for the rest; the folder comes last, as it says what is amiss.
-SOURCES: list[Callable[[str], ImageSource | None]] = [open_digits, open_tars, open_parquet, open_folder]
+SOURCES: list[Callable[[str, LabelChoice], ImageSource | None]] = [
+    open_digits,
+    open_tars,
+    open_parquet,
+    open_folder,
+]
 
 
 URL = re.compile(r"[a-z][a-z0-9+.-]*:/", re.IGNORECASE)
@@ -59,10 +73,17 @@ def unlabelled_note(spec: str, source: ImageSource) -> str | None:
     mean = ""
     if not source.classes and Path(spec).is_dir() and is_class(Path(spec)):
         mean = f"; did you mean {Path(spec).resolve().parent}?"
+    why = f" ({source.labelled_by})" if source.labelled_by and not source.classes else ""
     return (
-        f"{len(loose)}{some} images have no label{which}: fine for an unconditional model, else give "
+        f"{len(loose)}{some} images have no label{which}{why}: fine for an unconditional model, else give "
         f"--labels=FILE{mean}"
     )
+
+
+def label_warning(source: ImageSource) -> str | None:
+    """What is odd about the numbers of the classes, and how to mend it; None where nothing is."""
+    labels = source.labels[source.labels >= 0]
+    return empty_classes_note(source.classes, np.bincount(labels, minlength=len(source.classes)))
 
 
 def open_source(
@@ -70,11 +91,12 @@ def open_source(
     classes: str | None = None,
     labels: str | os.PathLike[str] | None = None,
     columns: Columns = Columns(),  # noqa: B008
+    choice: LabelChoice = LabelChoice(),  # noqa: B008
 ) -> ImageSource:
     """The images that `spec` names.
 
     - `digits:train` (1297 images), `digits:test` (500): scikit-learn's handwritten digits, 8x8 pixels
-    - a folder of class folders (CLASS/name.jpg; classes sorted by name); images directly in it have label -1
+    - a folder of class folders (CLASS/name.jpg; sorted by name, as numbers where all are); other images have label -1
     - a tar of images, classes being the folders in it; or a tar with KEY.jpg and KEY.cls (WebDataset)
     - ImageNet's tar of class tars, or a folder of them (n01440764.tar, ...)
     - Parquet with the images in it, as Hugging Face lays it out
@@ -84,23 +106,35 @@ def open_source(
     classes: "imagenet1k" for the standard order of ImageNet's 1000 classes, which the source's must be among.
     labels: a file of lines `name class`, which is used in place of the source's own labels.
     columns: of Parquet files, those of images and labels where they cannot be told by their names.
+    choice: how labels are found and taken, where they do not say it themselves (classes.py has the rule).
     Raises DataError for whatever is missing, broken or not clear.
     """
     spec = expand(os.fspath(spec))
     check_spec(spec)
     if labels is not None and columns.label:
         raise DataError(f"labels come from {labels} or from the column {columns.label}: name one of them")
+    own = choice
     if labels is not None:
-        columns = replace(columns, label="")
-    source = open_parquet(spec, columns) if columns else None
+        columns, own = replace(columns, label=""), LabelChoice(replaced=True)
+    source = open_parquet(spec, own, columns) if columns else None
     if columns and columns != Columns(label="") and source is None:
         raise DataError(f"{spec}: --image_column and --label_column are of Parquet files; these are none")
     if source is None:
-        source = next(found for opener in SOURCES if (found := opener(spec)) is not None)
+        source = next(found for opener in SOURCES if (found := opener(spec, own)) is not None)
+    _check_found(spec, source, own)
+    return relabel(source, classes, None if labels is None else os.fspath(labels), choice)
+
+
+def _check_found(spec: str, source: ImageSource, choice: LabelChoice) -> None:
+    """DataError where there are no images, or none that a label's key could be looked up for."""
+    if choice.key and not isinstance(source.open, HeldImages):
+        raise DataError(
+            f"{spec}: --label_key={choice.key} is of the JSON in tars, or of a file of labels; Parquet has "
+            "--label_column"
+        )
     if not len(source):
         raise DataError(
             f"{spec}: no images in it ({_found(source)}; taken are {', '.join(chain(*ENDINGS.values()))}, and what "
             "begins as one of those); expected CLASS/name.jpg, a tar of such files, WebDataset tars of KEY.jpg and "
             "KEY.cls, or Parquet with image bytes"
         )
-    return relabel(source, classes, None if labels is None else os.fspath(labels))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,11 +10,10 @@ import numpy as np
 
 from dit.config import did_you_mean
 from dit.data import DataError
+from dit.data.sources.classes import Classes, LabelChoice, LabelColumn
 from dit.data.sources.source import ImageSource, listing
+from dit.data.sources.table import UNKNOWN, read_table
 from dit.files import FileError, expand, read_text
-
-Classes = tuple[str, ...]
-BOXES = re.compile(r"(n\d{8})(?: \d+){4}")  # LOC_val_solution.csv: the class, then boxes of objects
 
 
 def imagenet1k() -> Classes:
@@ -42,15 +39,21 @@ def read_classes(spec: str) -> Classes:
     return tuple(names)
 
 
-def relabel(source: ImageSource, classes: str | None, labels: str | None) -> ImageSource:
+def relabel(
+    source: ImageSource,
+    classes: str | None,
+    labels: str | None,
+    choice: LabelChoice = LabelChoice(),  # noqa: B008
+) -> ImageSource:
     """The source with the labels of a file (labels) and the classes of a standard list (classes) in place of its own.
 
-    Raises DataError that lists what the list or the file does not know.
+    choice: how the labels of the file are found and taken. Raises DataError that lists what the list or the file does
+    not know.
     """
     if classes is not None and classes not in CLASS_LISTS:
         raise DataError(f"no list of classes '{classes}'{did_you_mean(classes, CLASS_LISTS)}")
     if labels is not None:
-        source = _from_file(source, Path(expand(labels)))
+        source = _from_file(source, Path(expand(labels)), choice)
     return source if classes is None else _standard(source, classes)
 
 
@@ -68,65 +71,32 @@ def _standard(source: ImageSource, name: str) -> ImageSource:
         head = f"{len(unknown)} of {len(source.classes)} classes are not of {name} (such as {standard[0]}, or numbers)"
         raise DataError(listing(head, unknown))
     places = np.array([*(index[word] for word in source.classes), -1], np.int64)  # label -1 takes the last
-    return replace(source, labels=places[source.labels], classes=standard)
+    return replace(source, labels=places[source.labels], classes=standard, classes_before=None)
 
 
-def _from_file(source: ImageSource, file: Path) -> ImageSource:
-    """Labels by the lines `name class` of a file: each image must have one, and each line an image."""
-    rows = _rows(file)
-    places = _places(source.names)
-    found: dict[int, str] = {}
+def _from_file(source: ImageSource, file: Path, choice: LabelChoice) -> ImageSource:
+    """Labels by the lines of a file, a name and a class: each image must have one, and each line an image."""
+    table = read_table(file, source.names, choice.key)
+    rows = np.full(len(source), -1, np.int64)  # the line of each image
     faults: list[str] = []
-    for number, (name, word) in enumerate(rows):
-        places_of = places.get(name, ())
-        if len(places_of) == 1 and places_of[0] not in found:
-            found[places_of[0]] = word
-        elif places_of:
-            faults.append(f"'{name}' stands for more than one image, or is there twice")
-        elif number:  # the first line may be a header
-            faults.append(f"no image is called '{name}'")
-    faults += [f"no label for '{name}'" for i, name in enumerate(source.names) if i not in found]
+    for row, place in enumerate(table.places):
+        if place >= 0 and rows[place] < 0:
+            rows[place] = row
+        elif place != UNKNOWN:
+            faults.append(f"'{table.names[row]}' stands for more than one image, or is there twice")
+        else:
+            faults.append(f"no image is called '{table.names[row]}'")
+    faults += [f"no label for '{source.names[i]}'" for i in np.flatnonzero(rows < 0).tolist()]
     if faults:
         raise DataError(listing(f"{file}: {len(faults)} fault(s) as labels of {len(source)} images", faults))
-    words = [found[i] for i in range(len(source))]
-    classes, index = _numbered(words)
-    labels = np.array([index[word] for word in words], np.int64)
-    return replace(source, labels=labels, classes=classes)
-
-
-def _rows(file: Path) -> list[tuple[str, str]]:
-    """(name, class) of each line, with a tab, else a comma, else the first space between them."""
-    try:
-        lines = [line for line in read_text(file).splitlines() if line.strip()]
-    except (OSError, FileError) as error:
-        raise DataError(f"{file}: cannot be read as a file of labels: {error}") from None
-    separator = next((s for s in "\t," if lines and all(s in line for line in lines)), None)
-    rows = []
-    for number, line in enumerate(lines, 1):
-        name, *rest = (part.strip() for part in line.split(separator, 1 if separator is None else -1))
-        if len(rest) != 1 or not rest[0]:
-            raise DataError(f"{file}: line {number} is {line[:60]!r}, expected a name and its class")
-        boxes = BOXES.match(rest[0])
-        rows.append((name, boxes[1] if boxes else rest[0]))
-    return rows
-
-
-def _places(names: Sequence[str]) -> Mapping[str, Sequence[int]]:
-    """Image numbers by name: whole, without the tar, the folders, the ending."""
-    places: dict[str, list[int]] = {}
-    for i, name in enumerate(names):
-        inside = name.rsplit(":", 1)[-1]
-        base = os.path.basename(inside)
-        for key in {name, inside, base, os.path.splitext(base)[0]}:
-            places.setdefault(key, []).append(i)
-    return places
-
-
-def _numbered(words: Sequence[str]) -> tuple[Classes, Mapping[str, int]]:
-    """Classes and the label of each word: whole numbers are labels themselves, others are sorted, -1 is none."""
-    distinct = set(words) - {"-1"}
-    if all(re.fullmatch(r"[0-9]{1,6}", word) for word in distinct):
-        numbers = {word: int(word) for word in distinct}
-        return tuple(str(i) for i in range(max(numbers.values(), default=-1) + 1)), numbers | {"-1": -1}
-    classes = tuple(sorted(distinct))
-    return classes, {word: i for i, word in enumerate(classes)} | {"-1": -1}
+    column = LabelColumn(choice.type)
+    for row in rows.tolist():
+        column.add(table.labels[row])
+    labels, classes = column.numbered(str(file), lambda i: f"'{source.names[i]}'")
+    return replace(
+        source,
+        labels=labels,
+        classes=classes,
+        classes_before=None,
+        labelled_by=f"labels from {table.described}",
+    )

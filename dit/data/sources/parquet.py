@@ -21,6 +21,8 @@ import numpy as np
 from tqdm import tqdm
 
 from dit.data import DataError
+from dit.data.sources.arrow import may_hold_labels, take_labels
+from dit.data.sources.classes import USUAL, LabelChoice, LabelColumn
 from dit.data.sources.source import ImageSource, check_size, files_of, listing
 from dit.data.sources.spill import Spill
 
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
 
 ROWS = 16  # decoded at a time
 STREAMED = {"buffer_size": 1 << 20, "pre_buffer": False}  # else a whole row group is read into memory
-MAX_CLASS = 10**6  # of labels without names
 
 
 class Kind(NamedTuple):
@@ -42,7 +43,7 @@ class Kind(NamedTuple):
 
 
 IMAGE = Kind("Image", ("image", "img"), "--image_column")
-LABEL = Kind("ClassLabel", ("label", "labels", "cls"), "--label_column")
+LABEL = Kind("ClassLabel", USUAL, "--label_column")
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,9 @@ class Layout:
     path: str | None
     label: str | None
     classes: tuple[str, ...] | None  # None: the labels have no names
+    unlabelled: str = field(
+        default="", compare=False, repr=False
+    )  # why there are no labels, where that may be in doubt
 
 
 @dataclass
@@ -103,7 +107,11 @@ class Columns:
         return self != Columns()
 
 
-def open_parquet(spec: str, columns: Columns = Columns()) -> ImageSource | None:
+def open_parquet(
+    spec: str,
+    choice: LabelChoice = LabelChoice(),  # noqa: B008
+    columns: Columns = Columns(),
+) -> ImageSource | None:
     """One or several Parquet files of images; where they have no `path` of their own, names are FILE:ROW.
 
     Raises DataError for files that cannot be read or differ in their columns or classes, for rows that hold no
@@ -113,31 +121,25 @@ def open_parquet(spec: str, columns: Columns = Columns()) -> ImageSource | None:
     if not files:
         return None
     layout = _common_layout(files, columns)
-    labels, paths, rows, empty = [], list[str | None](), list[str](), list[str]()
+    labels = LabelColumn(choice.type)
+    paths, rows, empty = list[str | None](), list[str](), list[str]()
     for path in files:
         with _opened(path) as file:
-            known, own = _labels_and_paths(file, layout)
+            _take_labels(file, layout, labels)
+            own = _paths(file, layout)
             empty += [f"{path.name}:{row} ({own[row]})" for row in _without_bytes(file, layout)]
-        labels.append(known)
         paths += own
         rows += [f"{path.name}:{row}" for row in range(len(own))]
     if empty:
         head = f"{spec}: {len(empty)} of {len(rows)} rows hold no bytes; write the images themselves, not their paths"
         raise DataError(listing(head, empty))
-    numbers = np.concatenate(labels)
-    classes = _classes(spec, numbers, layout, rows)
+    head, out = f"{spec}: column '{layout.label}'", "leave the labels out with --label_column="
+    numbers, classes = labels.numbered(head, lambda i: rows[i], layout.classes, way_out=out)
     unique = len({path for path in paths if path}) == len(paths)
     names = tuple(str(path) for path in paths) if unique else tuple(rows)
-    return ImageSource(names, numbers, classes, ParquetImages(files, layout, len(rows)))
-
-
-def _classes(spec: str, labels: np.ndarray, layout: Layout, rows: Sequence[str]) -> tuple[str, ...]:
-    """The names of the classes, or their numbers; DataError unless each label is -1 or one of them."""
-    most = MAX_CLASS if layout.classes is None else len(layout.classes)
-    wrong = [f"{rows[i]}: {labels[i]}" for i in np.flatnonzero((labels < -1) | (labels >= most)).tolist()]
-    if wrong:
-        raise DataError(listing(f"{spec}: {len(wrong)} labels that are not -1 or below {most}", wrong))
-    return layout.classes or tuple(str(i) for i in range(int(labels.max(initial=-1)) + 1))
+    by = f"labels from column '{layout.label}'" if layout.label else ""
+    opener = ParquetImages(files, layout, len(rows))
+    return ImageSource(names, numbers, classes, opener, labelled_by=by or layout.unlabelled)
 
 
 @contextlib.contextmanager
@@ -187,15 +189,24 @@ def _layout(path: Path, schema: pa.Schema, columns: Columns) -> Layout:
     label = _column(path, schema, features, LABEL, columns.label)
     if label is None and columns.label is None:
         _check_unlabelled(path, schema)
-    if label is not None and not types.is_integer(schema.field(label).type):
-        raise DataError(f"{path}: column '{label}' is {schema.field(label).type}, expected whole numbers")
+    if label is not None and not may_hold_labels(schema.field(label).type):
+        raise DataError(
+            f"{path}: column '{label}' is {schema.field(label).type}, expected whole numbers or names"
+        )
     names = features.get(label or "", {}).get("names")
     return Layout(
         bytes=f"{image}.bytes" if inner else image,
         path=f"{image}.path" if types.is_string(inner.get("path", kind)) else None,
         label=label,
         classes=tuple(str(name) for name in names) if isinstance(names, list) else None,
+        unlabelled=_unlabelled(schema, image) if label is None and columns.label is None else "",
     )
+
+
+def _unlabelled(schema: pa.Schema, image: str) -> str:
+    """Which other columns might hold labels."""
+    others = ", ".join(f.name for f in schema if f.name != image and may_hold_labels(f.type))
+    return f"of the other columns, {others}, --label_column=NAME takes one" if others else ""
 
 
 def _is_binary(kind: pa.DataType) -> bool:
@@ -229,6 +240,8 @@ def _column(
         return None
     said = [name for name in schema.names if features.get(name, {}).get("_type") == kind.type]
     called = [name for name in kind.usual if name in (said or schema.names)]
+    if kind is LABEL:  # one of the less usual names may be that of something else
+        called = [n for n in called if n in LABEL.usual[:3] or may_hold_labels(schema.field(n).type)]
     if len(said) > 1 and not called:
         raise DataError(
             f"{path}: several columns of {kind.type}: {', '.join(said)}; choose one with {kind.flag}=NAME"
@@ -255,18 +268,20 @@ def _leaf(column: pa.Array) -> pa.Array:
     return column.flatten()[0] if types.is_struct(column.type) else column
 
 
-def _labels_and_paths(file: pq.ParquetFile, layout: Layout) -> tuple[np.ndarray, list[str | None]]:
-    """Label (n,) int64 and path of each row, -1 and None where there is none."""
-    count = file.metadata.num_rows
-    labels = np.full(count, -1, np.int64)
-    paths: list[str | None] = [None] * count
-    if layout.label:
-        column = file.read(columns=[layout.label]).column(0)
-        labels = column.cast("int64").fill_null(-1).to_numpy()
-    if layout.path:
-        chunks = file.read(columns=[layout.path]).column(0).chunks
-        paths = [path for chunk in chunks for path in _leaf(chunk).to_pylist()]
-    return labels, paths
+def _take_labels(file: pq.ParquetFile, layout: Layout, labels: LabelColumn) -> None:
+    """The label of each row, whatever its type; -1 where the file has none."""
+    if not layout.label:
+        labels.extend([], np.full(file.metadata.num_rows, -1))
+    else:
+        take_labels(file.read(columns=[layout.label]).column(0), labels)
+
+
+def _paths(file: pq.ParquetFile, layout: Layout) -> list[str | None]:
+    """The path of each row, None where there is none."""
+    if not layout.path:
+        return [None] * file.metadata.num_rows
+    chunks = file.read(columns=[layout.path]).column(0).chunks
+    return [path for chunk in chunks for path in _leaf(chunk).to_pylist()]
 
 
 def _chunks(file: pq.ParquetFile, column: str) -> list[pq.ColumnChunkMetaData]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from dit.data import DataError
+from dit.data.origin import Split
 from dit.data.sources.crops import Centre, Crop
 from dit.data.sources.decode import Decode, Decoded, ImageFileOrPixels, before
 from dit.data.sources.formats import Refused, is_junk, is_usual, shown_endings
@@ -41,8 +42,10 @@ class Loaded(NamedTuple):
 class ImageSource:
     """Images in a fixed order. names, labels: one each; open(i) gives the bytes of image i's file, or its pixels.
 
-    others: how many files of each ending are no images. open is called from any thread.
-    Raises DataError for names that cannot stand as a line of UTF-8 each.
+    others: how many files of each ending are no images. open is called from any thread. classes_before: the same
+    classes as versions before numbered them, where that was another order: an encode that was begun in it goes on in
+    it. labelled_by: where the labels come from, or why there are none, where that is in doubt. split: which part of a
+    larger set this is. Raises DataError for names that cannot stand as a line of UTF-8 each.
     """
 
     names: tuple[str, ...]
@@ -50,6 +53,9 @@ class ImageSource:
     classes: tuple[str, ...]
     open: Callable[[int], ImageFileOrPixels]
     others: Mapping[str, int] = field(default_factory=dict)
+    classes_before: tuple[str, ...] | None = None
+    labelled_by: str = ""
+    split: Split | None = None
 
     def __post_init__(self) -> None:
         odd = [repr(name) for name in (*self.names, *self.classes) if not _is_line(name)]
@@ -70,6 +76,12 @@ class ImageSource:
     def ignored(self) -> int:
         """Files that are not images."""
         return sum(self.others.values())
+
+    def numbered_by(self, classes: tuple[str, ...]) -> ImageSource:
+        """The same images with the classes in this order, of the same names."""
+        place = {name: i for i, name in enumerate(classes)}
+        table = np.array([*(place[name] for name in self.classes), -1], np.int64)
+        return replace(self, labels=table[self.labels], classes=classes, classes_before=None)
 
     def load(self, index: int, size: int, crop: Crop = Centre(), seed: int = 0) -> np.ndarray:  # noqa: B008
         """Image `index`, cropped to (size, size, 3) uint8: a pure function of the image, the crop, seed and index.
@@ -117,10 +129,11 @@ def check_size(size: int, where: object) -> None:
         raise Refused(f"{where}: {size} bytes, expected at most {MAX_IMAGE} of an image")
 
 
-def listing(head: str, faults: Iterable[str], most: int = 5) -> str:
-    """`head`, the first faults on a line each, and how many more there are."""
+def listing(head: str, faults: Iterable[str], most: int = 5, total: int | None = None) -> str:
+    """`head`, the first faults on a line each, and how many more there are: of `total`, where not all are given."""
     faults = list(faults)
-    rest = [f"... and {len(faults) - most} more"] if len(faults) > most else []
+    total = len(faults) if total is None else total
+    rest = [f"... and {total - most} more"] if total > most else []
     return "\n".join([f"{head}:", *(f"  {fault}" for fault in [*faults[:most], *rest])])
 
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from dit.data import DataError
+from dit.data.sources.beside import BesideLabels
+from dit.data.sources.classes import LabelChoice
+from dit.data.sources.folder_classes import of_folders
 from dit.data.sources.formats import (
     HEAD,
     count_endings,
@@ -29,8 +32,6 @@ from dit.data.sources.source import ImageSource, check_size, files_of, listing
 from dit.data.sources.tarwalk import walk
 
 WNID = re.compile(r"n\d{8}")  # WordNet's number of a noun, which ImageNet's classes are called by
-MAX_CLASS = 10**6
-MAX_LABEL = 1 << 20  # bytes of a file with a label
 
 
 class Held(NamedTuple):
@@ -75,18 +76,22 @@ class HeldImages:
 
 
 class Shard(NamedTuple):
-    """The images of one tar, their labels where files beside them say so, and how many other files of each ending."""
+    """The images of one tar, and how many of its other files, by ending, may hold labels, and how many cannot.
+
+    spare: images beside that of their sample, such as masks; images like any other where no label is beside any.
+    """
 
     images: list[Held]
-    labels: list[int] | None
+    spare: list[Held]
+    beside: Counter[str]
     others: Counter[str]
 
 
-def open_tars(spec: str) -> ImageSource | None:
+def open_tars(spec: str, choice: LabelChoice = LabelChoice()) -> ImageSource | None:  # noqa: B008
     """What one or several tars hold, in one of these layouts.
 
-    - KEY.jpg (or .png, .webp, ...) with KEY.cls, a class number (WebDataset); in a tar without any .cls, KEY.json
-      with a number under "label" or "cls"
+    - KEY.jpg (or .png, .webp, ...) with KEY.cls, the number or name of a class (WebDataset); in a tar without any .cls,
+      KEY.json with it under one of the usual keys
     - CLASS/name.jpg: the class is the folder an image lies in
     - several tars, all called by a WordNet number (n01440764.tar), or one tar of tars: each tar is a class
     """
@@ -96,17 +101,18 @@ def open_tars(spec: str) -> ImageSource | None:
     whole = [Held(tar, "", 0, tar.stat().st_size) for tar in tars]
     named = [bool(WNID.fullmatch(tar.stem)) for tar in tars]
     if all(named):
-        return _class_tars(spec, whole)
+        return _class_tars(spec, whole, choice)
     shards, inner, faults = [], [], list[str]()
+    beside = BesideLabels(choice)
     for part, held in _walked(whole):
         inner += [m for m in held if m.path.endswith(".tar")]
-        shards.append(_shard(part.tar, held, faults))
+        shards.append(_shard(part.tar, held, beside, faults))
     mixed = any(named) or (inner and any(shard.images for shard in shards))
     if mixed:
         raise DataError(f"{spec}: tars that are classes beside tars of images; name the ones to encode alone")
     if inner:
-        return _class_tars(spec, inner)
-    return _shards(spec, shards, faults)
+        return _class_tars(spec, inner, choice)
+    return _shards(spec, shards, beside, faults)
 
 
 def _walked(parts: Sequence[Held]) -> Iterator[tuple[Held, list[Held]]]:
@@ -132,13 +138,17 @@ def _begins_as_image(file: Held) -> bool:
     return says_nothing(file.path) and format_of(file._replace(size=min(file.size, HEAD)).read()) is not None
 
 
-def _others(held: Sequence[Held], taken: Sequence[Held]) -> Counter[str]:
+def _but(held: Sequence[Held], taken: Sequence[Held]) -> list[Held]:
     known = {m.path for m in taken}
-    return count_endings(m.path for m in held if m.path not in known)
+    return [m for m in held if m.path not in known]
+
+
+def _endings(held: Sequence[Held]) -> Counter[str]:
+    return count_endings(m.path for m in held)
 
 
 def _source(
-    images: Sequence[Held], names: Sequence[str], labels: Sequence[int], **fields: Any
+    images: Sequence[Held], names: Sequence[str], labels: Sequence[int] | np.ndarray, **fields: Any
 ) -> ImageSource:
     tars = {tar: i for i, tar in enumerate(dict.fromkeys(m.tar for m in images))}
     opener = HeldImages(
@@ -153,52 +163,54 @@ def _source(
 # --- each tar a class --------------------------------------------------------------------------------------
 
 
-def _class_tars(spec: str, parts: Sequence[Held]) -> ImageSource:
+def _class_tars(spec: str, parts: Sequence[Held], choice: LabelChoice) -> ImageSource:
     """Names, order and labels are those of a folder of class folders that the tars were unpacked into."""
+    BesideLabels(choice).refuse_chosen(spec)
     parts = sorted(parts, key=lambda part: part.stem)
     faults = [f"'{a.stem}' is there twice: {a} and {b}" for a, b in pairwise(parts) if a.stem == b.stem]
     images: list[Held] = []
     names: list[str] = []
-    labels: list[int] = []
+    places: list[int] = []
     others: Counter[str] = Counter()
-    for label, (part, held) in enumerate(_walked(parts)):
+    for place, (part, held) in enumerate(_walked(parts)):
         inside = sorted(_images(held), key=lambda m: m.path)
         if not inside:
             faults.append(f"{part}: no images in it")
         images += inside
         names += [f"{part.stem}/{m.path.removeprefix(part.stem + '/')}" for m in inside]
-        labels += [label] * len(inside)
-        others += _others(held, inside)
+        places += [place] * len(inside)
+        others += _endings(_but(held, inside))
     if faults:
         raise DataError(listing(f"{spec}: {len(faults)} class tar(s) that cannot be used", faults))
-    return _source(images, names, labels, classes=tuple(p.stem for p in parts), others=others)
+    found = of_folders([part.stem for part in parts], choice.type, spec)
+    return _source(images, names, found.labels[places], **found.fields(), others=others)
 
 
 # --- each tar a shard --------------------------------------------------------------------------------------
 
 
-def _shards(spec: str, shards: Sequence[Shard], faults: list[str]) -> ImageSource:
-    """All shards as one set: with the numbers beside the images, in the order of the tars; or by folders, sorted."""
+def _shards(spec: str, shards: Sequence[Shard], beside: BesideLabels, faults: list[str]) -> ImageSource:
+    """All shards as one set: with labels beside the images, in the order of the tars; or by folders, sorted."""
     images = [m for shard in shards for m in shard.images]
-    if any(shard.labels is not None for shard in shards):
-        for shard in shards:
-            if shard.labels is None:
-                faults += [
-                    f"{m.tar}: '{m.path}' has no .cls beside it, though others have" for m in shard.images
-                ]
-        if faults:
-            raise DataError(listing(f"{spec}: {len(faults)} sample(s) that cannot be used", faults))
-        labels = [label for shard in shards for label in shard.labels or ()]
-        classes = tuple(str(i) for i in range(max(labels, default=-1) + 1))
-    else:
-        images.sort(key=lambda m: (m.path, m.tar))
-        labels, classes = _path_labels(images)
-    names = [f"{m.tar.name}:{m.path}" if len(shards) > 1 else m.path for m in images]
+    fields: dict[str, Any] = {"labelled_by": beside.described()}
     others = sum((shard.others for shard in shards), Counter[str]())
-    return _source(images, names, labels, classes=classes, others=others)
+    if beside.has_labels:
+        labels, fields["classes"] = beside.labels(
+            spec, lambda i: f"{images[i].tar}: '{images[i].path}'", faults
+        )
+        others += _endings([m for shard in shards for m in shard.spare])
+    else:
+        beside.refuse_chosen(spec)
+        images += [m for shard in shards for m in shard.spare]
+        images.sort(key=lambda m: (m.path, m.tar))
+        labels, more = _path_labels(images, beside.choice)
+        fields |= more
+        others += sum((shard.beside for shard in shards), Counter[str]())
+    names = [f"{m.tar.name}:{m.path}" if len(shards) > 1 else m.path for m in images]
+    return _source(images, names, labels, **fields, others=others)
 
 
-def _path_labels(images: Sequence[Held]) -> tuple[list[int], tuple[str, ...]]:
+def _path_labels(images: Sequence[Held], choice: LabelChoice) -> tuple[np.ndarray, dict[str, Any]]:
     """The class is the folder an image lies in, whatever lies above it (`cats/1.jpg`, `set/train/cats/1.jpg`)."""
     folders = {os.path.dirname(m.path) for m in images} - {""}
     twice = [name for name, n in Counter(os.path.basename(f) for f in folders).items() if n > 1]
@@ -207,43 +219,64 @@ def _path_labels(images: Sequence[Held]) -> tuple[list[int], tuple[str, ...]]:
         raise DataError(
             f"{images[0].tar}: two folders give class '{twice[0]}': {', '.join(both)}; split the tar"
         )
-    classes = tuple(sorted(os.path.basename(f) for f in folders))
-    index = {name: i for i, name in enumerate(classes)}
-    return [index.get(os.path.basename(os.path.dirname(m.path)), -1) for m in images], classes
+    names = sorted(os.path.basename(f) for f in folders)
+    found = of_folders(names, choice.type, str(images[0].tar) if images else "")
+    label = dict(zip(names, found.labels.tolist(), strict=True))
+    labels = [label.get(os.path.basename(os.path.dirname(m.path)), -1) for m in images]
+    return np.array(labels, np.int64), found.fields()
 
 
-def _shard(tar: Path, held: Sequence[Held], faults: list[str]) -> Shard:
-    """Images with the numbers in the files of the same key; what is wrong is added to `faults`."""
-    ending = _label_ending(held)
+def _shard(tar: Path, held: Sequence[Held], beside: BesideLabels, faults: list[str]) -> Shard:
+    """The images of a tar, with what the files of the same key say taken in by `beside`; what is wrong with them is
+    added to `faults`."""
+    ending = beside.ending_of(lambda e: any(m.path.lower().endswith(e) for m in held))
     if ending is None:
         images = _images(held)
-        return Shard(images, None, _others(held, images))
+        beside.skip(len(images))
+        return Shard(images, [], Counter(), _endings(_but(held, images)))
+    samples, twice = _by_key(held, ending, dots=False)
+    if twice:
+        again, still = _by_key(held, ending, dots=True)
+        samples, twice = (again, []) if not still and _all_whole(again) else (samples, twice)
+    faults += [f"{tar}: '{a.path}' and '{b.path}' belong to the same sample" for a, b in twice]
+    with tar.open("rb") as file:
+        for sample in samples.values():
+            label = sample.get("label")
+            if "image" in sample:
+                beside.add(ending, None if label is None else label.size, partial(_small, file, label))
+            elif label is not None:
+                faults.append(f"{tar}: '{label.path}' has no image beside it, though others have")
+    images = [sample["image"] for sample in samples.values() if "image" in sample]
+    labels = [m for m in held if m.path.lower().endswith(ending)]
+    more = [
+        b for _, b in twice if not b.path.lower().endswith(ending)
+    ]  # a fault, unless no sample has a label
+    beside.skip(len(more))
+    images += more
+    spare = _images(_but(held, [*images, *labels]))
+    return Shard(images, spare, _endings(labels), _endings(_but(held, [*images, *labels, *spare])))
+
+
+Samples = dict[str, dict[str, Held]]
+
+
+def _by_key(held: Sequence[Held], ending: str, dots: bool) -> tuple[Samples, list[tuple[Held, Held]]]:
+    """Images and labels by their key, and those that have the place of another.
+
+    dots: a key may have some, and ends at the last one; else at the first, as the webdataset library has it.
+    """
     members: dict[str, list[Held]] = {}
     for m in held:
         folder, base = os.path.split(m.path)
-        members.setdefault(os.path.join(folder, base.split(".", 1)[0]), []).append(m)
-    images, labels = [], []
-    for sample in (_sample(tar, parts, ending, faults) for parts in members.values()):
-        if "image" in sample and "label" in sample:
-            images.append(sample["image"])
-            labels.append(_label(sample["label"], LABELS[ending], faults))
-        elif "image" in sample:
-            faults.append(f"{tar}: '{sample['image'].path}' has no {ending} beside it, though others have")
-        elif "label" in sample:
-            faults.append(f"{tar}: '{sample['label'].path}' has no image beside it, though others have")
-    others = _others(held, [*images, *(m for m in held if m.path.endswith(ending))])
-    return Shard(images, labels, others)
-
-
-def _sample(tar: Path, members: Sequence[Held], ending: str, faults: list[str]) -> dict[str, Held]:
-    """The image and the label among the files of one key; two of them are a fault."""
-    sample: dict[str, Held] = {}
-    kinds = {"image": _image_of(members), "label": [m for m in members if m.path.endswith(ending)]}
-    for kind, found in kinds.items():
-        for m in found:
-            if sample.setdefault(kind, m) is not m:
-                faults.append(f"{tar}: '{sample[kind].path}' and '{m.path}' belong to the same sample")
-    return sample
+        key = os.path.splitext(base)[0] if dots else base.split(".", 1)[0]
+        members.setdefault(os.path.join(folder, key), []).append(m)
+    samples: Samples = {}
+    twice: list[tuple[Held, Held]] = []
+    for key, found in members.items():
+        kinds = {"image": _image_of(found), "label": [m for m in found if m.path.lower().endswith(ending)]}
+        samples[key] = {kind: those[0] for kind, those in kinds.items() if those}
+        twice += [(those[0], m) for those in kinds.values() for m in those[1:]]
+    return {key: sample for key, sample in samples.items() if sample}, twice
 
 
 def _image_of(members: Sequence[Held]) -> list[Held]:
@@ -257,44 +290,13 @@ def _image_of(members: Sequence[Held]) -> list[Held]:
     return []
 
 
-def _label_ending(held: Sequence[Held]) -> str | None:
-    """What the files with labels end in: .cls if there is one, else .json if that of the first image holds one."""
-    if any(m.path.endswith(".cls") for m in held):
-        return ".cls"
-    first = next((m.path for m in held if is_image(m.path) or _begins_as_image(m)), "")
-    key = os.path.join(os.path.dirname(first), os.path.basename(first).split(".", 1)[0])
-    beside = next((m for m in held if m.path == f"{key}.json"), None)
-    return ".json" if beside is not None and LABELS[".json"](_small(beside)) is not None else None
+def _all_whole(samples: Samples) -> bool:
+    return all(len(sample) == 2 for sample in samples.values())
 
 
-def _small(file: Held) -> bytes:
-    if file.size > MAX_LABEL:
-        raise DataError(
-            f"{file.tar}: '{file.path}' has {file.size} bytes, expected at most {MAX_LABEL} of a label"
-        )
-    return file.read()
-
-
-def _label(file: Held, parse: Callable[[bytes], int | None], faults: list[str]) -> int:
-    data = _small(file)
-    label = parse(data)
-    if label is None:
-        faults.append(f"{file.tar}: '{file.path}' holds {data[:20]!r}, expected a class number or -1")
-        return -1
-    return label
-
-
-def _cls_label(data: bytes) -> int | None:
-    return int(data) if re.fullmatch(rb"-1|\d{1,6}", data.strip()) else None
-
-
-def _json_label(data: bytes) -> int | None:
-    try:
-        fields = json.loads(data)
-    except (ValueError, RecursionError):  # that of brackets in brackets
-        return None
-    found = [fields[key] for key in ("label", "cls") if key in fields] if isinstance(fields, dict) else []
-    return found[0] if found and type(found[0]) is int and -1 <= found[0] < MAX_CLASS else None
-
-
-LABELS = {".cls": _cls_label, ".json": _json_label}
+def _small(file: BinaryIO, held: Held | None) -> bytes:
+    """A file with a label, whose size was looked at, in its open tar."""
+    if held is None:
+        return b""
+    file.seek(held.offset)
+    return file.read(held.size)

@@ -178,7 +178,7 @@ def test_progress_and_report(folder, tmp_path):
     assert (sum(told), resumed) == (30, [0])
     assert (report.images, report.resumed, report.ranks) == (30, 0, 1)
     assert 0 < report.decoding + report.codec + report.writing <= report.busy <= report.whole
-    assert "30 images in 2 view(s) -> 5 block(s) in 5 shard(s): " in str(report)
+    assert "30 images in 2 view(s) -> 5 block(s) in 5 shard(s) of up to 0.00922 MB: " in str(report)
 
 
 # --- going on ----------------------------------------------------------------------------------------------
@@ -695,3 +695,55 @@ def test_plans_of_older_versions_have_kept_their_form():
         "dtype": "float16",
         "crop": {"name": "centre"},
     }
+
+
+# --- numeric class folders ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def numeric(tmp_path_factory):
+    """12 class folders, 0 to 11, of three images each."""
+    root = tmp_path_factory.mktemp("numeric") / "set"
+    for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (36, 8, 8, 3), np.uint8)):
+        (root / str(i % 12)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(root / str(i % 12) / f"{i}.png")
+    return root
+
+
+def as_text(source):
+    """As versions before numbered the classes."""
+    return replace(source.numbered_by(tuple(sorted(source.classes))), classes_before=None)
+
+
+def test_numeric_folders_are_sorted_as_numbers(numeric, tmp_path):
+    manifest = run(numeric, tmp_path / "out").manifest
+    assert manifest.classes == tuple(map(str, range(12)))
+    names, stored = manifest.read_names(), read_all(manifest)
+    folders = [int(names[i].split("/")[0]) for i in stored["id"].tolist()]
+    assert folders == stored["label"].tolist()
+
+
+def test_what_was_begun_or_done_in_the_order_of_text_goes_on_in_it(numeric, tmp_path):
+    source = open_source(numeric)
+    encode(as_text(source), PixelCodec(), tmp_path / "before", options())
+    done = files(tmp_path / "before")
+    with pytest.raises(KeyboardInterrupt):
+        encode(as_text(source), PixelCodec(), tmp_path / "out", options(), progress=stop_after(9))
+    assert (tmp_path / "out.partial" / PLAN).exists()
+    for out in ("out", "before"):
+        assert run(numeric, tmp_path / out).manifest.classes == tuple(sorted(map(str, range(12))))
+        assert files(tmp_path / out) == done
+    assert run(numeric, tmp_path / "new").manifest.classes == tuple(map(str, range(12)))
+
+
+def test_what_an_older_version_began_keeps_its_classes_and_its_way_of_decoding(numeric, tmp_path):
+    source = as_text(open_source(numeric))
+    encode(source, PixelCodec(), tmp_path / "whole", options(decode=None))
+    with pytest.raises(KeyboardInterrupt):
+        encode(source, PixelCodec(), tmp_path / "out", options(decode=None), stop_after(9))
+    for _ in range(2):  # goes on, and is there already
+        with pytest.warns(Notice, match="is of an older version and stays as it was begun"):
+            manifest = run(numeric, tmp_path / "out").manifest
+        assert manifest.classes == tuple(sorted(map(str, range(12))))
+        assert manifest.transform == options().crop.text
+        assert files(tmp_path / "out") == files(tmp_path / "whole")

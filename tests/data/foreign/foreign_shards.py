@@ -13,7 +13,8 @@ import numpy as np
 import torch
 import webdataset
 
-from dit.data.foreign.index import IndexOptions, UnknownCodec, index
+from dit.data.foreign.index import UnknownCodec, index
+from dit.data.foreign.probe import IndexOptions
 from dit.data.foreign.shard_list import find_shards
 from dit.data.shards.manifest import Manifest
 

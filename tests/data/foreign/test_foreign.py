@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import os
 import pickle
 import shutil
@@ -19,7 +20,9 @@ from hypothesis import strategies as st
 
 from dit.config import ConfigError, from_dict
 from dit.data import DataError
-from dit.data.foreign.index import IndexOptions, UnknownCodec, codec_of, codec_shape, index
+from dit.data.foreign.existing import already
+from dit.data.foreign.index import UnknownCodec, codec_of, index
+from dit.data.foreign.probe import IndexOptions, codec_shape
 from dit.data.foreign.reader import ARRAYS, LABELS, places, split_path
 from dit.data.foreign.shard_list import find_shards, total_bytes
 from dit.data.foreign.tape import MAX_STRETCH
@@ -28,6 +31,7 @@ from dit.data.shards.manifest import FILE, Manifest
 from dit.data.shards.readers import open_reader
 from dit.data.shards.verify import verify
 from dit.data.sources.tarwalk import walk
+from dit.errors import Notice
 from tests.data.foreign.foreign_shards import (
     CLASSES,
     CODEC,
@@ -347,17 +351,20 @@ REFUSED = {
     "no array": (changed(npy=None), "sample '2' has no .npy"),
     "a label that is a word": (
         changed(cls=b"cat"),
-        "2.cls: no label: expected a class number below 1000000, or -1, got b'cat'",
+        "a.tar: the sample '2' has the label 'cat', a name, where most are numbers\nmend these, or .*label_type=name",
     ),
     "a label below -1": (changed(cls=b"-2"), "2.cls: no label"),
     "a huge label": (changed(cls=b"9" * 30), "2.cls: no label"),
-    "the number of an image": (changed(cls=b"1000000"), "2.cls: no label: expected a class number below"),
-    "a label with an underscore": (changed(cls=b"1_0"), "2.cls: no label"),
+    "the number of an image": (
+        changed(cls=b"1000000"),
+        "2.cls: no label: '1000000', expected a class number below",
+    ),
+    "a label with an underscore": (changed(cls=b"1_0"), "'2' has the label '1_0', a name, where"),
     "a first label that is huge": ([("0.npy", npy(array_of(0))), ("0.cls", b"5000000")], "0.cls: no label"),
     "a label of 2 MiB": (changed(cls=b" " * (2 << 20)), "'2.cls' of 2097152 bytes is no label"),
     "an image's number in JSON": (labelled(as_json(label=10**12)), "1.json: no label: .* below 1000000"),
     "the first number in JSON": (labelled(as_json(label=0), as_json(label=10**12)), "0.json: no label"),
-    "a truth value in JSON": (labelled(as_json(label=True)), "1.json: no label"),
+    "a truth value in JSON": (labelled(as_json(label=True)), "the label True, a truth value, where"),
     "deep JSON": (labelled(b"[" * 200_000), "1.json: no label: not JSON: maximum recursion"),
     "deep JSON first": (labelled(as_json(label=0), b"[" * 200_000), "sample '0': .json: not JSON: max"),
     "broken JSON first": (labelled(as_json(label=0), b'{"label'), "'0': .json: not JSON: .*--label=none"),
@@ -763,3 +770,109 @@ def test_pixels_as_samples(tmp_path):
     write_shards(tmp_path, [3], lambda i: {"npy": array_of(i, 3), "cls": 0})
     made = index(find_shards(str(tmp_path)), tmp_path, codec_of("pixels", {}), IndexOptions())
     assert (made.posterior, made.image_size) == ("none", SIZE)
+
+
+# --- labels of every kind ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("member", "options", "labels", "classes"),
+    [
+        (lambda i: {"json": as_json(label=str(i % 3))}, {}, [0, 1, 2, 0, 1], ("0", "1", "2")),
+        (lambda i: {"json": as_json(label="cba"[i % 3])}, {}, [2, 1, 0, 2, 1], ("a", "b", "c")),
+        (lambda i: {"cls": b"dog\n" if i else b"cat"}, {}, [0, 1, 1, 1, 1], ("cat", "dog")),
+        (lambda i: {"cls": b"2.0"}, {}, [2] * 5, ("0", "1", "2")),
+        (lambda i: {"json": as_json(label=i % 2 == 0)}, {}, [1, 0, 1, 0, 1], ("0", "1")),
+        (lambda i: {"json": as_json(category=i % 2)}, {}, [0, 1, 0, 1, 0], ("0", "1")),
+        (lambda i: {"json": as_json(label=None)}, {}, [-1] * 5, ()),
+        (
+            lambda i: {"json": as_json(meta={"k": i % 2})},
+            {"label_key": "meta.k"},
+            [0, 1, 0, 1, 0],
+            ("0", "1"),
+        ),
+        (
+            lambda i: {"cls": b"%d" % (10 - i)},
+            {"label_type": "name"},
+            [4, 3, 2, 1, 0],
+            ("6", "7", "8", "9", "10"),
+        ),
+        (
+            lambda i: {"cls": b"ab"[i % 2 :][:1]},
+            {"classes": ("b", "x", "a")},
+            [2, 0, 2, 0, 2],
+            ("b", "x", "a"),
+        ),
+    ],
+)
+def test_labels_as_people_write_them(tmp_path, member, options, labels, classes):
+    made = write_foreign(tmp_path, [3, 2], lambda i: {"npy": array_of(i), **member(i)}, **options)
+    assert (everything(made)["label"].tolist(), made.classes) == (labels, classes)
+    assert verify(made) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "words"),
+    [
+        ([1, None], {}, "the sample 'sample0001' has null as its label, where others have one"),
+        ([None, 1], {}, "the sample 'sample0000' has null as its label"),
+        ([1, "cat"], {}, "the sample 'sample0001' has the label 'cat', a name, where most are numbers"),
+        ([[1], 1], {}, r"sample0000.json: no label: \[1\], expected a whole number or a name"),
+        (["a", "b"], {"classes": ("a",)}, r"'sample0001' has the label 'b', which is none of the 1 classes"),
+        (
+            [1, 0],
+            {"label_key": "kind"},
+            "no label under kind; its keys are label: choose one with --label_key",
+        ),
+        (
+            [1, 0],
+            {"label_type": "number", "label_key": "label", "classes": ("a",)},
+            "has the label 1, with 1 classes",
+        ),
+    ],
+)
+def test_json_labels_that_cannot_be_used(tmp_path, values, options, words):
+    values = [0, 0, *values] if values[0] == 1 and options == {} else values
+    words = words.replace("sample0001", f"sample{len(values) - 1:04d}")
+    with pytest.raises(DataError, match=words):
+        write_foreign(
+            tmp_path,
+            [len(values)],
+            lambda i: {"npy": array_of(i), "json": as_json(label=values[i])},
+            **options,
+        )
+
+
+def test_json_without_a_usual_key_is_spoken_of(tmp_path):
+    with pytest.warns(Notice, match="KEY.json has the keys kind, url; --label_key=KEY"):
+        made = write_foreign(tmp_path, [2], lambda i: {"npy": array_of(i), "json": as_json(kind=1, url="")})
+    assert (made.foreign.label, made.unlabelled) == (None, 2)
+
+
+def test_keys_with_dots(tmp_path):
+    members = [
+        (f"22.{i}.{e}", d) for i in range(5) for e, d in (("npy", npy(array_of(i))), ("cls", b"%d" % (i % 2)))
+    ]
+    write_tar(tmp_path / "a.tar", members)
+    made = index(find_shards(str(tmp_path / "a.tar")), tmp_path, CODEC, IndexOptions(block=2))
+    assert made.read_names() == [f"22.{i}" for i in range(5)]
+    assert everything(made)["label"].tolist() == [0, 1, 0, 1, 0]
+    assert np.array_equal(everything(made)["latents"][:, 0], [array_of(i) for i in range(5)])
+    assert verify(made) == []
+
+
+def test_an_index_without_what_is_new_has_the_manifest_of_before(manifest):
+    said = json.loads((Path(manifest.root) / "manifest.json").read_text())
+    assert "split" not in said
+    assert set(said["foreign"]) == {"array", "flipped", "label", "shape", "dtype", "spread", "scale"}
+
+
+@pytest.mark.parametrize("first", [{}, {"label_type": "name"}])
+def test_an_index_of_other_labels_is_not_taken_for_the_same(tmp_path, first):
+    write_foreign(tmp_path, [4], **first)
+    shards = find_shards(str(tmp_path))
+    options = {"image_size": 24, "block": 4}
+    assert already(shards, tmp_path, CODEC, IndexOptions(**options, **first)) is not None
+    other = {} if first else {"label_type": "name"}
+    with pytest.raises(DataError, match="of other shards or options"):
+        already(shards, tmp_path, CODEC, IndexOptions(**options, **other))

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from dit.data import DataError
-from dit.data.foreign.index import IndexOptions, index
+from dit.data.foreign.index import index
+from dit.data.foreign.probe import IndexOptions
 from dit.data.shards.readers import open_reader
 from tests.data.foreign.foreign_shards import CODEC, array_of, as_json, pt, write_shards
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from dit.data import DataError
 from dit.data.sources.crops import Centre
 from dit.data.sources.images import BadImage, open_source
+from dit.data.sources.parquet import Columns
 from tests.data.sources.pictures import encoded, picture, write_parquet
 
 N = 10
@@ -190,20 +191,32 @@ NUMBERS = pa.array([0, 1])
             {"image": pa.array([{"path": "a"}, {"path": "b"}])},
             "is struct<path: string>, expected bytes",
         ),
-        (None, {"image": BYTES, "label": pa.array(["a", "b"])}, "column 'label' is string, expected whole"),
-        (None, {"image": BYTES, "label": pa.array([0.5, 1.0])}, "column 'label' is double, expected whole"),
+        (None, {"image": BYTES, "label": pa.array([[0], [1]])}, "column 'label' is list<.*>, expected whole"),
+        (None, {"image": BYTES, "label": pa.array([0.5, 1.0])}, "set.parquet:0 has the label 0.5, expected"),
         (
             None,
             {"image": BYTES, "label": pa.array([0, -2])},
-            "1 labels that are not -1 .*\n  set.parquet:1: -2",
+            "1 sample.* cannot be used:\n  set.parquet:1 has the label -2, expected a class number below 1000000",
         ),
-        (None, {"image": BYTES, "label": pa.array([0, 10**12])}, "1 labels .* below 1000000"),
-        (None, {"image": BYTES, "label": pa.array([0, 2**63], pa.uint64())}, "damaged one .*not in range"),
+        (
+            None,
+            {"image": BYTES, "label": pa.array([0, 10**12])},
+            "has the label 1000000000000, expected .* below 1000000",
+        ),
+        (
+            None,
+            {"image": BYTES, "label": pa.array([0, 2**63], pa.uint64())},
+            ":1 has the label 9223372036854775808, expected",
+        ),
         ("{", {"image": BYTES}, "damaged metadata 'huggingface'"),
         ("[]", {"image": BYTES}, "damaged metadata 'huggingface'"),
         ("[" * 200_000, {"image": BYTES}, "set.parquet: damaged metadata 'huggingface'"),
         (features(a=IMAGE, b=IMAGE), {"a": BYTES, "b": BYTES}, "several columns of Image: a, b"),
-        (features(label=LABEL), {"image": BYTES, "label": pa.array([0, 2])}, "not -1 or below 2.*\n.*:1: 2"),
+        (
+            features(label=LABEL),
+            {"image": BYTES, "label": pa.array([0, 2])},
+            "set.parquet:1 has the label 2, with 2 classes",
+        ),
         (
             features(fine=LABEL, coarse=LABEL),
             {"image": BYTES, "fine": NUMBERS, "coarse": NUMBERS},
@@ -267,3 +280,44 @@ def test_a_damaged_file_gives_a_data_error_or_the_same_images_or_bad_ones(tmp_pa
                 assert bad.name == source.names[i]  # noqa: PT017
     except DataError as error:
         assert "set.parquet" in str(error) or "rename the files" in str(error)  # noqa: PT017
+
+
+# --- labels of every type ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("labels", "numbers", "classes"),
+    [
+        (pa.array(["b", "a", None]), [1, 0, -1], ("a", "b")),
+        (pa.array(["b", "a", "b"], pa.large_string()), [1, 0, 1], ("a", "b")),
+        (pa.array(["b", "a", None]).dictionary_encode(), [1, 0, -1], ("a", "b")),
+        (pa.DictionaryArray.from_arrays([0, 1, 0], ["z", "a"]), [1, 0, 1], ("a", "z")),
+        (pa.array([True, False, None]), [1, 0, -1], ("0", "1")),
+        (pa.array([2.0, float("nan"), 0.0]), [2, -1, 0], ("0", "1", "2")),
+        (pa.array([None, 1, 0], pa.int8()), [-1, 1, 0], ("0", "1")),
+        (pa.array(["10", "2", "0"]), [10, 2, 0], tuple(map(str, range(11)))),
+        (pa.array([None, None, None]), [-1, -1, -1], ()),
+    ],
+)
+@pytest.mark.parametrize("column", ["label", "class", "category_id"])
+def test_labels_of_every_type(tmp_path, labels, numbers, classes, column):
+    for i in range(2):  # whose dictionaries may differ
+        part = labels if i == 0 else labels.take(pa.array([2, 1, 0]))
+        write_table(tmp_path / f"{i}.parquet", image=pa.array(IMAGES[:3], pa.binary()), **{column: part})
+    source = open_source(tmp_path)
+    assert (source.labels.tolist(), source.classes) == ([*numbers, *numbers[::-1]], classes)
+
+
+def test_names_of_classes_that_two_share(tmp_path):
+    names = ("crane", "ant", "crane")
+    source = open_source(write(tmp_path / "set.parquet", IMAGES[:3], [2, 1, 0], names))
+    assert (source.labels.tolist(), source.classes) == ([2, 1, 0], names)
+
+
+def test_columns_that_may_hold_labels_are_named(tmp_path):
+    text = pa.array(["x", "y"])
+    path = write_table(tmp_path / "set.parquet", image=BYTES, species=text, target=pa.array([[1], [2]]))
+    source = open_source(path)
+    assert source.labels.tolist() == [-1, -1]
+    assert source.labelled_by == "of the other columns, species, --label_column=NAME takes one"
+    assert open_source(path, columns=Columns(label="species")).classes == ("x", "y")

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from dit.data import DataError
+from dit.data.sources.classes import LabelChoice
 from dit.data.sources.crops import Centre
-from dit.data.sources.images import BadImage, open_source
+from dit.data.sources.images import BadImage, open_source, unlabelled_note
 from tests.data.sources.pictures import encoded, picture, tar_bytes, write_tar
 
 centre = Centre()
@@ -192,8 +193,11 @@ def test_a_missing_shard_of_a_range_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("files", "words"),
     [
-        ({"a.jpg": encoded(1), "a.cls": b"cat"}, "'a.cls' holds b'cat', expected a class number"),
-        ({"a.jpg": encoded(1), "a.cls": b"-2"}, "'a.cls' holds b'-2', expected a class number"),
+        ({"a.jpg": encoded(1), "a.cls": b"\xff"}, r"'a.jpg' has in its .cls b'\\xff', which is not UTF-8"),
+        ({"a.jpg": encoded(1), "a.cls": b"-2"}, "'a.jpg' has the label '-2', expected a class number"),
+        ({"a.jpg": encoded(1), "a.cls": b"1.5"}, "'a.jpg' has the label '1.5', expected a class number"),
+        ({"a.jpg": encoded(1), "a.cls": b""}, "'a.jpg' has the label '', expected a class number"),
+        ({"a.jpg": encoded(1), "b.cls": b"1"}, "'a.jpg' has no .cls beside it"),
         ({"a.jpg": encoded(1), "a.cls": b"1", "b.jpg": encoded(2)}, "'b.jpg' has no .cls beside it"),
         ({"a.jpg": encoded(1), "a.cls": b"1", "b.cls": b"2"}, "'b.cls' has no image beside it"),
         ({"a.jpg": encoded(1), "a.png": encoded(2), "a.cls": b"1"}, "'a.jpg' and 'a.png' belong to the same"),
@@ -204,11 +208,11 @@ def test_a_missing_shard_of_a_range_is_named(tmp_path):
                 "b.jpg": encoded(1),
                 "b.json": b'{"label": true}',
             },
-            "'b.json' holds .*, expected a class number",
+            "'b.jpg' has the label True, a truth value, where most are numbers",
         ),
         (
             {"a.jpg": encoded(1), "a.json": b'{"label": 1}', "b.jpg": encoded(1), "b.json": b'{"label": '},
-            "'b.json' holds .*, expected a class number",
+            "'b.jpg' has in its .json not JSON",
         ),
     ],
 )
@@ -222,7 +226,7 @@ def test_json_of_brackets_in_brackets_is_no_label(tmp_path):
     first = {"cat/0.jpg": encoded(0, "JPEG"), "cat/0.json": deep}
     assert open_source(write_tar(tmp_path / "set.tar", first)).classes == ("cat",)
     files = {"a.jpg": b"", "a.json": b'{"label": 1}', "b.jpg": b"", "b.json": b'{"label": ' + deep}
-    with pytest.raises(DataError, match=r"other.tar: 'b.json' holds b'.*\[', expected a class number"):
+    with pytest.raises(DataError, match=r"other.tar: 'b.jpg' has in its .json not JSON: maximum"):
         open_source(write_tar(tmp_path / "other.tar", files))
 
 
@@ -234,7 +238,8 @@ def test_a_label_of_a_megabyte_is_not_read(tmp_path, name):
     content = b"1" if name == "a.cls" else b'{"label": 1}'
     open_source(write_tar(tmp_path / "fits.tar", files | {name: content.ljust(1 << 20)}))
     with pytest.raises(
-        DataError, match=rf"set.tar: '{name}' has 1048577 bytes, expected at most 1048576 of a label"
+        DataError,
+        match=rf"set.tar: '{name[0]}.jpg' has 1048577 bytes in its {name[1:]}, expected at most 1048576",
     ):
         open_source(write_tar(tmp_path / "set.tar", files | {name: content.ljust(1048577)}))
 
@@ -260,17 +265,24 @@ def test_an_image_that_is_no_image_by_its_size_is_not_read(tmp_path):
 def test_samples_at_fault_are_listed_together(tmp_path):
     write_tar(
         tmp_path / "set-0.tar",
-        {"a.jpg": encoded(1), "a.cls": b"1", "b.jpg": b"", "c.jpg": b"", "c.cls": b"x"},
+        {"a.jpg": encoded(1), "a.cls": b"1", "b.jpg": b"", "c.jpg": b"", "c.cls": b"-7"},
     )
     write_tar(tmp_path / "set-1.tar", {f"{i}.jpg": b"" for i in range(6)})
     with pytest.raises(DataError) as error:
         open_source(tmp_path)
     lines = str(error.value).splitlines()
     assert lines[0] == f"{tmp_path}: 8 sample(s) that cannot be used:"
-    assert lines[1] == f"  {tmp_path}/set-0.tar: 'b.jpg' has no .cls beside it, though others have"
-    assert lines[2] == f"  {tmp_path}/set-0.tar: 'c.cls' holds b'x', expected a class number or -1"
-    assert lines[3] == f"  {tmp_path}/set-1.tar: '0.jpg' has no .cls beside it, though others have"
-    assert lines[6:] == ["  ... and 3 more"]
+    assert lines[1] == f"  {tmp_path}/set-0.tar: 'b.jpg' has no .cls beside it, though others have one"
+    assert (
+        lines[2]
+        == f"  {tmp_path}/set-0.tar: 'c.jpg' has the label '-7', expected a class number below 1000000, or "
+        "-1 for none"
+    )
+    assert (
+        lines[3] == f"  {tmp_path}/set-1.tar: '0.jpg' has no .cls or .json beside it, though others have one"
+    )
+    assert lines[6] == "  ... and 3 more"
+    assert lines[7:] == ["give other labels with --labels=FILE, or leave these out with --label_key="]
 
 
 # --- a tar a class -----------------------------------------------------------------------------------------
@@ -345,3 +357,91 @@ def test_a_fault_in_a_class_tar_is_named_with_both_tars(tmp_path):
         DataError, match=r"train.tar:n00000002.tar: byte \d+, member 'a.JPEG': its \d+ bytes go past"
     ):
         open_source(tar)
+
+
+# --- labels of every kind ----------------------------------------------------------------------------------
+
+
+def labelled_tar(path, ending, contents):
+    files = {}
+    for i, content in enumerate(contents):
+        files[f"{i}.jpg"] = b""
+        if content is not None:
+            files[f"{i}.{ending}"] = content
+    return write_tar(path, files)
+
+
+@pytest.mark.parametrize(
+    ("ending", "contents", "labels", "classes"),
+    [
+        ("cls", [b"dog\n", b"cat", b"\xef\xbb\xbfdog"], [1, 0, 1], ("cat", "dog")),
+        ("cls", [b"2.0", b"0", b"-1"], [2, 0, -1], ("0", "1", "2")),
+        ("json", [b'{"label": "1"}', b'{"label": "0"}'], [1, 0], ("0", "1")),
+        ("json", [b'{"label": "dog"}', b'{"label": "cat"}'], [1, 0], ("cat", "dog")),
+        ("json", [b'{"label": true}', b'{"label": false}'], [1, 0], ("0", "1")),
+        ("json", [b'{"class": 1, "x": 0}', b'{"x": 1, "class": 0}'], [1, 0], ("0", "1")),
+        ("json", [b'{"category": "b"}', b'{"category": "a"}'], [1, 0], ("a", "b")),
+        ("json", [b'{"label": null}', b'{"label": null}'], [-1, -1], ()),
+        ("JSON", [b'{"label": 1}', b'{"label": 0}'], [1, 0], ("0", "1")),
+    ],
+)
+def test_labels_as_people_write_them(tmp_path, ending, contents, labels, classes):
+    source = open_source(labelled_tar(tmp_path / "set.tar", ending, contents))
+    assert (source.labels.tolist(), source.classes) == (labels, classes)
+
+
+def test_a_key_may_be_chosen(tmp_path):
+    contents = [b'{"label": 0, "meta": {"kind": "b"}}', b'{"label": 1, "meta": {"kind": "a"}}']
+    tar = labelled_tar(tmp_path / "set.tar", "json", contents)
+    assert open_source(tar).labelled_by == "labels from 'label' in KEY.json"
+    assert open_source(tar, choice=LabelChoice("meta.kind")).labels.tolist() == [1, 0]
+    none = open_source(tar, choice=LabelChoice(""))
+    assert (none.labels.tolist(), none.ignored) == ([-1, -1], 2)
+    with pytest.raises(DataError, match="under --label_key=kind: the JSON beside them has label, meta"):
+        open_source(tar, choice=LabelChoice("kind"))
+    flat = write_tar(tmp_path / "flat.tar", {"a.jpg": b""})
+    with pytest.raises(DataError, match="under --label_key=kind: there is no JSON beside them"):
+        open_source(flat, choice=LabelChoice("kind"))
+    folder = in_folder(tmp_path / "folder", imagenet())
+    with pytest.raises(DataError, match="--label_key=kind: there is no JSON"):
+        open_source(folder, choice=LabelChoice("kind"))
+
+
+def test_json_without_a_usual_key_is_spoken_of(tmp_path):
+    tar = labelled_tar(tmp_path / "set.tar", "json", [b'{"species": 1, "url": ""}'] * 2)
+    source = open_source(tar)
+    assert source.labels.tolist() == [-1, -1]
+    note = unlabelled_note(str(tar), source)
+    assert "2 images have no label (the JSON beside them has the keys species, url; --label_key=KEY" in note
+
+
+@pytest.mark.parametrize("first", [b'{"label": null}', b'{"caption": "x"}', b"{", None])
+@pytest.mark.parametrize("at", [0, 2])
+def test_one_sample_without_a_label_among_others(tmp_path, first, at):
+    contents = [b'{"label": 1}', b'{"label": 0}', b'{"label": 1}']
+    contents[at] = first
+    tar = labelled_tar(tmp_path / "set.tar", "json", contents)
+    with pytest.raises(
+        DataError, match=rf"1 sample.*\n  .*: '{at}.jpg' has .*\ngive other labels with --labels=FILE"
+    ):
+        open_source(tar)
+    (tmp_path / "labels.csv").write_text("0,a\n1,b\n2,a\n")
+    assert open_source(tar, labels=tmp_path / "labels.csv").labels.tolist() == [0, 1, 0]
+
+
+def test_keys_with_dots(tmp_path):
+    files = {f"22.{i:02d}.{e}": b"%d" % (i % 2) for i in range(4) for e in ("jpg", "cls")}
+    source = open_source(write_tar(tmp_path / "set.tar", files))
+    assert source.labels.tolist() == [0, 1, 0, 1]
+    assert source.names[:2] == ("22.00.jpg", "22.01.jpg")
+
+
+def test_two_images_of_a_key_are_no_fault_without_labels(tmp_path):
+    files = {"a.jpg": b"", "a.png": b"", "a.json": b'{"caption": "x"}'}
+    assert open_source(write_tar(tmp_path / "set.tar", files)).names == ("a.jpg", "a.png")
+
+
+def test_class_tars_called_by_numbers_are_sorted_as_those(tmp_path):
+    source = open_source(in_one(tmp_path / "train.tar", {f"{c}.tar": {"a.JPEG": b""} for c in (10, 2, 1)}))
+    assert (source.classes, source.classes_before) == (("1", "2", "10"), ("1", "10", "2"))
+    assert [source.classes[i] for i in source.labels] == [name.split("/")[0] for name in source.names]
