@@ -48,8 +48,7 @@ def main(
     """
     if num_samples <= components:
         raise ConfigError(f"num_samples {num_samples} must be more than the {components} components compared")
-    budgets = numbers(nfe)
-    chosen = {name: SOLVERS[name]() for name in solvers.split(",")}
+    budgets, chosen = numbers(nfe), {name: SOLVERS[name]() for name in solvers.split(",")}
     protocol = {"reference": reference, "components": components, "num_samples": num_samples}
     protocol |= {"cfg_scale": cfg_scale, "grid": grid, "seed": seed, "weights": weights}
     spec = from_dict(SamplerSpec, {"grid": grid, "seed": seed})

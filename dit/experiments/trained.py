@@ -152,7 +152,8 @@ class Trained:
 
     def weights_line(self) -> str:
         """Which weights these are, in a line for a person."""
-        return f"weights: {self.average} of step {self.step}, after {self.updates} updates, from {self.path}"
+        which = str(self.average).removesuffix(" weights")
+        return f"weights: {which} of step {self.step}, after {self.updates} updates, from {self.path}"
 
 
 @dataclass(frozen=True)
