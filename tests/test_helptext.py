@@ -81,6 +81,10 @@ class Wrapped:
     first: Annotated[  # behind the first bracket
         int, Field(ge=0)
     ] = 0
+    inside: int = (
+        # in a line of its own
+        3
+    )
     # fmt: on
     # in the line above,
     # and in two of them
@@ -114,6 +118,7 @@ class Child(Wrapped):
         "bracket": "inside the brackets",
         "closing": "behind the last bracket",
         "first": "behind the first bracket",
+        "inside": "in a line of its own",
         "above": "in the line above, and in two of them",
         "both": "what it means",
         "text": "",

@@ -11,7 +11,6 @@ from typing import Annotated, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from tqdm import tqdm
 
 from dit.bench.speed import draws as draws_bench
 from dit.bench.speed import loader as loader_bench
@@ -24,6 +23,7 @@ from dit.cli import run
 from dit.config import from_dict, to_dict
 from dit.errors import UserError
 from dit.files import expand
+from dit.progress import Bar
 
 EPOCHS = 80  # the shortest run that is usual on ImageNet: 400,000 steps of 256
 SHOWN = 20  # of the problems that a benchmark finds
@@ -61,7 +61,10 @@ def loader(
     cfg = from_dict(loader_bench.LoaderBench, sizes)
     torch.set_num_threads(1)
     how = protocol(**to_dict(cfg))
-    with tempfile.TemporaryDirectory() as temporary, tqdm(total=loader_bench.turns(cfg), unit="turn") as bar:
+    with (
+        tempfile.TemporaryDirectory() as temporary,
+        Bar[None](total=loader_bench.turns(cfg), unit="turn") as bar,
+    ):
         figures = loader_bench.run(Path(expand(folder or temporary)), cfg, bar.update)
     enough = repeats >= ENOUGH["repeats"] and samples >= ENOUGH["samples"]
     _print_loader(figures, enough)
@@ -127,7 +130,7 @@ def checkpoint(
     how = protocol(**to_dict(cfg))
     with (
         tempfile.TemporaryDirectory(dir=folder and expand(folder)) as place,
-        tqdm(total=saving_bench.turns(cfg), unit="turn") as bar,
+        Bar[None](total=saving_bench.turns(cfg), unit="turn") as bar,
     ):
         found = saving_bench.run(Path(place), cfg, bar.update)
     enough = repeats >= ENOUGH["repeats"]
@@ -151,7 +154,7 @@ def draws(
     sizes = {"size": size, "batch": batch, "repeats": repeats, "precision": precision}
     cfg = from_dict(draws_bench.DrawsBench, sizes)
     how = protocol(**to_dict(cfg))
-    with tqdm(total=draws_bench.turns(cfg), unit="turn") as bar:
+    with Bar[None](total=draws_bench.turns(cfg), unit="turn") as bar:
         found = draws_bench.run(cfg, bar.update)
     for name, ms in found["ms"].items():
         print(f"{name:28s} {MedianRange(**ms)} ms a step")
@@ -179,7 +182,7 @@ def zero(
     sizes = {"width": width, "depth": depth, "heads": heads, "batch": batch, "accumulation": accumulation}
     cfg = from_dict(zero_bench.ZeroBench, {**sizes, "steps": steps, "repeats": repeats})
     how = protocol(**to_dict(cfg))
-    with tqdm(total=len(cfg.ranks), unit="size") as bar:
+    with Bar[None](total=len(cfg.ranks), unit="size") as bar:
         figures = zero_bench.run(cfg, bar.update)
     for size, rows in figures.items():
         print(
@@ -216,7 +219,7 @@ def kills(
     sizes = {"kills": kills, "steps": steps, "every": every, "ranks": ranks, "stage": stage, "seed": seed}
     cfg = from_dict(kills_bench.SurvivalBench, sizes)
     how = protocol(**to_dict(cfg))
-    with tempfile.TemporaryDirectory() as temporary, tqdm(total=cfg.kills, unit="kill") as bar:
+    with tempfile.TemporaryDirectory() as temporary, Bar[None](total=cfg.kills, unit="kill") as bar:
         found = kills_bench.Bench(Path(expand(folder or temporary)), cfg).run(bar.update)
     print(kills_bench.table(found))
     _conclude(how, found, json_file)
@@ -240,7 +243,7 @@ def elastic(
     sizes = {"steps": steps, "ranks": ranks, "stages": stages, "lr": lr}
     cfg = from_dict(elastic_bench.ElasticBench, sizes)
     how = protocol(**to_dict(cfg))
-    with tempfile.TemporaryDirectory() as temporary, tqdm(total=1 + len(cfg.ranks), unit="start") as bar:
+    with tempfile.TemporaryDirectory() as temporary, Bar[None](total=1 + len(cfg.ranks), unit="start") as bar:
         found = elastic_bench.run(Path(expand(folder or temporary)), cfg, bar.update)
     print(elastic_bench.table(found))
     _conclude(how, found, json_file)

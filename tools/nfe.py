@@ -10,7 +10,6 @@ from typing import Annotated
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from tqdm import tqdm
 
 from dit.cli import run
 from dit.config import ConfigError, from_dict
@@ -18,6 +17,7 @@ from dit.evals.budget_table import BudgetTable
 from dit.evals.budgets import FrechetTo, budgeted
 from dit.experiments.trained import Trained
 from dit.files import expand
+from dit.progress import Bar
 from dit.ranks import group
 from dit.sample.generate import SamplerSpec, labels_for
 from dit.sample.solve import SOLVERS
@@ -64,7 +64,8 @@ def main(
                 table.measure({"run": name, "solver": "real images"}, partial(compare.real, floor))
             labels = labels_for(torch.arange(num_samples), trained.classes("all"))
             row = {"run": name, "checkpoint": str(trained.path)}
-            for cell, sampler in tqdm(list(budgeted(first, chosen, budgets, cfg_scale)), desc=name):
+            cells = list(budgeted(first, chosen, budgets, cfg_scale))
+            for cell, sampler in Bar(cells, total=len(cells), unit="cell", desc=name):
                 table.measure(row | cell, partial(compare.drawn, sampler, labels, batch_size))
         table.write()
     print(f"{out}.md, {out}.png, {out}.json")

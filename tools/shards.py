@@ -11,8 +11,6 @@ from typing import Annotated, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tqdm import tqdm
-
 from dit.cli import run
 from dit.config import to_dict
 from dit.data.foreign.existing import already, refuse_encoded
@@ -28,6 +26,7 @@ from dit.data.shards.verify import verify as find_faults
 from dit.data.sources.decode import count_lines
 from dit.data.sources.labels import read_classes
 from dit.flags import options_as_flags
+from dit.progress import Bar
 
 CLASSES_SHOWN = 20
 BATCH = 256  # for which memory and mixing are stated
@@ -48,7 +47,7 @@ def verify(
     manifest, faults = check_manifest(path)
     if manifest is not None:
         total = sum(s.bytes for s in manifest.shards)
-        with tqdm(total=total, unit="B", unit_scale=True, desc="verify") as bar:
+        with Bar[None](total=total, unit="B", scale=True, desc="verify") as bar:
             faults += find_faults(manifest, bar.update, threads)
     rows = [{"file": f.file, "where": f.part, "what": f.what} for f in faults]
     left = strays(manifest) if manifest is not None else []
@@ -105,7 +104,7 @@ def index(
     if (there := already(shards, out, made_by, options)) is not None:
         print(f"{out}: is an index of these shards already, of {there.samples} samples; nothing to do")
         return
-    with tqdm(total=total_bytes(shards), unit="B", unit_scale=True, desc="index") as bar:
+    with Bar[None](total=total_bytes(shards), unit="B", scale=True, desc="index") as bar:
         manifest = write_index(shards, out, made_by, options, bar.update)
     print(
         f"{out}: {manifest.samples} samples in {len(manifest.shards)} shard(s), {len(manifest.classes)} classes"

@@ -10,14 +10,13 @@ from typing import Annotated, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tqdm import tqdm
-
 from dit.cli import run
 from dit.config import ConfigError
 from dit.evals.plane import PROBLEMS, PROTOCOL, Budget, floor, judge, train
 from dit.evals.plane_report import TITLES, draw_picture, write_report
 from dit.files import expand
 from dit.outputs import claim
+from dit.progress import Bar
 
 
 def main(
@@ -48,7 +47,7 @@ def main(
         )
         return
     table: dict[str, dict[str, Any]] = {}
-    with tqdm(total=len(PROBLEMS) * len(TITLES) * steps, unit="step", desc="toys") as bar:
+    with Bar[None](total=len(PROBLEMS) * len(TITLES) * steps, unit="step", desc="toys") as bar:
         for name, problem in PROBLEMS.items():
             flows = train(problem, budget, bar.update)
             table[name] = {coupling: judge(problem, flow, seed) for coupling, flow in flows.items()}

@@ -9,13 +9,13 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dit.config import config, to_dict
 from dit.data.codecs.norm import LatentNorm
 from dit.data.shards.blocks import BlockReader
 from dit.data.shards.manifest import Manifest
 from dit.data.shards.readers import open_reader
+from dit.progress import Bar
 from dit.ranks import group
 from dit.rng import Draws
 from dit.sample.denoise import Denoiser
@@ -66,7 +66,7 @@ class LikelihoodOf:
         mine = range(0, self.count, batch_size)[world.rank :: world.size]
         name = LIKELIHOODS.name_of(self.spec.method)
         total = sum(min(batch_size, self.count - start) for start in mine)
-        with tqdm(total=total, unit="sample", disable=not world.is_main, desc=name) as bar:
+        with Bar[None](total=total, unit="sample", hidden=not world.is_main, desc=name) as bar:
             for start in mine:
                 index = torch.arange(start, min(start + batch_size, self.count))
                 found[start] = self._nats(reader, index, world.device)

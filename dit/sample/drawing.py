@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from dit.errors import Notice
 from dit.files import sync
 from dit.outputs import RECORD, Blocks, OutputError, write_record
+from dit.progress import Bar
 from dit.ranks import group
 from dit.sample.generate import Sampler, image_grid
 from dit.sample.tally import Tally
@@ -60,7 +60,7 @@ def draw(sampler: Sampler, labels: Tensor, products: Sequence[Product], world: g
     total = sum(len(blocks.samples(number)) for number in mine)
     where = f"sampling, rank 0 of {world.size}" if world.size > 1 else "sampling"
     reach = 0.0
-    with tqdm(total=total, unit="image", disable=not world.is_main or not mine, desc=where) as bar:
+    with Bar[None](total=total, unit="image", hidden=not world.is_main or not mine, desc=where) as bar:
         for number in mine:
             index, before = torch.tensor(blocks.samples(number)), sampler.tally.counts
             latents = sampler.latents(index, labels[index])

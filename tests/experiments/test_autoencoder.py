@@ -97,7 +97,7 @@ def test_what_is_exported_is_the_codec_that_was_trained(run: Path, tmp_path: Pat
 
 def test_a_checkpoint_of_a_step_can_be_exported(run: Path, tmp_path: Path) -> None:
     assert export(str(at_step(run, 6)), tmp_path / "vae").step == 6
-    with pytest.raises(CheckpointError, match="no checkpoint here"):
+    with pytest.raises(CheckpointError, match="nowhere is missing"):
         export(str(tmp_path / "nowhere"), tmp_path / "other")
 
 

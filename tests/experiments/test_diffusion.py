@@ -345,7 +345,7 @@ def test_guidance_of_the_grids_is_opened_before_training_starts(
     weak = {"name": "autoguidance", "scale": 2.0, "checkpoint": str(tmp_path / "nowhere")}
     sections = {"engine": "local", "train": {"steps": 1}, "sample": {"every": 1, "count": 2, "num_steps": 1}}
     given = values(digits, tmp_path / "run", **sections)
-    with pytest.raises(CheckpointError, match="nowhere: no checkpoint here"):
+    with pytest.raises(CheckpointError, match="nowhere is missing"):
         go(merge(given, {"sample": {"guidance": [weak]}}))
     assert not (tmp_path / "run").exists()
     go(merge(given, {"sample": {"guidance": [{**weak, "checkpoint": str(run)}]}}))

@@ -245,7 +245,7 @@ def with_strangers(folder: str) -> int:
     with watch, contextlib.ExitStack() as stack:
         if world.is_main:
             port = watch._thread._server.getsockname()[1]  # type: ignore[union-attr]
-            me = json.dumps({"token": "?", **asdict(watch._post.member()), "rank": 1}).encode() + b"\n"
+            me = json.dumps({"token": "?", **asdict(watch._post.peer()), "rank": 1}).encode() + b"\n"
             for words in (b"", b"GET / HTTP/1.1\r\n\r\n", me):
                 stranger = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
                 stranger.sendall(words)

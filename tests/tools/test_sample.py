@@ -420,7 +420,8 @@ def test_all_classes_and_no_class(run: Path, tmp_path: Path) -> None:
         (["--grid.shift=2", "--grid_shift=2"], 1, "--grid.shift is given twice"),
         (["--guidance=treshold"], 1, "did you mean threshold?"),
         (["--guidance={name: threshold, quantil: 0.5}"], 1, "guidance.0.quantil: unknown key"),
-        (["--guidance={name: cfg, scale: 2}"], 1, "guide twice"),
+        (["--guidance={name: cfg, scale: 3}"], 1, "set cfg_scale to 1, or take cfg out of guidance"),
+        (["--guidance={name: cfg, scale: 2}, {name: cfg, scale: 2}"], 1, "guide twice"),
         (
             ["--guidance={name: autoguidance, checkpoint: ./nowhere}"],
             1,

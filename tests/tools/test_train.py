@@ -97,7 +97,7 @@ def test_deepspeed_is_the_default_and_is_quiet(config: Path, tmp_path: Path) -> 
         (["--data.path=nowhere"], 1, "nowhere: no manifest.json"),
         (["--train.global_batch=1000"], 1, "1000 is larger than the data set of 160 samples"),
         (["--train.micro_batch=5"], 1, "does not divide"),
-        (["--init.from=nowhere"], 1, "nowhere: no checkpoint here"),
+        (["--init.from=nowhere"], 1, "nowhere is missing"),
         (["--train.freeze=[block.0.*]"], 1, "did you mean blocks.0.*?"),
         (["--zero.stage=3", "--zero.hpz=2"], 1, "zero.hpz = 2 does not divide 1 ranks"),
     ],

@@ -204,6 +204,8 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
         (['{"step": 1}', '{"step": 2}', '{"step": 3, "lo'], 2),
         (['{"step": 1}', '{"ste', '{"step": 2}'], 1),
         (['{"step": 1}', "[]", '{"step": 2}'], 1),
+        (['{"step": 1}', '{"step": 2}', "\0\0\0\0"], 2),  # what a stop of the machine leaves of a file
+        (['{"step": 1}', '{"step": 2}', '{"step": 1, "\udcff'], 2),  # a byte that is no text
         (['{"step": 5}'], 0),
         ([], 0),
     ],
@@ -212,7 +214,7 @@ def test_lines_beyond_the_step_and_broken_ones_are_cut_off(
     tmp_path: Path, lines: list[str], kept: int
 ) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text("\n".join(lines))
+    path.write_bytes("\n".join(lines).encode("utf-8", "surrogateescape"))
     truncate(path, 2)
     assert path.read_text() == "".join(line + "\n" for line in lines[:kept])
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]

@@ -100,7 +100,7 @@ def test_a_killed_first_save_does_not_lose_init_from(digits: Digits, reference: 
 def test_weights_that_are_not_there_or_do_not_fit_are_refused(
     digits: Digits, reference: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(CheckpointError, match=r"nowhere: no checkpoint here"):
+    with pytest.raises(CheckpointError, match=r"nowhere is missing"):
         initial(values(digits, tmp_path / "1", engine="local", init={"from": str(tmp_path / "nowhere")}))
     wider = {"size": None, "width": 32, "depth": 2, "heads": 2}
     with pytest.raises(CheckpointError, match=r"init.from: .*step-00000020 does not fit this model"):

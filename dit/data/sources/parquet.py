@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from dit.data import DataError
 from dit.data.sources.arrow import may_hold_labels, take_labels
 from dit.data.sources.classes import USUAL, LabelChoice, LabelColumn
 from dit.data.sources.source import ImageSource, check_size, files_of, listing
 from dit.data.sources.spill import Spill
+from dit.progress import Bar
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -88,7 +88,7 @@ class ParquetImages:
         return size
 
     def _records(self) -> Iterator[bytes]:
-        with tqdm(total=self.count, unit="img", desc="unpack Parquet", leave=False, delay=2) as bar:
+        with Bar[None](total=self.count, unit="img", desc="unpack Parquet", leave=False, delay=2) as bar:
             for path in self.files:
                 with _opened(path) as file:
                     for batch in file.iter_batches(ROWS, columns=[self.layout.bytes], use_threads=False):

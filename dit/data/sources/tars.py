@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from dit.data import DataError
 from dit.data.sources.beside import BesideLabels
@@ -30,6 +29,7 @@ from dit.data.sources.formats import (
 )
 from dit.data.sources.source import ImageSource, check_size, files_of, listing
 from dit.data.sources.tarwalk import walk
+from dit.progress import Bar
 
 WNID = re.compile(r"n\d{8}")  # WordNet's number of a noun, which ImageNet's classes are called by
 
@@ -118,7 +118,7 @@ def open_tars(spec: str, choice: LabelChoice = LabelChoice()) -> ImageSource | N
 def _walked(parts: Sequence[Held]) -> Iterator[tuple[Held, list[Held]]]:
     """The files in tars, or in tars within tars, without hidden ones."""
     total = sum(part.size for part in parts)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="index", leave=False, delay=2) as bar:
+    with Bar[None](total=total, unit="B", scale=True, desc="index", leave=False, delay=2) as bar:
         for part in parts:
             held = []
             with part.tar.open("rb") as file:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import zlib
 from collections.abc import Callable, Mapping
 
 from dit.data.sources.formats import Refused
-from dit.data.sources.libjpeg import damage_of
 
+PADDING = 16  # stray bytes at the end of a JPEG's data that some encoders write
+DAMAGE = (
+    "Corrupt JPEG data",
+    "Premature end of JPEG",
+    "Inconsistent progression",
+)  # how warnings of it begin
+STRAY = re.compile(
+    r"Corrupt JPEG data: (\d+) extraneous bytes before marker 0xd9"
+)  # 0xd9: the end of the image
 PNG_START = 8  # bytes of the signature
 PNG_PIXELS = (b"IHDR", b"PLTE", b"IDAT", b"tRNS")  # of an animation: of its first frame
 
@@ -21,6 +30,27 @@ def check_whole(name: str, data: bytes) -> None:
     """
     if check := CHECKS.get(name):
         check(data)
+
+
+def damage_of(data: bytes) -> str | None:
+    """Return the first thing that libjpeg warns of in a JPEG; None where it has nothing to say.
+
+    Pillow keeps its warnings to itself, and gives grey or noise for what is gone. The data are read once more, at an
+    eighth of the size, which takes 0.3 to 0.6 of the time of decoding. Lossless JPEGs and odd samplings are not read.
+    """
+    import simplejpeg  # needed for encoding images alone
+
+    try:
+        _, _, colours, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    try:
+        target = "CMYK" if colours in ("CMYK", "YCCK") else "GRAY"
+        simplejpeg.decode_jpeg(data, target, min_height=1, min_width=1, min_factor=8, strict=True)
+    except ValueError as error:
+        stray, said = STRAY.match(str(error)), str(error)
+        return said if said.startswith(DAMAGE) and not (stray and int(stray[1]) <= PADDING) else None
+    return None
 
 
 def _jpeg(data: bytes) -> None:

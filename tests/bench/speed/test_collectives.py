@@ -11,6 +11,7 @@ import torch
 import torch.distributed as td
 
 from dit.bench.speed.collectives import Collective, CollectiveCounter, formula
+from dit.train.loop import Loop
 from tests.datasets import Digits
 from tests.rank_processes import Server
 from tests.train.runs import BATCH, Values, built, values
@@ -85,18 +86,19 @@ def steps(runs: list[Values]) -> list[Step]:
 def _step(given: Values) -> Step:
     from deepspeed import comm
 
-    loop = built(given)
+    run = built(given)
+    loop = Loop(run)
     for step in (0, 1):
-        loop.train_step(loop.stream.batch(step))
-    batch, logger = loop.stream.batch(2), comm.comm.comms_logger
+        loop.train_step(run.feed.stream.batch(step))
+    batch, logger = run.feed.stream.batch(2), comm.comm.comms_logger
     logger.reset_data()
     comm.configure(enabled=True, prof_all=True)
     with CollectiveCounter() as counter:
         loop.train_step(batch)
     comm.configure(enabled=False)
-    loop.stream.close()
+    run.feed.stream.close()
     logged = {op: sum(size * row[0] for size, row in by.items()) for op, by in logger.comms_dict.items()}
-    parameters: list = [p for p in loop.engine.module.parameters() if p.requires_grad]
+    parameters: list = [p for p in run.engine.module.parameters() if p.requires_grad]
     psi = 4 * sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
     return Step(psi, counter.sent(), counter.found, logged)
 
