@@ -79,7 +79,7 @@ def main(
     check_share(holdout)
     outs = [held_out_folder(folder), folder] if holdout else [folder]
     with _interruptible(outs, world):
-        built = _checked(images, outs, chosen, options, _device(device, world))
+        built = _checked(images, outs, holdout, chosen, options, _device(device, world))
         source = open_source(images, classes, labels, columns, LabelChoice(label_key, label_type))
         if world.is_main:
             _tell(images, source, options_as_begun(folder, options))
@@ -118,7 +118,12 @@ def _device(text: str | None, world: group.World) -> torch.device:
 
 
 def _checked(
-    images: str, outs: list[Path], codec: CodecConfig, options: EncodeOptions, device: torch.device
+    images: str,
+    outs: list[Path],
+    share: float,
+    codec: CodecConfig,
+    options: EncodeOptions,
+    device: torch.device,
 ) -> Codec:
     """The codec, after all that can be checked before images are listed."""
     check_spec(images)
@@ -128,7 +133,7 @@ def _checked(
         torch.set_num_threads(group.cores())
     built = codec.build(device)
     for out in outs:
-        check_early(out, built, options)
+        check_early(out, built, options, share)
     return built
 
 

@@ -34,8 +34,11 @@ def check_out(out: Path) -> None:
         raise DataError(f"no right to write in {parent}: choose another OUT")
 
 
-def check_early(out: Path, codec: Codec, options: EncodeOptions) -> None:
-    """ConfigError where codec and options do not go together, DataError where `out` is of others, done or begun."""
+def check_early(out: Path, codec: Codec, options: EncodeOptions, share: float = 0.0) -> None:
+    """ConfigError where codec and options do not go together, DataError where `out` is of others, done or begun.
+
+    share: of the images that is held out (sources/split.py).
+    """
     check_fit(codec, options)
     check_out(out)
     options = options_as_begun(out, options)
@@ -49,7 +52,9 @@ def check_early(out: Path, codec: Codec, options: EncodeOptions) -> None:
             "transform": options.transform,
             "seed": options.seed,
         }
-        refuse_something_else(out, {k: there[k] for k in here}, here)
+        refuse_something_else(
+            out, {**{k: there[k] for k in here}, **_share(there)}, {**here, "split.share": share}
+        )
     plan = out.with_name(out.name + ".partial") / PLAN
     if plan.exists():
         try:
@@ -57,7 +62,13 @@ def check_early(out: Path, codec: Codec, options: EncodeOptions) -> None:
         except ValueError:  # which is said when it is needed
             return
         here = planned(codec, options)
-        refuse_other(plan.parent, {k: begun.get(k) for k in here} if isinstance(begun, dict) else {}, here)
+        known = {**{k: begun.get(k) for k in here}, **_share(begun)} if isinstance(begun, dict) else {}
+        refuse_other(plan.parent, known, {**here, "split.share": share})
+
+
+def _share(said: dict[str, Any]) -> dict[str, float]:
+    """Which share was held out, as a manifest or a plan says it."""
+    return {"split.share": (said.get("split") or {}).get("share", 0.0)}
 
 
 def refuse_something_else(out: Path, there: dict[str, Any], here: dict[str, Any]) -> None:

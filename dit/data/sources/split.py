@@ -43,7 +43,8 @@ def split(source: ImageSource, share: float, seed: int) -> tuple[ImageSource, Im
     held = _chosen(source, share, seed)
     if not held.any():
         raise DataError(
-            f"--holdout={share:g} of {len(source)} images holds none out: raise it, or leave it out"
+            f"--holdout={share:g} of {len(source)} images holds none out (of each class at least one is left): "
+            "raise it, or leave it out"
         )
     train = Split(part="train", share=share, seed=seed, images=len(source))
     return _part(source, ~held, train), _part(source, held, replace(train, part="held out"))

@@ -14,6 +14,7 @@ from dit.data.encoding.encode import EncodeOptions, encode
 from dit.data.encoding.job import planned
 from dit.data.shards.write import PLAN
 from dit.data.sources.images import open_source
+from dit.data.sources.split import split
 from tests.data.helpers import tiny_vae
 
 OPTIONS = EncodeOptions(image_size=8, workers=1)
@@ -41,6 +42,17 @@ def test_another_data_set(done):
         check_early(done, VaeCodec(tiny_vae()), OPTIONS)
 
 
+def test_another_share_that_is_held_out(done, tmp_path):
+    with pytest.raises(DataError, match=r"is something else \(holdout: 0.0 there, 0.1 here\)"):
+        check_early(done, PixelCodec(), OPTIONS, 0.1)
+    train, _ = split(open_source("digits:test"), 0.1, 0)
+    encode(train, PixelCodec(), tmp_path / "out", OPTIONS)
+    check_early(tmp_path / "out", PixelCodec(), OPTIONS, 0.1)
+    for share in (0.0, 0.2):
+        with pytest.raises(DataError, match=rf"is something else \(holdout: 0.1 there, {share} here\)"):
+            check_early(tmp_path / "out", PixelCodec(), OPTIONS, share)
+
+
 def test_another_command_that_was_begun(tmp_path):
     folder = tmp_path / "out.partial"
     folder.mkdir()
@@ -48,6 +60,8 @@ def test_another_command_that_was_begun(tmp_path):
     check_early(tmp_path / "out", PixelCodec(), OPTIONS)
     with pytest.raises(DataError, match=r"out.partial is of another command \(seed: 0 there, 1 here\)"):
         check_early(tmp_path / "out", PixelCodec(), EncodeOptions(image_size=8, seed=1))
+    with pytest.raises(DataError, match=r"of another command \(holdout: 0.0 there, 0.1 here\)"):
+        check_early(tmp_path / "out", PixelCodec(), OPTIONS, 0.1)
     (folder / PLAN).write_text("[]")
     with pytest.raises(DataError, match=r"out.partial is of another command"):
         check_early(tmp_path / "out", PixelCodec(), OPTIONS)

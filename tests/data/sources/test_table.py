@@ -103,7 +103,7 @@ def test_spaces_where_one_name_begins_another(tmp_path):
     [
         (
             "img 0.jpg,K\xe4tzchen\n".encode("latin-1"),
-            r"line 1 is not UTF-8 \(byte 0xe4\).*iconv -f CP1252",
+            r"line 1 is not UTF-8 \(byte 0xe4, number 11 .*iconv -f CP1252",
         ),
         (b"a,b\nimg 0.jpg,\xff\n", "line 2 is not UTF-8"),
         (file_of(",").encode("utf-16-le"), "has a zero byte: a binary file, or UTF-16 without its mark"),

@@ -441,6 +441,14 @@ def test_two_images_of_a_key_are_no_fault_without_labels(tmp_path):
     assert open_source(write_tar(tmp_path / "set.tar", files)).names == ("a.jpg", "a.png")
 
 
+def test_pictures_beside_an_image_are_images_where_no_sample_has_a_label(tmp_path):
+    files = {"a.jpg": b"", "a.mask.gif": b"", "a.txt": b""}
+    alone = open_source(write_tar(tmp_path / "alone.tar", files | {"a.json": b'{"caption": "x"}'}))
+    assert (alone.names, alone.others) == (("a.jpg", "a.mask.gif"), {".txt": 1, ".json": 1})
+    labelled = open_source(write_tar(tmp_path / "labelled.tar", files | {"a.json": b'{"label": 0}'}))
+    assert (labelled.names, labelled.others) == (("a.jpg",), {".txt": 1, ".gif": 1})
+
+
 def test_class_tars_called_by_numbers_are_sorted_as_those(tmp_path):
     source = open_source(in_one(tmp_path / "train.tar", {f"{c}.tar": {"a.JPEG": b""} for c in (10, 2, 1)}))
     assert (source.classes, source.classes_before) == (("1", "2", "10"), ("1", "10", "2"))
