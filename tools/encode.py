@@ -78,13 +78,13 @@ def main(
     world, columns = group.World.from_env(), Columns(image_column, label_column)
     check_share(holdout)
     outs = [held_out_folder(folder), folder] if holdout else [folder]
-    with _interruptible(outs, world):
+    with _interruptible(outs, world) as asked:
         built = _checked(images, outs, holdout, chosen, options, _device(device, world))
         source = open_source(images, classes, labels, columns, LabelChoice(label_key, label_type))
         if world.is_main:
             _tell(images, source, options_as_begun(folder, options))
         parts = reversed(split(source, holdout, options.seed)) if holdout else [source]
-        _encode_each(zip(parts, outs, strict=True), built, options, world)
+        _encode_each(zip(parts, outs, strict=True), built, options, world, asked)
 
 
 def _tell(images: str, source: ImageSource, options: EncodeOptions) -> None:
@@ -138,11 +138,12 @@ def _checked(
 
 
 @contextlib.contextmanager
-def _interruptible(outs: list[Path], world: group.World) -> Iterator[None]:
+def _interruptible(outs: list[Path], world: group.World) -> Iterator[_EndAsked]:
     """Ctrl-C, or a scheduler's signal, ends with what is done, said once."""
+    asked = _EndAsked()
     try:
-        with group.on_signals(_stop):
-            yield
+        with group.on_signals(asked, (*group.SIGNALS, signal.SIGINT)):
+            yield asked
     except (KeyboardInterrupt, Stopped) as ended:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun passes it on, to those who have it already
         done = sum(images_done(out) for out in outs)
@@ -152,28 +153,48 @@ def _interruptible(outs: list[Path], world: group.World) -> Iterator[None]:
         raise SystemExit(Stopped.status if isinstance(ended, Stopped) else 130) from None
 
 
-def _stop(number: int, frame: FrameType | None) -> None:
-    raise Stopped
+class _EndAsked:
+    """A signal that asked for an end. It raises where it is heard; `again`, where nothing came of that.
+
+    Python lets no exception out of a finaliser, for one.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        self.again()
+
+    def again(self) -> None:
+        """Raise once more. Raises KeyboardInterrupt after Ctrl-C, Stopped after another signal."""
+        if self.number is not None:
+            raise KeyboardInterrupt if self.number == signal.SIGINT else Stopped
 
 
 def _encode_each(
-    sets: Iterable[tuple[ImageSource, Path]], codec: Codec, options: EncodeOptions, world: group.World
+    sets: Iterable[tuple[ImageSource, Path]],
+    codec: Codec,
+    options: EncodeOptions,
+    world: group.World,
+    asked: _EndAsked,
 ) -> None:
     """One set after the other, each to its folder; max_bad is of all of them together."""
     warnings.filterwarnings(
         "ignore", module=r"PIL\."
     )  # which images are damaged or odd is said by the report
     for source, out in sets:
-        bad = _encode(source, codec, out, options, world)
+        bad = _encode(source, codec, out, options, _Bar(len(source), world, asked))
         options = replace(options, max_bad=options.max_bad - bad)
 
 
-def _encode(source: ImageSource, codec: Codec, out: Path, options: EncodeOptions, world: group.World) -> int:
+def _encode(source: ImageSource, codec: Codec, out: Path, options: EncodeOptions, shown: _Bar) -> int:
     """This rank's share; rank 0 has a bar over the whole set, and says what was done when that is closed.
 
     Returns how many images could not be read.
     """
-    with contextlib.closing(_Bar(len(source), world)) as bar:
+    world = shown.world
+    with contextlib.closing(shown) as bar:
         me = {"rank": world.rank, "size": world.size}
         tell = {"resumed": bar.resumed, "waiting": bar.waiting}
         report = encode(source, codec, out, options, bar.progress, **me, **tell)
@@ -185,8 +206,8 @@ def _encode(source: ImageSource, codec: Codec, out: Path, options: EncodeOptions
 class _Bar:
     """Rank 0's bar, from when nothing stands in the way of the encode; and what ranks have to say while they wait."""
 
-    def __init__(self, total: int, world: group.World):
-        self.total, self.world = total, world
+    def __init__(self, total: int, world: group.World, asked: _EndAsked):
+        self.total, self.world, self.asked = total, world, asked
         self.bar: Bar[None] | None = None
         self.told = False
 
@@ -195,10 +216,12 @@ class _Bar:
         self.bar = Bar(total=self.total, initial=count, unit="img", desc="encode", hidden=hidden)
 
     def progress(self, count: int) -> None:
+        self.asked.again()
         if self.bar is not None:
             self.bar.update(count)
 
     def waiting(self, what: Waiting) -> None:
+        self.asked.again()
         if self.bar is not None:
             self.bar.note(str(what))
         if what.ranks and what.seconds > PATIENCE and not self.told:  # on all ranks: rank 0 may be the one

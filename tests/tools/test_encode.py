@@ -1,5 +1,6 @@
 """tools/encode.py, called as a function and once as a user calls it."""
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -15,10 +16,10 @@ from dit.data import DataError
 from dit.data.codecs.autoencoders import VaeCodec
 from dit.data.shards.manifest import Manifest
 from dit.data.sources.crops import RandomResized
-from dit.errors import Notice
+from dit.errors import Notice, Stopped
 from tests.commands import command, environment, execute
 from tests.data.helpers import endless, tiny_vae
-from tools.encode import main
+from tools.encode import _Bar, main
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -176,6 +177,25 @@ def test_a_signal_ends_it_with_what_is_done(tmp_path, number):
     assert "Traceback" not in said
     main("digits:test", str(tmp_path / "out"), codec="pixels", image_size=8, block=32, batch_size=1)
     assert Manifest.load(tmp_path / "out").samples == 500
+
+
+def test_a_signal_that_nothing_came_of_is_heard_at_the_next_image(tmp_path, monkeypatch, capsys):
+    """As one that is handled in a finaliser, from which no exception gets out."""
+    progress = _Bar.progress
+
+    def lost(self, count):
+        progress(self, count)
+        if self.asked.number is None:
+            with contextlib.suppress(Stopped):
+                self.asked(signal.SIGTERM, None)
+
+    monkeypatch.setattr(_Bar, "progress", lost)
+    with pytest.raises(SystemExit) as ended:
+        main("digits:test", str(tmp_path / "out"), codec="pixels", image_size=8, batch_size=1)
+    assert ended.value.code == 75
+    said = capsys.readouterr().err
+    assert "1/500 img" in said
+    assert "interrupted: " in said
 
 
 def test_it_says_at_its_start_what_it_will_do_to_images(tmp_path, capsys):
