@@ -103,7 +103,7 @@ def untold(tree: ast.AST) -> list[int]:
             continue
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
         owner = getattr(node.func.value, "id", "") if isinstance(node.func, ast.Attribute) else ""
-        if owner in ("tarfile", "zipfile") or any(k.arg == "encoding" for k in node.keywords):
+        if owner in ("tarfile", "zipfile", "archive") or any(k.arg == "encoding" for k in node.keywords):
             continue
         if isinstance(node.func, ast.Attribute) and name in ("read_text", "write_text"):
             found += [node.lineno] if len(node.args) < (1 if name == "read_text" else 2) else []

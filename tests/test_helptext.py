@@ -17,7 +17,18 @@ from dit.helptext import describe, help_text
 from tests.shapes import SHAPES
 
 # What the program writes by itself and nobody types: formats, whose fields their docstrings and readers explain.
-RECORDS = {"Block", "Done", "Foreign", "Manifest", "Names", "Part", "Shard", "UnknownCodec", "Unreadable"}
+RECORDS = {
+    "Block",
+    "Done",
+    "Foreign",
+    "Manifest",
+    "Names",
+    "Part",
+    "Shard",
+    "Split",
+    "UnknownCodec",
+    "Unreadable",
+}
 
 
 def modules() -> Iterator[Any]:

@@ -27,10 +27,10 @@ from dit.sample.likelihood import LIKELIHOODS, Likelihood, LikelihoodProblem, Od
 class LikelihoodSpec:
     """Everything that decides about the figure besides weights and data. count: 0 = all of the data."""
 
-    method: Annotated[Likelihood, LIKELIHOODS] = Ode()
-    count: int = 256
-    seed: int = 0
-    unconditional: bool = False
+    method: Annotated[Likelihood, LIKELIHOODS] = Ode()  # how log p(data) is found
+    count: int = 256  # samples, the first of the data; 0 = all
+    seed: int = 0  # of probes, noise and posterior draws
+    unconditional: bool = False  # whether every label is dropped
 
 
 @dataclass(frozen=True)

@@ -124,8 +124,8 @@ class Pictures:
         """
         tally, first = Tally(), list[np.ndarray]()
         beside = self.blocks.folder
-        with zipfile.ZipFile(beside / "samples.npz", "w") as file:
-            with file.open("arr_0.npy", "w", force_zip64=True) as member:
+        with zipfile.ZipFile(beside / "samples.npz", "w") as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as member:
                 for number in range(self.blocks.number):
                     held = self.blocks.read(number)
                     images = held["images"]
@@ -135,7 +135,7 @@ class Pictures:
                     tally = Tally.sum([tally, Tally(*held[TALLY].tolist())])
                     if number * self.blocks.size < IN_GRID:
                         first.append(images)
-            with file.open("arr_1.npy", "w") as member:
+            with archive.open("arr_1.npy", "w") as member:
                 np.lib.format.write_array(member, labels.numpy())
         grid = image_grid(np.concatenate(first)[:IN_GRID], columns=min(10, len(about["classes"])))
         Image.fromarray(grid).save(beside / "grid.png")

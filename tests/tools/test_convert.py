@@ -171,9 +171,13 @@ def test_an_exported_file_draws_the_same_images_and_so_can_an_average_made_after
         file = tmp_path / f"{len(list(tmp_path.iterdir()))}.safetensors"
         assert convert("export", run_dir, file, *words) == 0
     said = capsys.readouterr().out
-    assert "the ema weights of step 4" in said
-    assert "the ema_0.5 weights of step 4" in said
-    assert "the ema weights of step 4, after 4 updates, an average of width 0.08 (profile off by" in said
+    assert "ema (decay 0.9" in said
+    assert " of step 4, after 4 updates" in said
+    assert "ema_0.5 (decay 0.5" in said
+    assert (
+        "ema (width 0.08, made afterwards; 0% of the first weights left) of step 4, after 4 updates (profile off by"
+        in said
+    )
     plain, other, wide = sorted(tmp_path.glob("*.safetensors"))
     for file, weights_of in ((plain, "ema"), (other, "ema_0.5"), (wide, "ema")):
         assert call(tools.sample.main, file, *DRAW, f"--weights={weights_of}", f"--out={file}.drawn") == 0

@@ -157,6 +157,7 @@ def test_pixels_have_likelihoods_too(digits: Digits, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     sections: dict[str, Any] = {
         "data": {"path": str(digits.pixels)},
+        "codec": None,
         "model": {"learn_sigma": True},
         "latents": {"norm": "codec"},
         "objective": {
@@ -219,7 +220,8 @@ def test_by_default_it_is_written_under_the_run_and_measured_once(
     assert file.name == f"moments_val-step-00000001-ema-{base['protocol_hash']}.json"
     assert json.loads(file.read_text())["bits_per_dim"] == base["bits_per_dim"]
     assert str(file) in done.stdout
-    assert f"weights: ema of step 1, after 1 updates, from {at_step(run, 1)}" in done.stdout
+    assert "weights: ema (decay 0.9, warmed up; 18% of the first weights left) of step 1" in done.stdout
+    assert f"after 1 updates, from {at_step(run, 1)}" in done.stdout
     before = file.stat().st_mtime_ns
     assert call(tools.likelihood.main, run, digits.moments_val, *BASE) == 0
     assert "measured already" in capsys.readouterr().out

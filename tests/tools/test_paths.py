@@ -190,7 +190,7 @@ def test_a_codec_that_is_relative_to_another_folder_says_so(
 def test_a_run_that_is_missing(what: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(tools.sample.main, what, *DRAW, "--out=~/drawn_d") == 1
     said = capsys.readouterr().err
-    assert f"{what}: no checkpoint here" in said
+    assert f"{what} is missing" in said
     assert ("the path is relative to" in said) == (what[0] != "/")
 
 

@@ -439,12 +439,12 @@ def test_all_classes_and_no_class(run: Path, tmp_path: Path) -> None:
         (
             ["--guidance={name: autoguidance, scale: 2, checkpoint: ./nowhere}"],
             1,
-            "nowhere: no checkpoint here",
+            "nowhere is missing",
         ),
         (
             ["--guidance={name: classifier, scale: 2, checkpoint: ./nowhere}"],
             1,
-            "nowhere: no checkpoint here",
+            "nowhere is missing",
         ),
     ],
 )

@@ -179,6 +179,10 @@ def latest(directory: Path, report: Any = print, up_to: int | None = None) -> Ch
 def resolve(run_or_checkpoint: str | Path) -> Checkpoint:
     """Find a run directory's newest good checkpoint, or the one checkpoint named, or weights that were exported."""
     path = Path(expand(str(run_or_checkpoint)))
+    if not path.exists():
+        raise CheckpointError(
+            f"{path} is missing{sought(path)}; expected a run directory, a checkpoint in it or an exported file"
+        )
     if path.is_file():
         return exported(path)
     if (path / "meta.json").is_file():
@@ -187,7 +191,7 @@ def resolve(run_or_checkpoint: str | Path) -> Checkpoint:
     if found is None:
         raise CheckpointError(
             f"{path}: no checkpoint here; expected RUN/checkpoints/step-*/COMPLETE or one such directory"
-            + (suggestion(path) if path.exists() else sought(path))
+            + suggestion(path)
         )
     return found
 
