@@ -78,6 +78,8 @@ def expand(path: str) -> str:
     """
     if URL.match(path):
         return path
+    if "\0" in path:
+        raise FileError(f"{path!r}: a path cannot hold a zero character")
     if not path.strip():
         raise FileError("an empty path was given, which a shell makes of a variable that is not set")
 

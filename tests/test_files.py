@@ -190,6 +190,7 @@ def test_a_path_is_filled_in(typed: str, meant: str) -> None:
         ("${}", "${} is no name of a variable"),
         ("~nobody-of-that-name/x", "no home folder of ~nobody-of-that-name is known"),
         ("", "an empty path"),
+        ("a\0b", "cannot hold a zero character"),
         ("  ", "an empty path"),
     ],
 )

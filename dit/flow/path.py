@@ -131,6 +131,11 @@ class ContinuousPath(NoisePath):
     model_time_noise: float = 1000.0  # what the network is told for t = 1, noise
 
     def __post_init__(self) -> None:
+        if not math.isfinite(self.model_time_data) or not math.isfinite(self.model_time_noise):
+            raise ValueError(
+                f"model_time_data and model_time_noise must be finite, got {self.model_time_data} and "
+                f"{self.model_time_noise}; choose two numbers such as 0 and 1000"
+            )
         if self.model_time_data == self.model_time_noise:
             raise ValueError(
                 f"model_time_data and model_time_noise are both {self.model_time_data}: the network would not "

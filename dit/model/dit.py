@@ -8,6 +8,7 @@ A size, a block, a conditioner: each is an entry of its own table, and the netwo
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Annotated, Any, NamedTuple, cast
@@ -89,6 +90,8 @@ class DiTConfig(ModelConfig):
             raise ConfigError(
                 f"block {BLOCKS.name_of(self.block)} does not read the tokens that `cond` gives"
             )
+        if not math.isfinite(self.mlp_ratio):
+            raise ConfigError(f"mlp_ratio must be finite, got {self.mlp_ratio}")
         self.dims(self.patch, 1, 0)  # refuses wrong shapes now, not when the data are there
 
     def dims(self, input_size: int | tuple[int, int], channels: int, num_classes: int) -> Dims:

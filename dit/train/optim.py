@@ -46,6 +46,10 @@ class CosineDecay(Schedule):
 
     final: float = 0.0  # factor of optim.lr at the end
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.final < math.inf:
+            raise ConfigError(f"cosine.final must be finite and at least 0, got {self.final}")
+
     def factor(self, done: float) -> float:
         """From 1 at 0 to `final` at 1."""
         return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
@@ -68,6 +72,13 @@ class OptimConfig:
             raise ConfigError(
                 f"lr must be finite and above 0, clip above 0 or null, warmup at least 0; got lr {self.lr}, "
                 f"clip {self.clip}, warmup {self.warmup}"
+            )
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"betas must be at least 0 and below 1, got {list(self.betas)}")
+        if not 0 <= self.eps < math.inf or not 0 <= self.weight_decay < math.inf:
+            raise ConfigError(
+                f"eps and weight_decay must be finite and at least 0, got eps {self.eps}, "
+                f"weight_decay {self.weight_decay}"
             )
 
     def lr_at(self, updates: int, total: int) -> float:

@@ -364,3 +364,10 @@ def test_mixing_refuses_other_shapes() -> None:
 def test_impossible_noise_levels_are_refused(fields: dict[str, float]) -> None:
     with pytest.raises(pydantic.ValidationError):
         VE(**fields)
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("end", ["model_time_data", "model_time_noise"])
+def test_times_that_are_not_finite_are_refused(end: str, bad: float) -> None:
+    with pytest.raises(ValueError, match="must be finite"):
+        Linear(**{end: bad})

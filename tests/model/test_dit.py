@@ -1,5 +1,7 @@
 """The whole network: counts, shapes, zero at first, gradients everywhere, precision, one graph."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -295,6 +297,7 @@ def test_classes_come_from_the_data_unless_the_config_has_room_for_more():
         ({"width": 64, "depth": 0, "heads": 2}, "depth must be at least 1"),
         ({"size": "S", "patch": 0}, "patch"),
         ({"size": "S", "mlp_ratio": 0.0}, "mlp_width must be at least 1"),
+        ({"size": "S", "mlp_ratio": math.inf}, "mlp_ratio must be finite, got inf"),
         ({"size": "S", "block": "adaln"}, "unknown block 'adaln'; did you mean adaln_zero"),
         ({"size": "S", "cond": ["clas"]}, "unknown conditioner 'clas'; did you mean class"),
         ({"sise": "S"}, "did you mean size"),

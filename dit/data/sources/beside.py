@@ -23,12 +23,20 @@ def cls_value(data: bytes) -> str:
         raise ValueError(f"{data[:20]!r}, which is not UTF-8, expected a class number or a name") from None
 
 
+class BareValue(ValueError):
+    """JSON that is a number, a text or a truth value alone: meant as a label, very likely, but under no key."""
+
+
 def json_fields(data: bytes) -> dict[str, Any]:
-    """The object in KEY.json. ValueError for what is none."""
+    """The object in KEY.json. ValueError for what is none, BareValue where it may be a label itself."""
     try:
         fields = json.loads(data)
     except (ValueError, RecursionError) as error:  # that of brackets in brackets
         raise ValueError(f"not JSON: {error}") from None
+    if isinstance(fields, bool | int | float | str):
+        raise BareValue(
+            f'{data[:20].decode(errors="replace")!r} without a key, expected such as {{"label": ...}}'
+        )
     if not isinstance(fields, dict):
         raise ValueError(f"JSON of {data[:20]!r}, expected an object with the label under a key")
     return fields
@@ -100,6 +108,8 @@ class BesideLabels:
                     self.column.add(cls_value(read()))
                 else:
                     self._add_json(json_fields(read()))
+            except BareValue as error:
+                self.column.spoil(f"has in its .json {error}")
             except ValueError as error:
                 fault(f"has in its {ending} {str(error)[:80]}")
         if not self.ending and self.column.has_labels:

@@ -120,6 +120,11 @@ def _columns(file: Path, grid: Grid, finder: Finder, key: str | None, has_head: 
     head = [cell.lower() for cell in grid.first] if has_head else []
     known = [i for i, place in enumerate(finder.find(grid.last)) if place != UNKNOWN]
     label = next((head.index(word) for word in USUAL if word in head), None)
+    chosen = key or (head[label] if label is not None else "")
+    if (grid.first if key else head).count(chosen) > 1:
+        raise DataError(
+            f"{file}: its first line has several columns '{chosen}': rename all but that of the labels"
+        )
     if key:
         if key not in grid.first or not has_head:
             columns = f"first line: {', '.join(grid.first)[:80]}"

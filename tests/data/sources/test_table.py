@@ -119,6 +119,10 @@ def test_spaces_where_one_name_begins_another(tmp_path):
         ),
         (file_of(labels=["1", "1.5", "2"]), "'img 1.jpg' has the label '1.5', expected a class number"),
         ("", "3 fault"),
+        (
+            file_of(",", head="filename,Label,label\n", more=",9"),
+            "several columns 'label': rename all but that of the labels",
+        ),
     ],
 )
 def test_files_that_cannot_be_used(tmp_path, text, words):

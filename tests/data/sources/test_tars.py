@@ -415,6 +415,17 @@ def test_json_without_a_usual_key_is_spoken_of(tmp_path):
     assert "2 images have no label (the JSON beside them has the keys species, url; --label_key=KEY" in note
 
 
+@pytest.mark.parametrize("value", [b"3", b'"cat"', b"true", b"1.0"])
+def test_json_that_is_a_value_alone_is_refused(tmp_path, value):
+    tar = labelled_tar(tmp_path / "set.tar", "json", [value] * 2)
+    with pytest.raises(
+        DataError, match=r"2 sample.*\n  .*without a key, expected such as {\"label\": ...}"
+    ) as error:
+        open_source(tar)
+    assert "--label_key=" in str(error.value)
+    assert open_source(tar, choice=LabelChoice("")).labels.tolist() == [-1, -1]
+
+
 @pytest.mark.parametrize("first", [b'{"label": null}', b'{"caption": "x"}', b"{", None])
 @pytest.mark.parametrize("at", [0, 2])
 def test_one_sample_without_a_label_among_others(tmp_path, first, at):
