@@ -275,6 +275,7 @@ def test_a_share_may_be_held_out(tmp_path, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out-val"]
 
 
+@pytest.mark.slow
 def test_a_share_is_the_same_on_ranks_that_are_killed(tmp_path):
     main("digits:test", str(tmp_path / "whole"), codec="pixels", image_size=8, block=32, holdout=0.3)
     words = command("encode.py", FLAGS[0], tmp_path / "out", *FLAGS[1:], "--holdout=0.3")

@@ -143,6 +143,7 @@ def killed(out: Path, words: Sequence[object], done: int) -> None:
     assert not (out / "spec.json").exists(), "it ended before it could be killed"
 
 
+@pytest.mark.slow
 def test_killed_it_goes_on_with_any_ranks_and_the_arrays_are_the_same(
     run: Path, ranks: Server, tmp_path: Path, capsys
 ) -> None:

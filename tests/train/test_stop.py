@@ -281,6 +281,7 @@ def stuck(folder: Path) -> None:
         group.all_sum(torch.ones(1))
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_a_rank_that_hangs(ranks: Server, tmp_path: Path) -> None:
     with ranks.start(2, stuck, tmp_path) as job:
         end = time.monotonic() + 60
