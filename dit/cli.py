@@ -72,8 +72,10 @@ def run(
         raise SystemExit(1) from None
     except Stopped as stopped:
         raise SystemExit(stopped.status) from None
-    except (UserError, OSError) as error:
+    except UserError as error:
         _fail(str(error), 1)
+    except OSError as error:
+        _fail(f"{error}{FULL if error.errno in (errno.ENOSPC, errno.EDQUOT) else ''}", 1)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
 
