@@ -16,6 +16,7 @@ with `**codec_keys: str` takes those of that family alone (`--codec.path=...`, o
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import inspect
 import io
@@ -37,6 +38,8 @@ from dit.helptext import Command, families, help_text, summary
 from dit.progress import say
 from dit.ranks.group import World
 from dit.scalars import Scalar, is_scalar, typed
+
+FULL = ": free space (or raise the quota) and start the same command again"
 
 
 class UsageError(UserError):
