@@ -16,6 +16,7 @@ with `**codec_keys: str` takes those of that family alone (`--codec.path=...`, o
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import inspect
 import io
@@ -37,6 +38,8 @@ from dit.helptext import Command, families, help_text, summary
 from dit.progress import say
 from dit.ranks.group import World
 from dit.scalars import Scalar, is_scalar, typed
+
+FULL = ": free space (or raise the quota) and start the same command again"
 
 
 class UsageError(UserError):
@@ -72,8 +75,10 @@ def run(
         raise SystemExit(1) from None
     except Stopped as stopped:
         raise SystemExit(stopped.status) from None
-    except (UserError, OSError) as error:
+    except UserError as error:
         _fail(str(error), 1)
+    except OSError as error:
+        _fail(f"{error}{FULL if error.errno in (errno.ENOSPC, errno.EDQUOT) else ''}", 1)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
@@ -268,6 +270,15 @@ def test_an_error_for_the_user_is_one_line_and_no_traceback(capsys, error: BaseE
     text = capsys.readouterr().err
     assert text.startswith("error: ")
     assert text.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_said_with_what_to_do(capsys, number: int) -> None:
+    def work() -> None:
+        raise OSError(number, os.strerror(number))  # as of a write: without a name
+
+    assert exit_code(work) == 1
+    assert "free space (or raise the quota) and start the same command again" in capsys.readouterr().err
 
 
 def test_a_bug_keeps_its_traceback() -> None:

@@ -41,7 +41,7 @@ def chosen_classes(text: str, names: Sequence[str]) -> list[int]:
 
 
 def _is_number(word: str) -> bool:
-    return re.fullmatch(r"[+-]?\d+", word) is not None
+    return re.fullmatch(r"[+-]?[0-9]+", word) is not None
 
 
 def _numbered(word: str, names: Sequence[str]) -> int:

@@ -48,7 +48,11 @@ def settled(cfg: AnyConfig, before: Mapping[str, Any] | None) -> AnyConfig:
     """
     if cfg.ema.warmup is not None:
         return cfg
-    warmup = True if before is None else bool((before.get("ema") or {}).get("warmup"))
+    ema = {} if before is None else before.get("ema")
+    held = ema.get("warmup") if isinstance(ema, Mapping) else None
+    warmup = before is None or bool(
+        resolved(held)
+    )  # config.yaml's values are words still, and "false" is one
     return replace(cfg, ema=replace(cfg.ema, warmup=warmup))
 
 

@@ -44,6 +44,7 @@ def test_a_model_without_classes() -> None:
     [
         ("0,10", r"\[10\] are out of range: this model knows 0..4 \(-1 = no class\)"),
         ("-2,3,11", r"\[-2, 11\] are out of range"),
+        ("\u0663", "no class is named"),  # a digit elsewhere, and no name here
         ("caat", "no class is named 'caat': did you mean 'cat'"),
         ("golden retreiver", "did you mean 'golden retriever'"),
         ("cat,", "must be 'all'"),

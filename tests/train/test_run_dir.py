@@ -17,7 +17,7 @@ from dit.experiments.classifier import ClassifierExperiment
 from dit.experiments.diffusion import Experiment
 from dit.ranks.group import World
 from dit.train import run_dir
-from dit.train.run_dir import claim, differences, is_operational, locked
+from dit.train.run_dir import begun_with, claim, differences, is_operational, locked, settled
 from tests.datasets import Digits
 from tests.rank_processes import Server
 from tests.train.runs import column, go, values
@@ -75,6 +75,25 @@ def test_operational_changes_are_taken_and_recorded(tmp_path: Path) -> None:
     assert second["changes"]["data.path"] == ["there", "elsewhere"]
     assert second["changes"]["engine"] == ["deepspeed", "local"]
     assert "train.global_batch" not in second["changes"]
+
+
+@pytest.mark.parametrize(
+    ("begun", "is_warmed"), [("of old", False), (False, False), (True, True), (None, True)]
+)
+def test_what_a_command_leaves_open_stays_as_the_run_began_however_often_it_goes_on(
+    tmp_path: Path, begun: bool | str | None, is_warmed: bool
+) -> None:
+    first = experiment(tmp_path, ema={"warmup": None if begun == "of old" else begun})
+    claim(settled(first, begun_with(tmp_path)), World())
+    if begun == "of old":
+        whole = (tmp_path / "config.yaml").read_text(encoding="utf-8")
+        older = whole.replace("  decay: 0.9999\n  warmup: true\n", "  decay: 0.9999\n")
+        assert older != whole
+        (tmp_path / "config.yaml").write_text(older, encoding="utf-8")
+    for _ in range(3):
+        again = settled(experiment(tmp_path), begun_with(tmp_path))
+        assert again.ema.warmup is is_warmed
+        claim(again, World())
 
 
 @pytest.mark.parametrize(
