@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import codecs
+import errno
+import fcntl
 import os
 import re
 from pathlib import Path
@@ -18,6 +20,7 @@ MARKS = {  # a file that begins so is in that encoding; UTF-32's begins with UTF
 }
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::[A-Za-z][A-Za-z0-9+.-]*)*://")
 VARIABLE = re.compile(r"\$(?:([A-Za-z_][A-Za-z0-9_]*)|\{([^}]*)\})")
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # as flock says it
 
 
 class FileError(UserError):
@@ -118,6 +121,22 @@ def sought(path: Path | str) -> str:
     if os.path.isabs(path) or URL.match(str(path)):
         return ""
     return f" (the path is relative to {os.getcwd()}; a whole one holds anywhere)"
+
+
+# --- locking -----------------------------------------------------------------------------------------------
+
+
+def try_lock(descriptor: int) -> bool | None:
+    """Lock an open file unless another process holds it: whether this one does now; None where there are no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            return None
+        raise
+    return True
 
 
 # --- writing -----------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ what they are blocks of, so that work which was killed goes on when the same com
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import io
 import json
 import os
@@ -25,7 +24,7 @@ import numpy as np
 
 from dit.config import flatten
 from dit.errors import Notice, UserError
-from dit.files import sync, write_atomically
+from dit.files import sync, try_lock, write_atomically
 from dit.ranks import group
 
 RECORD = "spec.json"  # in a folder of results, and in OUT.partial: how they were, or are being, made
@@ -217,12 +216,8 @@ def _held(
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise OutputError(
-                f"{folder} is being written by another process; wait for it, or end it"
-            ) from None
+        if try_lock(descriptor) is False:  # where there are no locks, it is on its word that it is alone
+            raise OutputError(f"{folder} is being written by another process; wait for it, or end it")
         _go_on(folder, record, spec, overwrite)
         try:
             yield

@@ -54,7 +54,7 @@ class PassOn:
 
 
 def _children() -> list[int]:
-    """Of this process, those that have not ended."""
+    """List this process's children that have not ended."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # it has ended meanwhile

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -225,6 +227,16 @@ def test_two_jobs_are_kept_apart(tmp_path: Path) -> None:
             work(tmp_path / "out")
         assert blocks.missing() == [1, 2]
     assert not list(tmp_path.iterdir())
+
+
+def test_where_there_are_no_locks_work_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system without them, as Lustre without its option, is not another process."""
+
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("dit.files.fcntl.flock", refuse)
+    assert work(tmp_path / "out") == [0, 1, 2]
 
 
 def test_other_code_goes_on_and_is_said(tmp_path: Path) -> None:

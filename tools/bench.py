@@ -87,7 +87,7 @@ def _print_bound(name: str, figure: dict[str, float], bound: float, enough: bool
 
 
 def _shares(checksums: dict[str, float]) -> dict[str, float]:
-    """Of the loader's time over EPOCHS epochs, what the checks of the first one take."""
+    """Tell what the checks of the first epoch take of the loader's time over EPOCHS epochs."""
     of = {"median": "median", "low": "high", "high": "low"}  # the quicker the first epoch, the less they take
     return {name: (1 / checksums[value] - 1) / EPOCHS for name, value in of.items()}
 

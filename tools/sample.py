@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dit.cli import UsageError, run
 from dit.config import ConfigError, Registry, from_dict
 from dit.configfile import overridden
-from dit.experiments.drawing import Order, produce
+from dit.experiments.drawing import DrawOrder, produce
 from dit.experiments.trained import Trained
 from dit.files import expand
 from dit.ranks import group
@@ -66,7 +66,7 @@ def main(
             trained.say_weights()
         made = trained.experiment.train.precision if precision == "run" else precision
         where = {"out": folder(out), "save_pairs": folder(save_pairs), "overwrite": overwrite}
-        order = Order(trained.classes(classes), num_samples, batch_size, made, codec_keys, **where)
+        order = DrawOrder(trained.classes(classes), num_samples, batch_size, made, codec_keys, **where)
         produce(trained, spec, order, world)
 
 

@@ -60,14 +60,14 @@ class FrechetTo:
         return np.stack([opened.load(i, self.size) for i in range(len(opened))])
 
     def __call__(self, images: np.ndarray) -> float:
-        """Of images (N, H, W, 3) uint8."""
+        """Measure that of images (N, H, W, 3) uint8."""
         return frechet_distance(Gaussian.fit(self._features(images)), self._target)
 
     def real(self, source: str) -> float:
-        """Of a source of images."""
+        """Measure that of a source of images."""
         return self(self.load(source))
 
     def drawn(self, sampler: Sampler, labels: torch.Tensor, batch_size: int) -> float:
-        """Of images 0 ... N - 1 of these labels (N,). Raises NotFiniteError where one is none."""
+        """Measure that of images 0 ... N - 1 of these labels (N,). Raises NotFiniteError where one is none."""
         parts = torch.arange(len(labels)).split(batch_size)
         return self(np.concatenate([sampler.images(index, labels[index]) for index in parts]))

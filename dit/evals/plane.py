@@ -112,7 +112,7 @@ class Budget:
         return Draws(self.seed, step, torch.arange(self.batch), self.batch)
 
 
-class Network(nn.Module):
+class PlaneNetwork(nn.Module):
     """A velocity in the plane: three hidden layers that see x, t and waves of both (as edges are sharp)."""
 
     def __init__(self, width: int):
@@ -148,7 +148,7 @@ def fit(pairs: Pairing, budget: Budget, progress: Callable[[], Any]) -> Denoiser
     """A network trained on pairs with the project's objective, which takes eps as it comes, Gaussian or not."""
     objective = Objective(coupling=Reflow())
     torch.manual_seed(budget.seed)
-    network = Network(budget.width)
+    network = PlaneNetwork(budget.width)
     optimizer = torch.optim.Adam(network.parameters(), lr=budget.lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, budget.steps)
     for step in range(budget.steps):

@@ -17,7 +17,7 @@ from dit.sample.solve import Euler, Solver
 
 @dataclass(frozen=True)
 class PathCost:
-    """Of paths x(t), means over samples of sums over elements.
+    """Holds what paths x(t) cost, means over samples of sums over elements.
 
     energy: ∫ |dx/dt|² dt, which optimal transport makes least (Benamou & Brenier, 2000; its least value is W2²).
     chord: |x(1) − x(0)|², the energy of straight paths at even speed between the same ends.
@@ -58,7 +58,7 @@ def trajectory(
 
 
 def path_cost(course: Tensor, times: Tensor) -> PathCost:
-    """Of a trajectory (n, B, ...) at times (n,) that span [0, 1], either way; each stretch is taken as straight."""
+    """Measure a trajectory (n, B, ...) at times (n,) that span [0, 1], either way; stretches are taken as straight."""
     elements = course.double().flatten(2)  # (n, B, D)
     steps = elements.diff(dim=0).square().sum(2).mean(1)  # (n - 1,)
     energy = (steps / times.to(steps).diff().abs()).sum()

@@ -33,7 +33,7 @@ NOT_COMPARED = (
 
 
 @dataclass(frozen=True)
-class Order:
+class DrawOrder:
     """What is to be drawn, and where to. Image i is of class classes[i mod n].
 
     batch_size: images at a time. codec_keys: {"codec.path": ...}, over where training had it. out: folder for pictures.
@@ -58,7 +58,7 @@ class Order:
             raise ConfigError(f"--out and --save_pairs are both {self.out}: give each a folder of its own")
 
 
-def produce(trained: Trained, spec: SamplerSpec, order: Order, world: group.World) -> None:
+def produce(trained: Trained, spec: SamplerSpec, order: DrawOrder, world: group.World) -> None:
     """Draw what is ordered, or go on with what was begun, and say what became of it. Collective.
 
     Raises OutputError where something else lies there, ConfigError for what cannot be drawn, NotFiniteError naming
@@ -83,7 +83,7 @@ def produce(trained: Trained, spec: SamplerSpec, order: Order, world: group.Worl
             print(_line(made, order, made in unmade))
 
 
-def _unmade(order: Order, record: Mapping[str, Any]) -> dict[Path, dict[str, Any] | None]:
+def _unmade(order: DrawOrder, record: Mapping[str, Any]) -> dict[Path, dict[str, Any] | None]:
     """The folders that are not complete, with the record of what is complete of them. OutputError, as `claim`."""
     found: dict[Path, dict[str, Any] | None] = {}
     spec = compared(record)
@@ -129,7 +129,7 @@ class _PairsDrawn:
 def _draw(
     trained: Trained,
     sampler: Sampler,
-    order: Order,
+    order: DrawOrder,
     unmade: Mapping[Path, dict[str, Any] | None],
     record: dict[str, Any],
     world: group.World,
@@ -154,7 +154,7 @@ def _draw(
             group.on_main(partial(product.write, labels, record))
 
 
-def _line(made: Path, order: Order, is_new: bool) -> str:
+def _line(made: Path, order: DrawOrder, is_new: bool) -> str:
     """What a folder holds now."""
     already = "" if is_new else ", drawn already by the same spec; give --overwrite to draw them anew"
     if made == order.save_pairs:

@@ -175,7 +175,7 @@ class Checkpoints:
     )  # what was loaded, by name: once for all grids of a training
 
     def denoiser(self, run_or_checkpoint: str) -> DenoiseFn:
-        """Of another run of tools/train.py, whatever it predicts."""
+        """Open that of another run of tools/train.py, whatever it predicts."""
         if run_or_checkpoint not in self.held:
             other = Trained.load(run_or_checkpoint, self.weights, self.device)
             objective = other.experiment.objective
@@ -185,7 +185,7 @@ class Checkpoints:
         return self.held[run_or_checkpoint]  # type: ignore[no-any-return]
 
     def classifier(self, run_or_checkpoint: str) -> LogitsFn:
-        """Of a run of tools/train_classifier.py."""
+        """Open that of a run of tools/train_classifier.py."""
         if run_or_checkpoint not in self.held:
             other = TrainedClassifier.load(run_or_checkpoint, self.weights, self.device)
             path = other.experiment.objective.path

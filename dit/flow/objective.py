@@ -66,7 +66,7 @@ class FirstLoss:
     std: float
 
     def standard_error(self, samples: int) -> float:
-        """Of the mean loss of so many samples."""
+        """Return that of the mean loss of so many samples."""
         return self.std / math.sqrt(samples)
 
     def deviation(self, per_sample: Tensor) -> float:

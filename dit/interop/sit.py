@@ -88,7 +88,7 @@ class SiT:
 
 
 def _first_half(weight: Tensor, patch: int) -> Tensor:
-    """Of the output layer's rows (p q 2C) those of the first C channels: (p q C, ...)."""
+    """Take of the output layer's rows (p q 2C) those of the first C channels: (p q C, ...)."""
     rows = rearrange(weight, "(p q c) ... -> p q c ...", p=patch, q=patch)
     return rearrange(rows[:, :, : rows.shape[2] // 2], "p q c ... -> (p q c) ...")
 

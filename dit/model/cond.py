@@ -68,7 +68,7 @@ class ConditionerConfig(ABC):
         """Its parameters."""
 
     def multiply_adds(self, dims: Dims) -> int:
-        """Of its matrix products in the forward pass, per image."""
+        """Count those of its matrix products in the forward pass, per image."""
         return 0
 
 

@@ -102,12 +102,12 @@ class Cost:
 
     @property
     def forward_flops(self) -> int:
-        """Of a forward pass, per image: 2 per multiply-add."""
+        """Count those of a forward pass, per image: 2 per multiply-add."""
         return 2 * self.multiply_adds
 
     @property
     def training_flops(self) -> int:
-        """Of a training step, per image: 3 × forward. What checkpointing computes again is not counted."""
+        """Count those of a training step, per image: 3 × forward. What checkpointing computes again is not counted."""
         return 3 * self.forward_flops
 
     def hours(self, images: int, peak: float, mfu: float) -> float:

@@ -59,18 +59,25 @@ def draw(sampler: Sampler, labels: Tensor, products: Sequence[Product], world: g
     mine = todo[world.rank :: world.size]
     total = sum(len(blocks.samples(number)) for number in mine)
     where = f"sampling, rank 0 of {world.size}" if world.size > 1 else "sampling"
-    reach = 0.0
-    with Bar[None](total=total, unit="image", hidden=not world.is_main or not mine, desc=where) as bar:
-        for number in mine:
-            index, before = torch.tensor(blocks.samples(number)), sampler.tally.counts
-            latents = sampler.latents(index, labels[index])
-            took = np.subtract(sampler.tally.counts, before)
-            reach = max(reach, float(latents.abs().max()))
-            for product, lacking in zip(products, missing, strict=True):
-                if number in lacking:
-                    arrays = product.arrays(latents, index, labels[index])
-                    product.blocks.add(number, {**arrays, TALLY: took})
-            bar.update(len(index))
+
+    def draw_mine() -> float:
+        """How far the latents of this rank's blocks reach."""
+        reach = 0.0
+        with Bar[None](total=total, unit="image", hidden=not world.is_main or not mine, desc=where) as bar:
+            for number in mine:
+                index, before = torch.tensor(blocks.samples(number)), sampler.tally.counts
+                latents = sampler.latents(index, labels[index])
+                took = np.subtract(sampler.tally.counts, before)
+                reach = max(reach, float(latents.abs().max()))
+                for product, lacking in zip(products, missing, strict=True):
+                    if number in lacking:
+                        arrays = product.arrays(latents, index, labels[index])
+                        product.blocks.add(number, {**arrays, TALLY: took})
+                bar.update(len(index))
+        return reach
+
+    # a rank that fails alone would leave the others waiting for it, for as long as the backend likes
+    reach = group.together(draw_mine)
     if reach > FAR:
         warnings.warn(
             f"latents reach {reach:.3g}, where those of data have a standard deviation of 1: the pictures are clipped, "
@@ -78,7 +85,6 @@ def draw(sampler: Sampler, labels: Tensor, products: Sequence[Product], world: g
             Notice,
             stacklevel=2,
         )
-    group.barrier()
 
 
 # --- pictures ----------------------------------------------------------------------------------------------
@@ -140,9 +146,11 @@ class Pictures:
         grid = image_grid(np.concatenate(first)[:IN_GRID], columns=min(10, len(about["classes"])))
         Image.fromarray(grid).save(beside / "grid.png")
         self.out.mkdir(parents=True, exist_ok=True)
+        made = ("samples.npz", "grid.png")
+        for name in made:
+            sync(beside / name)  # of many images this takes long; a kill in here leaves what was there before
         (self.out / RECORD).unlink(missing_ok=True)  # never an old one beside new images
-        for name in ("samples.npz", "grid.png"):
-            sync(beside / name)
+        for name in made:
             (beside / name).replace(self.out / name)
         sync(self.out)
         write_record(self.out / RECORD, {**about, **tally.per_image()})

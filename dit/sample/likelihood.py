@@ -46,7 +46,7 @@ class LikelihoodProblem:
         return Draws(self.seed, step, self.slots, 1)
 
     def prior_std(self, first: Node) -> float:
-        """Of the normal distribution from which sampling starts at its first node."""
+        """Return that of the normal distribution from which sampling starts at its first node."""
         return float(self.path.prior(torch.ones(1, dtype=torch.float64), first.t))
 
 

@@ -56,7 +56,7 @@ class Tally:
 
     @staticmethod
     def sum(tallies: Iterable[Tally]) -> Tally:
-        """Of several ranks."""
+        """Add up those of several ranks."""
         total = Tally()
         for t in tallies:
             total.images, total.calls = total.images + t.images, total.calls + t.calls

@@ -100,8 +100,8 @@ def measured(plan: Plan, peak: float) -> Speed | str:
         why = f"a pass of {samples} samples may take {guess:.0f} s here"
     elif plan.cfg.zero.needs(plan.memory(0), 0, replace(plan.device, ranks=1)) > plan.device.usable:
         why = "the model does not fit in one device here"
-    found = None if why else _time(plan, samples)
-    slowest = max(group.gather_objects(0.0 if found is None else found))
+    found = group.together(lambda: 0.0 if why else _time(plan, samples))
+    slowest = max(group.gather_objects(found))
     return why or Speed(slowest, samples)
 
 

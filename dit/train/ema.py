@@ -187,7 +187,7 @@ class Ema:
 
     @property
     def pieces(self) -> list[Tensor]:
-        """Of the main average."""
+        """Give the main average's tensors."""
         return self.averages[MAIN]
 
     @property

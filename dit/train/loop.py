@@ -50,7 +50,7 @@ class Loop:
         stop: hears the signals that ask for an end: it raises Stopped then, after the step's checkpoint.
         """
         run, steps, at_once = self.run, self.run.cfg.train.steps, False
-        run.records.open(run.step, run.step - run.hooks_are_due)
+        group.together(lambda: run.records.open(run.step, run.step - run.hooks_are_due))
         bar = Bar[None](
             total=steps, initial=run.step, unit="step", desc="train", hidden=not run.world.is_main
         )

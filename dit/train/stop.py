@@ -136,6 +136,7 @@ class _Backstop(threading.Thread):
         self._end = threading.Timer(LEAVE, self._leave)
         self._end.daemon = True
         self._is_final, self._said = False, ""
+        self._before: int | None = None  # what heard of signals until now, where this does instead
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -144,9 +145,11 @@ class _Backstop(threading.Thread):
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self.is_alive():
+        if self._before is not None:  # also where the thread has ended: the number may soon be another file's
             signal.set_wakeup_fd(self._before)
-        self._writer.close()
+        self._writer.close()  # at which the thread ends, if it still listens
+        if not self.is_alive():
+            self._reader.close()
         if not self._is_final:  # else threads that still write may keep the process from ending
             self._end.cancel()
 
@@ -161,6 +164,7 @@ class _Backstop(threading.Thread):
                 self._end.start()  # first of all: the words look at a file system, which may be what hangs
                 self._said = words() if words is not None else ""
                 return
+        self._reader.close()
 
     def _leave(self) -> None:
         if self._said:

@@ -119,12 +119,12 @@ def test_training_is_deterministic_and_lowers_the_loss(monkeypatch) -> None:
 def test_every_step_has_points_and_times_of_its_own(monkeypatch) -> None:
     seen = []
 
-    class Recording(plane.Network):
+    class Recording(plane.PlaneNetwork):
         def forward(self, x, model_time, cond):
             seen.append((x, model_time))
             return super().forward(x, model_time, cond)
 
-    monkeypatch.setattr(plane, "Network", Recording)
+    monkeypatch.setattr(plane, "PlaneNetwork", Recording)
     fit(drawn(PROBLEMS["moons"], Independent(), SMALL), SMALL, lambda: None)
     x, t = (torch.cat(parts) for parts in zip(*seen, strict=True))
     assert len(t.unique()) > 0.99 * 20 * 64

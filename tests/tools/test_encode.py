@@ -106,7 +106,7 @@ def test_ranks_that_were_started_by_hand(tmp_path):
 
 
 def test_a_rank_says_whom_it_waits_for_where_there_are_no_locks(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("dit.data.encoding.parts._lock", lambda descriptor: None)
+    monkeypatch.setattr("dit.data.encoding.parts.try_lock", lambda descriptor: None)
     monkeypatch.setattr("tools.encode.PATIENCE", 0)
     call = ("digits:test", str(tmp_path / "out"))
     how = {"codec": "pixels", "image_size": 8, "block": 250, "device": "cpu"}

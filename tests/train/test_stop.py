@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,17 @@ def test_signals_that_come_together_are_one_and_ctrl_c_is_what_counts(first: sig
 def test_before_the_first_step_ctrl_c_ends_it_at_once() -> None:
     with pytest.raises(KeyboardInterrupt), stop_request():
         os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_nothing_hears_of_signals_afterwards() -> None:
+    """Of an interrupted run too: the number of the socket may be another file's by then."""
+    with stop_request():
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        for thread in threading.enumerate():
+            if thread.name == "backstop":
+                thread.join()
+    assert signal.set_wakeup_fd(-1) == -1
 
 
 def interrupted_twice(between: float) -> list[str]:

@@ -56,13 +56,13 @@ Values = Mapping[str, tuple[Any, Any]]  # by key: there, here
 
 
 def _split(values: Values) -> list[str]:
-    """Of another share that is held out nothing but that; the images are others then."""
+    """Tell of another share that is held out nothing but that; the images are others then."""
     shares = values.get("split.share")
     return [f"holdout: {_pair(*(share or 0.0 for share in shares))}"] if shares else []
 
 
 def _images(values: Values) -> list[str]:
-    """Of other images the number; else whether their names differ, or only the labels."""
+    """Tell of other images the number; else whether their names differ, or only the labels."""
     for key in ("images.count", "names.count"):
         if key in values:
             return [f"other images: {_pair(*values[key])}"]
@@ -74,7 +74,7 @@ def _images(values: Values) -> list[str]:
 
 
 def _codec(values: Values) -> list[str]:
-    """Of another codec its name; of one of the same name the settings, or else its weights."""
+    """Tell of another codec its name; of one of the same name the settings, or else its weights."""
     keys = {k.split(".", 1)[1]: v for k, v in values.items() if k.startswith(("codec.", "computes."))}
     if "name" in keys:
         return [f"another codec: {_pair(*keys['name'])}"]

@@ -135,7 +135,7 @@ class Job:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of a stored sample."""
+        """Return that of a stored sample."""
         side = self.options.image_size // self.codec.factor
         moments = (2,) if self.array == "moments" else ()
         return (len(self.views), *moments, self.codec.channels, side, side)

@@ -29,7 +29,7 @@ from dit.rng import Draws, Purpose
 Found = Loaded | BadImage
 
 
-class _Clock(dict[str, float]):
+class _Stopwatch(dict[str, float]):
     """Seconds by name."""
 
     @contextlib.contextmanager
@@ -136,7 +136,7 @@ class PartEncoder:
         after: what is likely to be next, so that the threads go on with it. progress: called with the images done
         since the last call. on_bad: with the unreadable images so far. Raises DataError where latents are not finite.
         """
-        clock, bad = _Clock(), list[Unreadable]()
+        clock, bad = _Stopwatch(), list[Unreadable]()
 
         def found(image: BadImage, index: int) -> None:
             bad.append(Unreadable(id=index, why=str(image).removeprefix(f"{image.name}: ")))
@@ -164,7 +164,7 @@ class PartEncoder:
             **gathered.counts(len(self.job.source.classes)),
         )
 
-    def _encoded(self, batches: Iterator[_Batch], clock: _Clock) -> Iterator[tuple[_Batch, Tensor]]:
+    def _encoded(self, batches: Iterator[_Batch], clock: _Stopwatch) -> Iterator[tuple[_Batch, Tensor]]:
         """Batches and their latents (n, views, 2 or 1, C, h, w), one behind: a GPU is never without work."""
         before: tuple[_Batch, Tensor] | None = None
         for batch in batches:
@@ -180,7 +180,11 @@ class PartEncoder:
         return [int(i) for i in self.job.order[part.start : part.stop]]
 
     def _batches(
-        self, part: Part, loaded: Iterator[Found], on_bad: Callable[[BadImage, int], object], clock: _Clock
+        self,
+        part: Part,
+        loaded: Iterator[Found],
+        on_bad: Callable[[BadImage, int], object],
+        clock: _Stopwatch,
     ) -> Iterator[_Batch]:
         """The part's images in the order of writing, batch_size at a time."""
         ids = self.job.order[part.start : part.stop]

@@ -15,7 +15,6 @@ A lock only saves work: two ranks at one part write the same bytes and each rena
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -32,12 +31,11 @@ from dit.data import DataError
 from dit.data.encoding.differences import differences, is_of_images, shown
 from dit.data.shards.manifest import FILE, Block, Manifest, Shard
 from dit.data.shards.write import PLAN, shard_name
-from dit.files import sync, write_atomically
+from dit.files import sync, try_lock, write_atomically
 
 FORMAT = "dit-parts/1"
 RUN = "run"
 MANY = 64  # parts, where there are as many blocks
-NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # as flock says it
 
 
 @config
@@ -205,7 +203,7 @@ class Books:
             os.close(descriptor)
 
     def _lock(self, descriptor: int) -> bool | None:
-        held = _lock(descriptor)
+        held = try_lock(descriptor)
         self.locks = self.locks and held is not None
         return held
 
@@ -264,19 +262,6 @@ def refuse_other(folder: Path, there: Any, here: dict[str, Any]) -> None:
     if is_of_images(differing):
         raise DataError(f"{folder} was begun with {shown(differing)}; give it back those to go on, {rest}")
     raise DataError(f"{folder} is of another command ({shown(differing)}): repeat that one to go on, {rest}")
-
-
-def _lock(descriptor: int) -> bool | None:
-    """Whether this process has the lock now; None where there are no locks."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno in NO_LOCKS:
-            return None
-        raise
-    return True
 
 
 def _remove(folder: Path, seconds: float = 10.0) -> None:

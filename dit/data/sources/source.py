@@ -175,7 +175,7 @@ def _whole(spec: str, files: list[Path]) -> list[Path]:
 
 
 def leads_to(path: Path) -> str:
-    """Of a link, where to; nothing of others."""
+    """Say of a link where it leads to; nothing of others."""
     return f" (a link to {path.readlink()})" if path.is_symlink() else ""
 
 

@@ -43,7 +43,7 @@ def read_table(file: Path, images: Sequence[str], key: str | None = None) -> Tab
     """
     lines = _text(file).splitlines()
     finder = Finder(images)
-    found = [grid for mark in SEPARATORS if (grid := Grid.of(lines, mark)) is not None]
+    found = [grid for mark in SEPARATORS if (grid := SeparatedLines.of(lines, mark)) is not None]
     if not found:
         return _of_spaces(file, lines, finder)
     named = (grid for grid in found if any(p != UNKNOWN for p in finder.find(grid.last)))
@@ -61,7 +61,7 @@ def _text(file: Path) -> str:
 
 
 @dataclass(frozen=True)
-class Grid:
+class SeparatedLines:
     """Lines that are parted by `separator` into columns: as many as `first` has. last: of the lines looked at."""
 
     lines: list[str]
@@ -71,14 +71,14 @@ class Grid:
     last: list[str]
 
     @classmethod
-    def of(cls, lines: list[str], separator: str) -> Grid | None:
+    def of(cls, lines: list[str], separator: str) -> SeparatedLines | None:
         """None where not every one of the first lines has the separator."""
         some = [line for line in lines[:SAMPLE] if line.strip()]
         if not some or not all(separator in line for line in some):
             return None
         for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_NONE):  # a quote may also be part of a name
             try:
-                rows = [row for _, row in Grid(some, separator, quoting, [], []).rows()]
+                rows = [row for _, row in SeparatedLines(some, separator, quoting, [], []).rows()]
             except csv.Error:
                 continue
             if len(rows[0]) > 1:
@@ -95,7 +95,7 @@ class Grid:
                 yield reader.line_num, cells
 
 
-def _of_columns(file: Path, grid: Grid, finder: Finder, key: str | None) -> Table:
+def _of_columns(file: Path, grid: SeparatedLines, finder: Finder, key: str | None) -> Table:
     """The columns of names and labels, of all lines. DataError for the first that is not as the first line is."""
     has_head = all(place == UNKNOWN for place in finder.find(grid.first))
     name, label = _columns(file, grid, finder, key, has_head)
@@ -115,7 +115,9 @@ def _of_columns(file: Path, grid: Grid, finder: Finder, key: str | None) -> Tabl
     return Table(names, labels, finder.find(names), by)
 
 
-def _columns(file: Path, grid: Grid, finder: Finder, key: str | None, has_head: bool) -> tuple[int, int]:
+def _columns(
+    file: Path, grid: SeparatedLines, finder: Finder, key: str | None, has_head: bool
+) -> tuple[int, int]:
     """Which columns hold names and labels: the header says it, or that one of two holds names of images."""
     head = [cell.lower() for cell in grid.first] if has_head else []
     known = [i for i, place in enumerate(finder.find(grid.last)) if place != UNKNOWN]

@@ -47,7 +47,7 @@ class Held(NamedTuple):
 
     @property
     def stem(self) -> str:
-        """Of a tar: its name without .tar."""
+        """Return the name of a tar without .tar."""
         return os.path.basename(self.path or self.tar).removesuffix(".tar")
 
     def read(self) -> bytes:
@@ -75,7 +75,7 @@ class HeldImages:
         return Held(tar, "", offset, size).read()
 
 
-class Shard(NamedTuple):
+class TarShard(NamedTuple):
     """The images of one tar, and how many of its other files, by ending, may hold labels, and how many cannot.
 
     spare: images beside that of their sample, such as masks; images like any other where no label is beside any.
@@ -189,7 +189,7 @@ def _class_tars(spec: str, parts: Sequence[Held], choice: LabelChoice) -> ImageS
 # --- each tar a shard --------------------------------------------------------------------------------------
 
 
-def _shards(spec: str, shards: Sequence[Shard], beside: BesideLabels, faults: list[str]) -> ImageSource:
+def _shards(spec: str, shards: Sequence[TarShard], beside: BesideLabels, faults: list[str]) -> ImageSource:
     """All shards as one set: with labels beside the images, in the order of the tars; or by folders, sorted."""
     images = [m for shard in shards for m in shard.images]
     fields: dict[str, Any] = {"labelled_by": beside.described()}
@@ -226,14 +226,14 @@ def _path_labels(images: Sequence[Held], choice: LabelChoice) -> tuple[np.ndarra
     return np.array(labels, np.int64), found.fields()
 
 
-def _shard(tar: Path, held: Sequence[Held], beside: BesideLabels, faults: list[str]) -> Shard:
+def _shard(tar: Path, held: Sequence[Held], beside: BesideLabels, faults: list[str]) -> TarShard:
     """The images of a tar, with what the files of the same key say taken in by `beside`; what is wrong with them is
     added to `faults`."""
     ending = beside.ending_of(lambda e: any(m.path.lower().endswith(e) for m in held))
     if ending is None:
         images = _images(held)
         beside.skip(len(images))
-        return Shard(images, [], Counter(), _endings(_but(held, images)))
+        return TarShard(images, [], Counter(), _endings(_but(held, images)))
     samples, twice = _by_key(held, ending, dots=False)
     if twice:
         again, still = _by_key(held, ending, dots=True)
@@ -254,7 +254,7 @@ def _shard(tar: Path, held: Sequence[Held], beside: BesideLabels, faults: list[s
     beside.skip(len(more))
     images += more
     spare = _images(_but(held, [*images, *labels]))
-    return Shard(images, spare, _endings(labels), _endings(_but(held, [*images, *labels, *spare])))
+    return TarShard(images, spare, _endings(labels), _endings(_but(held, [*images, *labels, *spare])))
 
 
 Samples = dict[str, dict[str, Held]]

@@ -81,7 +81,7 @@ class Device:
 
     @classmethod
     def smallest(cls, world: World) -> Device:
-        """Of all ranks: the same on every one. Collective inside a session."""
+        """Find the smallest of all ranks, the same on every one. Collective inside a session."""
         names = group.gather_objects(socket.gethostname())
         here = names.count(socket.gethostname()) if len(names) == world.size else world.size
         if world.device.type == "cuda":

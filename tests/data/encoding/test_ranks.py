@@ -291,7 +291,7 @@ def test_a_part_that_a_living_rank_holds_is_waited_for(tmp_path):
 
 
 def test_without_locks_ranks_keep_to_their_own(tmp_path, monkeypatch):
-    monkeypatch.setattr("dit.data.encoding.parts._lock", lambda descriptor: None)
+    monkeypatch.setattr("dit.data.encoding.parts.try_lock", lambda descriptor: None)
     job = Job(made_up(40), PixelCodec(), EncodeOptions(image_size=8, block=5, workers=1))
     with ThreadPoolExecutor(3) as pool:
         call = (encode, job.source, job.codec, tmp_path / "out", job.options)
@@ -303,7 +303,7 @@ def test_without_locks_ranks_keep_to_their_own(tmp_path, monkeypatch):
 
 
 def test_without_locks_it_says_who_has_to_be_started_again(tmp_path, monkeypatch):
-    monkeypatch.setattr("dit.data.encoding.parts._lock", lambda descriptor: None)
+    monkeypatch.setattr("dit.data.encoding.parts.try_lock", lambda descriptor: None)
     job = Job(made_up(40), PixelCodec(), EncodeOptions(image_size=8, block=5, workers=1))
     waited = []
 
@@ -331,7 +331,7 @@ def test_without_locks_it_says_who_has_to_be_started_again(tmp_path, monkeypatch
 
 
 def test_without_locks_the_last_step_is_left_to_rank_0(tmp_path, monkeypatch):
-    monkeypatch.setattr("dit.data.encoding.parts._lock", lambda descriptor: None)
+    monkeypatch.setattr("dit.data.encoding.parts.try_lock", lambda descriptor: None)
     first, waited = a_rank(made_up(40), tmp_path / "out", 0), []
     first._write_what_is_free()
 
@@ -460,7 +460,7 @@ def test_ranks_that_disagree_come_to_an_end(tmp_path_factory, unreadable, locks)
 
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(size) as pool:
         if not locks:
-            patch.setattr("dit.data.encoding.parts._lock", lambda descriptor: None)
+            patch.setattr("dit.data.encoding.parts.try_lock", lambda descriptor: None)
         futures = [pool.submit(encode_as, r) for r in range(size)]
         reports = [f.result() for f in futures]
     manifest = reports[0].manifest

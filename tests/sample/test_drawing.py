@@ -1,0 +1,49 @@
+"""Drawing on several ranks: what one of them cannot draw ends all of them, with its words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dit.flow.path import Linear
+from dit.flow.predict import Cond, Velocity
+from dit.outputs import Blocks, unfinished
+from dit.ranks import group
+from dit.sample.drawing import Pictures, draw
+from dit.sample.finite import NotFiniteError
+from dit.sample.generate import Sampler, SamplerSpec, labels_for
+from tests.rank_processes import RanksFailed, Server
+
+COUNT, BATCH = 4, 2
+
+
+def network(x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+    """A network that knows class 0, and overflows for class 1."""
+    known = (cond["label"] != 1).float().view(-1, 1, 1, 1)
+    return x / known
+
+
+def drawn(out: Path, second: int) -> None:
+    """Draw two images of class 0 on rank 0, and two of class `second` on rank 1."""
+    spec = SamplerSpec(num_steps=1)
+    sampler = Sampler(network, Linear(), Velocity(), lambda x: x, (3, 4, 4), spec, torch.device("cpu"))
+    labels = labels_for(torch.arange(COUNT), [0, 0, second, second])
+    with unfinished(out, {}, {}, (COUNT, BATCH)) as blocks:
+        draw(sampler, labels, [Pictures(out, blocks, sampler)], group.World.from_env())
+
+
+def test_an_image_that_one_rank_cannot_draw_ends_all_with_its_name(ranks: Server, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(RanksFailed) as failed:
+        ranks.run(2, drawn, out, 1)
+    errors = failed.value.errors
+    assert errors[1][0] == NotFiniteError.__name__
+    assert errors[0][0] == group.PeerError.__name__
+    assert errors[0][1].endswith(errors[1][1]), "whoever reads rank 0 alone knows which image it is"
+    assert "image 2" in errors[1][1]
+    kept = Blocks(tmp_path / "out.partial", COUNT, BATCH)
+    assert [kept.path(number).exists() for number in range(2)] == [True, False]
+    assert ranks.run(2, drawn, out, 0) == [None, None]
