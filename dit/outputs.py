@@ -53,8 +53,12 @@ def claim(
     in it of which there may be fewer now than wanted: such a result is returned too, to go on from. overwrite: nothing
     is looked at, and None returned.
 
-    Raises OutputError where anything else is there.
+    Raises OutputError where anything else is there, and where a folder above them is none.
     """
+    for folder in {file.absolute().parent for file in (*files, *([record] if record else []))}:
+        nearest = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+        if not nearest.is_dir():
+            raise OutputError(f"{nearest} is there and is no folder: give another place to write to")
     there = [file for file in files if file.exists()]
     if overwrite or not there:
         return None

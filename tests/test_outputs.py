@@ -93,6 +93,17 @@ def test_a_record_that_is_none(tmp_path: Path, content: bytes) -> None:
         claim(files, SPEC, record=files[-1])
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_where_a_folder_is_to_be_is_refused(tmp_path: Path, overwrite: bool) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    for name in ("file", "file/deeper", "link"):
+        out = tmp_path / name
+        for files in ([out / "data", out / RECORD], []):
+            with pytest.raises(OutputError, match="is there and is no folder"):
+                claim(files, SPEC, record=out / RECORD, overwrite=overwrite)
+
+
 def test_what_says_nothing_of_itself_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "data").touch()
     for record in (None, tmp_path / RECORD):

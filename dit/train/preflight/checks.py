@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import os
 import platform
 import secrets
 import time
@@ -143,6 +144,9 @@ def run_dir(site: Site) -> str:
     mine = folder / f"{token}-{site.world.rank}"
 
     def write() -> None:
+        there = next(f for f in (run, *run.parents) if os.path.lexists(f))
+        if not there.is_dir():
+            raise PreflightError(f"{there} is no directory; choose another run_dir than {site.cfg.run_dir}")
         try:
             mine.write_text(token, encoding="utf-8")
         except OSError as error:

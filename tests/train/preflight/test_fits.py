@@ -123,6 +123,20 @@ def said(
     return status, capsys.readouterr().err
 
 
+@pytest.mark.parametrize("below", ["", "/deeper"])
+def test_all_three_refuse_a_file_in_the_place_of_the_run_directory(
+    digits: Digits, tmp_path: Path, capsys: pytest.CaptureFixture[str], below: str
+) -> None:
+    (tmp_path / "run").write_text("precious")
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(values(digits, Path(f"{tmp_path}/run{below}"), engine="local")))
+    found = {way: said(tools.train.main, config, flags, capsys) for way, flags in WAYS.items()}
+    assert all(
+        status == 1 and f"{tmp_path}/run is no directory" in text for status, text in found.values()
+    ), found
+    assert (tmp_path / "run").read_text() == "precious"
+
+
 @pytest.mark.parametrize("name", BROKEN)
 def test_all_three_refuse_it_in_the_same_words(
     digits: Digits, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
