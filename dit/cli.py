@@ -74,13 +74,22 @@ def run(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
         raise SystemExit(1) from None
     except Stopped as stopped:
-        raise SystemExit(stopped.status) from None
+        status = stopped.status
     except UserError as error:
         _fail(str(error), 1)
     except OSError as error:
         _fail(f"{error}{FULL if error.errno in (errno.ENOSPC, errno.EDQUOT) else ''}", 1)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
+    else:
+        return
+    if argv is None:
+        # all is saved and closed. A thread of some library's C++ that is still there when Python's own end is over
+        # aborts the process now and then (status -6), and a scheduler then does not start the run again
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    raise SystemExit(status)
 
 
 def _speak_in_any_locale() -> None:
