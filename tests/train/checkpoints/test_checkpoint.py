@@ -232,7 +232,7 @@ def test_resolve_takes_a_run_directory_or_a_checkpoint(three: Path, tmp_path: Pa
     assert checkpoint.resolve(run).step == 30
     assert checkpoint.resolve(str(run / "checkpoints" / "step-00000010")).step == 10
     for nowhere in (tmp_path / "nowhere", run / "checkpoints" / "step-00000099"):
-        with pytest.raises(CheckpointError, match="no checkpoint here; expected RUN/checkpoints"):
+        with pytest.raises(CheckpointError, match="is missing; expected a run directory, a checkpoint"):
             checkpoint.resolve(nowhere)
 
 
