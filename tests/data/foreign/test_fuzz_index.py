@@ -234,7 +234,9 @@ def array_in(members: dict[str, bytes]) -> np.ndarray:
 
 
 def label_in(members: dict[str, bytes]) -> int:
-    return int(members["cls"]) if "cls" in members else json.loads(members["json"])["label"]
+    said = members["cls"].decode() if "cls" in members else json.loads(members["json"])["label"]
+    assert isinstance(said, str | bool | int | float)
+    return int(float(said))
 
 
 def as_indexed(folder: Path, out: Path) -> list[Sample]:
