@@ -52,7 +52,7 @@ def run(
     argv: list[str] | None = None,
     choices: Mapping[str, Registry[Any]] | None = None,
 ) -> None:
-    """Check argv, then let Fire call the function. Ends the process with 0, 1 (failed), 2 (usage) or 75 (stopped).
+    """Check argv, then let Fire call the function. Exits: 0, 1 (failed), 2 (usage), 75 (stopped), 130 (Ctrl-C).
 
     config: the config class whose keys `--help` lists, for functions that take overrides. choices: flags whose
     values are members of a registry, which `--help` lists with their fields.
