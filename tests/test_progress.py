@@ -82,7 +82,11 @@ def test_on_a_terminal_there_is_a_bar() -> None:
         bar.note("loss=0.5")
         bar.update()
         bar.close()
-        shown = os.read(ours, 100_000).decode()
+        terminal.write("end of test")
+        terminal.flush()
+        shown = ""
+        while "end of test" not in shown:  # the kernel hands a terminal's bytes over piece by piece
+            shown += os.read(ours, 100_000).decode()
     os.close(ours)
     assert "\r" in shown
     assert "2/2" in shown
