@@ -10,6 +10,10 @@ PYTHON ?=
 # More arguments for pytest, e.g. `make test ARGS="-k resume -x"`.
 ARGS   ?=
 
+# Processes that share the tests: a number, or auto for one a core (8 at most).
+WORKERS ?= auto
+PYTEST  := $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses=8 --dist=loadfile
+
 # One thread a process: several ranks share the cores, and results do not depend on the machine.
 export OMP_NUM_THREADS := 1
 
@@ -42,11 +46,11 @@ $(STAMP): pyproject.toml $(LOCK) | $(BIN)/python
 	@touch $@
 
 test: $(STAMP) ## install, then run the tests that take seconds (no GPU, no SLURM)
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 # pytest exits with 5 where no test is selected: that is not a failure of these targets.
 test-slow: $(STAMP) ## the slow tests
-	$(BIN)/python -m pytest -m "slow and not gpu and not slurm" $(ARGS) || [ $$? -eq 5 ]
+	$(PYTEST) -m "slow and not gpu and not slurm" $(ARGS) || [ $$? -eq 5 ]
 
 test-gpu: $(STAMP) ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS) || [ $$? -eq 5 ]

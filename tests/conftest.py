@@ -16,11 +16,12 @@ from hypothesis import settings
 
 from tests.datasets import Digits, encode_digits
 from tests.rank_processes import Server
-from tests.surroundings import forget
+from tests.surroundings import compile_apart, forget
 
 settings.register_profile("dit", deadline=None)  # an example's time says how busy the machine is, and no more
 settings.load_profile("dit")
 forget()
+compile_apart()
 
 
 @pytest.fixture(scope="session")

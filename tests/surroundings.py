@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import signal
+import tempfile
 
 # What torchrun, SLURM, MPI and launch/ leave in the environment of what they start.
 LAUNCHERS = (
@@ -42,3 +45,13 @@ def forget() -> None:
             heard = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
             signal.signal(number, heard)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def compile_apart() -> None:
+    """Give torch.compile a cache of this process's own, which its ranks share and which goes with it.
+
+    Two programs that compile into one folder at the same time, for different processors, spoil each other's headers.
+    """
+    folder = tempfile.mkdtemp(prefix="dit-tests-inductor-")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
