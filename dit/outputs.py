@@ -15,7 +15,7 @@ import shutil
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,13 @@ from dit.ranks import group
 
 RECORD = "spec.json"  # in a folder of results, and in OUT.partial: how they were, or are being, made
 MENDING = "give --overwrite to replace it, or another place to write to"
+# What a folder may be, and how that shows: all files of one of these patterns are in it.
+KINDS: Mapping[str, tuple[tuple[str, ...], ...]] = {
+    "data set": (("manifest.json",), ("plan.json",)),
+    "run directory": (("config.yaml", "checkpoints"), ("config.yaml", "history.jsonl")),
+    "folder of checkpoints": (("step-*/COMPLETE",), ("meta.json", "COMPLETE")),
+    "folder of drawn images": (("samples.npz", RECORD),),
+}
 
 
 class OutputError(UserError):
@@ -45,20 +52,30 @@ def claim(
     record: Path | None = None,
     overwrite: bool = False,
     growing: str = "",
+    kind: str = "",
 ) -> dict[str, Any] | None:
     """Look at where a result will be written: what `record` says of the same result, or None where nothing is there.
 
     files: all that will be written. record: the JSON file among them that says how the others were made; None where
     none does. spec: JSON values that decide about the result, under the record's keys. growing: the key of a number
-    in it of which there may be fewer now than wanted: such a result is returned too, to go on from. overwrite: nothing
-    is looked at, and None returned.
+    in it of which there may be fewer now than wanted: such a result is returned too, to go on from. kind: what the
+    record's folder becomes, one of KINDS; "" for files in a folder of anything. overwrite: what the files hold is not
+    looked at, and None returned.
 
-    Raises OutputError where anything else is there, and where a folder above them is none.
+    Raises OutputError where anything else is there, where a folder above them is none, and where the record's folder
+    belongs to something else.
     """
     for folder in {file.absolute().parent for file in (*files, *([record] if record else []))}:
         nearest = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
         if not nearest.is_dir():
             raise OutputError(f"{nearest} is there and is no folder: give another place to write to")
+    folders = [file for file in files if file.is_dir()]
+    if folders:
+        raise OutputError(
+            f"{folders[0]} is a folder, and a file is to be written: give another place to write to"
+        )
+    if kind and record:
+        refuse_other(record.parent, kind)
     there = [file for file in files if file.exists()]
     if overwrite or not there:
         return None
@@ -67,8 +84,37 @@ def claim(
     held = read_record(record)
     rows = differences(held, spec or {}, growing)
     if rows:
-        raise OutputError("\n".join([f"{record} is of another result:", *rows, MENDING.capitalize() + "."]))
+        is_other = len(rows) > len(_lacking(held, spec or {}))
+        what = "is of another result" if is_other else "does not say whether it is of the same result"
+        raise OutputError("\n".join([f"{record} {what}:", *rows, MENDING.capitalize() + "."]))
     return held
+
+
+def claim_file(file: Path, is_same: Callable[[], bool], *, overwrite: bool = False) -> bool:
+    """Look at where a file will be written that has no record beside it: whether the same one is there already.
+
+    is_same: compares what is there. overwrite: nothing is compared, and False returned. Raises OutputError as `claim`.
+    """
+    claim([file], overwrite=True)
+    if overwrite or not file.exists():
+        return False
+    if not is_same():
+        raise OutputError(f"{file} is there already, and holds something else: {MENDING}")
+    return True
+
+
+def refuse_other(folder: Path, kind: str) -> None:
+    """OutputError where a folder belongs to something else than this, both of KINDS; told to overwrite or not."""
+    found = [name for name, ways in KINDS.items() if any(_has_all(folder, patterns) for patterns in ways)]
+    if found and kind not in found:
+        raise OutputError(
+            f"{folder} is a {found[0]}, and a {kind} is to be written: give another place to write to. Nothing in it "
+            "was touched"
+        )
+
+
+def _has_all(folder: Path, patterns: Sequence[str]) -> bool:
+    return all(any(folder.glob(pattern)) for pattern in patterns)
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -88,15 +134,25 @@ def write_record(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def differences(held: Mapping[str, Any], spec: Mapping[str, Any], growing: str = "") -> list[str]:
-    """One line for each key of `spec` of which a record holds another value; of `growing`, where it holds more."""
+    """One line for each key of `spec` of which a record holds another value; of `growing`, where it holds more.
+
+    Of a key that the record lacks altogether, because an older version made it, the line says that.
+    """
     now = json.loads(json.dumps(dict(spec)))
-    there = {key: held.get(key) for key in now}
+    lacking = _lacking(held, now)
+    there = {key: held.get(key) for key in now if key not in lacking}
     wanted, found = now.pop(growing, None), there.pop(growing, None)
     too_many = isinstance(wanted, int) and (not isinstance(found, int) or found > wanted)
-    rows = [f"  {growing}: {found!r} there, {wanted!r} now"] if too_many else []
-    before, after = flatten(there), flatten(now)
+    rows = [f"  {growing}: {found!r} there, {wanted!r} now"] if too_many and growing not in lacking else []
+    before, after = flatten(there), flatten({key: value for key, value in now.items() if key not in lacking})
     keys = [key for key in {**after, **before} if before.get(key) != after.get(key)]
-    return rows + [f"  {key}: {before.get(key)!r} there, {after.get(key)!r} now" for key in keys]
+    rows += [f"  {key}: {before.get(key)!r} there, {after.get(key)!r} now" for key in keys]
+    return rows + [f"  {key}: not recorded there, as it was made by an older version" for key in lacking]
+
+
+def _lacking(held: Mapping[str, Any], spec: Mapping[str, Any]) -> list[str]:
+    """The keys of which a record says nothing at all."""
+    return [key for key, value in spec.items() if key not in held and value is not None]
 
 
 def replace_folder(new: Path, out: Path) -> None:

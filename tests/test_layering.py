@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "data.shards": "files config data data.origin data.storage",
     "data.codecs": "files config rng data data.storage data.shards",
     "data.sources": "files progress config rng data data.origin",
-    "data.foreign": "errors files config data data.origin data.storage data.shards data.codecs data.sources",
+    "data.foreign": "errors files config data data.origin data.storage data.shards data.codecs data.sources outputs",
     "data.shards.pairs": "files config data data.shards data.codecs outputs",
     "data.shards.readers": "data.shards data.foreign",
     "data.shards.verify": "files config data data.storage data.shards data.shards.readers",
@@ -61,7 +61,7 @@ MAY_IMPORT = {
     "train.meters": "files ranks flow evals",
     "train.hooks": "errors progress config rng ranks sample data evals train.engines train.ema train.settings"
     " train.task train.meters",
-    "train.run_dir": "version scalars config configfile ranks train.settings train.checkpoints",
+    "train.run_dir": "version scalars config configfile ranks train.settings train.checkpoints outputs",
     "train.plan": "version config ranks model data train.optim train.engines train.settings train.task"
     " train.hooks train.run_dir train.checkpoints",
     "train.checkpoints": "errors files progress config ranks train.posthoc train.engines train.ema"

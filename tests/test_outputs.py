@@ -12,18 +12,24 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dit.data.shards.manifest import FILE
+from dit.data.shards.write import PLAN
 from dit.errors import Notice
 from dit.outputs import (
+    KINDS,
     RECORD,
     Blocks,
     OutputError,
     claim,
+    claim_file,
     differences,
     replace_folder,
     unfinished,
     write_record,
 )
 from dit.ranks import group
+from dit.sample.drawing import Pictures
+from dit.train.run_dir import CONFIG
 from tests.rank_processes import Server
 
 SPEC = {"seed": 1, "sampler": {"name": "heun", "steps": (1, 2)}, "num_samples": 10}
@@ -59,7 +65,11 @@ def test_the_same_result_is_given_back(tmp_path: Path) -> None:
     [
         ({"seed": 2}, ["  seed: 1 there, 2 now"]),
         ({"sampler": {"name": "euler", "steps": [1, 2]}}, ["  sampler.name: 'heun' there, 'euler' now"]),
-        ({"digest": "x"}, ["  digest: None there, 'x' now"]),
+        ({"digest": "x"}, ["  digest: not recorded there, as it was made by an older version"]),
+        (
+            {"seed": 2, "digest": "x"},
+            ["  seed: 1 there, 2 now", "  digest: not recorded there, as it was made by an older version"],
+        ),
         ({"num_samples": 9}, ["  num_samples: 10 there, 9 now"]),
         ({"num_samples": 11}, ["  num_samples: 10 there, 11 now"]),
     ],
@@ -69,6 +79,7 @@ def test_another_result_is_refused_unless_told(tmp_path: Path, now: dict[str, An
     with pytest.raises(OutputError) as error:
         claim(files, {**SPEC, **now}, record=files[-1])
     assert str(error.value).splitlines()[1:-1] == rows
+    assert ("is of another result:" in str(error.value)) == any(" now" in row for row in rows)
     assert "--overwrite" in str(error.value).splitlines()[-1]
     assert claim(files, {**SPEC, **now}, record=files[-1], overwrite=True) is None
     assert files[0].read_text() == "data"  # claiming removes nothing
@@ -82,7 +93,10 @@ def test_a_number_may_grow_and_not_shrink(tmp_path: Path) -> None:
     assert held["num_samples"] == 10
     with pytest.raises(OutputError, match="num_samples: 10 there, 9 now"):
         claim(files, fewer, record=files[-1], growing="num_samples")
-    assert differences({}, SPEC, "num_samples")[0] == "  num_samples: None there, 10 now"
+    assert differences({"num_samples": None}, SPEC, "num_samples")[0] == "  num_samples: None there, 10 now"
+    assert differences({}, {"num_samples": 10}, "num_samples") == [
+        "  num_samples: not recorded there, as it was made by an older version"
+    ]
 
 
 @pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff\xfe"])
@@ -102,6 +116,55 @@ def test_a_file_where_a_folder_is_to_be_is_refused(tmp_path: Path, overwrite: bo
         for files in ([out / "data", out / RECORD], []):
             with pytest.raises(OutputError, match="is there and is no folder"):
                 claim(files, SPEC, record=out / RECORD, overwrite=overwrite)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_where_a_file_is_to_be_is_refused(tmp_path: Path, overwrite: bool) -> None:
+    with pytest.raises(OutputError, match="is a folder, and a file is to be written"):
+        claim([tmp_path], SPEC, record=tmp_path, overwrite=overwrite)
+
+
+# What each kind of folder has in it, by the names that those who write it have for that.
+FOLDERS = {
+    "data set": [[FILE], [PLAN]],
+    "run directory": [[CONFIG, "checkpoints/"], [CONFIG, "history.jsonl"]],
+    "folder of checkpoints": [["step-00000003/COMPLETE"], ["meta.json", "COMPLETE"]],
+    "folder of drawn images": [[path.name for path in Pictures.files(Path())]],
+}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_folder_that_belongs_to_something_else_is_refused(
+    tmp_path: Path, kind: str, overwrite: bool
+) -> None:
+    for number, (other, names) in enumerate((o, n) for o, ways in FOLDERS.items() for n in ways):
+        folder = tmp_path / str(number)
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).mkdir() if name.endswith("/") else write_record(folder / name, SPEC)
+        files = [folder / "data", folder / RECORD]
+        if kind == other:
+            claim(files, SPEC, record=files[-1], overwrite=overwrite, kind=kind)
+            continue
+        with pytest.raises(OutputError, match=f"{folder} is a {other}, and a {kind} is to be written"):
+            claim(files, SPEC, record=files[-1], overwrite=overwrite, kind=kind)
+    (tmp_path / CONFIG).touch()  # somebody's own
+    claim([tmp_path / RECORD], SPEC, record=tmp_path / RECORD, kind=kind)
+    with_record(tmp_path / "1")
+    (tmp_path / "1" / "samples.npz").touch()  # drawn into a data set by versions before
+    if kind == "folder of drawn images":
+        claim([tmp_path / "1" / RECORD], SPEC, record=tmp_path / "1" / RECORD, kind=kind)
+
+
+def test_a_file_that_has_no_record_is_compared(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    assert not claim_file(file, lambda: pytest.fail("there is nothing to compare"))
+    file.touch()
+    assert claim_file(file, lambda: True)
+    assert not claim_file(file, lambda: pytest.fail("it is replaced"), overwrite=True)
+    with pytest.raises(OutputError, match="is there already, and holds something else: give --overwrite"):
+        claim_file(file, lambda: False)
 
 
 def test_what_says_nothing_of_itself_is_not_replaced(tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ from dit.train.checkpoints.export import export as write_export
 Heads = Annotated[int | None, "attention heads; none = those of S, B, L or XL, by the width"]
 Classes = Annotated[int | None, "classes; none = the label table's rows but the null one"]
 Scale = Annotated[float | None, "latents were multiplied with it; none = the codec's own, or 0.18215"]
-Overwrite = Annotated[bool, "replace a file that is there"]
+Overwrite = Annotated[bool, "replace a file of something else that is there"]
 Weights = Annotated[str, "which weights: ema, model, or another average, as ema_0.999"]
+ALREADY = "; the same export is there already, nothing was written"
 
 
 def facebook_dit(
@@ -72,8 +73,8 @@ def to_facebook_dit(
     overwrite: Overwrite = False,
 ) -> None:
     """A checkpoint's weights as a state dict for facebookresearch/DiT: eps on DDPM's linear betas."""
-    line = from_run(run_or_ckpt, out, FacebookDiT(), weights, overwrite)
-    print(f"{line}\n{out}: a state dict for facebookresearch/DiT")
+    line, is_new = from_run(run_or_ckpt, out, FacebookDiT(), weights, overwrite)
+    print(f"{line}\n{out}: a state dict for facebookresearch/DiT{'' if is_new else ALREADY}")
 
 
 def to_sit(
@@ -87,8 +88,8 @@ def to_sit(
     overwrite: Overwrite = False,
 ) -> None:
     """A checkpoint's weights as a state dict for willisma/SiT: a path with model times of 1 - t."""
-    line = from_run(run_or_ckpt, out, SiT(learn_sigma=learn_sigma), weights, overwrite)
-    print(f"{line}\n{out}: a state dict for willisma/SiT")
+    line, is_new = from_run(run_or_ckpt, out, SiT(learn_sigma=learn_sigma), weights, overwrite)
+    print(f"{line}\n{out}: a state dict for willisma/SiT{'' if is_new else ALREADY}")
 
 
 def export(
@@ -106,9 +107,9 @@ def export(
 
     Averages of any width can be made after training with ema.power and ema.snapshot_every (EDM2's post-hoc EMA).
     """
-    written, off = write_export(run_or_ckpt, out, weights, width, overwrite)
+    written, off, is_new = write_export(run_or_ckpt, out, weights, width, overwrite)
     how = "" if off is None else f" (profile off by {off:.2%})"
-    print(f"{out}: {written.line}{how}")
+    print(f"{out}: {written.line}{how}{'' if is_new else ALREADY}")
     written.average.warn()
     if off is not None and off > 0.1:
         print(

@@ -139,7 +139,7 @@ def _checked(
 
 @contextlib.contextmanager
 def _interruptible(outs: list[Path], world: group.World) -> Iterator[_EndAsked]:
-    """Ctrl-C, or a scheduler's signal, ends with what is done, said once."""
+    """Let Ctrl-C, or a scheduler's signal, end the work with what is done, said once."""
     asked = _EndAsked()
     try:
         with group.on_signals(asked, (*group.SIGNALS, signal.SIGINT)):

@@ -46,7 +46,7 @@ def main(
     dimension of a latent, not of a pixel, and an encoder with smaller latents may have more. Compare models on
     the same latents alone. "bits_per_dim_stored" is of the latents as the codec gives them: log2 std of the
     normalisation added, per dimension. Moments are drawn from once. Pixels are not dequantised: for those,
-    --method=bound --method.decoder=discretised bounds the probability of 256 levels, if latents.norm is codec.
+    --method=bound --method.decoder=discretised bounds the probability of 256 levels, where latents.norm was codec.
     """
     shortcuts = {"num_steps": num_steps, "divergence": "exact" if exact else None}
     keys = {f"method.{name}": str(value) for name, value in shortcuts.items() if value is not None}

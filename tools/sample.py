@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dit.cli import UsageError, run
-from dit.config import ConfigError, Registry, from_dict
+from dit.config import ConfigError, Registry, from_dict, to_dict
 from dit.configfile import overridden
 from dit.experiments.drawing import DrawOrder, produce
 from dit.experiments.trained import Trained
@@ -33,13 +33,15 @@ def main(
     save_pairs: Annotated[str | None, "new folder for noise and latents: the data of a reflow"] = None,
     num_samples: Annotated[int, "images in all"] = 64,
     classes: Annotated[str, "all, numbers like 0,3 or names; image i is of classes[i mod n]"] = "all",
-    cfg_scale: Annotated[float, "null + scale * (cond - null); 1 = no guidance"] = 1.0,
+    cfg_scale: Annotated[float | None, "null + scale * (cond - null); none = 1, no guidance"] = None,
     guidance: Annotated[
         str | None, "in turn: '{name: cfg, scale: 2, interval: [0.2, 0.7]}, {name: ...}'"
     ] = None,
-    solver: Annotated[str, "how steps are taken; its fields are --solver.field=value"] = "heun",
-    num_steps: Annotated[int, "steps of the solver"] = 50,
-    grid: Annotated[str, "which times it visits; its fields are --grid.field=value"] = "uniform",
+    solver: Annotated[
+        str | None, "how steps are taken; its fields are --solver.field=value; none = heun"
+    ] = None,
+    num_steps: Annotated[int | None, "steps of the solver; none = 50"] = None,
+    grid: Annotated[str | None, "times it visits; its fields are --grid.field=value; none = uniform"] = None,
     shift: Annotated[float | None, "time shift of the grid, the same as --grid.shift; 1 = none"] = None,
     seed: Annotated[int, "of the noise; image i has its own"] = 0,
     batch_size: Annotated[int, "images at a time and rank, and in each block that is kept"] = 64,
@@ -53,12 +55,13 @@ def main(
     Writes samples.npz (arr_0: uint8 (N, H, W, 3), arr_1: int64 labels, the ADM suite's format), grid.png and
     spec.json. Image i depends on the checkpoint, the spec and i alone, not on batch size or number of ranks. Killed, it
     goes on when the same command is started again, on any number of ranks: what is done lies in OUT.partial.
+    What it draws with is printed, and what of it the pictures during training were drawn with otherwise.
 
     --codec.path=FOLDER says where the VAE is, if not where training had it; --codec.dtype=bfloat16 decodes faster.
     --save_pairs=DIR writes a data set of latents and the noise they were made from, for objective.coupling=reflow.
     """
     given = {"solver": solver, "num_steps": num_steps, "cfg_scale": cfg_scale, "seed": seed, "grid": grid}
-    spec, codec_keys = read_spec(given, solver_grid_codec_keys, shift, guidance)
+    spec, asked, codec_keys = read_spec(given, solver_grid_codec_keys, shift, guidance)
     check_wanted(out, save_pairs, spec)
     with group.session() as world:
         trained = Trained.load(run_or_ckpt, weights, world.device)
@@ -66,7 +69,7 @@ def main(
             trained.say_weights()
         made = trained.experiment.train.precision if precision == "run" else precision
         where = {"out": folder(out), "save_pairs": folder(save_pairs), "overwrite": overwrite}
-        order = DrawOrder(trained.classes(classes), num_samples, batch_size, made, codec_keys, **where)
+        order = DrawOrder(trained.classes(classes), num_samples, batch_size, made, codec_keys, asked, **where)
         produce(trained, spec, order, world)
 
 
@@ -88,11 +91,13 @@ def folder(name: str | None) -> Path | None:
 
 def read_spec(
     values: Mapping[str, Any], given: Mapping[str, str], shift: float | None, guidance: str | None
-) -> tuple[SamplerSpec, dict[str, str]]:
-    """The spec of the plain values with the command line's keys over them; and the codec's keys as given.
+) -> tuple[SamplerSpec, frozenset[str], dict[str, str]]:
+    """Make the spec of the plain values that are not None, with the command line's keys over them.
 
-    ConfigError for a key that is given twice.
+    And which fields of it were asked for, and the codec's keys as given. ConfigError for a key that is given twice.
     """
+    values = {key: value for key, value in values.items() if value is not None}
+    plain = {**to_dict(SamplerSpec()), **values}
     codec = {key: text for key, text in given.items() if key.startswith("codec")}
     keys = [
         (re.sub(r"^(solver|grid)_", r"\1.", key), text) for key, text in given.items() if key not in codec
@@ -103,7 +108,8 @@ def read_spec(
     twice = [key for key, count in Counter(key for key, _ in keys).items() if count > 1]
     if twice:
         raise ConfigError(f"--{twice[0]} is given twice")
-    return from_dict(SamplerSpec, overridden(SamplerSpec, values, dict(keys))[0]), codec
+    asked = frozenset({*values, *(key.partition(".")[0] for key, _ in keys)})
+    return from_dict(SamplerSpec, overridden(SamplerSpec, plain, dict(keys))[0]), asked, codec
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dit.config import config, to_dict
-from dit.data.codecs.norm import LatentNorm
+from dit.config import ConfigError, config, to_dict
+from dit.data.codecs.norm import LatentNorm, codec_norm
 from dit.data.shards.blocks import BlockReader
 from dit.data.shards.manifest import Manifest
 from dit.data.shards.readers import open_reader
@@ -35,12 +35,19 @@ class LikelihoodSpec:
 
 @dataclass(frozen=True)
 class LikelihoodOf:
-    """The likelihood of a data set under a model. norm: that the model was trained with."""
+    """The likelihood of a data set under a model. norm: that the model was trained with.
+
+    Raises ConfigError for a method that is of levels of pixels, where the model sees something else.
+    """
 
     denoise: Denoiser
     norm: LatentNorm
     manifest: Manifest
     spec: LikelihoodSpec
+
+    def __post_init__(self) -> None:
+        if self.spec.method.of_levels:
+            check_levels(self.norm, self.manifest)
 
     @property
     def count(self) -> int:
@@ -106,6 +113,20 @@ class LikelihoodOf:
             "samples": len(nats),
             "dimensions": dimensions,
         }
+
+
+def check_levels(norm: LatentNorm, manifest: Manifest) -> None:
+    """ConfigError unless what a model sees of these data are pixels in 256 levels from −1 to 1."""
+    codec = manifest.codec["name"]
+    if codec == "pixels" and norm == codec_norm(manifest.codec):
+        return
+    mean, std = (", ".join(f"{value:.3g}" for value in values) for values in (norm.mean, norm.std))
+    of = "pixels" if codec == "pixels" else f"latents of the codec '{codec}'"
+    raise ConfigError(
+        f"method.decoder = discretised is of pixels in 256 levels from -1 to 1, and this model sees {of} less a mean "
+        f"of ({mean}), over a std of ({std}): take --method.decoder=density, or a run that was trained on pixels with "
+        "latents.norm=codec"
+    )
 
 
 def stored_samples(reader: BlockReader, index: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+import json
+import shlex
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,14 +16,13 @@ import torch
 from torch import Tensor
 
 from dit.config import ConfigError, to_dict
-from dit.data.shards.pairs import Origin, Pairs, pair_files
+from dit.data.shards.pairs import Origin, Pairs
+from dit.experiments.diffusion import SampleConfig
 from dit.experiments.trained import Precision, Trained
 from dit.outputs import RECORD, Blocks, OutputError, claim, unfinished
 from dit.ranks import group
 from dit.sample.drawing import Pictures, Product, draw
 from dit.sample.generate import Sampler, SamplerSpec, labels_for
-from dit.sample.grid import GRIDS
-from dit.sample.solve import SOLVERS
 from dit.version import code_version
 
 GROWING = "num_samples"  # of pictures: more may be drawn to those that are there
@@ -36,8 +37,9 @@ NOT_COMPARED = (
 class DrawOrder:
     """What is to be drawn, and where to. Image i is of class classes[i mod n].
 
-    batch_size: images at a time. codec_keys: {"codec.path": ...}, over where training had it. out: folder for pictures.
-    save_pairs: folder for a data set of noise and latents. overwrite: what is there is replaced.
+    batch_size: images at a time. codec_keys: {"codec.path": ...}, over where training had it. asked: fields of the spec
+    that are no defaults, but were asked for. out: folder for pictures. save_pairs: folder for a data set of noise and
+    latents. overwrite: what is there is replaced.
     """
 
     classes: list[int]
@@ -45,6 +47,7 @@ class DrawOrder:
     batch_size: int
     precision: Precision = "fp32"
     codec_keys: Mapping[str, str] = field(default_factory=dict)
+    asked: frozenset[str] = frozenset()
     out: Path | None = None
     save_pairs: Path | None = None
     overwrite: bool = False
@@ -64,7 +67,7 @@ def produce(trained: Trained, spec: SamplerSpec, order: DrawOrder, world: group.
     Raises OutputError where something else lies there, ConfigError for what cannot be drawn, NotFiniteError naming
     the first image that is none.
     """
-    check_effect(spec, order.classes, trained, world)
+    check_effect(spec, order.classes, trained)
     keys = order.codec_keys if order.out else None
     sampler = trained.sampler(spec, keys, world.device, order.precision)
     _ = sampler.denoise  # opens what guidance names, before anything is drawn
@@ -77,6 +80,8 @@ def produce(trained: Trained, spec: SamplerSpec, order: DrawOrder, world: group.
     }
     unmade = group.on_main(lambda: _unmade(order, record))
     if unmade:
+        if world.is_main:
+            print(settings_line(spec, order.asked, trained.experiment.sample))
         _draw(trained, sampler, order, unmade, record, world)
     if world.is_main:
         for made in filter(None, (order.out, order.save_pairs)):
@@ -89,15 +94,17 @@ def _unmade(order: DrawOrder, record: Mapping[str, Any]) -> dict[Path, dict[str,
     spec = compared(record)
     if order.out is not None:
         files = Pictures.files(order.out)
-        held = claim(files, spec, record=files[-1], overwrite=order.overwrite, growing=GROWING)
+        held = claim(
+            files, spec, record=files[-1], overwrite=order.overwrite, growing=GROWING, kind=Pictures.KIND
+        )
         if held is None or held[GROWING] < order.num_samples:
             found[order.out] = held
     if order.save_pairs is not None:
-        out = order.save_pairs
-        files = [path for path in pair_files(out) if path.exists()]
-        if files and not (out / RECORD).is_file():
+        out, file = order.save_pairs, order.save_pairs / RECORD
+        held = claim([file], spec, record=file, overwrite=order.overwrite, kind="data set")
+        if out.exists() and not file.is_file() and any(out.iterdir()):
             raise OutputError(f"{out} exists already: remove it or choose another name")
-        if claim(files, spec, record=out / RECORD, overwrite=order.overwrite) is None:
+        if held is None:
             found[out] = None
     return found
 
@@ -162,20 +169,43 @@ def _line(made: Path, order: DrawOrder, is_new: bool) -> str:
     return f"{order.num_samples} images in {made / 'samples.npz'}; look at {made / 'grid.png'}{already}"
 
 
-def check_effect(spec: SamplerSpec, chosen: list[int], trained: Trained, world: group.World) -> None:
-    """Refuse guidance that would cost as always and change nothing; note where the run's own pictures differ."""
+def check_effect(spec: SamplerSpec, chosen: list[int], trained: Trained) -> None:
+    """Refuse guidance that would cost as always and change nothing: raises ConfigError."""
     if spec.needs_label and set(chosen) == {-1} and trained.contract["classes"]:
         raise ConfigError(
             "guidance by class has no effect on --classes=-1, no class; leave one of the two out"
         )
-    own = trained.experiment.sample
-    differing = [
-        f"--{key}={registry.name_of(getattr(own, key))}"
-        for key, registry in (("solver", SOLVERS), ("grid", GRIDS))
-        if registry.name_of(getattr(own, key)) != registry.name_of(getattr(spec, key))
-    ]
-    if differing and world.is_main:
-        print(f"note: this run's own config draws with {' '.join(differing)}")
+
+
+def settings_line(spec: SamplerSpec, asked: Collection[str], own: SampleConfig) -> str:
+    """Say what is drawn with, and which of it, where nobody asked for it, is not what the run's own pictures had.
+
+    asked: fields of the spec. own: the run's; one that draws no pictures and sets nothing for them has none.
+    """
+    flags, theirs = spec_flags(spec), spec_flags(own)
+    has_own = own.every or theirs != spec_flags(SampleConfig())
+    other = [words for fields, words in theirs.items() if words != flags[fields] and not {*fields} & {*asked}]
+    note = f"; the run's own pictures: {' '.join(other)}" if has_own and other else ""
+    return f"drawing with {' '.join(flags.values())}{note}"
+
+
+def spec_flags(spec: SamplerSpec) -> dict[tuple[str, ...], str]:
+    """What of a spec decides about the kind of pictures, as flags of the command line, by the fields they stand for."""
+    guidance = f" --guidance={shlex.quote(json.dumps(to_dict(spec)['guidance']))}" if spec.guidance else ""
+    return {
+        ("solver",): _member_flags("solver", spec.solver),
+        ("num_steps",): f"--num_steps={spec.num_steps}",
+        ("grid",): _member_flags("grid", spec.grid),
+        ("cfg_scale", "guidance"): f"--cfg_scale={spec.cfg_scale:g}{guidance}",
+    }
+
+
+def _member_flags(family: str, member: Any) -> str:
+    """Its name, and those of its fields that are not as they are by default."""
+    values = to_dict(member)
+    name, defaults = values.pop("name"), to_dict(type(member)())
+    words = [f"--{family}.{key}={value}" for key, value in values.items() if value != defaults[key]]
+    return " ".join([f"--{family}={name}", *words])
 
 
 def described(trained: Trained, sampler: Sampler) -> dict[str, Any]:

@@ -56,7 +56,7 @@ class Trained:
 
     @classmethod
     def load(cls, run_or_checkpoint: str, weights: str, device: torch.device) -> Trained:
-        """From a run directory (its newest good checkpoint) or one checkpoint. weights: "ema" or "model"."""
+        """Load a run directory's newest good checkpoint, or one checkpoint. weights: "ema" or "model"."""
         found = checkpoint.resolve(run_or_checkpoint)
         if not found.is_sharded and weights == MAIN:
             (weights,) = found.weights  # an exported file has one set, which is what is meant

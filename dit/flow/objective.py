@@ -172,14 +172,6 @@ class Objective:
         a, b = self.prediction.row(coeffs)
         return self.weight(coeffs, (a, b)) * (a.square() + b.square() + 2 * correlation * a * b)
 
-    def first_loss(self, numel: int, correlation: float = 0.0) -> FirstLoss:
-        """`first_losses` over the distribution of training times, for latents of `numel` elements per sample."""
-        u, share = _quadrature()
-        loss = self.first_losses(self.time(u), correlation)
-        mean = float((share * loss).sum())
-        second = float((share * loss.square()).sum()) * (1 + 2 / numel)  # chi-squared with `numel` degrees
-        return FirstLoss(mean, math.sqrt(max(second - mean**2, 0.0)))
-
     def check(self) -> None:
         """ConfigError for parts that cannot be trained or sampled together.
 
@@ -227,15 +219,3 @@ def _check_reach(path: NoisePath, lo: float, hi: float, what: str, mend: str) ->
             f"({float(alpha[0]):.4g}, {float(sigma[0]):.4g}) to ({float(alpha[1]):.4g}, {float(sigma[1]):.4g}), and "
             f"sigma/alpha must go from at most 0.1 to at least 10; {mend}"
         )
-
-
-def _quadrature(points: int = 512, octaves: int = 28) -> tuple[Tensor, Tensor]:
-    """Nodes u in (0, 1) and their shares, float64: midpoints, finer by halves towards both ends.
-
-    Targets may grow like 1/t (VP's velocity), which an even rule would miss.
-    """
-    edges = torch.cat([torch.zeros(1, dtype=torch.float64), 0.5 ** torch.arange(octaves, 0, -1).double()])
-    width = edges.diff().unsqueeze(1) / points
-    half = (edges[:-1].unsqueeze(1) + width * (torch.arange(points) + 0.5)).flatten()
-    share = width.expand(-1, points).flatten()
-    return torch.cat([half, 1 - half]), torch.cat([share, share])

@@ -28,10 +28,11 @@ from dit.files import expand, sync
 from dit.flow.objective import Objective
 from dit.interop.weights import Arguments, Count, StateDict, WeightsError, infer, network
 from dit.model.dit import DiT
-from dit.outputs import claim
+from dit.outputs import claim, claim_file
 from dit.ranks.group import World
 from dit.train.checkpoints import saver
 from dit.train.checkpoints.checkpoint import State
+from dit.train.checkpoints.tensorfile import same_bits
 from dit.train.ema import MAIN
 from dit.train.engines.base import Fragment
 from dit.train.run_dir import CONFIG
@@ -203,17 +204,30 @@ def _contract(arguments: Arguments, choices: Choices) -> dict[str, Any]:
 
 def from_run(
     run_or_checkpoint: str, out: str | Path, format: Format, weights: str, overwrite: bool = False
-) -> str:
+) -> tuple[str, bool]:
     """Write weights ("ema", "model" or another average) of a checkpoint as a file for the project: .pt or .safetensors.
 
-    Gives the line that says which weights they are. Raises WeightsError for a model that the project does not have,
-    OutputError where `out` exists (overwrite: it is replaced).
+    Gives the line that says which weights they are, and False where the same file was there already. Raises
+    WeightsError for a model that the project does not have, OutputError where `out` is of something else (overwrite: it
+    is replaced).
     """
     path = Path(expand(str(out)))
-    claim([path], overwrite=overwrite)
+    claim([path], overwrite=True)  # before anything is read
     trained = Trained.load(run_or_checkpoint, weights, torch.device("cpu"))
     if not isinstance(trained.model, DiT):
         raise WeightsError(f"{trained.path} holds no DiT, but a {type(trained.model).__name__}")
-    write_weights(path, format.theirs(trained.model, trained.experiment.objective))
+    state = format.theirs(trained.model, trained.experiment.objective)
+    is_there = claim_file(path, lambda: _holds(path, state), overwrite=overwrite)
+    if not is_there:
+        write_weights(path, state)
     trained.average.warn()
-    return trained.weights_line()
+    return trained.weights_line(), not is_there
+
+
+def _holds(path: Path, state: StateDict) -> bool:
+    """Whether a file holds just this state dict, bit for bit."""
+    try:
+        there = read_weights(path)["ema"]
+    except WeightsError:  # something else, or damaged
+        return False
+    return there.keys() == state.keys() and all(same_bits(there[name], state[name].cpu()) for name in state)

@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -97,6 +97,7 @@ class Pictures:
     out: Path
     blocks: Blocks
     sampler: Sampler
+    KIND: ClassVar[str] = "folder of drawn images"  # of dit.outputs.KINDS
 
     @staticmethod
     def files(out: Path) -> list[Path]:

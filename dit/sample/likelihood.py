@@ -53,6 +53,11 @@ class LikelihoodProblem:
 class Likelihood:
     """A way to log p(data). Subclasses are frozen `@config` classes."""
 
+    @property
+    def of_levels(self) -> bool:
+        """Whether it holds only for pixels as they are, in 256 levels from −1 to 1."""
+        return False
+
     def __call__(self, problem: LikelihoodProblem, data: Tensor) -> Tensor:
         """(B,) float64 nats: log p(data), data (B, C, ...), or a lower bound of its mean."""
         raise NotImplementedError
@@ -218,6 +223,10 @@ class Bound(Likelihood):
     variance: Literal["small", "large", "learned"] = "large"
     # density of latents, or discretised: 256 levels of pixels
     decoder: Literal["density", "discretised"] = "density"
+
+    @property
+    def of_levels(self) -> bool:
+        return self.decoder == "discretised"
 
     def __call__(self, problem: LikelihoodProblem, data: Tensor) -> Tensor:
         return -self.terms(problem, data).total

@@ -162,15 +162,11 @@ def ema_of(values: Mapping[str, Any]) -> EmaConfig:
 
 def percent(share: float) -> str:
     """A share in few digits, and never 0% for what is not 0."""
-    return (
-        "0%"
-        if not share
-        else "under 0.1%"
-        if share < 1e-3
-        else f"{100 * share:.2g}%"
-        if share < 0.995
-        else "100%"
-    )
+    if share == 0:
+        return "0%"
+    if share < 1e-3:
+        return "under 0.1%"
+    return f"{100 * share:.2g}%" if share < 0.995 else "100%"  # 99.5 in two digits is 1e+02
 
 
 class Ema:

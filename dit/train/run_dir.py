@@ -14,6 +14,7 @@ from typing import IO, Any, TypeVar
 
 from dit.config import ConfigError, flatten, from_dict, to_dict
 from dit.configfile import read_own, write_yaml
+from dit.outputs import refuse_other
 from dit.ranks import group
 from dit.ranks.group import World
 from dit.scalars import resolved
@@ -91,7 +92,8 @@ def locked(run_dir: Path, world: World, patience: float | None = None) -> Iterat
 
     patience: seconds to wait for a job that is still dying; None: PATIENCE. The lock goes with the process, however
     that ends. Where nothing else was written inside, a directory that was not there before is gone again afterwards.
-    Raises ConfigError on every rank, with who holds it; then nothing in the directory was touched.
+    Raises ConfigError on every rank, with who holds it, and OutputError where it is no run's, but a data set, say; then
+    nothing in the directory was touched.
     """
     seconds = PATIENCE if patience is None else patience
     with contextlib.ExitStack() as held:
@@ -102,6 +104,7 @@ def locked(run_dir: Path, world: World, patience: float | None = None) -> Iterat
 @contextlib.contextmanager
 def _held(run_dir: Path, patience: float) -> Iterator[None]:
     """Hold the lock, on one rank."""
+    refuse_other(run_dir, "run directory")
     made: list[Path] = []  # folders that were not there before, the inmost first
     with _wait_for(run_dir / LOCK, patience, made) as file:
         file.truncate(0)

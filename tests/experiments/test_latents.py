@@ -7,18 +7,27 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from dit.config import ConfigError
 from dit.data import DataError
-from dit.data.codecs.autoencoders import Vae
+from dit.data.codecs.autoencoders import Vae, unknown_vae
 from dit.data.codecs.codec import CODECS, Pixels
 from dit.data.codecs.ldm import Ldm
 from dit.data.codecs.norm import latent_norm
 from dit.data.shards.manifest import Manifest
-from dit.experiments.latents import check_same_latents, check_same_path, codec_doubts, latent_contract
+from dit.experiments.latents import (
+    check_same_latents,
+    check_same_path,
+    codec_doubts,
+    latent_contract,
+    open_codec,
+)
 from dit.flow.path import PATHS, Linear
 from dit.stage1.autoencoder import Kl
 from tests.datasets import Digits
+
+CPU = torch.device("cpu")
 
 
 def test_the_contract_is_json_and_says_what_sampling_needs(digits: Digits) -> None:
@@ -92,3 +101,34 @@ def test_what_is_the_datas_own_or_not_said_contradicts_nothing(digits: Digits, t
     assert codec_doubts(other, latents, "there", reads=False) == ()
     (tmp_path / "empty").mkdir()
     assert codec_doubts(Vae(path=str(tmp_path / "empty")), latents, "there", reads=True) == ()
+
+
+def test_the_codec_of_the_data_is_found_or_asked_for(digits: Digits, tmp_path: Path) -> None:
+    identity = Manifest.load(digits.moments).codec
+    assert open_codec(None, {"name": "pixels"}, "there", CPU).channels == 3
+    assert open_codec(Vae(path=str(digits.vae)), identity, "there", CPU).factor == 2
+    with pytest.raises(ConfigError, match=r"codec is 'vae' and nothing says where it is: set codec"):
+        open_codec(None, identity, "there", CPU)
+    torch.manual_seed(1)
+    Kl(widths=(8, 8), groups=4).build().vae.save_pretrained(tmp_path / "other")
+    with pytest.raises(DataError, match=r"there and the codec given come from different codecs \(sha256"):
+        open_codec(Vae(path=str(tmp_path / "other")), identity, "there", CPU)
+
+
+def test_pixels_need_no_codec_whatever_is_set_and_a_missing_one_names_what_it_is_for() -> None:
+    nowhere = Vae(path="./nowhere")
+    assert open_codec(nowhere, {"name": "pixels"}, "it", CPU).identity() == {"name": "pixels"}
+    with pytest.raises(
+        DataError, match=r"nowhere/config.json is missing.*it needs the codec 'vae'.*--codec.path"
+    ):
+        open_codec(nowhere, {"name": "vae"}, "it", CPU)
+
+
+def test_any_vae_of_the_channels_is_taken_where_it_is_not_known_which(digits: Digits, capsys) -> None:
+    given = Vae(path=str(digits.vae))
+    assert open_codec(given, unknown_vae(4, 0.18215), "weights", CPU).factor == 2
+    assert "note: weights does not say which vae it goes with" in capsys.readouterr().out
+    with pytest.raises(DataError, match=r"weights needs a codec 'vae' of 16 channels; .* 'vae' and has 4"):
+        open_codec(given, unknown_vae(16, 0.18215), "weights", CPU)
+    with pytest.raises(DataError, match=r"weights needs a codec 'vae' of 3 channels; .* 'pixels' and has 3"):
+        open_codec(Pixels(), unknown_vae(3, 0.18215), "weights", CPU)

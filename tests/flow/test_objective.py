@@ -24,6 +24,7 @@ from dit.flow.times import TIMES, EDMTimes, LogitNormal, Uniform
 from dit.flow.variance import LearnedRange
 from dit.flow.weight import WEIGHTS, EpsWeight, LikelihoodWeight, UniformWeight, VelocityWeight
 from dit.rng import Draws
+from tests.first_loss import first_loss
 from tests.gaussian import PAIR_IDS, PAIRS, Gaussian, golden, normal
 
 every_pair = pytest.mark.parametrize(("path", "prediction"), PAIRS, ids=PAIR_IDS)
@@ -176,7 +177,7 @@ def test_the_first_loss_is_the_analytic_target_variance(
     n, shape = 1024, (2, 3, 4)
     objective = Objective(path=path, prediction=prediction, times=TIMES[times](shift=1.5))
     loss = objective.loss(silent, normal(n, *shape, dtype=torch.float32), {}, draws(n))
-    first = objective.first_loss(math.prod(shape))
+    first = first_loss(objective, math.prod(shape))
     assert abs(first.deviation(loss.per_sample)) < 6
 
 
@@ -191,7 +192,7 @@ def test_the_first_loss_of_every_weight(path: NoisePath, prediction: Prediction)
             path=path, prediction=prediction, times=times, weight=weight(), spread=Stratified()
         )
         loss = objective.loss(silent, data, {}, draws(n))
-        first, each = objective.first_loss(size), objective.first_losses(loss.t)
+        first, each = first_loss(objective, size), objective.first_losses(loss.t)
         assert abs(first.deviation(loss.per_sample)) < 6, objective
         share = (loss.per_sample / each)[each > 0]
         assert abs(float(share.mean()) - 1) < 5 * math.sqrt(2 / size / len(share)), objective
@@ -208,13 +209,13 @@ def test_the_first_loss_of_every_combination(path: NoisePath, prediction: Predic
         objective = Objective(path=path, prediction=prediction, **chosen)
         objective.check()
         loss = objective.loss(silent, data, {}, draws(n))
-        assert abs(objective.first_loss(size).deviation(loss.per_sample)) < 6, chosen
+        assert abs(first_loss(objective, size).deviation(loss.per_sample)) < 6, chosen
 
 
 @pytest.mark.parametrize("prediction", [Velocity(), V()])
 def test_a_wrong_normalisation_shows_in_the_first_loss(prediction: Prediction) -> None:
     objective = Objective(prediction=prediction)
-    first = objective.first_loss(64)
+    first = first_loss(objective, 64)
     for scale in (0.7, 1.4):
         loss = objective.loss(silent, scale * normal(1024, 64, dtype=torch.float32), {}, draws(1024))
         assert abs(first.deviation(loss.per_sample)) > 6
@@ -230,7 +231,7 @@ def test_a_wrong_normalisation_shows_in_the_first_loss(prediction: Prediction) -
     ],
 )
 def test_known_first_losses(objective: Objective, mean: float, second: float) -> None:
-    first = objective.first_loss(50)
+    first = first_loss(objective, 50)
     assert first.mean == pytest.approx(mean, rel=1e-6)
     assert first.std == pytest.approx(math.sqrt(second * (1 + 2 / 50) - mean**2), rel=1e-5)
     assert first.standard_error(100) == pytest.approx(first.std / 10)
@@ -244,7 +245,7 @@ def test_the_first_loss_of_vp_velocity_counts_the_end_near_data() -> None:
     c = VP().coeffs(t)
     size = (c.d_alpha**2 + c.d_sigma**2) * t
     want = float(torch.trapezoid(size, s) + size[0])  # times below t_lo are clamped to it
-    assert Objective(path=VP()).first_loss(8).mean == pytest.approx(want, rel=1e-4)
+    assert first_loss(Objective(path=VP()), 8).mean == pytest.approx(want, rel=1e-4)
 
 
 @pytest.mark.parametrize("coupling", [OptimalTransport(group=64), Sinkhorn(group=64)])
@@ -254,8 +255,8 @@ def test_transport_lowers_the_first_loss_by_what_it_logs(coupling) -> None:
     loss = objective.loss(silent, normal(n, 4, dtype=torch.float32), {}, draws(n))
     drop = float(loss.metrics[COST_DROP])
     assert drop > 0.3
-    assert objective.first_loss(4).deviation(loss.per_sample) < -6
-    assert abs(objective.first_loss(4, correlation=drop).deviation(loss.per_sample)) < 6
+    assert first_loss(objective, 4).deviation(loss.per_sample) < -6
+    assert abs(first_loss(objective, 4, correlation=drop).deviation(loss.per_sample)) < 6
 
 
 # --- times and draws ---------------------------------------------------------------------------------------
@@ -373,7 +374,7 @@ def test_an_auxiliary_term_is_added_and_logged() -> None:
 
 
 def test_first_losses_know_no_auxiliary_term() -> None:
-    assert LEARNED.first_loss(8) == Objective(path=DiscreteVP(), prediction=Eps()).first_loss(8)
+    assert first_loss(LEARNED, 8) == first_loss(Objective(path=DiscreteVP(), prediction=Eps()), 8)
 
 
 def test_a_variance_term_needs_variance_channels() -> None:

@@ -219,13 +219,15 @@ def test_there_and_back_through_files(file: Path, suffix: str) -> None:
     to_run(file, file.parent / "out", FacebookDiT(), HEADS)
     for seed, which in ((1, "model"), (2, "ema")):
         back = file.parent / f"{which}.{suffix}"
-        line = from_run(str(file.parent / "out"), back, FacebookDiT(), which)
+        line, is_new = from_run(str(file.parent / "out"), back, FacebookDiT(), which)
+        assert is_new
+        assert not from_run(str(file.parent / "out"), back, FacebookDiT(), which)[1]
         assert line.startswith(f"weights: {which} of step 0, after 0 updates, from ")
         held = load_file(back) if suffix == "safetensors" else torch.load(back, weights_only=True)
         assert same(held, weights(seed))
     assert not list(file.parent.glob("*.partial"))
-    with pytest.raises(OutputError, match="is there already"):
-        from_run(str(file.parent / "out"), back, FacebookDiT(), "ema")
+    with pytest.raises(OutputError, match="is there already, and holds something else"):
+        from_run(str(file.parent / "out"), back, FacebookDiT(), "model")
     from_run(str(file.parent / "out"), back, FacebookDiT(), "model", overwrite=True)
     held = load_file(back) if suffix == "safetensors" else torch.load(back, weights_only=True)
     assert same(held, weights(1))

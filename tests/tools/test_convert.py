@@ -185,8 +185,13 @@ def test_an_exported_file_draws_the_same_images_and_so_can_an_average_made_after
     drawn = {file: images(Path(f"{file}.drawn")) for file in (plain, other, wide)}
     assert (drawn[plain] == images(tmp_path / "drawn")).all()
     assert json.loads(Path(f"{wide}.drawn/spec.json").read_text())["step"] == 4
-    assert convert("export", run_dir, plain) == 1
-    assert "is there already" in capsys.readouterr().err
+    capsys.readouterr()
+    assert convert("export", run_dir, plain) == 0
+    assert "; the same export is there already, nothing was written" in capsys.readouterr().out
+    assert convert("export", run_dir, wide, "--width=0.08") == 0
+    assert "; the same export is there already" in capsys.readouterr().out
+    assert convert("export", run_dir, plain, "--weights=model") == 1
+    assert "is there already, and holds something else: give --overwrite" in capsys.readouterr().err
 
 
 def test_help_lists_what_there_is(capsys) -> None:

@@ -152,6 +152,26 @@ def test_every_choice_matters(
     assert other["protocol_hash"] != base["protocol_hash"]
 
 
+def test_levels_are_of_pixels_as_they_are(digits: Digits, run: Path, tmp_path: Path, capsys) -> None:
+    """Of latents, and of pixels that were normalised, there is no grid of 256 levels from -1 to 1."""
+    folder, sections = tmp_path / "run", {"data": {"path": str(digits.pixels)}, "codec": None}
+    go(values(digits, folder, engine="local", train={"steps": 1}, checkpoint={"every": 1}, **sections))
+    words = ("--method=bound", "--method.decoder=discretised", "--count=4", "--method.num_steps=2")
+    mean, std = Manifest.load(digits.pixels).mean[0], Manifest.load(digits.pixels).std[0]
+    for trained, data, sees in (
+        (folder, digits.pixels_val, f"sees pixels less a mean of ({mean:.3g}, "),
+        (folder, digits.pixels_val, f"over a std of ({std:.3g}, "),
+        (run, digits.moments_val, "sees latents of the codec 'vae'"),
+    ):
+        out = tmp_path / "out.json"
+        assert call(tools.likelihood.main, trained, data, *words, f"--out={out}") == 1
+        said = capsys.readouterr().err
+        assert "method.decoder = discretised is of pixels in 256 levels from -1 to 1" in said
+        assert sees in said
+        assert "take --method.decoder=density" in said
+        assert not out.exists()
+
+
 def test_pixels_have_likelihoods_too(digits: Digits, tmp_path: Path) -> None:
     """A path of discrete steps with a learned variance, all of its steps, and levels of pixels."""
     folder = tmp_path / "run"

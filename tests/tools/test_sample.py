@@ -225,6 +225,74 @@ def test_another_checkpoint_of_the_same_name_is_another_spec(
     assert "  digest: " in capsys.readouterr().err
 
 
+def test_what_it_draws_with_is_said_where_nobody_asked(run: Path, tmp_path: Path, capsys) -> None:
+    """The run's own pictures were drawn otherwise: what was asked for is no news, and what was not is said."""
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    own = {"every": 1, "cfg_scale": 3.0, "num_steps": 7, "solver": {"name": "ddim", "eta": 0.5}}
+    sign(at_step(copy, 2), lambda meta: meta["config"]["sample"].update(own))
+    small = ("--num_samples=2", "--classes=0,3")
+    for number, (words, drawn, note) in enumerate(
+        [
+            (
+                ["--num_steps=2"],
+                "--solver=heun --num_steps=2 --grid=uniform --cfg_scale=1",
+                "--solver=ddim --solver.eta=0.5 --cfg_scale=3",
+            ),
+            (
+                ["--num_steps=2", "--solver=euler", "--cfg_scale=2", "--shift=3"],
+                "--solver=euler --num_steps=2 --grid=uniform --grid.shift=3.0 --cfg_scale=2",
+                None,
+            ),
+            (
+                ["--num_steps=2", "--solver=ddim", "--solver.eta=0.5", "--guidance={name: cfg, scale: 3}"],
+                "--solver=ddim --solver.eta=0.5 --num_steps=2 --grid=uniform --cfg_scale=1 --guidance='[{",
+                None,
+            ),
+        ]
+    ):
+        draw(tmp_path / str(number), copy, *small, *words)
+        (line,) = (row for row in capsys.readouterr().out.splitlines() if row.startswith("drawing with "))
+        assert line.startswith(f"drawing with {drawn}")
+        assert line.partition("; the run's own pictures: ")[2] == (note or "")
+    draw(tmp_path / "plain", run, *small, "--num_steps=2")  # a run that draws none and sets nothing for them
+    assert "the run's own" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("overwrite", [(), ("--overwrite",)])
+def test_folders_of_something_else_are_refused(
+    digits: Digits, run: Path, base: Path, tmp_path: Path, capsys, overwrite: tuple[str, ...]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for top in (digits.pixels, run, base) for path in top.rglob("*")}
+    kinds = {
+        digits.pixels: "a data set",
+        run: "a run directory",
+        run / "checkpoints": "a folder of checkpoints",
+        at_step(run, 2): "a folder of checkpoints",
+    }
+    for folder, kind in kinds.items():
+        assert call(tools.sample.main, run, *BASE, f"--out={folder}", *overwrite) == 1
+        assert f"{folder} is {kind}, and a folder of drawn images is to be written" in capsys.readouterr().err
+    for folder, kind in {**kinds, base: "a folder of drawn images"}.items():
+        if folder != digits.pixels:
+            assert call(tools.sample.main, run, *BASE, f"--save_pairs={folder}", *overwrite) == 1
+            assert f"{folder} is {kind}, and a data set is to be written" in capsys.readouterr().err
+    assert before == {p: p.stat().st_mtime_ns for top in (digits.pixels, run, base) for p in top.rglob("*")}
+
+
+def test_a_record_from_before_there_was_a_digest_is_refused_in_plain_words(
+    run: Path, base: Path, tmp_path: Path, capsys
+) -> None:
+    out = Path(shutil.copytree(base, tmp_path / "out"))
+    held = json.loads((out / "spec.json").read_text())
+    del held["digest"]
+    (out / "spec.json").write_text(json.dumps(held))
+    assert call(tools.sample.main, run, *BASE, f"--out={out}") == 1
+    said = capsys.readouterr().err
+    assert f"{out}/spec.json does not say whether it is of the same result:" in said
+    assert "  digest: not recorded there, as it was made by an older version" in said
+    assert "Give --overwrite to replace it, or another place to write to." in said
+
+
 def test_images_of_which_nothing_is_known_are_not_replaced(
     run: Path, base: Path, tmp_path: Path, capsys
 ) -> None:

@@ -14,7 +14,7 @@ from dit.ranks.group import World
 from dit.train.checkpoints import checkpoint
 from dit.train.checkpoints.checkpoint import CheckpointError, Reader
 from dit.train.checkpoints.export import of_width
-from dit.train.ema import Average, Ema, EmaConfig
+from dit.train.ema import Average, Ema, EmaConfig, percent
 from dit.train.engines.local import LocalEngine
 from dit.train.optim import OptimConfig
 from dit.train.posthoc import power_of
@@ -127,6 +127,22 @@ def test_what_digits_held_and_hold_now() -> None:
     assert str(Average.of(on, "model", 600)) == "model weights"
     with pytest.raises(KeyError):
         on.start_share("ema_0.5", 3)
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [
+        (0, "0%"),
+        (1e-9, "under 0.1%"),
+        (1e-3, "0.1%"),
+        (0.3008, "30%"),
+        (0.994, "99%"),
+        (0.996, "100%"),
+        (1, "100%"),
+    ],
+)
+def test_shares_in_few_digits(share: float, text: str) -> None:
+    assert percent(share) == text
 
 
 def test_it_is_warned_of_once_where_it_is_used(recwarn: pytest.WarningsRecorder) -> None:

@@ -15,6 +15,7 @@ from dit.configfile import load
 from dit.experiments.autoencoder import AutoencoderExperiment
 from dit.experiments.classifier import ClassifierExperiment
 from dit.experiments.diffusion import Experiment
+from dit.outputs import OutputError
 from dit.ranks.group import World
 from dit.train import run_dir
 from dit.train.run_dir import begun_with, claim, differences, is_operational, locked, settled
@@ -180,6 +181,14 @@ def test_a_directory_made_for_nothing_is_gone_again(tmp_path: Path) -> None:
     with locked(run, World()):
         (run / "config.yaml").write_text("")
     assert sorted(p.name for p in run.iterdir()) == [".lock", "config.yaml"]
+
+
+def test_a_data_set_is_not_made_a_run_directory(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").touch()
+    refused = pytest.raises(OutputError, match="is a data set, and a run directory is to be written")
+    with refused, locked(tmp_path, World()):
+        pytest.fail("it is held")
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
 
 
 def test_a_lock_that_its_holder_removes_is_not_taken_for_one(tmp_path: Path) -> None:

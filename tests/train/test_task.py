@@ -14,6 +14,7 @@ from dit.data.loading.stream import Batch
 from dit.flow.objective import Loss, Objective
 from dit.rng import Draws, Purpose
 from dit.train.task import LatentTask, Samples, batch_samples, synthetic_samples
+from tests.first_loss import first_loss
 from tests.ulps import assert_within
 
 CPU = torch.device("cpu")
@@ -164,7 +165,7 @@ def test_the_first_loss_is_predicted(objective: dict) -> None:
 def test_a_wrong_scale_shows_under_weights_that_grow_without_bound() -> None:
     """The velocity loss of data goes like 1/t²: against its own time each loss tells, against their mean none."""
     objective = {"path": "linear", "prediction": "data", "weight": "velocity"}
-    checked, first = task(objective=objective), task(objective=objective).objective.first_loss(128)
+    checked, first = task(objective=objective), first_loss(task(objective=objective).objective, 128)
     for seed in range(20):
         good, wrong = (losses_of(scale, objective=objective, seed=seed) for scale in (1.0, 1.2))
         assert checked.check_first_loss(good, 128) is None

@@ -179,7 +179,7 @@ class Books:
         return done
 
     def forget(self, part: Part) -> None:
-        """Before a part is written (again): a shard must never meet the sidecar of another."""
+        """Remove the sidecar before a part is written (again): a shard must never meet that of another."""
         self._sidecar(part).unlink(missing_ok=True)
 
     def record(self, part: Part, done: Done) -> None:

@@ -13,6 +13,7 @@ from dit.data.shards.manifest import FILE, Manifest
 from dit.data.storage.files import AnyStorage
 from dit.data.storage.remote import is_remote
 from dit.files import expand
+from dit.outputs import refuse_other
 
 
 def refuse_encoded(shards: list[str]) -> None:
@@ -31,9 +32,10 @@ def already(
 ) -> Manifest | None:
     """Return the index of these shards with these options in the folder `out`, or None; judged by names and bytes.
 
-    Raises DataError where there is another one.
+    Raises DataError where there is another one, OutputError where the folder belongs to something else.
     """
     folder = Path(expand(str(out))).resolve()
+    refuse_other(folder, "data set")
     if not (folder / FILE).exists():
         return None
     found, storage = Manifest.load(folder), AnyStorage(str(folder))

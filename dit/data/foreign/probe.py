@@ -78,8 +78,7 @@ def probe(location: str, options: IndexOptions, channels: int) -> SampleFormat:
         dtype, array = read_array(extension, memoryview(file.member(members[extension], MAX_SAMPLE)))
         shape = codec_shape(options.array, array.shape)
         if shape[-3] != channels:
-            twice = options.array == "latents" and shape[-3] == 2 * channels
-            more = ": are these mean and std? --array=moments" if twice else ""
+            more = _advice(options.array, array.shape, channels)
             raise ValueError(f"{array.shape} has {shape[-3]} channels, the codec has {channels}{more}")
     except ValueError as error:
         raise DataError(f"{where}: .{extension}: {error}") from None
@@ -97,6 +96,19 @@ def probe(location: str, options: IndexOptions, channels: int) -> SampleFormat:
         labels=options.label_type,
         keys=keys,
     )
+
+
+def _advice(array: Literal["latents", "moments"], stored: tuple[int, ...], channels: int) -> str:
+    """What an array of another number of channels may be: of one with its channels last, or of moments."""
+    *_, first, middle, last = stored
+    known = (channels, 2 * channels) if array == "moments" else (channels,)
+    is_last = last in known and (first == middle or middle != last)  # latents are square, as a rule
+    if is_last:
+        return (
+            f": is it (H, W, C)? Channels come first, as in ({last}, {first}, {middle}): write the arrays anew, "
+            "as numpy.moveaxis(array, -1, -3) gives them"
+        )
+    return ": are these mean and std? --array=moments" if array == "latents" and first == 2 * channels else ""
 
 
 def _first_sample(file: Beginning, options: IndexOptions) -> tuple[str, dict[str, Member], bool]:

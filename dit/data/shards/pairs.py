@@ -83,11 +83,6 @@ class Pairs:
         replace_folder(folder, Path(os.path.abspath(out)))
 
 
-def pair_files(out: Path) -> list[Path]:
-    """What of a data set of pairs lies at `out`: its record, and everything else that may be there."""
-    return [out / RECORD, *(sorted(out.iterdir()) if out.is_dir() else [out])]
-
-
 def _assemble(pairs: Pairs, folder: Path, block: int, shard_bytes: int) -> None:
     """Shards and the manifest from all blocks."""
     origin, cutter, labels = pairs.origin, BlockCutter(block), []

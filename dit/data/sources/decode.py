@@ -6,10 +6,12 @@ show whatever colour is hidden there, a colour profile is ignored, and 32-bit gr
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
-from collections.abc import Mapping
-from typing import Annotated, Literal, NamedTuple
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import pydantic
@@ -83,6 +85,49 @@ def _colour(text: str) -> str:
     return f"#{red:02x}{green:02x}{blue:02x}"
 
 
+# --- how many pixels ---------------------------------------------------------------------------------------
+
+_here = threading.local()  # `depth`: how often this thread is inside own_bound
+_pillows_check = Image._decompression_bomb_check
+
+
+@contextlib.contextmanager
+def own_bound() -> Iterator[None]:
+    """Keep Pillow from warning of large images, or refusing them with no way out, in this thread: check_pixels decides.
+
+    Pillow's bound, `PIL.Image.MAX_IMAGE_PIXELS`, is one for the whole process, and stays what the program that imports
+    this has set it to, for its own images.
+    """
+    _here.depth = getattr(_here, "depth", 0) + 1
+    try:
+        yield
+    finally:
+        _here.depth -= 1
+
+
+def _check_unless_here(*size: Any, **how: Any) -> None:
+    if not getattr(_here, "depth", 0):
+        _pillows_check(*size, **how)
+
+
+# All of Pillow calls it by this name, and has no way to be told of a bound in a call. In a Pillow that has it no more,
+# Pillow's own bound holds beside max_pixels.
+Image._decompression_bomb_check = _check_unless_here
+
+
+def check_pixels(image: Image.Image, most: int) -> None:
+    """Refuse, before anything is decoded, an image of more pixels than that: raises Refused."""
+    count = image.width * image.height
+    if count > most:
+        raise Refused(
+            f"{image.width} x {image.height} = {count:,} pixels, expected at most {most:,}; --max_pixels={count} takes "
+            f"it, in about {6 * count / 2**30:.1f} GiB of memory a thread"
+        )
+
+
+# --- from a file to pixels ---------------------------------------------------------------------------------
+
+
 @config
 class Decode:
     """How files become pixels. Of all this nothing is random; `max_pixels` decides about no byte."""
@@ -101,8 +146,9 @@ class Decode:
         colours = "ICC profiles to sRGB" if self.icc == "convert" else "ICC profiles ignored"
         return f"{turned}; {colours}; transparency on {NAMED.get(self.background, self.background)}"
 
+    @own_bound()
     def __call__(self, file: ImageFileOrPixels) -> Decoded:
-        """The pixels of a file. Raises Refused, or what Pillow raises on damaged bytes."""
+        """Give the pixels of a file. Raises Refused, or what Pillow raises on damaged bytes."""
         told: set[str] = set()
         with open_image(file) as image:
             check_pixels(image, self.max_pixels)
@@ -147,8 +193,9 @@ class Decode:
         return pixels
 
 
+@own_bound()
 def before(file: ImageFileOrPixels) -> Image.Image:
-    """RGB pixels as they were before there was a choice: for OUT.partial folders that were begun then."""
+    """Give RGB pixels as they were before there was a choice: for OUT.partial folders that were begun then."""
     with open_image(file) as image:
         check_pixels(image, MAX_PIXELS)
         if image.mode.startswith("I"):
@@ -156,13 +203,11 @@ def before(file: ImageFileOrPixels) -> Image.Image:
         return image.convert("RGB")
 
 
+@own_bound()
 def open_image(file: ImageFileOrPixels) -> Image.Image:
-    """The image in the bytes of a file, of which the header is read; pixels as they are. Raises Refused for others."""
+    """Read the header of the image in the bytes of a file; pixels are given as they are. Raises Refused for others."""
     if not isinstance(file, bytes):
         return file
-    Image.MAX_IMAGE_PIXELS = (
-        None  # which warns of every image, or refuses it with no way out: check_pixels does that
-    )
     try:
         return Image.open(io.BytesIO(file), formats=FORMATS)
     except UnidentifiedImageError:
@@ -172,16 +217,6 @@ def open_image(file: ImageFileOrPixels) -> Image.Image:
     if known := format_of(file[:HEAD]):
         raise Refused(f"begins as {known}, and is damaged or of a kind that is not read")
     raise Refused(f"not an image that is read ({', '.join(FORMATS)}): it begins with {file[:16]!r}")
-
-
-def check_pixels(image: Image.Image, most: int) -> None:
-    """Before anything is decoded: Refused where an image has more pixels than that."""
-    count = image.width * image.height
-    if count > most:
-        raise Refused(
-            f"{image.width} x {image.height} = {count:,} pixels, expected at most {most:,}; --max_pixels={count} takes "
-            f"it, in about {6 * count / 2**30:.1f} GiB of memory a thread"
-        )
 
 
 # --- colours and transparency ------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch
 from dit.data import DataError
 from dit.data.origin import Split
 from dit.data.sources.crops import Centre, Crop
-from dit.data.sources.decode import Decode, Decoded, ImageFileOrPixels, before
+from dit.data.sources.decode import Decode, Decoded, ImageFileOrPixels, before, own_bound
 from dit.data.sources.formats import Refused, is_junk, is_usual, shown_endings
 from dit.rng import Draws
 
@@ -101,9 +101,10 @@ class ImageSource:
         """As load; and what was done to the image. decode: None for pixels as they were before there was a choice."""
         try:
             file = self.open(index)
-            image, told = decode(file) if decode is not None else Decoded(before(file), frozenset())
             draws = Draws(seed, 0, torch.tensor([index]), 1) if crop.is_random else None
-            return Loaded(crop(image, size, draws), min(image.size) < size, told)
+            with own_bound():
+                image, told = decode(file) if decode is not None else Decoded(before(file), frozenset())
+                return Loaded(crop(image, size, draws), min(image.size) < size, told)
         except (MemoryError, DataError):
             raise
         except Refused as error:
@@ -124,7 +125,7 @@ def _encodes(name: str) -> bool:
 
 
 def check_size(size: int, where: object) -> None:
-    """Before a file is read whole. Refused where no image is as large."""
+    """Refuse, before a file is read whole, one that is larger than any image: raises Refused."""
     if size > MAX_IMAGE:
         raise Refused(f"{where}: {size} bytes, expected at most {MAX_IMAGE} of an image")
 

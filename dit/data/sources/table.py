@@ -54,7 +54,7 @@ def _text(file: Path) -> str:
     try:
         return read_text(file)
     except (OSError, FileError) as error:
-        raise DataError(f"{file}: cannot be read as a file of labels: {error}") from None
+        raise DataError(f"cannot be read as a file of labels: {error}") from None  # which names the file
 
 
 # --- columns -----------------------------------------------------------------------------------------------

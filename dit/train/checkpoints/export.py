@@ -6,18 +6,18 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dit.config import ConfigError
 from dit.files import expand, sync
-from dit.outputs import claim
+from dit.outputs import claim, claim_file
 from dit.progress import Bar
 from dit.train.checkpoints import checkpoint
 from dit.train.checkpoints.checkpoint import EXPORT, Checkpoint, CheckpointError, Reader
-from dit.train.checkpoints.tensorfile import write_tensors
+from dit.train.checkpoints.tensorfile import holds, write_tensors
 from dit.train.ema import MAIN, Average
 from dit.train.posthoc import WIDEST, Profile, combination, power_of
 
@@ -43,24 +43,30 @@ class Weights:
         """Which weights these are, in words."""
         return f"{self.average} of step {self.meta['step']}, after {self.meta.get('updates', '?')} updates"
 
-    def write(self, out: Path, overwrite: bool = False) -> None:
-        """Write a safetensors file, there whole or not at all. Its tensors have the state dict's names.
+    def write(self, out: Path, overwrite: bool = False) -> bool:
+        """Write a safetensors file, there whole or not at all; False where the same file is there already.
 
-        Raises OutputError where a file is there already (overwrite: it is replaced), ConfigError for another ending.
+        Its tensors have the state dict's names. Raises OutputError where the file is of something else (overwrite: it
+        is replaced), ConfigError for another ending.
         """
-        _check_place(out, overwrite)
+        _check_place(out)
         meta = {**self.meta, "weights": [self.kind], "buffers": list(self.buffers)}
+        words = {EXPORT: json.dumps(meta)}
+        if claim_file(out, lambda: holds(out, self.tensors, words), overwrite=overwrite):
+            return False
         out.parent.mkdir(parents=True, exist_ok=True)
         partial = out.with_name(f".{out.name}.partial")
-        write_tensors(partial, self.tensors, {EXPORT: json.dumps(meta)})
+        write_tensors(partial, self.tensors, words)
         partial.replace(out)
         sync(out.absolute().parent)
+        return True
 
 
-def _check_place(out: Path, overwrite: bool) -> None:
+def _check_place(out: Path) -> None:
+    """What can be said before weights are read."""
     if out.suffix != ".safetensors":
         raise ConfigError(f"{out}: expected a file name that ends in .safetensors")
-    claim([out], overwrite=overwrite)
+    claim([out], overwrite=True)
 
 
 def of_checkpoint(found: Checkpoint, kind: str) -> Weights:
@@ -99,11 +105,19 @@ def of_width(run_dir: Path, width: float) -> tuple[Weights, float]:
     return Weights({**tensors, **buffers}, tuple(buffers), {**kept, "width": width}, MAIN), off
 
 
+class Exported(NamedTuple):
+    """What was exported, without the tensors. off: as `of_width` has it. is_new: whether the file was written now."""
+
+    weights: Weights
+    off: float | None
+    is_new: bool
+
+
 def export(
     run_or_checkpoint: str, out: str, kind: str, width: float | None, overwrite: bool = False
-) -> tuple[Weights, float | None]:
+) -> Exported:
     """Write a file that tools/sample.py takes. width: an average of this width, of a run directory's snapshots."""
-    _check_place(Path(expand(out)), overwrite)
+    _check_place(Path(expand(out)))
     if width is not None and kind != MAIN:
         raise ConfigError(
             f"a width is of an average that is made now; leave weights = {kind} out, or the width"
@@ -112,5 +126,5 @@ def export(
         weights, off = of_checkpoint(checkpoint.resolve(run_or_checkpoint), kind), None
     else:
         weights, off = of_width(Path(expand(run_or_checkpoint)), width)
-    weights.write(Path(expand(out)), overwrite)
-    return replace(weights, tensors={}), off
+    is_new = weights.write(Path(expand(out)), overwrite)
+    return Exported(replace(weights, tensors={}), off, is_new)

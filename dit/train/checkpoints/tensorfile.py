@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 _CHUNK = 16 << 20  # bytes written and hashed at a time, outside the interpreter's lock
@@ -68,6 +69,26 @@ def write_tensors(
     return digest.hexdigest(), written
 
 
+def holds(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bool:
+    """Whether a safetensors file holds just these tensors, bit for bit, and these metadata."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}) != dict(metadata) or set(file.keys()) != set(tensors):
+                return False
+            return all(same_bits(file.get_tensor(name), tensor) for name, tensor in tensors.items())
+    except (OSError, SafetensorError):  # of something else, or damaged
+        return False
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors on the CPU are of the same dtype, shape and bits; a NaN is like itself here."""
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(_raw(one), _raw(other))
+
+
+def _raw(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
 def _bytes(tensor: Tensor) -> memoryview:
     """Its bytes, without a copy where it is contiguous."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return _raw(tensor).numpy().data

@@ -414,6 +414,14 @@ REFUSED = {
     "integers": ([("a.npy", npy(np.zeros((2, 3, 3), np.int8)))], "int8, expected one of float16"),
     "two axes": ([("a.npy", npy(np.zeros((3, 3), np.float16)))], r"expected \(C, H, W\)"),
     "other channels": ([("a.npy", npy(np.zeros((4, 3, 3), np.float16)))], "has 4 channels, the codec has 2"),
+    "channels last": (
+        [("a.npy", npy(np.zeros((4, 4, 2), np.float16)))],
+        r"\(4, 4, 2\) has 4 channels, the codec has 2: is it \(H, W, C\)\? .* as in \(2, 4, 4\): write the arrays",
+    ),
+    "moments": (
+        [("a.npy", npy(np.zeros((1, 4, 2, 2), np.float16)))],
+        r"has 4 channels, the codec has 2: are these mean and std\? --array=moments",
+    ),
     "nothing": ([], "no member ends in"),
     "an absolute path": ([*good(0), ("/etc/1.npy", b"")], "absolute path"),
     "a climbing path": ([*good(0), ("../1.npy", b"")], "leads out of the tar"),
@@ -614,6 +622,14 @@ def test_options_that_are_refused(options, words):
 def test_options_that_do_not_fit_the_shards(tmp_path, options, words):
     with pytest.raises(DataError, match=words):
         write_foreign(tmp_path, [5], **options)
+
+
+@pytest.mark.parametrize("shape", [(6, 6, 4), (2, 6, 6, 2), (6, 5, 4)])
+def test_moments_with_their_channels_last(tmp_path, shape):
+    shard = write_tar(tmp_path / "a.tar", [("a.npy", npy(np.zeros(shape, np.float16)))])
+    with pytest.raises(DataError, match=r"is it \(H, W, C\)\? Channels come first") as error:
+        index([str(shard)], tmp_path, CODEC, IndexOptions(array="moments"))
+    assert "--array=" not in str(error.value)
 
 
 @pytest.mark.parametrize("stored", [(2, 3, 3), (1, 2, 3, 3)])

@@ -3,14 +3,25 @@
 import io
 import struct
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin, features
 
 from dit.config import ConfigError, from_dict
-from dit.data.sources.decode import COUNTED, TURNS, Decode, before, count_lines, in_order, open_image
+from dit.data.sources.decode import (
+    COUNTED,
+    TURNS,
+    Decode,
+    before,
+    count_lines,
+    in_order,
+    open_image,
+    own_bound,
+)
 from dit.data.sources.formats import ENDINGS, Refused
+from dit.data.sources.images import ImageSource
 from tests.data.sources.pictures import picture
 
 LOSSLESS = {"PNG": {}, "TIFF": {}, "WEBP": {"lossless": True}}
@@ -294,6 +305,36 @@ def test_sizes_are_looked_at_before_anything_is_decoded():
     assert Decode(max_pixels=320)(small).image.size == (20, 16)
     with pytest.raises(Refused, match="--max_pixels=320 takes it"):
         Decode(max_pixels=319)(small)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("setting", [None, 50])
+def test_pillows_own_bound_stays_the_programs(monkeypatch, setting):
+    """It holds for the program's own images, in this thread and in others, while others are decoded here."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", setting)
+    files = [saved(picture(1, 20, 16), kind) for kind in ("PNG", "TIFF", "WEBP", "GIF")]
+    assert {Decode()(file).image.size for file in files} == {(20, 16)}
+    source = ImageSource(("a",), np.array([-1]), (), lambda index: files[1])
+    assert source.load(0, 12).shape == (12, 12, 3)
+
+    def of_the_program():
+        if setting is None:
+            return Image.open(io.BytesIO(files[0])).size == (20, 16)
+        with pytest.raises(Image.DecompressionBombError):
+            Image.open(io.BytesIO(files[0]))
+        return True
+
+    with ThreadPoolExecutor(1) as other, own_bound():
+        assert open_image(files[0]).size == (20, 16)
+        assert other.submit(of_the_program).result()
+    assert of_the_program()
+    for file in files:
+        with pytest.raises(Refused, match="--max_pixels=320 takes it"):
+            Decode(max_pixels=319)(file)
+        with pytest.raises(Refused, match="it begins with"):
+            Decode()(b"none" + file)
+    assert of_the_program()
+    assert setting == Image.MAX_IMAGE_PIXELS
 
 
 @pytest.mark.parametrize("kind", ENDINGS)

@@ -25,8 +25,8 @@ def test_it_holds_the_weights_by_their_own_names_and_what_they_are_of(
     reference: Path, tmp_path: Path, kind: str
 ) -> None:
     out = tmp_path / "new" / "weights.safetensors"
-    written, off = export(str(reference), str(out), kind, None)
-    assert (off, written.kind, written.meta["step"]) == (None, kind, STEPS)
+    written, off, is_new = export(str(reference), str(out), kind, None)
+    assert (off, written.kind, written.meta["step"], is_new) == (None, kind, STEPS, True)
     expected = Reader(checkpoint.read(at_step(reference, STEPS))).state_dict(kind)
     found = load_file(out)
     assert found.keys() == expected.keys()
@@ -68,6 +68,23 @@ def test_nothing_is_written_over(reference: Path, tmp_path: Path) -> None:
     assert (tmp_path / "w.safetensors").read_text() == "mine"
     export(str(reference), str(tmp_path / "w.safetensors"), "ema", None, overwrite=True)
     assert Trained.load(str(tmp_path / "w.safetensors"), "ema", CPU).step == STEPS
+
+
+def test_the_same_export_is_there_and_another_is_not(reference: Path, tmp_path: Path) -> None:
+    out = tmp_path / "w.safetensors"
+    assert export(str(reference), str(out), "ema", None).is_new
+    before = out.stat().st_mtime_ns
+    assert not export(str(at_step(reference, STEPS)), str(out), "ema", None).is_new
+    for source, kind in ((reference, "model"), (at_step(reference, STEPS // 2), "ema")):
+        with pytest.raises(OutputError, match="is there already, and holds something else: give --overwrite"):
+            export(str(source), str(out), kind, None)
+    assert out.stat().st_mtime_ns == before
+    whole = out.read_bytes()
+    out.write_bytes(whole[:-4] + bytes(b ^ 1 for b in whole[-4:]))  # a number, in its last place
+    with pytest.raises(OutputError, match="holds something else"):
+        export(str(reference), str(out), "ema", None)
+    assert export(str(reference), str(out), "ema", None, overwrite=True).is_new
+    assert out.read_bytes() == whole
 
 
 def test_files_that_are_something_else_are_named(reference: Path, tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
-"""tools/sample.py --save_pairs: noise and latents that belong together, on any ranks, and a reflow trained on them."""
+"""Drawing into folders: noise and latents that belong together, on any ranks, and a reflow trained on them."""
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from pathlib import Path
 
@@ -17,14 +18,15 @@ from dit.config import from_dict
 from dit.data.loading.stream import Stream
 from dit.data.shards.blocks import BlockReader
 from dit.data.shards.manifest import Manifest
-from dit.experiments.diffusion import Experiment
+from dit.experiments.diffusion import Experiment, SampleConfig
+from dit.experiments.drawing import settings_line, spec_flags
 from dit.experiments.trained import Trained
 from dit.rng import Draws, Purpose
 from dit.sample.denoise import Denoiser
-from dit.sample.generate import to_uint8
-from dit.sample.grid import UniformGrid
+from dit.sample.generate import SamplerSpec, to_uint8
+from dit.sample.grid import GRIDS, UniformGrid
 from dit.sample.guide import cfg
-from dit.sample.solve import Heun
+from dit.sample.solve import SOLVERS, Heun
 from tests.commands import call
 from tests.datasets import Digits
 from tests.rank_processes import Server
@@ -246,3 +248,28 @@ def test_what_is_wrong_is_said_and_nothing_is_written(
     assert says in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
     assert shards(pairs) == before
+
+
+SPECS = [
+    *({"solver": {"name": name}} for name in SOLVERS.names()),
+    *({"grid": {"name": name}} for name in GRIDS.names()),
+    {"grid": {"name": "uniform", "shift": 2.0}},
+    {"solver": {"name": "ddim", "eta": 0.25}, "grid": {"name": "karras", "rho": 5.0}, "num_steps": 9},
+    {"cfg_scale": 1.5, "guidance": [{"name": "threshold", "quantile": 0.9, "floor": 3.0}]},
+]
+
+
+@pytest.mark.parametrize("values", SPECS, ids=str)
+def test_the_flags_of_a_spec_make_it_again(values: dict) -> None:
+    """And of what differs from a run's own pictures, what was asked for is left out."""
+    spec = from_dict(SamplerSpec, values)
+    flags = shlex.split(" ".join(spec_flags(spec).values()))
+    keys = dict(flag.removeprefix("--").split("=", 1) for flag in flags)
+    again, _, _ = tools.sample.read_spec({}, keys, None, keys.pop("guidance", None))
+    assert again == spec
+    own = from_dict(SampleConfig, {"every": 5, "num_steps": 77})
+    assert "; the run's own pictures: " in (said := settings_line(spec, (), own))
+    assert "--num_steps=77" in said
+    assert "--num_steps=77" not in settings_line(spec, {"num_steps"}, own)
+    assert "own" not in settings_line(spec, {"solver", "num_steps", "grid", "guidance"}, own)
+    assert "own" not in settings_line(spec, (), SampleConfig())  # draws none, and sets nothing for them
