@@ -164,10 +164,7 @@ def _line(made: Path, order: DrawOrder, is_new: bool) -> str:
 
 def check_effect(spec: SamplerSpec, chosen: list[int], trained: Trained, world: group.World) -> None:
     """Refuse guidance that would cost as always and change nothing; note where the run's own pictures differ."""
-    if spec.needs_label and set(chosen) == {-1} and trained.contract["classes"]:
-        raise ConfigError(
-            "guidance by class has no effect on --classes=-1, no class; leave one of the two out"
-        )
+    check_labelled(spec, chosen, trained)
     own = trained.experiment.sample
     differing = [
         f"--{key}={registry.name_of(getattr(own, key))}"
@@ -176,6 +173,14 @@ def check_effect(spec: SamplerSpec, chosen: list[int], trained: Trained, world: 
     ]
     if differing and world.is_main:
         print(f"note: this run's own config draws with {' '.join(differing)}")
+
+
+def check_labelled(spec: SamplerSpec, chosen: list[int], trained: Trained) -> None:
+    """Refuse guidance by class of images of no class, which would cost as always and change nothing: ConfigError."""
+    if spec.needs_label and set(chosen) == {-1} and trained.contract["classes"]:
+        raise ConfigError(
+            "guidance by class has no effect on --classes=-1, no class; leave one of the two out"
+        )
 
 
 def described(trained: Trained, sampler: Sampler) -> dict[str, Any]:
