@@ -39,15 +39,24 @@ def read_yaml(path: str | Path, _seen: tuple[Path, ...] = ()) -> tuple[dict[str,
     if not path.is_file():
         near = difflib.get_close_matches(path.stem, [p.stem for p in path.parent.glob("*.yaml")], n=1)
         raise ConfigError(f"{path}: no such config file" + "".join(f"; did you mean {n}.yaml?" for n in near))
-    own = read_own(path)
+    return _on_base(read_own(path), str(path), path.parent, (*_seen, path.resolve()))
+
+
+def _on_base(
+    own: dict[str, Any], named: str, folder: Path, seen: tuple[Path, ...] = ()
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Values with those of the `base:` that they name below them, and where each is from: `named`, or a file.
+
+    folder: that the name is relative to. seen: files that have led here.
+    """
     base_name = resolved(own.pop("base", None))
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
     if not isinstance(base_name, str | None):
-        raise ConfigError(f"{path}: base: expected one file name, got {base_name!r}")
+        raise ConfigError(f"{named}: base: expected one file name, got {base_name!r}")
     if base_name is not None:
-        values, sources = read_yaml(path.parent / expand(base_name), (*_seen, path.resolve()))
-    sources = {**sources, **dict.fromkeys(flatten(own), str(path))}
+        values, sources = read_yaml(folder / expand(base_name), seen)
+    sources = {**sources, **dict.fromkeys(flatten(own), named)}
     return merge(values, own), sources
 
 
@@ -89,32 +98,46 @@ def _from_text(cls: type, key: tuple[str, ...], text: str, values: Mapping[str, 
 
 
 def overridden(
-    cls: type, values: Mapping[str, Any], overrides: Mapping[str, str]
+    cls: type, values: Mapping[str, Any], overrides: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`values` with dotted overrides (text as typed) laid over them in turn, and what the overrides alone say.
+    """`values` with dotted overrides laid over them in turn, and what the overrides alone say.
 
+    An override is text, as it would be typed on the command line, or a value of any other type, taken as it is.
     A choice's name goes before its fields, in whatever order they are given.
     """
     merged: dict[str, Any] = dict(values)
     alone: dict[str, Any] = {}
     for dotted, text in sorted(overrides.items(), key=lambda item: item[0].count(".")):
         key = tuple(dotted.split("."))
-        nested: Any = _from_text(cls, key, text, merged)
+        nested: Any = _from_text(cls, key, text, merged) if isinstance(text, str) else to_dict(text)
         for part in reversed(key):
             nested = {part: nested}
         merged, alone = merge(merged, nested), merge(alone, nested)
     return merged, alone
 
 
-def load(cls: type[C], path: str | Path, overrides: Mapping[str, str] | None = None) -> C:
-    """A checked config from a YAML file and dotted overrides ({"train.steps": "100"}, text as typed)."""
-    values, sources = read_yaml(path)
+def load(
+    cls: type[C],
+    source: str | Path | Mapping[str, Any],
+    overrides: Mapping[str, Any] | None = None,
+    said: str = "the command line",
+) -> C:
+    """A checked config from a YAML file, or values like those of one, and dotted overrides ({"train.steps": "100"}).
+
+    said: who gave the overrides (`overridden`), for messages. ConfigError for whatever is wrong, naming where it is
+    from.
+    """
+    named = "the values given" if isinstance(source, Mapping) else str(source)
+    if isinstance(source, Mapping):
+        values, sources = _on_base(to_dict(dict(source)), named, Path())
+    else:
+        values, sources = read_yaml(source)
     values, from_text = overridden(cls, values, overrides or {})
-    sources.update(dict.fromkeys(flatten(from_text), "the command line"))
+    sources.update(dict.fromkeys(flatten(from_text), said))
     try:
         return from_dict(cls, values)
     except ConfigError as error:
-        raise ConfigError(problems=[_with_source(p, sources, str(path)) for p in error.problems]) from None
+        raise ConfigError(problems=[_with_source(p, sources, named) for p in error.problems]) from None
 
 
 def _with_source(problem: Complaint, sources: Mapping[str, str], default: str) -> Complaint:

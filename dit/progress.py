@@ -9,9 +9,11 @@ A line is never written over: without a terminal there are no carriage returns a
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, Generic, Self, TextIO, TypeVar
 
@@ -19,6 +21,7 @@ from tqdm import tqdm
 
 T = TypeVar("T")
 SECONDS = 30.0  # between two plain lines of one bar
+_ARE_SHOWN: ContextVar[bool] = ContextVar("bars are shown", default=True)
 
 
 class Bar(Generic[T]):
@@ -44,6 +47,7 @@ class Bar(Generic[T]):
         file: TextIO | None = None,
     ):
         stream = sys.stderr if file is None else file
+        hidden = hidden or not _ARE_SHOWN.get()
         self._iterable, self._hidden, self._leave, self._delay = iterable, hidden, leave, delay
         self.total, self.initial, self.n, self.unit, self.desc = total, initial, initial, unit, desc
         self._scale, self._file, self._note = scale, stream, ""
@@ -133,6 +137,16 @@ class Bar(Generic[T]):
         if self._scale:
             return str(tqdm.format_sizeof(value))
         return f"{value:g}" if whole and value < 1e6 else f"{value:.0f}" if whole else f"{value:.3g}"
+
+
+@contextlib.contextmanager
+def bars(are_shown: bool) -> Iterator[None]:
+    """Show the bars that are made inside, or none of them, whoever makes them in this thread."""
+    token = _ARE_SHOWN.set(are_shown and _ARE_SHOWN.get())
+    try:
+        yield
+    finally:
+        _ARE_SHOWN.reset(token)
 
 
 def say(text: str, file: TextIO | None = None) -> None:

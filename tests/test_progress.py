@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dit import progress
-from dit.progress import Bar, say
+from dit.progress import Bar, bars, say
 
 
 @pytest.fixture(autouse=True)
@@ -91,6 +91,18 @@ def test_on_a_terminal_there_is_a_bar() -> None:
     assert "\r" in shown
     assert "2/2" in shown
     assert "loss=0.5" in shown
+
+
+def test_bars_that_are_not_shown() -> None:
+    file = io.StringIO()
+    with bars(False), Bar[None](total=2, file=file) as bar:
+        bar.update(2)
+        with bars(True), Bar[None](total=2, file=file) as inner:  # whoever is outside has said no
+            inner.update(2)
+    assert file.getvalue() == ""
+    with bars(True), Bar[None](total=2, file=file) as bar:
+        bar.update(2)
+    assert file.getvalue().startswith("2/2 it")
 
 
 def test_a_line_is_said_at_once(tmp_path: Path) -> None:

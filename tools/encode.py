@@ -7,8 +7,7 @@ import os
 import re
 import signal
 import sys
-import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -19,26 +18,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from dit.cli import run
-from dit.config import ConfigError, merge
-from dit.data.codecs.base import Codec, CodecConfig
+from dit.config import merge
 from dit.data.codecs.codec import CODECS
-from dit.data.encoding.checks import check_early, check_out
-from dit.data.encoding.encode import EncodeOptions, Waiting, encode
-from dit.data.encoding.older import options_as_begun
+from dit.data.encoding.encode import EncodeOptions
 from dit.data.encoding.parts import images_done
 from dit.data.sources.classes import LabelChoice, LabelType
 from dit.data.sources.crops import CROPS
 from dit.data.sources.decode import Decode
-from dit.data.sources.images import ImageSource, check_spec, label_warning, open_source, unlabelled_note
 from dit.data.sources.parquet import Columns
-from dit.data.sources.split import check_share, held_out_folder, split
-from dit.errors import Notice, Stopped
+from dit.errors import Stopped
+from dit.experiments.encoding import EncodeOrder, encode_images
 from dit.files import expand
 from dit.flags import options_as_flags
-from dit.progress import Bar, say
 from dit.ranks import group
-
-PATIENCE = 60  # seconds until a rank says that it waits for one which nobody takes over from
+from dit.ranks.devices import chosen_device
 
 
 @options_as_flags
@@ -75,66 +68,13 @@ def main(
     images, folder = expand(images), Path(expand(out)).resolve()
     options = replace(options, crop=CROPS.parse(_named("crop", crop, codec_crop_keys)), decode=decode)
     chosen = CODECS.parse(_named("codec", codec, codec_crop_keys))
-    world, columns = group.World.from_env(), Columns(image_column, label_column)
-    check_share(holdout)
-    outs = [held_out_folder(folder), folder] if holdout else [folder]
-    with _interruptible(outs, world) as asked:
-        built = _checked(images, outs, holdout, chosen, options, _device(device, world))
-        source = open_source(images, classes, labels, columns, LabelChoice(label_key, label_type))
-        if world.is_main:
-            _tell(images, source, options_as_begun(folder, options))
-        parts = reversed(split(source, holdout, options.seed)) if holdout else [source]
-        _encode_each(zip(parts, outs, strict=True), built, options, world, asked)
-
-
-def _tell(images: str, source: ImageSource, options: EncodeOptions) -> None:
-    """What was found, what is odd about it, and what will be done to it."""
-    note, odd = unlabelled_note(images, source), label_warning(source)
-    by = f" ({source.labelled_by})" if source.labelled_by and source.classes else ""
-    notes = [f"note: {note}"] if note else []
-    print(f"{images}: {source}{by}", *notes, *options.steps(), sep="\n", flush=True)
-    if odd:
-        warnings.warn(odd, Notice, stacklevel=2)
-
-
-def _device(text: str | None, world: group.World) -> torch.device:
-    """What --device says, and this rank's GPU for `cuda`. ConfigError where there is no such device here."""
-    if text is None:
-        return world.device
-    try:
-        device = torch.device(text)
-    except RuntimeError:
-        raise ConfigError(f"--device={text}: no such device; expected cpu, cuda, cuda:0, ...") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"--device={text}: no GPU here")
-    if device.type == "cuda" and device.index is None:
-        return world.device
-    try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        line = str(error).split("\n", 1)[0]
-        raise ConfigError(f"--device={text}: no such device here ({line}); expected cpu or cuda") from None
-    return device
-
-
-def _checked(
-    images: str,
-    outs: list[Path],
-    share: float,
-    codec: CodecConfig,
-    options: EncodeOptions,
-    device: torch.device,
-) -> Codec:
-    """The codec, after all that can be checked before images are listed."""
-    check_spec(images)
-    for out in outs:
-        check_out(out)
-    if "OMP_NUM_THREADS" not in os.environ:  # launch/ sets it
-        torch.set_num_threads(group.cores())
-    built = codec.build(device)
-    for out in outs:
-        check_early(out, built, options, share)
-    return built
+    named = (Columns(image_column, label_column), LabelChoice(label_key, label_type))
+    order = EncodeOrder(images, folder, chosen, options, classes, labels, *named, holdout)
+    world = group.World.from_env()
+    with _interruptible(order.outs, world) as asked:
+        if "OMP_NUM_THREADS" not in os.environ:  # launch/ sets it
+            torch.set_num_threads(group.cores())
+        encode_images(order, chosen_device(device, world, "--device"), world, again=asked.again)
 
 
 @contextlib.contextmanager
@@ -170,68 +110,6 @@ class _EndAsked:
         """Raise once more. Raises KeyboardInterrupt after Ctrl-C, Stopped after another signal."""
         if self.number is not None:
             raise KeyboardInterrupt if self.number == signal.SIGINT else Stopped
-
-
-def _encode_each(
-    sets: Iterable[tuple[ImageSource, Path]],
-    codec: Codec,
-    options: EncodeOptions,
-    world: group.World,
-    asked: _EndAsked,
-) -> None:
-    """One set after the other, each to its folder; max_bad is of all of them together."""
-    warnings.filterwarnings(
-        "ignore", module=r"PIL\."
-    )  # which images are damaged or odd is said by the report
-    for source, out in sets:
-        bad = _encode(source, codec, out, options, _Bar(len(source), world, asked))
-        options = replace(options, max_bad=options.max_bad - bad)
-
-
-def _encode(source: ImageSource, codec: Codec, out: Path, options: EncodeOptions, shown: _Bar) -> int:
-    """This rank's share; rank 0 has a bar over the whole set, and says what was done when that is closed.
-
-    Returns how many images could not be read.
-    """
-    world = shown.world
-    with contextlib.closing(shown) as bar:
-        me = {"rank": world.rank, "size": world.size}
-        tell = {"resumed": bar.resumed, "waiting": bar.waiting}
-        report = encode(source, codec, out, options, bar.progress, **me, **tell)
-    if world.is_main:
-        print(f"{out}: {report}", flush=True)
-    return len(report.manifest.bad)
-
-
-class _Bar:
-    """Rank 0's bar, from when nothing stands in the way of the encode; and what ranks have to say while they wait."""
-
-    def __init__(self, total: int, world: group.World, asked: _EndAsked):
-        self.total, self.world, self.asked = total, world, asked
-        self.bar: Bar[None] | None = None
-        self.told = False
-
-    def resumed(self, count: int) -> None:
-        hidden = not self.world.is_main
-        self.bar = Bar(total=self.total, initial=count, unit="img", desc="encode", hidden=hidden)
-
-    def progress(self, count: int) -> None:
-        self.asked.again()
-        if self.bar is not None:
-            self.bar.update(count)
-
-    def waiting(self, what: Waiting) -> None:
-        self.asked.again()
-        if self.bar is not None:
-            self.bar.note(str(what))
-        if what.ranks and what.seconds > PATIENCE and not self.told:  # on all ranks: rank 0 may be the one
-            self.told = True
-            say(f"rank {self.world.rank} waits: {what}", sys.stderr)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.note()
-            self.bar.close()
 
 
 def _named(family: str, name: str, keys: dict[str, str]) -> Any:

@@ -56,7 +56,7 @@ def main(
         raise ConfigError(f"count {count} must be 0 or at least 2 and batch_size {batch_size} at least 1")
     with group.session() as world:
         trained = Trained.load(run_or_ckpt, weights, world.device)
-        made = trained.experiment.train.precision if precision == "run" else precision
+        made = trained.precision(precision)
         measured = likelihood_of(trained, data, spec, batch_size, made, world, out, overwrite)
         if world.is_main:
             trained.say_weights()

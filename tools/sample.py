@@ -67,7 +67,7 @@ def main(
         trained = Trained.load(run_or_ckpt, weights, world.device)
         if world.is_main:
             trained.say_weights()
-        made = trained.experiment.train.precision if precision == "run" else precision
+        made = trained.precision(precision)
         where = {"out": folder(out), "save_pairs": folder(save_pairs), "overwrite": overwrite}
         order = DrawOrder(trained.classes(classes), num_samples, batch_size, made, codec_keys, asked, **where)
         produce(trained, spec, order, world)

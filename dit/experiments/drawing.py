@@ -67,7 +67,7 @@ def produce(trained: Trained, spec: SamplerSpec, order: DrawOrder, world: group.
     Raises OutputError where something else lies there, ConfigError for what cannot be drawn, NotFiniteError naming
     the first image that is none.
     """
-    check_effect(spec, order.classes, trained)
+    check_labelled(spec, order.classes, trained)
     keys = order.codec_keys if order.out else None
     sampler = trained.sampler(spec, keys, world.device, order.precision)
     _ = sampler.denoise  # opens what guidance names, before anything is drawn
@@ -169,14 +169,6 @@ def _line(made: Path, order: DrawOrder, is_new: bool) -> str:
     return f"{order.num_samples} images in {made / 'samples.npz'}; look at {made / 'grid.png'}{already}"
 
 
-def check_effect(spec: SamplerSpec, chosen: list[int], trained: Trained) -> None:
-    """Refuse guidance that would cost as always and change nothing: raises ConfigError."""
-    if spec.needs_label and set(chosen) == {-1} and trained.contract["classes"]:
-        raise ConfigError(
-            "guidance by class has no effect on --classes=-1, no class; leave one of the two out"
-        )
-
-
 def settings_line(spec: SamplerSpec, asked: Collection[str], own: SampleConfig) -> str:
     """Say what is drawn with, and which of it, where nobody asked for it, is not what the run's own pictures had.
 
@@ -206,6 +198,14 @@ def _member_flags(family: str, member: Any) -> str:
     name, defaults = values.pop("name"), to_dict(type(member)())
     words = [f"--{family}.{key}={value}" for key, value in values.items() if value != defaults[key]]
     return " ".join([f"--{family}={name}", *words])
+
+
+def check_labelled(spec: SamplerSpec, chosen: list[int], trained: Trained) -> None:
+    """Refuse guidance by class of images of no class, which would cost as always and change nothing: ConfigError."""
+    if spec.needs_label and set(chosen) == {-1} and trained.contract["classes"]:
+        raise ConfigError(
+            "guidance by class has no effect on --classes=-1, no class; leave one of the two out"
+        )
 
 
 def described(trained: Trained, sampler: Sampler) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from dit.experiments.latents import (
     open_codec,
 )
 from dit.flow.path import NoisePath
-from dit.sample.classes import chosen_classes
+from dit.sample.classes import listed_classes
 from dit.sample.denoise import DenoiseFn, Denoiser, with_precision
 from dit.sample.generate import Sampler, SamplerSpec
 from dit.sample.guide import LogitsFn
@@ -88,11 +88,11 @@ class Trained:
     def sampler(
         self,
         spec: SamplerSpec,
-        codec_keys: Mapping[str, str] | None,
+        codec: Mapping[str, Any] | Codec | None,
         device: torch.device,
         precision: Precision,
     ) -> Sampler:
-        """A sampler with this spec. codec_keys: {"codec.path": ...}, over where training had the codec.
+        """A sampler with this spec. codec: one that is open, or {"codec.path": ...}, over where training had it.
 
         None: of latents alone; it opens no codec and decodes nothing.
         """
@@ -104,7 +104,7 @@ class Trained:
             raise ConfigError(
                 f"{self.path} was trained without classes: guidance by class has no effect; scale 1 is none"
             )
-        opened = None if codec_keys is None else self._codec(codec_keys, device)
+        opened = codec if codec is None or isinstance(codec, Codec) else self.codec(codec, device)
         shape = tuple(contract["shape"])
 
         def decode(x: Tensor) -> Tensor:
@@ -126,7 +126,11 @@ class Trained:
             classes=len(contract["classes"]),
         )
 
-    def _codec(self, keys: Mapping[str, str], device: torch.device) -> Codec:
+    def codec(self, keys: Mapping[str, Any], device: torch.device) -> Codec:
+        """Open the codec of the latents. keys: {"codec.path": ...}, over where training had it.
+
+        ConfigError where nothing says where it is; DataError where it cannot be loaded or is another one.
+        """
         choice = self.experiment.codec
         for doubt in codec_doubts(choice, self.contract["codec"], f"the run of {self.path}", reads=False):
             warnings.warn(doubt, Notice, stacklevel=2)
@@ -136,9 +140,20 @@ class Trained:
             choice = parse_codec(base if is_like_it else {"name": name}, keys)
         return open_codec(choice, self.contract["codec"], str(self.path), device)
 
-    def classes(self, text: str) -> list[int]:
-        """Class numbers from "all", "0,3" or names; ConfigError for what is none (`chosen_classes`)."""
-        return chosen_classes(text, self.contract["classes"])
+    def precision(self, asked: str) -> Precision:
+        """The precision that is asked for: that of training for "run". ConfigError for what is none."""
+        known: dict[str, Precision] = {
+            "run": self.experiment.train.precision,
+            "fp32": "fp32",
+            "bf16": "bf16",
+        }
+        if asked not in known:
+            raise ConfigError(f"precision is {asked!r}, expected run (as in training), fp32 or bf16")
+        return known[asked]
+
+    def classes(self, asked: Any) -> list[int]:
+        """Class numbers from "all", "0,3", names, or a list; ConfigError for what is none (`listed_classes`)."""
+        return listed_classes(asked, self.contract["classes"])
 
     @property
     def run_dir(self) -> Path:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import difflib
+import operator
 import re
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from dit.config import ConfigError
 from dit.errors import Notice
@@ -32,35 +35,63 @@ def chosen_classes(text: str, names: Sequence[str]) -> list[int]:
     words = [word.strip() for word in words]
     if not all(words) or not words:
         raise ConfigError(f"classes must be 'all', numbers like 0,3 or names; got '{text}'")
+    return _numbers(words, names)
+
+
+def listed_classes(asked: Any, names: Sequence[str]) -> list[int]:
+    """Class numbers from what a program asks for: text as `chosen_classes` takes it, one class, or several in a row.
+
+    A class is a whole number (Python's, numpy's or a tensor's) or text: its number or its whole name. -1 is no class.
+    names: of all classes, by number. ConfigError for what is none, as there.
+    """
+    if isinstance(asked, str):
+        return chosen_classes(asked, names)
+    try:
+        items = list(asked)
+    except TypeError:  # a number, and a tensor or an array of one
+        items = [asked]
+    if not items:
+        raise ConfigError("classes must be 'all', numbers or names; got none")
+    return _numbers([item.strip() if isinstance(item, str) else _whole(item) for item in items], names)
+
+
+def _whole(item: Any) -> int:
+    """A number that is a class's, perhaps; ConfigError for what is no whole number."""
+    is_truth = isinstance(item, bool) or "bool" in str(getattr(item, "dtype", ""))
+    if not is_truth and not getattr(item, "ndim", 0):
+        with contextlib.suppress(TypeError):
+            return operator.index(item)
+    raise ConfigError(f"classes must be 'all', whole numbers or names; got {item!r}")
+
+
+def _numbers(words: Sequence[str | int], names: Sequence[str]) -> list[int]:
+    """The classes of numbers, and of text that is a number or a name."""
     wrong = [word for word in words if _is_number(word) and not -1 <= int(word) < len(names)]
     if wrong:
         known = f"0..{len(names) - 1} (-1 = no class)" if names else "no classes: give -1"
-        called = "".join(f"; the class named '{w}' is number {names.index(w)}" for w in wrong if w in names)
-        raise ConfigError(f"classes [{', '.join(wrong)}] are out of range: this model knows {known}{called}")
-    return [_numbered(word, names) if _is_number(word) else _named(word, names) for word in words]
-
-
-def _is_number(word: str) -> bool:
-    return re.fullmatch(r"[+-]?[0-9]+", word) is not None
-
-
-def _numbered(word: str, names: Sequence[str]) -> int:
-    """The class of a number; a Notice where a number is the name of another class too."""
-    number, namesake = int(word), names.index(word) if word in names else None
-    if not -1 <= number < len(names):
-        known = (
-            f"this model knows 0..{len(names) - 1} (-1 = no class)"
-            if names
-            else "this model knows no classes: -1"
+        called = "".join(
+            f"; the class named '{w}' is number {names.index(str(w))}" for w in wrong if str(w) in names
         )
-        called = "" if namesake is None else f"; the class named '{word}' is number {namesake}"
-        raise ConfigError(f"classes [{number}] are out of range: {known}{called}")
-    if namesake is not None and namesake != number:
+        given = ", ".join(map(str, wrong))
+        raise ConfigError(f"classes [{given}] are out of range: this model knows {known}{called}")
+    return [word if isinstance(word, int) else _number(word, names) for word in words]
+
+
+def _is_number(word: str | int) -> bool:
+    return isinstance(word, int) or re.fullmatch(r"[+-]?[0-9]+", word) is not None
+
+
+def _number(word: str, names: Sequence[str]) -> int:
+    """The class of text; a Notice where it is a number in range, and the name of another class too."""
+    if not _is_number(word):
+        return _named(word, names)
+    number = int(word)
+    if word in names and names.index(word) != number:
         warnings.warn(
             f"--classes: {word} is taken as a number, the class '{names[number]}'; the class named '{word}' is number "
-            f"{namesake}",
+            f"{names.index(word)}",
             Notice,
-            stacklevel=4,
+            stacklevel=5,
         )
     return number
 

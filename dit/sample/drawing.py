@@ -10,7 +10,7 @@ import contextlib
 import io
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, ClassVar, Protocol
@@ -57,27 +57,59 @@ def draw(sampler: Sampler, labels: Tensor, products: Sequence[Product], world: g
     if world.is_main and left < blocks.count:
         print(f"{blocks.count - left} of {blocks.count} images are drawn already; going on with the others")
     mine = todo[world.rank :: world.size]
-    total = sum(len(blocks.samples(number)) for number in mine)
     where = f"sampling, rank 0 of {world.size}" if world.size > 1 else "sampling"
 
     def draw_mine() -> float:
         """How far the latents of this rank's blocks reach."""
-        reach = 0.0
-        with Bar[None](total=total, unit="image", hidden=not world.is_main or not mine, desc=where) as bar:
-            for number in mine:
-                index, before = torch.tensor(blocks.samples(number)), sampler.tally.counts
-                latents = sampler.latents(index, labels[index])
-                took = np.subtract(sampler.tally.counts, before)
-                reach = max(reach, float(latents.abs().max()))
+        reach, batches = 0.0, [torch.tensor(blocks.samples(number)) for number in mine]
+        hidden = not world.is_main or not mine
+        with contextlib.closing(draw_batches(sampler, labels, batches, where, hidden)) as drawn:
+            for number, batch in zip(mine, drawn, strict=True):
+                reach = max(reach, batch.reach)
                 for product, lacking in zip(products, missing, strict=True):
                     if number in lacking:
-                        arrays = product.arrays(latents, index, labels[index])
-                        product.blocks.add(number, {**arrays, TALLY: took})
-                bar.update(len(index))
+                        arrays = product.arrays(batch.latents, batch.index, batch.label)
+                        product.blocks.add(number, {**arrays, TALLY: batch.took})
         return reach
 
     # a rank that fails alone would leave the others waiting for it, for as long as the backend likes
-    reach = group.together(draw_mine)
+    warn_if_far(group.together(draw_mine))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Drawn latents (B, C, H, W) of images `index` of classes `label`, (B,) int64 each. took: counts of the tally."""
+
+    index: Tensor
+    label: Tensor
+    latents: Tensor
+    took: np.ndarray
+
+    @property
+    def reach(self) -> float:
+        """The largest absolute value."""
+        return float(self.latents.abs().max())
+
+
+def draw_batches(
+    sampler: Sampler, labels: Tensor, batches: Sequence[Tensor], desc: str = "sampling", hidden: bool = False
+) -> Generator[Batch, None, None]:
+    """Draw one batch of image numbers (B,) int64 after the other, with a bar over all their images.
+
+    labels: (N,) int64 of all images. Close it where it is left early: that ends the bar. Raises NotFiniteError naming
+    the first image whose latents are not finite.
+    """
+    total = sum(len(index) for index in batches)
+    with Bar[None](total=total, unit="image", hidden=hidden, desc=desc) as bar:
+        for index in batches:
+            before = sampler.tally.counts
+            latents = sampler.latents(index, labels[index])
+            yield Batch(index, labels[index], latents, np.subtract(sampler.tally.counts, before))
+            bar.update(len(index))
+
+
+def warn_if_far(reach: float) -> None:
+    """Warn where latents reach this far from 0, and so are none of data."""
     if reach > FAR:
         warnings.warn(
             f"latents reach {reach:.3g}, where those of data have a standard deviation of 1: the pictures are clipped, "

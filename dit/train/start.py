@@ -32,15 +32,16 @@ from dit.train.summary import summary
 from dit.train.task import synthetic_samples
 
 
-def train(cfg: RunConfig, make_parts: MakeParts) -> None:
+def train(cfg: RunConfig, make_parts: MakeParts, owns_process: bool = True) -> None:
     """Train, or go on training, in cfg.run_dir. Collective: every rank of the job calls it.
 
+    owns_process: whether the process is there for this run alone, so that a second Ctrl-C may end it where it hangs.
     Raises Stopped where a signal ended it, once it has saved; KeyboardInterrupt where a Ctrl-C left nothing to save.
     """
     if cfg.train.threads:
         torch.set_num_threads(cfg.train.threads)
     # signals from the beginning: they may come while the run loads what it needs
-    with stop_request() as stop, contextlib.ExitStack() as held:
+    with stop_request(owns_process) as stop, contextlib.ExitStack() as held:
         run = _started(cfg, make_parts, held)
         if run.step >= cfg.train.steps:
             run.complete()

@@ -179,10 +179,14 @@ def _print(text: str) -> None:
 
 
 @contextlib.contextmanager
-def stop_request() -> Iterator[StopRequest]:
-    """Hear the signals of schedulers and Ctrl-C inside."""
+def stop_request(may_exit: bool = True) -> Iterator[StopRequest]:
+    """Hear the signals of schedulers and Ctrl-C inside.
+
+    may_exit: whether a Ctrl-C that ends the run at once may end the process with it, where that hangs.
+    """
     request = StopRequest()
-    with _Backstop(request), on_signals(request.hear, (*SIGNALS, signal.SIGINT)):
+    backstop = _Backstop(request) if may_exit else contextlib.nullcontext()
+    with backstop, on_signals(request.hear, (*SIGNALS, signal.SIGINT)):
         yield request
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
+import torch
 
 from dit.config import ConfigError
 from dit.errors import Notice
-from dit.sample.classes import chosen_classes
+from dit.sample.classes import chosen_classes, listed_classes
 
 NAMES = ("cat", "golden retriever", "tench, Tinca tinca", "tench", "owl")
 
@@ -29,6 +33,52 @@ NAMES = ("cat", "golden retriever", "tench, Tinca tinca", "tench", "owl")
 )
 def test_what_is_asked_for(text: str, chosen: list[int]) -> None:
     assert chosen_classes(text, NAMES) == chosen
+
+
+@pytest.mark.parametrize(
+    ("asked", "chosen"),
+    [
+        ("owl,1", [4, 1]),
+        (3, [3]),
+        ([3, "cat", "1", " owl "], [3, 0, 1, 4]),
+        (("tench, Tinca tinca", -1), [2, -1]),
+        (np.int64(2), [2]),
+        (np.array([0, 3]), [0, 3]),
+        (torch.tensor([4, 0]), [4, 0]),
+        (torch.tensor(1), [1]),
+        (range(2), [0, 1]),
+    ],
+)
+def test_what_a_program_asks_for(asked: Any, chosen: list[int]) -> None:
+    found = listed_classes(asked, NAMES)
+    assert found == chosen
+    assert {type(number) for number in found} == {int}
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ([0, 5, -2], r"\[5, -2\] are out of range: this model knows 0..4 \(-1 = no class\)"),
+        (["caat"], "no class is named 'caat': did you mean 'cat'"),
+        ([], "got none"),
+        ([1.0], "whole numbers or names; got 1.0"),
+        ([True], "got True"),
+        (torch.tensor([True, False]), r"got tensor\(True\)"),
+        (None, "got None"),
+        (torch.tensor([[0]]), "got tensor"),
+        (["owl,cat"], "no class is named 'owl,cat'"),
+    ],
+)
+def test_what_a_program_must_not_ask_for(asked: Any, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        listed_classes(asked, NAMES)
+
+
+def test_a_number_in_a_list_is_a_number_beyond_doubt_and_text_is_not() -> None:
+    names = ("1", "10", "2")
+    assert listed_classes([1], names) == [1]
+    with pytest.warns(Notice, match="1 is taken as a number"):
+        assert listed_classes(["1"], names) == [1]
 
 
 def test_a_model_without_classes() -> None:

@@ -17,9 +17,10 @@ from dit.data.codecs.autoencoders import VaeCodec
 from dit.data.shards.manifest import Manifest
 from dit.data.sources.crops import RandomResized
 from dit.errors import Notice, Stopped
+from dit.experiments.encoding import _Progress
 from tests.commands import command, environment, execute
 from tests.data.helpers import endless, tiny_vae
-from tools.encode import _Bar, main
+from tools.encode import main
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -107,7 +108,7 @@ def test_ranks_that_were_started_by_hand(tmp_path):
 
 def test_a_rank_says_whom_it_waits_for_where_there_are_no_locks(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("dit.data.encoding.parts.try_lock", lambda descriptor: None)
-    monkeypatch.setattr("tools.encode.PATIENCE", 0)
+    monkeypatch.setattr("dit.experiments.encoding.PATIENCE", 0)
     call = ("digits:test", str(tmp_path / "out"))
     how = {"codec": "pixels", "image_size": 8, "block": 250, "device": "cpu"}
     with ThreadPoolExecutor(1) as pool:
@@ -181,15 +182,16 @@ def test_a_signal_ends_it_with_what_is_done(tmp_path, number):
 
 def test_a_signal_that_nothing_came_of_is_heard_at_the_next_image(tmp_path, monkeypatch, capsys):
     """As one that is handled in a finaliser, from which no exception gets out."""
-    progress = _Bar.progress
+    progress = _Progress.progress
 
     def lost(self, count):
         progress(self, count)
-        if self.asked.number is None:
+        asked = self.again.__self__
+        if asked.number is None:
             with contextlib.suppress(Stopped):
-                self.asked(signal.SIGTERM, None)
+                asked(signal.SIGTERM, None)
 
-    monkeypatch.setattr(_Bar, "progress", lost)
+    monkeypatch.setattr(_Progress, "progress", lost)
     with pytest.raises(SystemExit) as ended:
         main("digits:test", str(tmp_path / "out"), codec="pixels", image_size=8, batch_size=1)
     assert ended.value.code == 75

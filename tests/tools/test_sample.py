@@ -33,7 +33,7 @@ from dit.train.start import train
 from tests.commands import call, command, environment, execute
 from tests.datasets import Digits, first
 from tests.rank_processes import Server
-from tests.train.runs import at_step, flip_bit, go, rewrite_tensors, sign, values
+from tests.train.runs import at_step, flip_bit, go, random_run, rewrite_tensors, sign, values
 
 CPU = torch.device("cpu")
 BASE = ("--num_samples=7", "--classes=0,3", "--cfg_scale=2", "--num_steps=2", "--batch_size=4", "--seed=5")
@@ -42,18 +42,7 @@ BASE = ("--num_samples=7", "--classes=0,3", "--cfg_scale=2", "--num_steps=2", "-
 @pytest.fixture(scope="module")
 def run(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose weights are random everywhere, so that nothing in a picture is 0."""
-    folder = tmp_path_factory.mktemp("run")
-    go(values(digits, folder, engine="local", train={"steps": 2}, checkpoint={"every": 1}))
-
-    def stir(tensors: dict) -> None:
-        generator = torch.Generator().manual_seed(len(tensors))
-        for name in sorted(tensors):
-            if name.startswith(("model/", "ema/")):
-                tensors[name] = 0.1 * torch.randn(tensors[name].shape, generator=generator)
-
-    for step in (1, 2):
-        rewrite_tensors(at_step(folder, step), stir)
-    return folder
+    return random_run(digits, tmp_path_factory.mktemp("run"))
 
 
 def draw(out: Path, *words: object) -> np.ndarray:

@@ -84,6 +84,21 @@ def built(given: Values) -> Run:
     return build(Plan(experiment(given), make_parts, group.World.from_env()))
 
 
+def random_run(digits: Digits, folder: Path) -> Path:
+    """A run of two steps, both kept, whose weights were made random everywhere: nothing in a picture of it is 0."""
+    go(values(digits, folder, engine="local", train={"steps": 2}, checkpoint={"every": 1}))
+
+    def stir(tensors: dict[str, Tensor]) -> None:
+        generator = torch.Generator().manual_seed(len(tensors))
+        for name in sorted(tensors):
+            if name.startswith(("model/", "ema/")):
+                tensors[name] = 0.1 * torch.randn(tensors[name].shape, generator=generator)
+
+    for step in (1, 2):
+        rewrite_tensors(at_step(folder, step), stir)
+    return folder
+
+
 # --- what a run left ---------------------------------------------------------------------------------------
 
 

@@ -78,6 +78,16 @@ def test_nothing_hears_of_signals_afterwards() -> None:
     assert signal.set_wakeup_fd(-1) == -1
 
 
+def test_where_the_process_is_somebody_elses_nothing_ends_it() -> None:
+    """A second Ctrl-C raises in it, as in any Python; no thread waits to end the process."""
+    with stop_request(may_exit=False) as stop:
+        assert signal.set_wakeup_fd(-1) == -1
+        assert not [thread for thread in threading.enumerate() if thread.name == "backstop"]
+        with stop.is_heard_after_steps(str):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert stop.urgency == INTERRUPTED
+
+
 def interrupted_twice(between: float) -> list[str]:
     """What a second Ctrl-C does so many seconds after the first."""
     seen = []

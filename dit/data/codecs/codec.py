@@ -53,7 +53,7 @@ CODECS.register("vae")(Vae)
 CODECS.register("ldm")(Ldm)
 
 
-def parse_codec(base: Mapping[str, Any], keys: Mapping[str, str]) -> CodecConfig:
+def parse_codec(base: Mapping[str, Any], keys: Mapping[str, Any]) -> CodecConfig:
     """Build the codec of `base` ({"name": ...}) with a command line's keys over it: "codec.path" or "codec_path".
 
     Another "codec.name" than base's starts from that codec's defaults.

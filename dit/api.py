@@ -1,0 +1,157 @@
+"""`dit` as a library: what `import dit` offers (docs/python.md).
+
+    model = dit.load("runs/quickstart/dit", weights="ema")
+    images = model.sample(num_samples=8, classes=[3], cfg_scale=2, num_steps=16)   # uint8 (8, H, W, 3)
+
+The command lines' own parts, called as they call them: the same options draw the same pixels, and errors are the same.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, TypedDict, Unpack
+
+from dit.config import ConfigError, from_dict, to_dict
+from dit.configfile import load as load_config
+from dit.data import DataError
+from dit.data.codecs.base import CodecConfig
+from dit.data.codecs.codec import CODECS
+from dit.data.encoding.encode import EncodeOptions, Report
+from dit.data.sources.classes import LabelChoice, LabelType
+from dit.data.sources.crops import Crop
+from dit.data.sources.decode import Decode
+from dit.data.sources.parquet import Columns
+from dit.errors import Notice, Stopped, UserError
+from dit.experiments.diffusion import Experiment
+from dit.experiments.encoding import EncodeOrder, encode_images
+from dit.experiments.loaded import Choice, Place, TrainedModel, load
+from dit.experiments.parts import make_parts
+from dit.files import expand
+from dit.flow.objective import Objective
+from dit.flow.predict import Endpoints
+from dit.model.dit import DiTConfig
+from dit.progress import bars
+from dit.ranks.devices import chosen_device
+from dit.ranks.group import World
+from dit.rng import Draws
+from dit.sample.generate import Sampler, SamplerSpec
+from dit.train.start import train
+
+__all__ = [
+    "ConfigError",
+    "DataError",
+    "DiTConfig",
+    "Draws",
+    "Endpoints",
+    "Experiment",
+    "Notice",
+    "Objective",
+    "Sampler",
+    "SamplerSpec",
+    "Stopped",
+    "TrainedModel",
+    "UserError",
+    "encode",
+    "fit",
+    "load",
+]
+
+
+class HowToEncode(TypedDict, total=False):
+    """The fields of EncodeOptions, each with its default there."""
+
+    image_size: int
+    flip: bool
+    block: int
+    shard_mb: float
+    seed: int
+    batch_size: int
+    max_bad: int
+    posterior: Literal["moments", "sample"]
+    workers: int
+    dtype: Literal["float16", "float32"]
+    crop: Choice | Crop
+    decode: Mapping[str, Any] | Decode
+
+
+def encode(
+    images: Place,
+    out: Place,
+    codec: Choice | CodecConfig = "vae",
+    *,
+    holdout: float = 0.0,
+    classes: str | None = None,
+    labels: Place | None = None,
+    label_key: str | None = None,
+    label_type: LabelType = "auto",
+    label_column: str | None = None,
+    image_column: str | None = None,
+    device: str | None = None,
+    progress: bool = True,
+    **options: Unpack[HowToEncode],
+) -> Report:
+    """Encode images once, into latent shards and a manifest in the new folder `out`, as `tools/encode.py` does.
+
+    images: a folder of class folders, a tar, Parquet, "digits:train", ... codec: "pixels", or {"name": "vae", "path":
+    FOLDER}. holdout: the share of the images, of each class, that is kept from training in OUT-val. classes, labels and
+    those after them: of the labels, as the command's flags. progress: show what is found and a bar. options:
+    image_size (256), flip (True: a mirrored view too), crop, ..., as in EncodeOptions.
+
+    Returns the report of `out`, whose `manifest` says what is there. Called again with the same arguments it goes on
+    with what is done, and leaves what is complete. Raises ConfigError for an option that is none, DataError where
+    images cannot be read or `out` is something else.
+    """
+    order = EncodeOrder(
+        images=expand(os.fspath(images)),
+        out=Path(expand(os.fspath(out))).resolve(),
+        codec=CODECS.parse(codec),
+        options=from_dict(EncodeOptions, dict(options)),
+        classes=classes,
+        labels=None if labels is None else os.fspath(labels),
+        columns=Columns(image_column, label_column),
+        choice=LabelChoice(label_key, label_type),
+        holdout=holdout,
+    )
+    world = World.from_env()
+    tell = partial(print, flush=True) if progress else _unheard
+    with bars(progress):
+        return encode_images(order, chosen_device(device, world, "device"), world, tell=tell)[-1]
+
+
+def _unheard(text: str) -> None:
+    """Nobody wants to know."""
+
+
+def fit(
+    experiment: Place | Mapping[str, Any] | Experiment,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    progress: bool = True,
+) -> Path:
+    """Train a diffusion or flow model in this process, or go on with its run, as `tools/train.py` does.
+
+    experiment: a YAML file, a dictionary with the keys of one (`base`, relative to where the process runs, too), or an
+    Experiment. overrides: dotted keys over it, {"train.steps": 100, "objective.path": "vp"}. progress: show a bar.
+
+    Returns the run directory, which `load` takes. Called again with the same arguments it resumes what is there.
+    Raises ConfigError for keys that are wrong, DataError for data that cannot be read, TrainingError where it cannot
+    go on, and Stopped where a signal or the first Ctrl-C ended it, once it has saved. For several processes: launch/.
+    """
+    cfg = _experiment(experiment, overrides)
+    with bars(progress):
+        train(cfg, make_parts, owns_process=False)
+    return cfg.folder
+
+
+def _experiment(given: Any, overrides: Mapping[str, Any] | None) -> Experiment:
+    if isinstance(given, Experiment):
+        given = to_dict(given) if overrides else given
+    if isinstance(given, Experiment):
+        return given
+    if not isinstance(given, str | os.PathLike | Mapping):
+        raise ConfigError(f"expected a YAML file, a dictionary or an Experiment, got {type(given).__name__}")
+    source = given if isinstance(given, Mapping) else Path(given)
+    return load_config(Experiment, source, overrides, said="the overrides")
