@@ -1,4 +1,4 @@
-"""Bring pages that lie outside docs/ into the site: benchmarks, CONTRIBUTING, notebooks. Links stay those of the checkout.
+"""Bring what is no page of docs/ into the site: benchmarks, CONTRIBUTING, notebooks. Links stay the checkout's.
 
 A page in docs/ links to `../benchmarks/x.md`, as it is read on a forge; in the site that page is `benchmarks/x.md`.
 """
@@ -43,6 +43,11 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     elif page.file.src_uri.startswith("benchmarks/"):
         markdown = re.sub(r"\]\(\.\./docs/", "](../", markdown)
     return markdown
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Mark inline code of one word, such as a flag: a browser would break it behind its dashes (wide.css)."""
+    return re.sub(r"<code>([^<>\s]{1,44})</code>", r'<code class="word">\1</code>', html)
 
 
 def notebook(path: Path) -> str:

@@ -69,9 +69,7 @@ def check_config(cls: type, given: dict[str, Any]) -> None:
 def check_sampler(given: dict[str, Any]) -> None:
     from tools.sample import read_spec
 
-    plain = {
-        key: given[key] for key in ("solver", "grid", "num_steps", "cfg_scale", "seed") if key in given
-    }
+    plain = {key: given[key] for key in ("solver", "grid", "num_steps", "cfg_scale", "seed") if key in given}
     keys = given.get("solver_grid_codec_keys", {})
     read_spec(plain, keys, given.get("shift"), given.get("guidance"))
 
@@ -213,7 +211,9 @@ def execute(command: Command) -> int:
     variables = {**environment(), **command.variables, "PYTHON": sys.executable}
     variables["PATH"] = f"{Path.cwd() / 'bin'}{os.pathsep}{variables['PATH']}"
     if started is None:
-        return subprocess.run(["bash", "-c", command.text], env=variables, check=False, timeout=200).returncode
+        return subprocess.run(
+            ["bash", "-c", command.text], env=variables, check=False, timeout=200
+        ).returncode
     small = [word for word in toy(Path(started[0]).stem, command.words) if not word.startswith("--engine")]
     return subprocess.run(small, env=variables, check=False, timeout=200).returncode
 
