@@ -64,7 +64,7 @@ $(DOCS): $(STAMP)
 
 docs: export NO_MKDOCS_2_WARNING := 1
 docs: $(DOCS) ## build the pages of docs/ as a site, in build/site; a broken link or reference fails
-	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/mkdocs build --strict
 
 docs-serve: export NO_MKDOCS_2_WARNING := 1
 docs-serve: $(DOCS) ## show that site at http://localhost:8000, again after each change

@@ -10,8 +10,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mkdocs.structure.files import File, Files
-
 ROOT = Path(__file__).resolve().parents[2]
 SHOWN = {".md", ".png", ".json"}  # of benchmarks/
 # Where a link from a page leads, in the checkout and in the site.
@@ -22,15 +20,17 @@ MOVED = [
 ]
 
 
-def on_files(files: Files, config: Any) -> Files:
+def on_files(files: Any, config: Any) -> Any:
     """Add what lies elsewhere in the checkout."""
+    from mkdocs.structure.files import File  # which the tests do without
+
     for path in sorted((ROOT / "benchmarks").iterdir()):
         if path.suffix in SHOWN:
             files.append(File.generated(config, f"benchmarks/{path.name}", abs_src_path=str(path)))
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").replace("](docs/", "](")
     files.append(File.generated(config, "contributing.md", content=text))
     for path in sorted((ROOT / "docs").glob("*.ipynb")):
-        files.append(File.generated(config, f"{path.stem}.md", content=notebook(path)))
+        files.append(File.generated(config, f"{path.stem}-notebook.md", content=notebook(path)))
     return files
 
 
@@ -39,7 +39,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     if "/" not in page.file.src_uri:
         for there, here in MOVED:
             markdown = re.sub(there, here, markdown)
-        markdown = re.sub(r"\]\((\w+)\.ipynb", r"](\1.md", markdown)
+        markdown = re.sub(r"\]\((\w+)\.ipynb", r"](\1-notebook.md", markdown)
     elif page.file.src_uri.startswith("benchmarks/"):
         markdown = re.sub(r"\]\(\.\./docs/", "](../", markdown)
     return markdown
@@ -64,6 +64,6 @@ def shown(output: dict[str, Any]) -> str:
     """Turn an output of a cell into Markdown: a picture where there is one, else text."""
     data = output.get("data", {})
     if "image/png" in data:
-        return f"![]({'data:image/png;base64,' + ''.join(data['image/png']).strip()})"
-    text = "".join(output.get("text", data.get("text/plain", [])))
+        return f"![](data:image/png;base64,{''.join(data['image/png']).strip()})"
+    text = "".join(output.get("text", data.get("text/plain", []))).rstrip("\n")
     return f"```text\n{text}\n```"
