@@ -3,6 +3,7 @@
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+DOCS   := $(VENV)/.installed-docs
 # Versions that are tested together. `make install LOCK=` takes the newest that pyproject.toml allows.
 LOCK   ?= requirements.lock
 # The Python to build .venv with, e.g. `make install PYTHON=/opt/python3.12/bin/python3`.
@@ -22,7 +23,7 @@ export OMP_NUM_THREADS := 1
 CHECK_PYTHON := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-slow test-gpu test-slurm quickstart lint format clean
+.PHONY: help install test test-slow test-gpu test-slurm quickstart docs docs-serve lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +61,18 @@ test-slurm: $(STAMP) ## the tests that need a SLURM cluster
 
 quickstart: $(STAMP) ## the whole job on real handwritten digits, on the CPU, in minutes
 	$(BIN)/python tools/quickstart.py $(ARGS)
+
+$(DOCS): $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check $(if $(LOCK),-c $(LOCK)) -e ".[docs]"
+	@touch $@
+
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(DOCS) ## build the pages of docs/ as a site, in build/site; a broken link or reference fails
+	$(BIN)/mkdocs build --strict
+
+docs-serve: export NO_MKDOCS_2_WARNING := 1
+docs-serve: $(DOCS) ## show that site at http://localhost:8000, again after each change
+	$(BIN)/mkdocs serve
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check
