@@ -4,30 +4,35 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import IO, Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
-import torch
-from PIL import Image
-from torchmetrics import MeanSquaredError
-
-from dit.cli import run
-from dit.data.codecs.autoencoders import Vae
-from dit.data.sources.images import open_source
 from dit.errors import UserError
-from dit.evals.digits import DigitsJudge, LabelledImages
 from dit.files import expand, read_text
-from dit.sample.generate import image_grid, to_uint8
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = 500
 STEPS = 16  # of Heun's method
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command of the project's. words: as typed in the checkout. usual: its seconds on two cores of a server."""
+
+    name: str
+    words: tuple[str, ...]
+    usual: float
 
 
 def main(
@@ -42,77 +47,164 @@ def main(
     Every stage is one of the project's command lines, printed before it runs. Encoding and training that are done
     are not done again, and training that was interrupted goes on where it was.
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and not at once: wait_for hands it on
     folder, first = Path(expand(out)), Path(expand(stage1 or out))
-    prepare(first)
-    call(
-        folder,
-        "train_dit",
-        "tools/train.py",
-        config,
-        f"--run_dir={folder / 'dit'}",
-        f"--data.path={first / 'latents/train'}",
-        f"--data.val={first / 'latents/test'}",
-        f"--codec.path={first / 'vae/vae'}",
-    )
-    for scale in (2, 1):
-        call(
-            folder,
-            f"sample_cfg{scale}",
-            "tools/sample.py",
-            str(folder / "dit"),
-            f"--out={folder / f'samples_cfg{scale}'}",
-            f"--num_samples={SAMPLES}",
-            f"--cfg_scale={scale}",
-            f"--num_steps={num_steps}",
-            "--batch_size=100",
-            "--overwrite",
-        )
+    run_all(folder, [*first_stages(first), *second_stages(folder, first, config, num_steps)])
     finish(folder, first / "vae" / "vae")
 
 
-def prepare(folder: Path) -> None:
-    """Pixel shards, the autoencoder and latent shards in `folder`."""
-    for split in ("train", "test"):
-        encode(folder, "pixels", split, "--codec=pixels")
-    call(
-        folder,
+def first_stages(folder: Path) -> list[list[Stage]]:
+    """Pixel shards, the autoencoder and latent shards in `folder`. What is in one list runs at the same time."""
+    train = Stage(
         "train_autoencoder",
-        "tools/train_vae.py",
-        "configs/digits_vae.yaml",
-        f"--run_dir={folder / 'vae'}",
-        f"--data.path={folder / 'pixels/train'}",
-        f"--data.val={folder / 'pixels/test'}",
+        (
+            "launch/local.sh",
+            "tools/train_vae.py",
+            "configs/digits_vae.yaml",
+            f"--run_dir={folder / 'vae'}",
+            f"--data.path={folder / 'pixels/train'}",
+            f"--data.val={folder / 'pixels/test'}",
+        ),
+        usual=45,
     )
-    for split in ("train", "test"):
-        encode(folder, "latents", split, "--codec=vae", f"--codec.path={folder / 'vae/vae'}")
+    codec = ("--codec=vae", f"--codec.path={folder / 'vae/vae'}")
+    return [encode(folder, "pixels", "--codec=pixels"), [train], encode(folder, "latents", *codec)]
 
 
-def encode(folder: Path, kind: str, split: str, *flags: str) -> None:
-    """Encode a split of the digits into folder/kind/split, unless that is done."""
-    out = folder / kind / split
-    if not (out / "manifest.json").is_file():
-        words = ("tools/encode.py", f"digits:{split}", str(out), *flags, "--image_size=32", "--flip=false")
-        call(folder, f"encode_{kind}_{split}", *words)
-
-
-def call(folder: Path, stage: str, *words: str) -> None:
-    """Run one of the project's commands with all cores, showing it; its seconds are added to seconds.json."""
-    print(f"\n$ python {' '.join(words)}", flush=True)
-    threads = str(min(4, os.cpu_count() or 1))
-    # PASSIVE: waiting threads that spin make everything crawl where other programs use the cores
-    environment = {**os.environ, "OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE"}
-    start = time.perf_counter()
-    try:
-        ended = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, check=False)
-    finally:  # an interrupted stage took its time too
-        seconds = spent(folder)
-        seconds[stage] = round(seconds.get(stage, 0.0) + time.perf_counter() - start, 1)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "seconds.json").write_text(json.dumps(seconds), encoding="utf-8")
-    if ended.returncode:
-        raise UserError(
-            f"this stage failed (exit status {ended.returncode}); mend it and start again to go on"
+def encode(folder: Path, kind: str, *flags: str) -> list[Stage]:
+    """Encode the digits into folder/kind/train and folder/kind/test, what is not there yet."""
+    return [
+        Stage(
+            f"encode_{kind}_{split}",
+            (
+                "python",
+                "tools/encode.py",
+                f"digits:{split}",
+                str(out),
+                *flags,
+                "--image_size=32",
+                "--flip=false",
+            ),
+            usual=10,
         )
+        for split, out in ((split, folder / kind / split) for split in ("train", "test"))
+        if not (out / "manifest.json").is_file()
+    ]
+
+
+def second_stages(folder: Path, first: Path, config: str, num_steps: int) -> list[list[Stage]]:
+    """The DiT on the latents in `first`, and two sets of its samples. What is in one list runs at the same time."""
+    train = Stage(
+        "train_dit",
+        (
+            "launch/local.sh",
+            config,
+            f"--run_dir={folder / 'dit'}",
+            f"--data.path={first / 'latents/train'}",
+            f"--data.val={first / 'latents/test'}",
+            f"--codec.path={first / 'vae/vae'}",
+        ),
+        usual=120,
+    )
+    draw = [
+        Stage(
+            f"sample_cfg{scale}",
+            (
+                "python",
+                "tools/sample.py",
+                str(folder / "dit"),
+                f"--out={folder / f'samples_cfg{scale}'}",
+                f"--num_samples={SAMPLES}",
+                f"--cfg_scale={scale}",
+                f"--num_steps={num_steps}",
+                "--batch_size=100",
+                "--overwrite",
+            ),
+            usual=30,
+        )
+        for scale in (2, 1)
+    ]
+    return [[train], draw]
+
+
+# --- running ------------------------------------------------------------------------------------------------
+
+
+def run_all(folder: Path, steps: Sequence[list[Stage]]) -> None:
+    """Run all stages, with a clock and what is still to come over each; their seconds are added to seconds.json."""
+    steps = [stages for stages in steps if stages]
+    start, usual = time.monotonic(), [max(stage.usual for stage in stages) for stages in steps]
+    for i, stages in enumerate(steps):
+        passed = time.monotonic() - start
+        slower = passed / sum(usual[:i]) if i else 1.0  # than the machine that `usual` is of
+        names = " and ".join(stage.name.replace("_", " ") for stage in stages)
+        print(
+            f"\n[{clock(passed)}] {i + 1} of {len(steps)}: {names}. "
+            f"About {clock(slower * sum(usual[i:]))} to go{coming(steps[i + 1 :])}",
+            flush=True,
+        )
+        run_stages(folder, stages)
+
+
+def coming(steps: Iterable[list[Stage]]) -> str:
+    """What follows, as "; then encode latents, train dit"."""
+    names = [
+        stages[0].name.removesuffix("_train").removesuffix("_cfg2").replace("_", " ") for stages in steps
+    ]
+    return "; then " + ", ".join(names) if names else ""
+
+
+def clock(seconds: float) -> str:
+    """Minutes and seconds, as 3:07."""
+    return f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
+
+
+def run_stages(folder: Path, stages: Sequence[Stage]) -> None:
+    """Run commands at the same time and show them: the first one as it goes, the others when all have ended."""
+    for stage in stages:
+        print(f"$ {shlex.join(stage.words)}", flush=True)
+    start = time.perf_counter()
+    with ExitStack() as stack:
+        logs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in stages[1:]]
+        running = [begin(stage, len(stages), log) for stage, log in zip(stages, [None, *logs], strict=True)]
+        try:
+            wait_for(running)
+        finally:  # an interrupted stage took its time too
+            add_seconds(folder, stages[0].name, time.perf_counter() - start)
+            for log in logs:
+                log.seek(0)
+                print(log.read(), end="", flush=True)
+    for stage, process in zip(stages, running, strict=True):
+        if process.returncode:
+            raise UserError(
+                f"{stage.name} failed (exit status {process.returncode}); mend it and start again to go on"
+            )
+
+
+def begin(stage: Stage, beside: int, log: IO[str] | None) -> subprocess.Popen[bytes]:
+    """Start a command on its share of the cores: one thread a process, and for launch/local.sh a rank a core."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    ranks = 1 if Path("/dev/nvidia0").exists() else 4 if cores >= 4 else 2 if cores >= 2 else 1
+    threads = max(1, min(4, cores) // (ranks if stage.words[0].endswith(".sh") else beside))
+    words = [sys.executable if word == "python" else word for word in stage.words]
+    # PASSIVE: waiting threads that spin make everything crawl where other programs use the cores
+    more = {
+        "PYTHON": sys.executable, "NPROC": str(ranks), "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"
+    }  # fmt: skip
+    return subprocess.Popen(words, cwd=ROOT, env={**os.environ, **more}, stdout=log, stderr=log)
+
+
+def wait_for(running: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Wait until all have ended; at a signal, for what they save. Ctrl-C reaches them too, SIGTERM is handed on."""
+    try:
+        for process in running:
+            process.wait()
+    except (KeyboardInterrupt, SystemExit) as signalled:
+        for process in running:
+            if isinstance(signalled, SystemExit):
+                process.terminate()
+            process.wait()
+        raise
 
 
 def spent(folder: Path) -> dict[str, float]:
@@ -121,21 +213,26 @@ def spent(folder: Path) -> dict[str, float]:
     return dict(json.loads(read_text(file))) if file.is_file() else {}
 
 
+def add_seconds(folder: Path, stage: str, seconds: float) -> None:
+    """Count the time of a stage."""
+    so_far = spent(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    so_far[stage] = round(so_far.get(stage, 0.0) + seconds, 1)
+    (folder / "seconds.json").write_text(json.dumps(so_far), encoding="utf-8")
+
+
+# --- judging ------------------------------------------------------------------------------------------------
+
+
 def finish(folder: Path, vae: Path) -> None:
     """Judge the samples, draw the picture, write the report."""
     start = time.perf_counter()
-    train, held_out = real("train"), real("test")
-    guided, unguided = (generated(folder / f"samples_cfg{scale}") for scale in (2, 1))
-    report = DigitsJudge(train, held_out).report(guided, unguided)
-    report["reconstruction_mse"] = reconstruction_mse(vae, held_out.images)
+    from dit.evals.digits import judge_quickstart  # seconds of imports, for which no stage waits
+
+    report = judge_quickstart(folder, vae)
     seconds = {**spent(folder), "judge": round(time.perf_counter() - start, 1)}
     report["seconds"] = {**seconds, "total": round(sum(seconds.values()), 1)}
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    by_class = [guided.images[guided.labels == c][:10] for c in range(10)]
-    picture = Image.fromarray(image_grid(np.concatenate(by_class), columns=10))
-    picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST).save(
-        folder / "grid.png"
-    )
     print(
         f"\nThe picture: {folder / 'grid.png'} (a row for each class)\n"
         f"class accuracy  {report['class_accuracy']:.3f} at cfg_scale 2, {report['class_accuracy_cfg1']:.3f} at 1 "
@@ -143,33 +240,5 @@ def finish(folder: Path, vae: Path) -> None:
         f"Frechet (PCA)   {report['frechet']:.3f} at cfg_scale 1, {report['frechet_cfg2']:.3f} at 2 "
         f"(real held-out digits: {report['frechet_floor']:.3f})\n"
         f"autoencoder     mean squared error {report['reconstruction_mse']:.2e} on held-out digits in [0, 1]\n"
-        f"{report['seconds']['total']:.0f} s in all; every figure is in {folder / 'report.json'}"
+        f"{clock(report['seconds']['total'])} in all; every figure is in {folder / 'report.json'}"
     )
-
-
-def real(split: str) -> LabelledImages:
-    """The digits themselves."""
-    source = open_source(f"digits:{split}")
-    return LabelledImages(
-        np.stack([source.load(i, 32) for i in range(len(source))]), np.asarray(source.labels)
-    )
-
-
-def generated(folder: Path) -> LabelledImages:
-    """What tools/sample.py wrote."""
-    with np.load(folder / "samples.npz") as held:
-        return LabelledImages(held["arr_0"], held["arr_1"])
-
-
-def reconstruction_mse(vae: Path, images: np.ndarray) -> float:
-    """Mean squared error in [0, 1] of images (N, H, W, 3) uint8 through the autoencoder's posterior mean."""
-    codec, metric = Vae(path=str(vae)).build(), MeanSquaredError()
-    for part in np.array_split(images, max(1, len(images) // 100)):
-        pixels = torch.from_numpy(part).permute(0, 3, 1, 2).float() / 127.5 - 1
-        decoded = to_uint8(codec.decode(codec.encode(pixels)[:, 0]))
-        metric.update(torch.from_numpy(decoded).float() / 255, torch.from_numpy(part).float() / 255)
-    return float(metric.compute())
-
-
-if __name__ == "__main__":
-    run(main)
