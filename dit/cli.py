@@ -36,6 +36,7 @@ from dit.config import Registry, did_you_mean
 from dit.errors import Notice, Stopped, UserError
 from dit.helptext import Command, families, help_text, summary
 from dit.progress import say
+from dit.ranks import early
 from dit.ranks.group import World
 from dit.scalars import Scalar, is_scalar, typed
 
@@ -61,6 +62,7 @@ def run(
     _speak_in_any_locale()
     program = f"python {sys.argv[0]}"
     try:
+        early.end_imports()
         function, words, program = _choose(commands, words, program)
         if any(w in ("--help", "-h") for w in words):
             print(help_text(function, program, config, choices))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -308,40 +306,3 @@ def test_a_second_ctrl_c_ends_a_rank_that_hangs(ranks: Server, tmp_path: Path) -
         job.processes[0].join(LEAVE + 10)
         assert job.processes[0].exitcode == 130
         assert "ended at once: there is no checkpoint yet" in job.output()
-
-
-EARLY = """
-import sys, time
-from dit.ranks import early
-early.listen()
-print("listening", flush=True)
-sys.stdin.readline()
-from dit.train.stop import stop_request
-with stop_request() as stop:
-    print(stop.heard.name, flush=True)
-"""
-
-
-@pytest.mark.parametrize(
-    ("number", "status", "words"),
-    [
-        (signal.SIGUSR1, 0, "SIGUSR1"),
-        (signal.SIGINT, 130, "interrupted while starting: nothing has begun"),
-    ],
-)
-def test_a_signal_that_comes_while_python_imports_is_heard(number: int, status: int, words: str) -> None:
-    started = subprocess.Popen(
-        [sys.executable, "-c", EARLY],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    with started:
-        assert started.stdout is not None
-        assert started.stdout.readline() == "listening\n"
-        started.send_signal(number)
-        said, _ = started.communicate("go on\n", timeout=60)
-    assert started.returncode == status, said
-    assert words in said
-    assert "Traceback" not in said
