@@ -24,10 +24,11 @@ import numpy as np
 
 from dit.config import flatten
 from dit.errors import Notice, UserError
-from dit.files import sync, try_lock, write_atomically
+from dit.files import lies_at, sync, try_lock, write_atomically
 from dit.ranks import group
 
 RECORD = "spec.json"  # in a folder of results, and in OUT.partial: how they were, or are being, made
+IN_USE = "{} is being written by another process; wait for it, or end it"
 MENDING = "give --overwrite to replace it, or another place to write to"
 
 
@@ -148,7 +149,7 @@ class Blocks:
         """Keep a finished block, whole or not at all."""
         held = io.BytesIO()
         np.savez(held, id=np.asarray(self.samples(number), np.int64), **arrays)  # type: ignore[arg-type]
-        write_atomically(self.path(number), held.getvalue(), tag=f"-{group.World.from_env().rank}")
+        write_atomically(self.path(number), held.getvalue(), tag=f"-{group.node_name()}-{os.getpid()}")
 
     def read(self, number: int) -> dict[str, np.ndarray]:
         """A block's arrays by name, with the samples' numbers as `id` (n,) int64.
@@ -216,12 +217,8 @@ def unfinished(
 def _held(
     folder: Path, record: Mapping[str, Any], spec: Mapping[str, Any], overwrite: bool
 ) -> Iterator[None]:
-    """Make the folder or check what is in it, and lock it; remove it afterwards where nothing in it is of use."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        if try_lock(descriptor) is False:  # where there are no locks, it is on its word that it is alone
-            raise OutputError(f"{folder} is being written by another process; wait for it, or end it")
+    """Lock the folder, make it or check what is in it; remove it afterwards where nothing in it is of use."""
+    with _locked(folder):
         _go_on(folder, record, spec, overwrite)
         try:
             yield
@@ -230,8 +227,35 @@ def _held(
                 shutil.rmtree(folder)
             raise
         shutil.rmtree(folder)
-    finally:
-        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Make a folder and hold it, by a file beside it (over NFS a folder has no lock), and by itself, as older code did.
+
+    Raises OutputError where another process holds it.
+    """
+    lock = folder.with_name(f".{folder.name}.lock")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        file = lock.open("ab")
+        is_mine = try_lock(file.fileno())
+        if is_mine is False or lies_at(lock, file.fileno()):
+            break
+        file.close()  # its holder has just removed it
+    with file, contextlib.ExitStack() as held:
+        if is_mine is False:
+            raise OutputError(IN_USE.format(folder))
+        held.callback(lock.unlink, missing_ok=True)  # while it is held
+        if is_mine is None:
+            what = f"{folder}: no locks on this file system: see to it that no other command writes there"
+            warnings.warn(what, Notice, stacklevel=2)
+        folder.mkdir(exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+        held.callback(os.close, descriptor)
+        if try_lock(descriptor) is False:
+            raise OutputError(IN_USE.format(folder))
+        yield
 
 
 def _go_on(folder: Path, record: Mapping[str, Any], spec: Mapping[str, Any], overwrite: bool) -> None:

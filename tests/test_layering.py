@@ -61,7 +61,7 @@ MAY_IMPORT = {
     "train.meters": "files ranks flow evals",
     "train.hooks": "errors progress config rng ranks sample data evals train.engines train.ema train.settings"
     " train.task train.meters",
-    "train.run_dir": "version scalars config configfile ranks train.settings train.checkpoints",
+    "train.run_dir": "errors files version scalars config configfile ranks train.settings train.checkpoints",
     "train.plan": "version config ranks model data train.optim train.engines train.settings train.task"
     " train.hooks train.run_dir train.checkpoints",
     "train.checkpoints": "errors files progress config ranks train.posthoc train.engines train.ema"

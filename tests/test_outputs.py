@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -240,6 +242,32 @@ def test_two_jobs_are_kept_apart(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_where_a_folder_has_no_lock_two_jobs_are_kept_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As over NFS, which locks only what is open for writing."""
+    flock = fcntl.flock
+
+    def of_files(descriptor: int, operation: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flock(descriptor, operation)
+
+    monkeypatch.setattr("dit.files.fcntl.flock", of_files)
+    test_two_jobs_are_kept_apart(tmp_path)
+
+
+def test_a_job_of_older_code_is_kept_apart_too(tmp_path: Path) -> None:
+    """It held the folder itself."""
+    stopped(tmp_path / "out", 1)
+    descriptor = os.open(tmp_path / "out.partial", os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with pytest.raises(OutputError, match="is being written by another process"):
+        work(tmp_path / "out")
+    os.close(descriptor)
+    assert work(tmp_path / "out") == [1, 2]
+
+
 def test_where_there_are_no_locks_work_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file system without them, as Lustre without its option, is not another process."""
 
@@ -247,7 +275,9 @@ def test_where_there_are_no_locks_work_goes_on(tmp_path: Path, monkeypatch: pyte
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     monkeypatch.setattr("dit.files.fcntl.flock", refuse)
-    assert work(tmp_path / "out") == [0, 1, 2]
+    with pytest.warns(Notice, match="no locks on this file system"):
+        assert work(tmp_path / "out") == [0, 1, 2]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_other_code_goes_on_and_is_said(tmp_path: Path) -> None:
