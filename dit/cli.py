@@ -32,13 +32,13 @@ import fire
 import pydantic
 from fire.decorators import SetParseFn, SetParseFns
 
-from dit.config import Registry, did_you_mean
+from dit.config import NO_TEXT, Registry, did_you_mean
 from dit.errors import Notice, Stopped, UserError
 from dit.helptext import Command, families, help_text, summary
 from dit.progress import say
 from dit.ranks import early
 from dit.ranks.group import World
-from dit.scalars import Scalar, is_scalar, typed
+from dit.scalars import NULL, Scalar, is_scalar, typed
 
 FULL = ": free space (or raise the quota) and start the same command again"
 
@@ -235,9 +235,13 @@ def _convert(name: str, text: str, hint: Any) -> Any:
     """The text as the parameter's type; text stays text."""
     plain = _strip(hint)
     options = typing.get_args(plain)
-    if type(None) in options and text.lower() in ("none", "null"):
+    if type(None) in options and (text in NULL or text.lower() in ("none", "null")):
         return None
     if plain is str or str in options:
+        if (
+            text in NULL
+        ):  # as in files, where the same word is no text either; ~ alone is no home: shells fill that in
+            raise UsageError(f"--{name}={text}: {NO_TEXT}")
         return text
     is_many = any(typing.get_origin(o) in (list, tuple) for o in (plain, *options))
     words = (

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from dit.config import flatten
-from dit.errors import Notice, UserError
+from dit.errors import Notice, UserError, shown
 from dit.files import lies_at, sync, try_lock, write_atomically
 from dit.ranks import group
 
@@ -94,10 +94,10 @@ def differences(held: Mapping[str, Any], spec: Mapping[str, Any], growing: str =
     there = {key: held.get(key) for key in now}
     wanted, found = now.pop(growing, None), there.pop(growing, None)
     too_many = isinstance(wanted, int) and (not isinstance(found, int) or found > wanted)
-    rows = [f"  {growing}: {found!r} there, {wanted!r} now"] if too_many else []
+    rows = [f"  {growing}: {shown(found)} there, {shown(wanted)} now"] if too_many else []
     before, after = flatten(there), flatten(now)
     keys = [key for key in {**after, **before} if before.get(key) != after.get(key)]
-    return rows + [f"  {key}: {before.get(key)!r} there, {after.get(key)!r} now" for key in keys]
+    return rows + [f"  {key}: {shown(before.get(key))} there, {shown(after.get(key))} now" for key in keys]
 
 
 def replace_folder(new: Path, out: Path) -> None:

@@ -105,6 +105,8 @@ def exit_code(commands: Any, *words: str, config: type | None = None) -> int:
         (["a", "--scale=fast"], "--scale=fast"),
         (["a", "--verbose=perhaps"], "--verbose=perhaps"),
         (["a", "--kind=emma"], "--kind=emma"),
+        (["a", "--other=null"], "--other=null: expected text, and null"),
+        (["~"], "--place=~: expected text"),
         (["a", "--many=1,x"], "--many=1,x"),
         (["a", "--limit=x"], "--limit=x"),
         (["a", "b", "--verbose", "false"], "unexpected argument 'false'"),  # a switch takes no word after it
@@ -164,6 +166,9 @@ def test_help_lists_the_configuration_keys(train, capsys) -> None:
         ("--other=-", "other", "-"),
         ("--out=2024", "out", "2024"),
         ("--out=none", "out", None),
+        ("--out=~", "out", None),
+        ("--out=~/a", "out", "~/a"),
+        ("--other=./null", "other", "./null"),
         ("--size=12", "size", 12),
         ("--size=-3", "size", -3),
         ("--size=010", "size", 10),

@@ -61,7 +61,7 @@ def test_the_same_result_is_given_back(tmp_path: Path) -> None:
     [
         ({"seed": 2}, ["  seed: 1 there, 2 now"]),
         ({"sampler": {"name": "euler", "steps": [1, 2]}}, ["  sampler.name: 'heun' there, 'euler' now"]),
-        ({"digest": "x"}, ["  digest: None there, 'x' now"]),
+        ({"digest": "x"}, ["  digest: null there, 'x' now"]),
         ({"num_samples": 9}, ["  num_samples: 10 there, 9 now"]),
         ({"num_samples": 11}, ["  num_samples: 10 there, 11 now"]),
     ],
@@ -84,7 +84,7 @@ def test_a_number_may_grow_and_not_shrink(tmp_path: Path) -> None:
     assert held["num_samples"] == 10
     with pytest.raises(OutputError, match="num_samples: 10 there, 9 now"):
         claim(files, fewer, record=files[-1], growing="num_samples")
-    assert differences({}, SPEC, "num_samples")[0] == "  num_samples: None there, 10 now"
+    assert differences({}, SPEC, "num_samples")[0] == "  num_samples: null there, 10 now"
 
 
 @pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff\xfe"])

@@ -14,7 +14,7 @@ from typing import IO, Any, TypeVar
 
 from dit.config import ConfigError, flatten, from_dict, to_dict
 from dit.configfile import read_own, write_yaml
-from dit.errors import Notice
+from dit.errors import Notice, shown
 from dit.files import lies_at, try_lock
 from dit.ranks import group
 from dit.ranks.group import World
@@ -174,7 +174,7 @@ def differences(before: Mapping[str, Any], cfg: RunConfig, where: str) -> dict[s
     differing = {k: [there.get(k), now.get(k)] for k in sorted({*there, *now}) if there.get(k) != now.get(k)}
     fatal = {k: v for k, v in differing.items() if not is_operational(k)}
     if fatal:
-        rows = "\n".join(f"  {k}: {was!r} there, {is_!r} now" for k, (was, is_) in fatal.items())
+        rows = "\n".join(f"  {k}: {shown(was)} there, {shown(is_)} now" for k, (was, is_) in fatal.items())
         raise ConfigError(
             f"{where} holds a run with another config:\n{rows}\n"
             "Give these keys their old values to go on with it, or another --run_dir to start a new run "

@@ -115,7 +115,7 @@ def test_what_a_command_leaves_open_stays_as_the_run_began_however_often_it_goes
             "objective.path.name: 'linear' there, 'vp' now",
         ),
         ("latents.norm", {"latents": {"norm": "codec"}}, "latents.norm: 'dataset' there, 'codec' now"),
-        ("init.from", {"init": {"from": "x"}}, "init.from: None there, 'x' now"),
+        ("init.from", {"init": {"from": "x"}}, "init.from: null there, 'x' now"),
     ],
 )
 def test_an_identity_change_is_refused_and_shown(tmp_path: Path, key: str, changes: dict, shown: str) -> None:
@@ -264,7 +264,7 @@ def test_keys_that_came_later_count_as_having_had_their_defaults(tmp_path: Path)
     assert differences(before, cfg, "there") == {}
     before["optim"]["betas"] = [0.5, 0.5]
     before["gone"] = 3
-    with pytest.raises(ConfigError, match=r"gone: 3 there, None now(.|\n)*optim.betas"):
+    with pytest.raises(ConfigError, match=r"gone: 3 there, null now(.|\n)*optim.betas"):
         differences(before, cfg, "there")
 
 
