@@ -33,7 +33,7 @@ import pydantic
 from fire.decorators import SetParseFn, SetParseFns
 
 from dit.config import NO_TEXT, Registry, did_you_mean
-from dit.errors import Notice, Stopped, UserError
+from dit.errors import Interrupted, InterruptTold, Notice, Stopped, UserError
 from dit.helptext import Command, families, help_text, summary
 from dit.progress import say
 from dit.ranks import early
@@ -81,8 +81,10 @@ def run(
         _fail(str(error), 1)
     except OSError as error:
         _fail(f"{error}{FULL if error.errno in (errno.ENOSPC, errno.EDQUOT) else ''}", 1)
+    except InterruptTold:
+        raise SystemExit(Interrupted.status) from None
     except KeyboardInterrupt:
-        _fail("interrupted", 130)
+        _fail("interrupted", Interrupted.status)
     else:
         return
     if argv is None:

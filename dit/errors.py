@@ -23,6 +23,10 @@ class Interrupted(Stopped):
     status = 130  # of shells after SIGINT
 
 
+class InterruptTold(KeyboardInterrupt):
+    """A Ctrl-C that ended the work at once, of which all has been said: the command ends with no more words."""
+
+
 class UserError(ValueError):
     """Something outside the code is wrong. The text says what came, what was expected and how to mend it."""
 

@@ -13,6 +13,7 @@ import pytest
 
 from dit.cli import UsageError, help_text, parse, run
 from dit.config import ConfigError, config
+from dit.errors import InterruptTold
 from dit.ranks.group import World
 from tests.shapes import SHAPES
 
@@ -275,6 +276,14 @@ def test_an_error_for_the_user_is_one_line_and_no_traceback(capsys, error: BaseE
     text = capsys.readouterr().err
     assert text.startswith("error: ")
     assert text.count("\n") == 1
+
+
+def test_of_a_ctrl_c_that_the_work_has_spoken_of_nothing_more_is_said(capsys) -> None:
+    def work() -> None:
+        raise InterruptTold
+
+    assert exit_code(work) == 130
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
