@@ -88,12 +88,19 @@ def run(
     else:
         return
     if argv is None:
-        # all is saved and closed. A thread of some library's C++ that is still there when Python's own end is over
-        # aborts the process now and then (status -6), and a scheduler then does not start the run again
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        _leave(status)
     raise SystemExit(status)
+
+
+def _leave(status: int) -> typing.NoReturn:
+    """End the process once all is saved and closed.
+
+    A thread of some library's C++ that is still there when Python's own end is over aborts the process now and then
+    (status -6), and a scheduler then does not start the run again.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _speak_in_any_locale() -> None:

@@ -307,8 +307,8 @@ def load_into(checkpoint: Checkpoint, state: State) -> None:
     for fragment, pieces in state.pieces():
         if reader.shapes.get(fragment.name) != fragment.shape:
             raise CheckpointError(
-                f"{checkpoint.path}: parameter {fragment.name} is {reader.shapes.get(fragment.name)} there and "
-                f"{fragment.shape} in this model"
+                f"{checkpoint.path}: parameter {fragment.name} is {reader.shapes.get(fragment.name, 'nothing')} there "
+                f"and {fragment.shape} in this model"
             )
         for kind, target in pieces.items():
             target.copy_(reader.elements(kind, fragment.name, fragment.offset, fragment.numel))
