@@ -32,12 +32,13 @@ import fire
 import pydantic
 from fire.decorators import SetParseFn, SetParseFns
 
-from dit.config import Registry, did_you_mean
-from dit.errors import Notice, Stopped, UserError
+from dit.config import NO_TEXT, Registry, did_you_mean
+from dit.errors import Interrupted, InterruptTold, Notice, Stopped, UserError
 from dit.helptext import Command, families, help_text, summary
 from dit.progress import say
+from dit.ranks import early
 from dit.ranks.group import World
-from dit.scalars import Scalar, is_scalar, typed
+from dit.scalars import NULL, Scalar, is_scalar, typed
 
 FULL = ": free space (or raise the quota) and start the same command again"
 
@@ -61,6 +62,7 @@ def run(
     _speak_in_any_locale()
     program = f"python {sys.argv[0]}"
     try:
+        early.end_imports()
         function, words, program = _choose(commands, words, program)
         if any(w in ("--help", "-h") for w in words):
             print(help_text(function, program, config, choices))
@@ -79,17 +81,26 @@ def run(
         _fail(str(error), 1)
     except OSError as error:
         _fail(f"{error}{FULL if error.errno in (errno.ENOSPC, errno.EDQUOT) else ''}", 1)
+    except InterruptTold:
+        raise SystemExit(Interrupted.status) from None
     except KeyboardInterrupt:
-        _fail("interrupted", 130)
+        _fail("interrupted", Interrupted.status)
     else:
         return
     if argv is None:
-        # all is saved and closed. A thread of some library's C++ that is still there when Python's own end is over
-        # aborts the process now and then (status -6), and a scheduler then does not start the run again
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        _leave(status)
     raise SystemExit(status)
+
+
+def _leave(status: int) -> typing.NoReturn:
+    """End the process once all is saved and closed.
+
+    A thread of some library's C++ that is still there when Python's own end is over aborts the process now and then
+    (status -6), and a scheduler then does not start the run again.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _speak_in_any_locale() -> None:
@@ -233,9 +244,13 @@ def _convert(name: str, text: str, hint: Any) -> Any:
     """The text as the parameter's type; text stays text."""
     plain = _strip(hint)
     options = typing.get_args(plain)
-    if type(None) in options and text.lower() in ("none", "null"):
+    if type(None) in options and (text in NULL or text.lower() in ("none", "null")):
         return None
     if plain is str or str in options:
+        if (
+            text in NULL
+        ):  # as in files, where the same word is no text either; ~ alone is no home: shells fill that in
+            raise UsageError(f"--{name}={text}: {NO_TEXT}")
         return text
     is_many = any(typing.get_origin(o) in (list, tuple) for o in (plain, *options))
     words = (

@@ -26,9 +26,12 @@ from typing import Any, Generic, TypeVar, cast, dataclass_transform
 import pydantic
 from pydantic_core import core_schema
 
-from dit.errors import UserError
+from dit.errors import UserError, shown
 from dit.scalars import Scalar, typed
 
+NO_TEXT = (
+    "expected text, and null (~ alone, or nothing) is none; the home folder is ~/, a file of that name ./null"
+)
 T = TypeVar("T")
 C = TypeVar("C")
 
@@ -131,7 +134,7 @@ class Registry(Generic[T]):
             value = {"name": self.default, **value}
         if not isinstance(value, Mapping) or "name" not in value:
             raise ConfigError(
-                f"expected the name of a {self.axis} or {{name: ..., ...}}, got {value!r}; "
+                f"expected the name of a {self.axis} or {{name: ..., ...}}, got {shown(value)}; "
                 f"choices: {', '.join(self._classes)}"
             )
         fields = {k: v for k, v in value.items() if k != "name"}
@@ -167,13 +170,11 @@ def _problems(cls: type, error: Any) -> list[Complaint]:
         return [Complaint(loc, "is required and was not given")]
     if shape := {"dataclass_type": "{}", "tuple_type": "a list, [{}]"}.get(error["type"]):
         expected = shape.format(_syntax(class_at(cls, loc)))
-        return [Complaint(loc, f"expected {expected}, got {error['input']!r}")]
+        return [Complaint(loc, f"expected {expected}, got {shown(error['input'])}")]
     if error["type"] == "string_type" and error["input"] is None:
-        return [
-            Complaint(loc, "expected text, and null (~ alone, or nothing) is none; the home folder is ~/")
-        ]
+        return [Complaint(loc, NO_TEXT)]
     message = error["msg"].removeprefix("Value error, ")
-    return [Complaint(loc, f"{message[0].lower()}{message[1:]}, got {error['input']!r}")]
+    return [Complaint(loc, f"{message[0].lower()}{message[1:]}, got {shown(error['input'])}")]
 
 
 def _syntax(cls: type | None) -> str:

@@ -7,7 +7,9 @@ Everything is checked before anything runs; an error names the file (or the comm
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,8 +26,9 @@ from dit.config import (
     parts_of,
     to_dict,
 )
+from dit.errors import shown
 from dit.files import expand, read_text, write_atomically
-from dit.scalars import resolved
+from dit.scalars import NULL, resolved
 from dit.yamlfile import YamlError, dump_yaml, parse_yaml
 
 C = TypeVar("C")
@@ -53,11 +56,22 @@ def _on_base(
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
     if not isinstance(base_name, str | None):
-        raise ConfigError(f"{named}: base: expected one file name, got {base_name!r}")
+        raise ConfigError(f"{named}: base: expected one file name, got {shown(base_name)}")
     if base_name is not None:
         values, sources = read_yaml(folder / expand(base_name), seen)
-    sources = {**sources, **dict.fromkeys(flatten(own), named)}
-    return merge(values, own), sources
+    return merge(values, own), _over(sources, own, named)
+
+
+def _over(sources: Mapping[str, str], values: Mapping[str, Any], source: str) -> dict[str, str]:
+    """Where each dotted key came from, once values of another source lie over the others."""
+    own = flatten(values)
+    kept: dict[str, str] = {}
+    for key, place in sources.items():
+        if any(k.startswith(f"{key}.") for k in own):  # a name alone, whose fields are laid over it
+            kept[f"{key}.name"] = place
+        elif not any(f"{key}.".startswith(f"{k}.") for k in own):
+            kept[key] = place
+    return {**{k: s for k, s in kept.items() if k not in own}, **dict.fromkeys(own, source)}
 
 
 def read_own(path: Path) -> dict[str, Any]:
@@ -68,25 +82,29 @@ def read_own(path: Path) -> dict[str, Any]:
     except YamlError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if own is not None and not isinstance(own, dict):
-        raise ConfigError(f"{path}: expected keys and values, got {type(own).__name__}")
+        what = "a list" if isinstance(own, list) else shown(own)
+        raise ConfigError(f"{path}: expected keys and values, got {what}")
     return own or {}
 
 
 def _from_text(cls: type, key: tuple[str, ...], text: str, values: Mapping[str, Any]) -> Any:
-    """A command line's text as a value: kept as it is for text fields, else read as YAML ("{name: vp}", "[1, 2]").
+    """A command line's text as a value: read as YAML ("{name: vp}", "[1, 2]"), but where the key wants text.
 
+    That is kept as it is, but for a null; items of lists of text, too: YAML reads * as an alias.
     values: what is configured so far.
     """
     parent = class_at(cls, key[:-1], values)
     hint = annotation_at(parent, key[-1]) if parent else None
     plain = {p for p in parts_of(hint) if isinstance(p, type)}
-    if (
-        str in plain and not plain & {int, float, bool} and is_many(hint)
-    ):  # as typed: YAML reads * as an alias
+    if str in plain and not plain & {int, float, bool}:
+        if text in NULL or (text == "None" and type(None) in plain):
+            return (
+                None  # as in a file: refused where the key wants text, for nobody means a folder of that name
+            )
+        if not is_many(hint):
+            return text
         inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
         return [part.strip().strip("\"'") for part in inner.split(",") if part.strip()]
-    if str in plain and not plain & {int, float, bool}:
-        return None if text in ("null", "None") and type(None) in plain else text
     if "," in text and is_many(hint) and not text.startswith(("[", "{")):
         text = f"[{text}]"
     try:
@@ -133,21 +151,50 @@ def load(
     else:
         values, sources = read_yaml(source)
     values, from_text = overridden(cls, values, overrides or {})
-    sources.update(dict.fromkeys(flatten(from_text), said))
+    sources = _over(sources, from_text, said)
+    problems = _empty_texts(cls, values)
     try:
-        return from_dict(cls, values)
+        cfg = from_dict(cls, values)
+        if not problems:
+            return cfg
     except ConfigError as error:
-        raise ConfigError(problems=[_with_source(p, sources, named) for p in error.problems]) from None
+        keys = {p.key for p in error.problems}
+        problems = [*error.problems, *(p for p in problems if p.key not in keys)]
+    places = [_places(p, sources) or [named] for p in problems]
+    raise ConfigError(
+        problems=[
+            Complaint(p.key, f"{p.message} (in {' and '.join(found)})")
+            for p, found in zip(problems, places, strict=True)
+        ]
+    )
 
 
-def _with_source(problem: Complaint, sources: Mapping[str, str], default: str) -> Complaint:
+def _empty_texts(cls: type, values: Mapping[str, Any]) -> list[Complaint]:
+    """Texts of no character, for keys that are not so by default."""
+    why = "is empty, which a shell makes of a variable that is not set"
+    found = []
+    for dotted in (key for key, value in flatten(values).items() if value == ""):
+        *above, name = dotted.split(".")
+        section = class_at(cls, tuple(above), values)
+        defaults = {f.name.rstrip("_"): f.default for f in dataclasses.fields(section)} if section else {}
+        if section and defaults.get(name, "") != "":
+            is_optional = type(None) in parts_of(annotation_at(section, name))
+            found.append(Complaint((*above, name), why + "; null is none" * is_optional))
+    return found
+
+
+def _places(problem: Complaint, sources: Mapping[str, str]) -> list[str]:
+    """The sources of the keys that a problem is about: its own, or else those that its words name, or all below it."""
     dotted = ".".join(problem.key)
-    named = [
-        s
-        for k, s in sources.items()
-        if k == dotted or k.startswith(dotted + ".") or dotted.startswith(k + ".")
-    ]
-    return Complaint(problem.key, f"{problem.message} (in {named[-1] if named else default})")
+    if own := [k for k in sources if k == dotted or dotted.startswith(f"{k}.")]:
+        return [sources[max(own, key=len)]]
+    below = [k for k in sources if not dotted or k.startswith(f"{dotted}.")]
+
+    def named(key: str) -> bool:
+        return bool(re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.]*\w)", problem.message))
+
+    about = [k for k in below if named(k)] or [k for k in below if named(k.removeprefix(f"{dotted}."))]
+    return list(dict.fromkeys(sources[k] for k in about or below))
 
 
 def write_yaml(path: str | Path, cfg: Any) -> None:

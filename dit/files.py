@@ -20,7 +20,8 @@ MARKS = {  # a file that begins so is in that encoding; UTF-32's begins with UTF
 }
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::[A-Za-z][A-Za-z0-9+.-]*)*://")
 VARIABLE = re.compile(r"\$(?:([A-Za-z_][A-Za-z0-9_]*)|\{([^}]*)\})")
-NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # as flock says it
+# As flock says it; EBADF of a folder, or of a file that is open for reading alone, over NFS.
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF}
 
 
 class FileError(UserError):
@@ -137,6 +138,14 @@ def try_lock(descriptor: int) -> bool | None:
             return None
         raise
     return True
+
+
+def lies_at(path: Path, descriptor: int) -> bool:
+    """Tell whether an open file is the one that lies there: whoever held its lock may have removed it."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 # --- writing -----------------------------------------------------------------------------------------------

@@ -1,31 +1,21 @@
-"""Where the results of tools go: a place is claimed before work begins, and long work is kept in blocks beside it.
+"""Where the results of tools go: a place is claimed before work begins.
 
 No result is replaced in silence: what is there is the same, and is gone on with, or the work is refused unless it is
-told to overwrite. The blocks of unfinished work lie in OUT.partial, each of them whole or not there, beside a record of
-what they are blocks of, so that work which was killed goes on when the same command is started again.
+told to overwrite.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import shutil
-import warnings
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dit.config import flatten
-from dit.errors import Notice, UserError
-from dit.files import sync, try_lock, write_atomically
-from dit.ranks import group
+from dit.errors import UserError, shown
+from dit.files import sync, write_atomically
 
 RECORD = "spec.json"  # in a folder of results, and in OUT.partial: how they were, or are being, made
 MENDING = "give --overwrite to replace it, or another place to write to"
@@ -143,10 +133,14 @@ def differences(held: Mapping[str, Any], spec: Mapping[str, Any], growing: str =
     there = {key: held.get(key) for key in now if key not in lacking}
     wanted, found = now.pop(growing, None), there.pop(growing, None)
     too_many = isinstance(wanted, int) and (not isinstance(found, int) or found > wanted)
-    rows = [f"  {growing}: {found!r} there, {wanted!r} now"] if too_many and growing not in lacking else []
+    rows = (
+        [f"  {growing}: {shown(found)} there, {shown(wanted)} now"]
+        if too_many and growing not in lacking
+        else []
+    )
     before, after = flatten(there), flatten({key: value for key, value in now.items() if key not in lacking})
     keys = [key for key in {**after, **before} if before.get(key) != after.get(key)]
-    rows += [f"  {key}: {before.get(key)!r} there, {after.get(key)!r} now" for key in keys]
+    rows += [f"  {key}: {shown(before.get(key))} there, {shown(after.get(key))} now" for key in keys]
     return rows + [f"  {key}: not recorded there, as it was made by an older version" for key in lacking]
 
 
@@ -170,148 +164,3 @@ def replace_folder(new: Path, out: Path) -> None:
     new.rename(out)
     sync(out.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-# --- blocks ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """The finished blocks of one result, one file each, in a folder that all ranks share.
-
-    count: samples in all. size: samples of a block: block k is of samples [k·size, (k + 1)·size), the last of what
-    is left. So a block's samples are computed in the same batch wherever and whenever they are.
-    """
-
-    folder: Path
-    count: int
-    size: int
-
-    @property
-    def number(self) -> int:
-        """How many blocks there are in all."""
-        return -(-self.count // self.size)
-
-    def samples(self, number: int) -> range:
-        """The samples of a block."""
-        return range(number * self.size, min((number + 1) * self.size, self.count))
-
-    def path(self, number: int) -> Path:
-        """Where a block lies."""
-        return self.folder / f"block-{number:08d}.npz"
-
-    def add(self, number: int, arrays: Mapping[str, np.ndarray]) -> None:
-        """Keep a finished block, whole or not at all."""
-        held = io.BytesIO()
-        np.savez(held, id=np.asarray(self.samples(number), np.int64), **arrays)  # type: ignore[arg-type]
-        write_atomically(self.path(number), held.getvalue(), tag=f"-{group.World.from_env().rank}")
-
-    def read(self, number: int) -> dict[str, np.ndarray]:
-        """A block's arrays by name, with the samples' numbers as `id` (n,) int64.
-
-        OutputError where it is damaged, or of other samples than it should be.
-        """
-        arrays = self._load(number)
-        if arrays["id"].tolist() != list(self.samples(number)):
-            raise OutputError(f"{self.path(number)} is not of samples {self.samples(number)}: start again")
-        return arrays
-
-    def missing(self) -> list[int]:
-        """The blocks that are not there; one that is damaged is removed and said. Collective."""
-        world = group.World.from_env()
-        names = {
-            path.name for path in self.folder.iterdir()
-        }  # not exists(): NFS remembers what was not there
-        mine = [k for k in range(self.number)[world.rank :: world.size] if self.path(k).name in names]
-        good = [k for k in mine if self._is_good(k)]
-        everywhere = {k for part in group.gather_objects(good) for k in part}
-        return [k for k in range(self.number) if k not in everywhere]
-
-    def _is_good(self, number: int) -> bool:
-        """Whether a block is whole; the last one of when fewer samples were wanted is not."""
-        try:
-            return bool(self._load(number)["id"].tolist() == list(self.samples(number)))
-        except OutputError as error:
-            warnings.warn(f"{error}; it is made anew", Notice, stacklevel=4)
-            self.path(number).unlink()
-            return False
-
-    def _load(self, number: int) -> dict[str, np.ndarray]:
-        path = self.path(number)
-        try:
-            with np.load(path) as held:  # a zip file: every array has a checksum
-                return {"id": held["id"], **{name: held[name] for name in held.files}}
-        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-            raise OutputError(f"{path} is damaged ({type(error).__name__}: {error})") from None
-
-
-@contextlib.contextmanager
-def unfinished(
-    out: Path,
-    record: Mapping[str, Any],
-    spec: Mapping[str, Any],
-    blocks: tuple[int, int],
-    overwrite: bool = False,
-) -> Iterator[Blocks]:
-    """OUT.partial, held by this job while it works: new, or as a job of the same spec left it. Collective.
-
-    record: what is written down there, `spec` among it. spec: as `claim` has it. blocks: samples in all (in `spec` as
-    num_samples, which may have grown), and in a block. The folder is removed if the body ends well, and kept for the
-    same command to go on if it does not.
-
-    Raises OutputError where it is of another spec (overwrite: it is cleared) or in use by another job.
-    """
-    place = Path(os.path.abspath(out))  # ".." has no name to put anything beside
-    folder = place.with_name(f"{place.name}.partial")
-    with contextlib.ExitStack() as stack:
-        group.on_main(lambda: stack.enter_context(_held(folder, record, spec, overwrite)))
-        yield Blocks(folder, *blocks)
-
-
-@contextlib.contextmanager
-def _held(
-    folder: Path, record: Mapping[str, Any], spec: Mapping[str, Any], overwrite: bool
-) -> Iterator[None]:
-    """Make the folder or check what is in it, and lock it; remove it afterwards where nothing in it is of use."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        if try_lock(descriptor) is False:  # where there are no locks, it is on its word that it is alone
-            raise OutputError(f"{folder} is being written by another process; wait for it, or end it")
-        _go_on(folder, record, spec, overwrite)
-        try:
-            yield
-        except BaseException:
-            if not any(folder.glob("block-*.npz")):
-                shutil.rmtree(folder)
-            raise
-        shutil.rmtree(folder)
-    finally:
-        os.close(descriptor)
-
-
-def _go_on(folder: Path, record: Mapping[str, Any], spec: Mapping[str, Any], overwrite: bool) -> None:
-    """Check that what is in the folder is of the same spec, or clear it; and write the record down."""
-    path, is_empty = folder / RECORD, not any(folder.iterdir())
-    if not is_empty and not path.is_file():
-        raise OutputError(
-            f"{folder} exists already and holds something else: remove it or choose another name"
-        )
-    if not is_empty:
-        held = read_record(path)
-        rows = differences(held, spec, "num_samples")
-        if rows and not overwrite:
-            what = [f"{folder} holds unfinished work of another spec:", *rows]
-            raise OutputError("\n".join([*what, MENDING.capitalize() + "."]))
-        if rows:
-            for left_over in folder.iterdir():
-                left_over.unlink() if not left_over.is_dir() else shutil.rmtree(left_over)
-        else:
-            for key in ("code", "device"):
-                if held.get(key) != record.get(key):
-                    warnings.warn(
-                        f"{folder} was begun with {key} {held.get(key)}, and goes on with {record.get(key)}",
-                        Notice,
-                        stacklevel=2,
-                    )
-    write_record(path, record)

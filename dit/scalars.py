@@ -20,6 +20,7 @@ FRACTION = re.compile(r"[-+]?([0-9]+(_[0-9]+)*(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-
 INFINITE = re.compile(r"([-+]?)\.?inf(inity)?|\.?nan", re.IGNORECASE)
 TRUTH = {"yes": True, "true": True, "on": True, "no": False, "false": False, "off": False}
 WORD = re.compile("|".join(f"{w}|{w.capitalize()}|{w.upper()}" for w in TRUTH))  # those of YAML 1.1
+NULL = ("~", "null", "Null", "NULL")  # as YAML has it; there nothing at all is null, too
 LARGEST = 2**63 - 1  # that seeds, counts and tensors of them hold
 
 

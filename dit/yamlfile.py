@@ -10,10 +10,9 @@ from typing import Any
 import yaml
 
 from dit.errors import UserError
-from dit.scalars import Scalar, is_scalar, resolved
+from dit.scalars import NULL, Scalar, is_scalar, resolved
 
 PLAIN = "!plain"  # the tag of a scalar without quotes and without a tag
-NULL = ("", "~", "null", "Null", "NULL")
 TAG = "tag:yaml.org,2002:"
 MERGE = "<<"
 
@@ -89,6 +88,10 @@ def _value(node: yaml.Node) -> Any:
     return _mapping(node) if isinstance(node, yaml.MappingNode) else [_value(item) for item in node.value]
 
 
+def _written(node: yaml.Node) -> str:
+    return str(node.value or "nothing") if isinstance(node, yaml.ScalarNode) else "a list or a mapping"
+
+
 def _unknown(node: yaml.Node) -> YamlError:
     return YamlError(f"tag {node.tag} is not known here (line {_line(node)})")
 
@@ -96,7 +99,7 @@ def _unknown(node: yaml.Node) -> YamlError:
 def _word(node: yaml.ScalarNode) -> Any:
     text = str(node.value)
     if node.tag == PLAIN:
-        return None if text in NULL else Scalar(text) if is_scalar(text) else text
+        return None if text in ("", *NULL) else Scalar(text) if is_scalar(text) else text
     if node.tag == f"{TAG}str":
         return text
     if node.tag in (f"{TAG}int", f"{TAG}float", f"{TAG}bool"):
@@ -114,7 +117,7 @@ def _mapping(node: yaml.MappingNode) -> dict[str, Any]:
         key = resolved(_value(key_node))
         if not isinstance(key, str):
             raise YamlError(
-                f"expected a key, got {key!r} (line {_line(key_node)}); quote it if it is meant as text"
+                f"expected a key, got {_written(key_node)} (line {_line(key_node)}); quote it if it is meant as text"
             )
         if key in seen:
             more = "; several are merged with <<: [*a, *b]" if is_merge else ""
@@ -132,7 +135,7 @@ def _merged(node: yaml.Node) -> dict[str, Any]:
     for part in reversed(node.value) if isinstance(node, yaml.SequenceNode) else (node,):
         if not isinstance(part, yaml.MappingNode):
             raise YamlError(
-                f"<< merges keys and values, or a list of such; got {part.value!r} (line {_line(part)})"
+                f"<< merges keys and values, or a list of such; got {_written(part)} (line {_line(part)})"
             )
         found |= _mapping(part)
     return found

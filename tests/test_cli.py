@@ -13,6 +13,7 @@ import pytest
 
 from dit.cli import UsageError, help_text, parse, run
 from dit.config import ConfigError, config
+from dit.errors import InterruptTold
 from dit.ranks.group import World
 from tests.shapes import SHAPES
 
@@ -105,6 +106,8 @@ def exit_code(commands: Any, *words: str, config: type | None = None) -> int:
         (["a", "--scale=fast"], "--scale=fast"),
         (["a", "--verbose=perhaps"], "--verbose=perhaps"),
         (["a", "--kind=emma"], "--kind=emma"),
+        (["a", "--other=null"], "--other=null: expected text, and null"),
+        (["~"], "--place=~: expected text"),
         (["a", "--many=1,x"], "--many=1,x"),
         (["a", "--limit=x"], "--limit=x"),
         (["a", "b", "--verbose", "false"], "unexpected argument 'false'"),  # a switch takes no word after it
@@ -164,6 +167,9 @@ def test_help_lists_the_configuration_keys(train, capsys) -> None:
         ("--other=-", "other", "-"),
         ("--out=2024", "out", "2024"),
         ("--out=none", "out", None),
+        ("--out=~", "out", None),
+        ("--out=~/a", "out", "~/a"),
+        ("--other=./null", "other", "./null"),
         ("--size=12", "size", 12),
         ("--size=-3", "size", -3),
         ("--size=010", "size", 10),
@@ -270,6 +276,14 @@ def test_an_error_for_the_user_is_one_line_and_no_traceback(capsys, error: BaseE
     text = capsys.readouterr().err
     assert text.startswith("error: ")
     assert text.count("\n") == 1
+
+
+def test_of_a_ctrl_c_that_the_work_has_spoken_of_nothing_more_is_said(capsys) -> None:
+    def work() -> None:
+        raise InterruptTold
+
+    assert exit_code(work) == 130
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])

@@ -33,6 +33,30 @@ class Run:
     shape: Annotated[Shape, SHAPES] = Round()
 
 
+@config
+class Limits:
+    low: int = 0
+    high: int = 1
+    even: int = 2
+
+    def __post_init__(self) -> None:
+        if self.low > self.high:
+            raise ConfigError("limits.low must not be above limits.high")
+        if self.even % 2:
+            raise ConfigError(f"even must be even, got {self.even}")
+
+
+@config
+class Checked:
+    odd: int = 1
+    limits: Limits = Limits()
+    shape: Annotated[Shape, SHAPES] = Round()
+
+    def __post_init__(self) -> None:
+        if self.odd % 2 == 0:
+            raise ConfigError(f"odd is {self.odd}, and that is even")
+
+
 @pytest.fixture
 def write(tmp_path: Path):
     def write(name: str, text: str) -> Path:
@@ -98,10 +122,10 @@ def test_a_base_that_is_no_file_name_is_refused(write, value: str) -> None:
         ("train:\n  steps: 1\n  lr: 2\n  steps: 3\n", "key 'steps' is given twice (line 4)"),
         ("note: a\nnote: b\n", "key 'note' is given twice (line 2)"),
         ("train: [1\n", "not valid YAML"),
-        ("- 1\n- 2\n", "expected keys and values, got list"),
+        ("- 1\n- 2\n", "expected keys and values, got a list"),
         ("run_dir: {{folder}}\n", "not valid YAML"),
         ("1: 2\n", "1"),
-        ("on: 2\n", "True"),
+        ("on: 2\n", "expected a key, got on (line 1)"),
         ("train: {1: 2}\n", "expected a key, got 1 (line 1)"),
         ("train:\n", "train"),
         ("!!python/object/apply:os.getcwd []\n", "not valid YAML"),
@@ -149,6 +173,51 @@ def test_each_problem_names_its_own_source(write) -> None:
     assert "(in the command line)" in where["shape"]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        ({}, "limits: limits.low must not be above limits.high (in FILE)"),
+        (
+            {"limits.low": "9"},
+            "limits: limits.low must not be above limits.high (in FILE and the command line)",
+        ),
+        ({"limits.low": "0", "limits.even": "3"}, "limits: even must be even, got 3 (in the command line)"),
+        ({"limits.low": "0", "odd": "2"}, "odd is 2, and that is even (in the command line)"),
+        (
+            {"limits.low": "0", "shape": "rond"},
+            "shape: unknown shape 'rond'; did you mean round? (in the command line)",
+        ),
+    ],
+)
+def test_a_problem_of_several_keys_names_where_those_came_from(
+    write, overrides: dict[str, str], line: str
+) -> None:
+    path = write("x.yaml", "limits: {low: 3, high: 1, even: 2}\nodd: 1\nshape: {name: square, side: 3}\n")
+    with pytest.raises(ConfigError) as caught:
+        load(Checked, path, overrides)
+    assert str(caught.value) == line.replace("FILE", str(path))
+
+
+@pytest.mark.parametrize("source", ["file", "command line"])
+@pytest.mark.parametrize(
+    ("key", "text", "says"),
+    [
+        ("run_dir", "null", "run_dir: expected text, and null"),
+        ("run_dir", "~", "run_dir: expected text, and null"),
+        ("run_dir", "''", "run_dir: is empty, which a shell makes of a variable that is not set ("),
+        ("note", "''", "note: is empty, which a shell makes of a variable that is not set; null is none ("),
+        ("train.names", "null", "train.names: expected a list, [...], got null"),
+    ],
+)
+def test_no_text_is_refused_wherever_it_comes_from(
+    write, source: str, key: str, text: str, says: str
+) -> None:
+    *above, name = key.split(".")
+    content = f"{above[0]}: {{{name}: {text}}}\n" if above else f"{name}: {text}\n"
+    given = {} if source == "file" else {key: text.strip("'")}
+    assert refusal(write("x.yaml", content if source == "file" else ""), given).startswith(says)
+
+
 def test_an_overridden_fault_is_no_fault(write) -> None:
     assert load(Run, write("x.yaml", "train: {steps: many}\n"), {"train.steps": "3"}).train.steps == 3
 
@@ -163,10 +232,13 @@ def test_an_overridden_fault_is_no_fault(write) -> None:
         ("run_dir", "1e-4", "1e-4"),
         ("run_dir", "true", "true"),
         ("run_dir", "a,b", "a,b"),
-        ("run_dir", "null", "null"),
+        ("run_dir", "./null", "./null"),
+        ("run_dir", "None", "None"),
         ("note", "2024", "2024"),
         ("note", "null", None),
         ("note", "None", None),
+        ("note", "~", None),
+        ("note", "~/a", "~/a"),
         ("train.steps", "1e3", 1000),
         ("train.lr", "1e-4", 1e-4),
         ("train.betas", "0.5,0.6", (0.5, 0.6)),

@@ -32,12 +32,12 @@ MAY_IMPORT = {
     "yamlfile": "errors scalars",
     "progress": "",
     "config": "errors scalars",
-    "configfile": "files scalars yamlfile config",
+    "configfile": "errors files scalars yamlfile config",
     "rng": "",
     "ranks": "errors",
     "flow": "config rng",
     "model": "config flow",
-    "sample": "errors files progress config rng ranks flow outputs",
+    "sample": "errors files progress config rng ranks flow outputs unfinished",
     "data": "errors",
     "data.origin": "config",
     "data.storage": "errors files config data",
@@ -45,10 +45,10 @@ MAY_IMPORT = {
     "data.codecs": "files config rng data data.storage data.shards",
     "data.sources": "files progress config rng data data.origin",
     "data.foreign": "errors files config data data.origin data.storage data.shards data.codecs data.sources outputs",
-    "data.shards.pairs": "files config data data.shards data.codecs outputs",
+    "data.shards.pairs": "files config data data.shards data.codecs outputs unfinished",
     "data.shards.readers": "data.shards data.foreign",
     "data.shards.verify": "files config data data.storage data.shards data.shards.readers",
-    "data.loading": "config rng data data.storage data.shards data.shards.readers",
+    "data.loading": "errors config rng data data.storage data.shards data.shards.readers",
     "data.encoding": "errors files config rng ranks data data.shards data.codecs data.sources",
     "evals": "errors files progress config rng ranks flow sample data outputs",
     "train.optim": "config",
@@ -61,7 +61,8 @@ MAY_IMPORT = {
     "train.meters": "files ranks flow evals",
     "train.hooks": "errors progress config rng ranks sample data evals train.engines train.ema train.settings"
     " train.task train.meters",
-    "train.run_dir": "version scalars config configfile ranks train.settings train.checkpoints outputs",
+    "train.run_dir": "errors files version scalars config configfile ranks train.settings train.checkpoints"
+    " outputs",
     "train.plan": "version config ranks model data train.optim train.engines train.settings train.task"
     " train.hooks train.run_dir train.checkpoints",
     "train.checkpoints": "errors files progress config ranks train.posthoc train.engines train.ema"
@@ -74,7 +75,7 @@ MAY_IMPORT = {
     # the autoencoder is trained by the same engine and checkpoints
     "stage1": "files progress config rng ranks flow data evals train",
     "experiments": "errors files version progress config rng ranks flow model sample data evals train stage1"
-    " outputs",
+    " outputs unfinished",
     "interop": "errors files version config configfile ranks flow model data train experiments outputs",
     "bench": "errors files version config rng ranks flow model data train",
     "api": "errors files progress config configfile rng ranks flow model sample data train experiments",
@@ -82,7 +83,8 @@ MAY_IMPORT = {
     "flags": "helptext config",
     "tools": "errors files progress config configfile ranks sample data evals train stage1 experiments"
     " interop bench cli flags outputs",
-    "outputs": "errors files config ranks",
+    "outputs": "errors files config",
+    "unfinished": "errors files ranks outputs",
 }
 # A third-party package -> the only modules that may name it.
 ONLY_IN = {"deepspeed": {"dit.train.engines.zero_engine"}}

@@ -10,6 +10,11 @@ from typing import Annotated, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dit.ranks import early
+
+if __name__ == "__main__":
+    early.listen(keep=())  # before seconds of imports
+
 import torch
 
 from dit.bench.speed import draws as draws_bench

@@ -15,6 +15,11 @@ from typing import Annotated, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dit.ranks import early
+
+if __name__ == "__main__":
+    early.listen()  # before seconds of imports
+
 import torch
 
 from dit.cli import run

@@ -9,6 +9,11 @@ from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dit.ranks import early
+
+if __name__ == "__main__":
+    early.listen(keep=())  # before seconds of imports
+
 import torch
 
 from dit.cli import run

@@ -18,6 +18,12 @@ from typing import IO, Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dit.ranks import early
+
+if __name__ == "__main__":
+    early.listen(keep=())  # before seconds of imports
+
+from dit.cli import run
 from dit.errors import UserError
 from dit.files import expand, read_text
 
@@ -242,3 +248,7 @@ def finish(folder: Path, vae: Path) -> None:
         f"autoencoder     mean squared error {report['reconstruction_mse']:.2e} on held-out digits in [0, 1]\n"
         f"{clock(report['seconds']['total'])} in all; every figure is in {folder / 'report.json'}"
     )
+
+
+if __name__ == "__main__":
+    run(main)

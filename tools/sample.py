@@ -11,6 +11,11 @@ from typing import Annotated, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dit.ranks import early
+
+if __name__ == "__main__":
+    early.listen(keep=())  # before seconds of imports
+
 from dit.cli import UsageError, run
 from dit.config import ConfigError, Registry, from_dict, to_dict
 from dit.configfile import overridden

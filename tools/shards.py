@@ -11,6 +11,11 @@ from typing import Annotated, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dit.ranks import early
+
+if __name__ == "__main__":
+    early.listen(keep=())  # before seconds of imports
+
 from dit.cli import run
 from dit.config import to_dict
 from dit.data.foreign.existing import already, refuse_encoded

@@ -32,8 +32,6 @@ def main(
     The same command resumes a run that was killed, on any number of ranks and at any ZeRO stage. On several
     devices start it through launch/local.sh, on a SLURM cluster through launch/multinode.sh.
     """
-    if dry_run or preflight:
-        early.end_if_asked()
     start(load(Experiment, config, overrides), make_parts, dry_run=dry_run, preflight=preflight)
 
 

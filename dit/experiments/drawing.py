@@ -19,10 +19,11 @@ from dit.config import ConfigError, to_dict
 from dit.data.shards.pairs import Origin, Pairs
 from dit.experiments.diffusion import SampleConfig
 from dit.experiments.trained import Precision, Trained
-from dit.outputs import RECORD, Blocks, OutputError, claim, unfinished
+from dit.outputs import RECORD, OutputError, claim
 from dit.ranks import group
 from dit.sample.drawing import Pictures, Product, draw
 from dit.sample.generate import Sampler, SamplerSpec, labels_for
+from dit.unfinished import Blocks, unfinished
 from dit.version import code_version
 
 GROWING = "num_samples"  # of pictures: more may be drawn to those that are there

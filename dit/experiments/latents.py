@@ -15,7 +15,7 @@ from dit.data.codecs.codec import CODECS, Pixels, check_same_codec
 from dit.data.codecs.norm import LatentNorm
 from dit.data.shards.manifest import Manifest
 from dit.data.storage.remote import public
-from dit.errors import UserError
+from dit.errors import UserError, shown
 from dit.flow.couple import COUPLINGS, Coupling
 from dit.flow.path import NoisePath
 from dit.ranks.group import World
@@ -47,8 +47,8 @@ def check_same_latents(ours: Mapping[str, Any], theirs: Mapping[str, Any], named
     for key in ("shape", "classes", "norm"):
         if ours[key] != theirs[key]:
             raise DataError(
-                f"{named} and {other} differ in the {key} of their latents ({ours[key]!r} against {theirs[key]!r}); "
-                "take a run trained on the same data"
+                f"{named} and {other} differ in the {key} of their latents ({shown(ours[key])} against "
+                f"{shown(theirs[key])}); take a run trained on the same data"
             )
 
 
@@ -59,8 +59,8 @@ def check_same_data(contract: Mapping[str, Any], manifest: Manifest, named: str,
     for name, value in found.items():
         if contract[name] != value:
             raise DataError(
-                f"{data} and {named} differ in {name}: {value!r} against {contract[name]!r}; encode the data as those "
-                "of the run were"
+                f"{data} and {named} differ in {name}: {shown(value)} against {shown(contract[name])}; encode the data "
+                "as those of the run were"
             )
 
 

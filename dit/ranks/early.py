@@ -1,25 +1,38 @@
 """Signals that come while Python still imports torch and the rest, which takes seconds: none is lost.
 
-A tool that trains calls `listen` before it imports anything heavy. Schedulers' signals are kept until the run hears
-them (`dit.ranks.group.on_signals`); Ctrl-C ends the process with a word instead of a traceback of the import.
+Every tool calls `listen` before it imports anything heavy: Ctrl-C then ends the process with a word instead of a
+traceback of the import. Schedulers' signals are kept, for tools that save when one comes, until the run hears them
+(`dit.ranks.group.on_signals`); other tools end by them as ever. `dit.cli.run` says when imports are over.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
+# Those by which schedulers ask a job to end in good order, before they end it themselves.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _kept: list[int] = []
 _before: dict[int, Any] = {}  # the handlers that were there; empty while nobody listens
 
 
-def listen() -> None:
-    """Keep schedulers' signals from here on."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+def listen(keep: Sequence[int] = SIGNALS) -> None:
+    """End with a word at Ctrl-C, and keep other signals, from here on. keep: none, for tools that do not hear them."""
+    for number in keep:
         _before[number] = signal.signal(number, _keep)
-    _before[signal.SIGINT] = signal.signal(signal.SIGINT, _interrupt)
+    if (
+        signal.getsignal(signal.SIGINT) != signal.SIG_IGN
+    ):  # else it was started in the background, for others' sake
+        _before[signal.SIGINT] = signal.signal(signal.SIGINT, _interrupt)
+
+
+def end_imports() -> None:
+    """Let Ctrl-C raise KeyboardInterrupt again: something may have begun. What is kept stays so."""
+    if signal.SIGINT in _before:
+        signal.signal(signal.SIGINT, _before.pop(signal.SIGINT))
 
 
 def stop_listening() -> list[int]:

@@ -28,8 +28,7 @@ from dit.ranks.join import JoinError, Meeting, patience, ranks_text
 
 T = TypeVar("T")
 
-# Those by which schedulers ask a job to end in good order, before they end it themselves.
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = early.SIGNALS
 FILES = 65536  # open at a time
 _LAUNCHERS = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
 

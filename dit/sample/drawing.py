@@ -22,11 +22,12 @@ from torch import Tensor
 
 from dit.errors import Notice
 from dit.files import sync
-from dit.outputs import RECORD, Blocks, OutputError, write_record
+from dit.outputs import RECORD, OutputError, write_record
 from dit.progress import Bar
 from dit.ranks import group
 from dit.sample.generate import Sampler, image_grid
 from dit.sample.tally import Tally
+from dit.unfinished import Blocks
 
 IN_GRID = 100  # images at most
 FAR = 100.0  # beyond it are no latents of data, whose standard deviation is 1

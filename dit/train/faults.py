@@ -78,7 +78,7 @@ class Faults:
     # --- after a step --------------------------------------------------------------------------------------
 
     def watch_update(self, applied: bool, step: int, ids: Tensor, losses: Sequence[Loss]) -> Fault | None:
-        """After step `step` (counted from 1); keeps the ids of samples whose update was skipped. ids: (B,) int64."""
+        """Judge step `step` (from 1); keep the ids of samples whose update was skipped. ids: (B,) int64."""
         self.begun = self.begun or step
         if self.cfg.spike is not None:
             self.ids[step] = ids.tolist()
@@ -105,7 +105,7 @@ class Faults:
 
     @property
     def cause(self) -> str:
-        """Why updates are skipped."""
+        """Say why updates are skipped."""
         bound = self.cfg.max_loss
         return "the gradient was not finite" + (
             f", or a loss above faults.max_loss = {bound:g}" if bound else ""
@@ -122,7 +122,7 @@ class Faults:
         )
 
     def watch_loss(self, loss: float, step: int) -> Fault | None:
-        """After a logged step. loss: mean since the last logged one, over all ranks."""
+        """Judge the loss of a logged step. loss: mean since the last logged one, over all ranks."""
         begun, ids, is_judged = self.begun or step, self.ids, not self.has_skipped and math.isfinite(loss)
         self._begin_interval()
         if self.cfg.spike is None or not is_judged:
@@ -142,7 +142,7 @@ class Faults:
         )
 
     def watch_weights(self, complaint: str | None, step: int) -> Fault | None:
-        """Before saving. complaint: what is wrong with the weights."""
+        """Judge the weights before they are saved. complaint: what is wrong with them; None: nothing."""
         if complaint is None:
             return None
         return Fault(
@@ -172,12 +172,12 @@ class Faults:
         self.skipped_in_a_row = 0
 
     def counts(self) -> dict[str, int]:
-        """For the log, where they are looked for."""
+        """Count spikes and returns for the log, where they are looked for."""
         spikes = {} if self.cfg.spike is None else {"spikes": self.spikes}
         return spikes | ({"returned": self.returned} if self.cfg.returns else {})
 
     def state(self) -> dict[str, Any]:
-        """JSON values for a checkpoint."""
+        """Give what it remembers, as JSON values for a checkpoint."""
         return {
             "skipped_in_a_row": self.skipped_in_a_row,
             "returned": self.returned,
@@ -189,7 +189,7 @@ class Faults:
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """What a checkpoint holds of it."""
+        """Take up what a checkpoint holds of it."""
         state = {**Faults(self.cfg, self.max_skipped, self.run_dir, self.rank).state(), **state}
         self.skipped_in_a_row = state["skipped_in_a_row"]
         self.returned, self.left_out = state["returned"], [list(pair) for pair in state["left_out"]]

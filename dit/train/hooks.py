@@ -20,7 +20,7 @@ from dit.data.loading.mixture import Mixture
 from dit.data.loading.stream import Stream
 from dit.data.shards.manifest import Manifest
 from dit.data.sources.classes import in_order
-from dit.errors import Notice
+from dit.errors import Notice, shown
 from dit.evals.protocol import protocol_hash
 from dit.evals.valloss import held_out_loss
 from dit.progress import Bar, say
@@ -97,8 +97,8 @@ def _check_alike(manifest: Manifest, held_out: Manifest, cfg: RunConfig) -> None
         ours, theirs = getattr(manifest, name), getattr(held_out, name)
         if ours != theirs:
             raise DataError(
-                f"{cfg.data.val} (held out) and {cfg.data.name} differ in {name}: {theirs!r} against {ours!r}; "
-                "encode both at the same size, with the same options"
+                f"{cfg.data.val} (held out) and {cfg.data.name} differ in {name}: {shown(theirs)} against "
+                f"{shown(ours)}; encode both at the same size, with the same options"
             )
     ours, theirs = manifest.classes, held_out.classes
     if sorted(ours) != sorted(theirs) or (ours != theirs and len(set(ours)) < len(ours)):

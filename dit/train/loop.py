@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 
 from dit.data.loading.stream import Batch
-from dit.errors import Interrupted, Stopped
+from dit.errors import Interrupted, InterruptTold, Stopped
 from dit.flow.objective import Loss
 from dit.progress import Bar
 from dit.ranks import group
@@ -67,10 +67,13 @@ class Loop:
                     self._after_step(bar, fault, *flags.exchange(stop.urgency, *run.archive.progress()))
                 run.feed.forget()
                 run.complete()
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as pressed:
             at_once = True
+            if not run.world.is_main:
+                raise
+            bar.close()  # so that the words are the last line
             run.say(f"interrupted {self._words()}")
-            raise
+            raise InterruptTold from pressed
         finally:
             bar.close()
             run.close(at_once)
@@ -130,6 +133,7 @@ class Loop:
             self._save_and_show(last, leaving)
             run.meters.pause(time.perf_counter() - started)
         if leaving:
+            bar.close()  # so that the words are the last line
             how = "interrupted" if stopped == INTERRUPTED else "stopped by a signal"
             run.say(f"{how}: step {run.step} is saved, and the same command goes on")
             raise Interrupted if stopped == INTERRUPTED else Stopped

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +14,8 @@ from typing import IO, Any, TypeVar
 
 from dit.config import ConfigError, flatten, from_dict, to_dict
 from dit.configfile import read_own, write_yaml
+from dit.errors import Notice, shown
+from dit.files import lies_at, try_lock
 from dit.outputs import refuse_other
 from dit.ranks import group
 from dit.ranks.group import World
@@ -26,6 +28,11 @@ from dit.version import code_version
 CONFIG = "config.yaml"
 LOCK = ".lock"
 PATIENCE = 30.0  # seconds to wait for a run directory whose job may be dying
+NO_LOCK = (
+    "{} lies on a file system without file locks: nothing keeps out a second job, and two would cut off each other's "
+    "logs and checkpoints. Start one at a time, or give a run_dir on another file system (Lustre has locks where it is "
+    "mounted with -o flock)"
+)
 AnyConfig = TypeVar("AnyConfig", bound=RunConfig)
 
 
@@ -92,6 +99,7 @@ def locked(run_dir: Path, world: World, patience: float | None = None) -> Iterat
 
     patience: seconds to wait for a job that is still dying; None: PATIENCE. The lock goes with the process, however
     that ends. Where nothing else was written inside, a directory that was not there before is gone again afterwards.
+    On a file system without locks it is on the user's word that it is alone, and a Notice says so.
     Raises ConfigError on every rank, with who holds it, and OutputError where it is no run's, but a data set, say; then
     nothing in the directory was touched.
     """
@@ -127,8 +135,11 @@ def _wait_for(path: Path, patience: float, made: list[Path]) -> IO[str]:
         made += [folder for folder in path.parents if not folder.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+", encoding="utf-8")
-        if _lock(file):
-            if _is_at(path, file):
+        is_mine = try_lock(file.fileno())
+        if is_mine is None:
+            warnings.warn(NO_LOCK.format(path.parent), Notice, stacklevel=2)
+        if is_mine is not False:
+            if lies_at(path, file.fileno()):
                 return file
             file.close()  # its holder has removed it: what was locked is no file of the directory any more
             continue
@@ -142,23 +153,6 @@ def _wait_for(path: Path, patience: float, made: list[Path]) -> IO[str]:
             is_said = True
             print(f"{in_use}: waiting up to {patience:.0f} s for its end", flush=True)
         time.sleep(0.2)
-
-
-def _lock(file: IO[str]) -> bool:
-    """Lock an open file; False where another process holds it. Works over NFS, where flock is a lock of all bytes."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _is_at(path: Path, file: IO[str]) -> bool:
-    """Whether an open file is the one that lies there."""
-    try:
-        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
-    except FileNotFoundError:
-        return False
 
 
 def compare(path: Path, cfg: RunConfig) -> dict[str, list[Any]]:
@@ -183,7 +177,7 @@ def differences(before: Mapping[str, Any], cfg: RunConfig, where: str) -> dict[s
     differing = {k: [there.get(k), now.get(k)] for k in sorted({*there, *now}) if there.get(k) != now.get(k)}
     fatal = {k: v for k, v in differing.items() if not is_operational(k)}
     if fatal:
-        rows = "\n".join(f"  {k}: {was!r} there, {is_!r} now" for k, (was, is_) in fatal.items())
+        rows = "\n".join(f"  {k}: {shown(was)} there, {shown(is_)} now" for k, (was, is_) in fatal.items())
         raise ConfigError(
             f"{where} holds a run with another config:\n{rows}\n"
             "Give these keys their old values to go on with it, or another --run_dir to start a new run "

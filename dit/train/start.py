@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dit.data.loading.stream import Stream
-from dit.errors import Stopped
+from dit.errors import InterruptTold, Stopped
 from dit.ranks import group
 from dit.ranks.group import World
 from dit.ranks.watch import Watch
@@ -71,10 +71,11 @@ def _started(cfg: RunConfig, make_parts: MakeParts, held: contextlib.ExitStack) 
         run.say(summary(plan))
         run.resume()
         return run
-    except KeyboardInterrupt:
-        if World.from_env().is_main:
-            print(f"interrupted while starting, before any step: {whats_there(cfg.folder)}", flush=True)
-        raise
+    except KeyboardInterrupt as pressed:
+        if not World.from_env().is_main:
+            raise
+        print(f"interrupted while starting, before any step: {whats_there(cfg.folder)}", flush=True)
+        raise InterruptTold from pressed
 
 
 @contextlib.contextmanager

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from dit.flow.path import Linear
 from dit.flow.predict import Cond, Velocity
-from dit.outputs import Blocks, unfinished
 from dit.ranks import group
 from dit.sample.drawing import Pictures, draw
 from dit.sample.finite import NotFiniteError
 from dit.sample.generate import Sampler, SamplerSpec, labels_for
+from dit.unfinished import Blocks, unfinished
 from tests.rank_processes import RanksFailed, Server
 
 COUNT, BATCH = 4, 2

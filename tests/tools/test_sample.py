@@ -185,7 +185,7 @@ def test_more_images_are_drawn_to_those_that_are_there(run: Path, base: Path, tm
         ("--classes=1,2", "classes: [0, 3] there, [1, 2] now"),
         ("--batch_size=3", "batch_size: 4 there, 3 now"),
         ("--solver=euler", "sampler.solver.name: 'heun' there, 'euler' now"),
-        ("--codec_dtype=bfloat16", "codec.codec_dtype: None there, 'bfloat16' now"),
+        ("--codec_dtype=bfloat16", "codec.codec_dtype: null there, 'bfloat16' now"),
     ],
 )
 def test_another_spec_is_refused_and_can_be_told_to_replace(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
@@ -12,6 +13,7 @@ import pytest
 
 from dit.config import ConfigError, from_dict, keys_of, merge, to_dict
 from dit.configfile import load
+from dit.errors import Notice
 from dit.experiments.autoencoder import AutoencoderExperiment
 from dit.experiments.classifier import ClassifierExperiment
 from dit.experiments.diffusion import Experiment
@@ -114,7 +116,7 @@ def test_what_a_command_leaves_open_stays_as_the_run_began_however_often_it_goes
             "objective.path.name: 'linear' there, 'vp' now",
         ),
         ("latents.norm", {"latents": {"norm": "codec"}}, "latents.norm: 'dataset' there, 'codec' now"),
-        ("init.from", {"init": {"from": "x"}}, "init.from: None there, 'x' now"),
+        ("init.from", {"init": {"from": "x"}}, "init.from: null there, 'x' now"),
     ],
 )
 def test_an_identity_change_is_refused_and_shown(tmp_path: Path, key: str, changes: dict, shown: str) -> None:
@@ -161,6 +163,22 @@ def test_a_run_directory_in_use_is_refused_with_who_uses_it_and_free_again_after
     assert f"process {os.getpid()}, since" in said
     with locked(run, World(), patience=0.0):
         assert (run / ".lock").is_file()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+def test_without_locks_it_is_said_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("dit.files.fcntl.flock", refuse)
+    said = pytest.warns(
+        Notice, match=r"run lies on a file system without file locks.*give a run_dir on another"
+    )
+    with said, locked(tmp_path / "run", World()):
+        assert (tmp_path / "run" / ".lock").is_file()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_directory_made_for_nothing_is_gone_again(tmp_path: Path) -> None:
@@ -255,7 +273,7 @@ def test_keys_that_came_later_count_as_having_had_their_defaults(tmp_path: Path)
     assert differences(before, cfg, "there") == {}
     before["optim"]["betas"] = [0.5, 0.5]
     before["gone"] = 3
-    with pytest.raises(ConfigError, match=r"gone: 3 there, None now(.|\n)*optim.betas"):
+    with pytest.raises(ConfigError, match=r"gone: 3 there, null now(.|\n)*optim.betas"):
         differences(before, cfg, "there")
 
 

@@ -14,7 +14,6 @@ from dit.data.shards.manifest import Manifest
 from dit.ranks import group
 from dit.train.checkpoints import checkpoint
 from dit.train.checkpoints.checkpoint import CheckpointError, Reader
-from dit.train.plan import device_peak, stored_shape
 from tests.datasets import Digits
 from tests.rank_processes import Server
 from tests.train.on_ranks import full_weights
@@ -135,15 +134,6 @@ def test_a_checkpoint_says_all_about_its_run(digits: Digits, reference: Path, ho
     assert probe["precision"] == "fp32"
     assert 0 < probe["ema"] != probe["model"] > 0
     assert not Reader(checkpoint.read(at_step(reference, 10))).buffers()  # the position table is made anew
-
-
-def test_stored_shapes(digits: Digits) -> None:
-    assert stored_shape(Manifest.load(digits.moments)) == (2, 4, 8, 8)
-    assert stored_shape(Manifest.load(digits.pixels)) == (1, 3, 8, 8)
-
-
-def test_the_cpus_peak_is_measured() -> None:
-    assert 1e8 < device_peak(torch.device("cpu")) < 1e14
 
 
 @pytest.mark.slow

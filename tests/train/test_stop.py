@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from dit.errors import Interrupted, Stopped
+from dit.errors import Interrupted, InterruptTold, Stopped
 from dit.experiments.parts import make_parts
 from dit.ranks import group
 from dit.ranks.group import SIGNALS
@@ -161,10 +159,8 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(
     assert sorted(failed.value.errors) == [0, 1]
     (saved,) = (tmp_path / "checkpoints").iterdir()  # the only one
     assert 5 <= int(saved.name.removeprefix("step-")) < STEPS
-    assert (
-        f"{words} {int(saved.name.removeprefix('step-'))} is saved, and the same command goes on"
-        in job.output()
-    )
+    last = job.output().splitlines()[-1]
+    assert last == f"{words} {int(saved.name.removeprefix('step-'))} is saved, and the same command goes on"
     ranks.run(2, go, given)
     assert (tmp_path / "held_out.jsonl").read_text() == (sharded(2) / "held_out.jsonl").read_text()
     assert column(tmp_path, "batch_hash") == column(sharded(2), "batch_hash")
@@ -257,7 +253,7 @@ def test_ctrl_c_while_a_run_starts_says_what_there_is(
         job = ranks.start(1, interrupted_at_the_start, values(digits, run, engine="local"))
         with pytest.raises(RanksFailed) as failed:
             job.wait()
-        assert failed.value.errors[0][0] == KeyboardInterrupt.__name__
+        assert failed.value.errors[0][0] == InterruptTold.__name__
         assert "interrupted while starting, before any step: " in job.output()
         there = "there is no checkpoint yet" if run == new else "the newest checkpoint is step-00000010"
         assert there in job.output()
@@ -289,9 +285,9 @@ def test_a_second_ctrl_c_does_not_wait_for_what_the_first_asks_for(
     os.kill(job.processes[0].pid, signal.SIGINT)
     with pytest.raises(RanksFailed) as failed:
         job.wait(30)
-    assert failed.value.errors[0][0] == KeyboardInterrupt.__name__
+    assert failed.value.errors[0][0] == InterruptTold.__name__
     assert "Ctrl-C: the run ends after this step, once it is saved" in job.output()
-    assert ", which is not saved: there is no checkpoint yet" in job.output()
+    assert ", which is not saved: there is no checkpoint yet" in job.output().splitlines()[-1]
 
 
 def stuck(folder: Path) -> None:
@@ -318,40 +314,3 @@ def test_a_second_ctrl_c_ends_a_rank_that_hangs(ranks: Server, tmp_path: Path) -
         job.processes[0].join(LEAVE + 10)
         assert job.processes[0].exitcode == 130
         assert "ended at once: there is no checkpoint yet" in job.output()
-
-
-EARLY = """
-import sys, time
-from dit.ranks import early
-early.listen()
-print("listening", flush=True)
-sys.stdin.readline()
-from dit.train.stop import stop_request
-with stop_request() as stop:
-    print(stop.heard.name, flush=True)
-"""
-
-
-@pytest.mark.parametrize(
-    ("number", "status", "words"),
-    [
-        (signal.SIGUSR1, 0, "SIGUSR1"),
-        (signal.SIGINT, 130, "interrupted while starting: nothing has begun"),
-    ],
-)
-def test_a_signal_that_comes_while_python_imports_is_heard(number: int, status: int, words: str) -> None:
-    started = subprocess.Popen(
-        [sys.executable, "-c", EARLY],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    with started:
-        assert started.stdout is not None
-        assert started.stdout.readline() == "listening\n"
-        started.send_signal(number)
-        said, _ = started.communicate("go on\n", timeout=60)
-    assert started.returncode == status, said
-    assert words in said
-    assert "Traceback" not in said

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from dit import errors
 from dit.config import flatten
 
 SHOWN = 8  # differences in a message
@@ -109,7 +110,7 @@ def _pair(there: Any, here: Any) -> str:
 
 def _text(value: Any) -> str:
     is_digest = isinstance(value, str) and DIGEST.fullmatch(value)
-    return value[:8] if is_digest else repr(value)
+    return value[:8] if is_digest else errors.shown(value)
 
 
 def _cut(text: str, start: int) -> str:

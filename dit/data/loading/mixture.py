@@ -14,6 +14,7 @@ from pydantic import Field
 from dit.config import ConfigError, config
 from dit.data import DataError
 from dit.data.shards.manifest import Manifest, Names
+from dit.errors import shown
 
 
 @config
@@ -62,9 +63,9 @@ class Mixture:
             for name in ("codec", "array", "dtype", "channels", "input_size", "eps", "image_size"):
                 ours, theirs = getattr(first, name), getattr(other, name)
                 if ours != theirs:
-                    shown = "" if name == "codec" else f" ({ours!r} against {theirs!r})"
+                    values = "" if name == "codec" else f" ({shown(ours)} against {shown(theirs)})"
                     raise DataError(
-                        f"data.mix: {first.root} and {other.root} differ in {name}{shown}; encode both with the same "
+                        f"data.mix: {first.root} and {other.root} differ in {name}{values}; encode both with the same "
                         "codec and options"
                     )
             if first.eps and (first.mean, first.std) != (other.mean, other.std):

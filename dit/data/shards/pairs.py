@@ -23,7 +23,8 @@ from dit.data.codecs.norm import LatentNorm
 from dit.data.shards.manifest import Manifest
 from dit.data.shards.write import BlockCutter, ShardWriter, write_names
 from dit.files import sync
-from dit.outputs import RECORD, Blocks, replace_folder, write_record
+from dit.outputs import RECORD, replace_folder, write_record
+from dit.unfinished import Blocks
 
 
 @dataclass(frozen=True)

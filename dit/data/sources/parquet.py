@@ -224,7 +224,9 @@ def _features(path: Path, schema: pa.Schema) -> dict[str, dict[str, Any]]:
         features = json.loads(text)["info"]["features"]
         return {name: value for name, value in features.items() if isinstance(value, dict)}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"{path}: damaged metadata 'huggingface' in its schema ({error!r})") from None
+        raise DataError(
+            f"{path}: damaged metadata 'huggingface' in its schema ({type(error).__name__}: {error})"
+        ) from None
 
 
 def _column(

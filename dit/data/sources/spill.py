@@ -33,7 +33,8 @@ class Spill:
         with _alone(self._path):  # one writes, the others wait for it
             if not self._path.exists():
                 _write(self._path, count, bytes_, records)
-            self._file = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+            # for writing too: over NFS nothing else can be locked alone, as `_close` does
+            self._file = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
             fcntl.flock(self._file, fcntl.LOCK_SH)
         self.close = weakref.finalize(self, _close, self._file, self._path)
         size = os.fstat(self._file).st_size
@@ -104,7 +105,11 @@ def _alone(path: Path) -> Iterator[None]:
     """One process at a time. The lock's file stays: one that waits for a file without a name keeps nobody out."""
     lock = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            what = f"{path.parent}: a file cannot be locked here ({error.strerror})"
+            raise DataError(f"{what}: set TMPDIR to a folder on a disk of this machine") from None
         yield
     finally:
         os.close(lock)

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dit.config import flatten
-from dit.errors import UserError
+from dit.errors import UserError, shown
 from dit.files import expand, sought
 from dit.train.checkpoints.nearby import suggestion
 from dit.train.engines.base import ADAM_STATE, Fragment
@@ -289,7 +289,7 @@ def check_same_data(found: Checkpoint, identity: Mapping[str, Any]) -> None:
     there, here = ({k: d[k] for k in ("data", "contract")} for d in (found.meta, identity))
     before, now = flatten(there), flatten(json.loads(json.dumps(here)))
     rows = [
-        f"  {k}: {before.get(k)!r} there, {now.get(k)!r} here"
+        f"  {k}: {shown(before.get(k))} there, {shown(now.get(k))} here"
         for k in sorted({*before, *now})
         if before.get(k) != now.get(k)
     ]
@@ -307,8 +307,8 @@ def load_into(checkpoint: Checkpoint, state: State) -> None:
     for fragment, pieces in state.pieces():
         if reader.shapes.get(fragment.name) != fragment.shape:
             raise CheckpointError(
-                f"{checkpoint.path}: parameter {fragment.name} is {reader.shapes.get(fragment.name)} there and "
-                f"{fragment.shape} in this model"
+                f"{checkpoint.path}: parameter {fragment.name} is {reader.shapes.get(fragment.name, 'nothing')} there "
+                f"and {fragment.shape} in this model"
             )
         for kind, target in pieces.items():
             target.copy_(reader.elements(kind, fragment.name, fragment.offset, fragment.numel))

@@ -36,7 +36,7 @@ def test_nothing_stands_in_the_way(tmp_path, done):
 
 
 def test_another_data_set(done):
-    with pytest.raises(DataError, match=r"is something else \(flip: True there, False here\)"):
+    with pytest.raises(DataError, match=r"is something else \(flip: true there, false here\)"):
         check_early(done, PixelCodec(), EncodeOptions(image_size=8, flip=False))
     with pytest.raises(DataError, match=r"another codec: 'pixels' there, 'vae' here"):
         check_early(done, VaeCodec(tiny_vae()), OPTIONS)

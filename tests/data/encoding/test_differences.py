@@ -21,7 +21,7 @@ def changed(**sections):
     [
         (PLAN, []),
         (changed(options={"image_size": 64}), ["image_size: 64 there, 32 here"]),
-        (changed(options={"flip": False}), ["flip: False there, True here"]),
+        (changed(options={"flip": False}), ["flip: false there, true here"]),
         (
             changed(codec={"name": "pixels", "sha256": "cd" * 32}),
             ["another codec: 'pixels' there, 'vae' here"],
@@ -50,7 +50,7 @@ def test_of_the_manifest_in_the_words_of_the_command():
         "shape": [2, 3, 64, 64],
     }
     assert differences(there, here) == [
-        "flip: False there, True here",
+        "flip: false there, true here",
         "crop, exif, icc or background: 'adm centre 32' there, 'adm centre 64' here",
     ]
     assert differences({"samples": 10}, {"samples": 9}) == [

@@ -178,7 +178,7 @@ def test_two_commands_at_once_find_each_other(tmp_path):
     assert json.loads((one.folder / PLAN).read_text()) == one.plan
     assert [p.name for p in one.folder.iterdir()] == [PLAN]
     one.open()
-    with pytest.raises(DataError, match=r"another codec: None there, 'b' here"):
+    with pytest.raises(DataError, match=r"another codec: null there, 'b' here"):
         other.open()
 
 

@@ -22,9 +22,10 @@ from dit.data.shards.pairs import Origin, Pairs
 from dit.data.shards.records import pack
 from dit.data.shards.verify import verify
 from dit.data.shards.write import PLAN
-from dit.outputs import OutputError, unfinished
+from dit.outputs import OutputError
 from dit.ranks import group
 from dit.rng import Draws, Purpose
+from dit.unfinished import unfinished
 from tests.data.helpers import CHANNELS, SIZE, flip_byte, noise_of, write_dataset
 
 NORM = LatentNorm(mean=(1.0, -2.0), std=(0.5, 3.0))

@@ -1,5 +1,7 @@
 """Records in a local file: written once for all processes, whole or not at all, gone with the last reader."""
 
+import errno
+import os
 import signal
 import subprocess
 import sys
@@ -70,6 +72,15 @@ def test_too_little_room_is_said_before_anything_is_written(temporary):
     with pytest.raises(DataError, match=r"needs about 1000000000.0 GB in .*TMPDIR"):
         Spill("key", 1, 10**18, lambda: pytest.fail("asked for records"))
     assert files(temporary) == []
+
+
+def test_a_folder_without_locks_is_said(temporary, monkeypatch):
+    def refuse(descriptor, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("dit.data.sources.spill.fcntl.flock", refuse)
+    with pytest.raises(DataError, match=r"cannot be locked here.*No locks available.*set TMPDIR"):
+        open_spill()
 
 
 def test_a_folder_of_somebody_else_is_not_used(temporary):

@@ -144,7 +144,7 @@ def test_parameters_of_another_shape_or_name_are_refused(tmp_path: Path) -> None
     with pytest.raises(CheckpointError, match=r"parameter 0.weight is \(3, 3\) there and \(4, 4\)"):
         Small(width=4).load(found)
     other = LocalEngine(nn.Linear(3, 3), OptimConfig(), World())
-    with pytest.raises(CheckpointError, match="parameter weight is None there"):
+    with pytest.raises(CheckpointError, match="parameter weight is nothing there"):
         checkpoint.load_into(found, State(other.fragments(), Ema(other, EmaConfig()).averages, other.module))
 
 
