@@ -18,7 +18,7 @@ export OMP_NUM_THREADS := 1
 CHECK_PYTHON := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-slow test-gpu test-slurm quickstart lint format clean
+.PHONY: help install test test-slow test-gpu test-slurm quickstart schema lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ test-slurm: $(STAMP) ## the tests that need a SLURM cluster
 
 quickstart: $(STAMP) ## the whole job on real handwritten digits, on the CPU, in minutes
 	$(BIN)/python tools/quickstart.py $(ARGS)
+
+schema: $(STAMP) ## write dit/schema.json anew, after a flag, a configuration key or a choice has changed
+	$(BIN)/python tools/schema.py
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check

@@ -8,9 +8,15 @@ from typing import Annotated, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dit.quick import answer
+
+if __name__ == "__main__":
+    answer(__file__)  # --help and what is mistyped, before seconds of imports
+
 from dit.cli import run
+from dit.commandline import Tool
 from dit.config import from_dict, to_dict
-from dit.data.codecs.codec import parse_codec
+from dit.data.codecs.codec import CODECS, parse_codec
 from dit.interop.convert import Choices, Converted, from_run, to_run
 from dit.interop.facebook_dit import FacebookDiT
 from dit.interop.sit import PathName, PredictionName, SiT
@@ -144,5 +150,7 @@ COMMANDS = {
     "export": export,
 }
 
+TOOL = Tool(COMMANDS, keys={"codec": [codec for _, codec in CODECS.items()]})
+
 if __name__ == "__main__":
-    run(COMMANDS)
+    run(TOOL)

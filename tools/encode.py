@@ -16,9 +16,15 @@ from typing import Annotated, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dit.quick import answer
+
+if __name__ == "__main__":
+    answer(__file__)  # --help and what is mistyped, before seconds of imports
+
 import torch
 
 from dit.cli import run
+from dit.commandline import Tool
 from dit.config import ConfigError, merge
 from dit.data.codecs.base import Codec, CodecConfig
 from dit.data.codecs.codec import CODECS
@@ -43,8 +49,8 @@ PATIENCE = 60  # seconds until a rank says that it waits for one which nobody ta
 
 @options_as_flags
 def main(
-    images: str,
-    out: str,
+    images: Annotated[str, "a folder, tar, Parquet file or pattern, as above"],
+    out: Annotated[str, "a new folder for the shards and their manifest"],
     *,
     codec: Annotated[str, "which of the codecs below"] = "vae",
     crop: Annotated[str, "which of the crops below"] = "centre",
@@ -242,5 +248,7 @@ def _named(family: str, name: str, keys: dict[str, str]) -> Any:
     )
 
 
+TOOL = Tool(main, choices={"codec": CODECS, "crop": CROPS})
+
 if __name__ == "__main__":
-    run(main, choices={"codec": CODECS, "crop": CROPS})
+    run(TOOL)

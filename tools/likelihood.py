@@ -10,7 +10,13 @@ from typing import Annotated, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dit.quick import answer
+
+if __name__ == "__main__":
+    answer(__file__)  # --help and what is mistyped, before seconds of imports
+
 from dit.cli import run
+from dit.commandline import Tool
 from dit.config import ConfigError, Registry, from_dict
 from dit.configfile import overridden
 from dit.evals.bits import LikelihoodSpec
@@ -75,5 +81,7 @@ def read_spec(
     return from_dict(LikelihoodSpec, overridden(LikelihoodSpec, plain, {**keys, **dotted})[0])
 
 
+TOOL = Tool(main, choices=CHOICES)
+
 if __name__ == "__main__":
-    run(main, choices=CHOICES)
+    run(TOOL)

@@ -9,9 +9,15 @@ from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dit.quick import answer
+
+if __name__ == "__main__":
+    answer(__file__)  # --help and what is mistyped, before seconds of imports
+
 import torch
 
 from dit.cli import run
+from dit.commandline import Tool
 from dit.config import ConfigError, from_dict
 from dit.evals.budget_table import BudgetTable
 from dit.evals.budgets import FrechetTo, budgeted
@@ -29,9 +35,9 @@ def main(
     out: Annotated[str, "where to write OUT.json, OUT.md and OUT.png"],
     reference: Annotated[str, "images to compare with: a folder, a tar, or digits:train"],
     floor: Annotated[str | None, "more real images, whose distance is the best to hope for"] = None,
-    solvers: Annotated[str, "names, comma-separated"] = "euler,heun,dpmpp_2m,unipc,rk4",
+    solvers: Annotated[str, "names of solvers, comma-separated"] = "euler,heun,dpmpp_2m,unipc,rk4",
     nfe: Annotated[str, "evaluations of the denoiser per image, comma-separated"] = "2,4,8,16,32,64",
-    grid: Annotated[str, "times visited"] = "uniform",
+    grid: Annotated[str, "which times they visit"] = "uniform",
     num_samples: Annotated[int, "images for each figure"] = 500,
     cfg_scale: Annotated[float, "guidance; its second branch is not counted in the evaluations"] = 1.0,
     components: Annotated[int, "principal components of the reference's pixels that are compared"] = 32,
@@ -85,5 +91,7 @@ def named(runs: str) -> dict[str, str]:
     return dict(pairs)
 
 
+TOOL = Tool(main)
+
 if __name__ == "__main__":
-    run(main)
+    run(TOOL)

@@ -12,12 +12,18 @@ from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dit.quick import answer
+
+if __name__ == "__main__":
+    answer(__file__)  # --help and what is mistyped, before seconds of imports
+
 import numpy as np
 import torch
 from PIL import Image
 from torchmetrics import MeanSquaredError
 
 from dit.cli import run
+from dit.commandline import Tool
 from dit.data.codecs.autoencoders import Vae
 from dit.data.sources.images import open_source
 from dit.errors import UserError
@@ -171,5 +177,7 @@ def reconstruction_mse(vae: Path, images: np.ndarray) -> float:
     return float(metric.compute())
 
 
+TOOL = Tool(main)
+
 if __name__ == "__main__":
-    run(main)
+    run(TOOL)

@@ -11,9 +11,16 @@ from typing import Annotated, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dit.quick import answer
+
+if __name__ == "__main__":
+    answer(__file__)  # --help and what is mistyped, before seconds of imports
+
 from dit.cli import UsageError, run
+from dit.commandline import Tool
 from dit.config import ConfigError, Registry, from_dict
 from dit.configfile import overridden
+from dit.data.codecs.codec import CODECS
 from dit.experiments.drawing import DrawOrder, produce
 from dit.experiments.trained import Trained
 from dit.files import expand
@@ -106,5 +113,7 @@ def read_spec(
     return from_dict(SamplerSpec, overridden(SamplerSpec, values, dict(keys))[0]), codec
 
 
+TOOL = Tool(main, choices=CHOICES, keys={"codec": [codec for _, codec in CODECS.items()]})
+
 if __name__ == "__main__":
-    run(main, choices=CHOICES)
+    run(TOOL)

@@ -11,10 +11,17 @@ from typing import Annotated, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dit.quick import answer
+
+if __name__ == "__main__":
+    answer(__file__)  # --help and what is mistyped, before seconds of imports
+
 from dit.cli import run
+from dit.commandline import Tool
 from dit.config import to_dict
+from dit.data.codecs.codec import CODECS
 from dit.data.foreign.existing import already, refuse_encoded
-from dit.data.foreign.index import codec_of
+from dit.data.foreign.index import UnknownCodec, codec_of
 from dit.data.foreign.index import index as write_index
 from dit.data.foreign.probe import IndexOptions
 from dit.data.foreign.shard_list import find_shards, total_bytes
@@ -33,7 +40,7 @@ BATCH = 256  # for which memory and mixing are stated
 
 
 def verify(
-    path: str,
+    path: Annotated[str, "the data set's folder or URL"],
     *,
     threads: Annotated[int, "shards at a time"] = 4,
     json: Annotated[bool, "print JSON instead of a table"] = False,
@@ -79,8 +86,8 @@ def _print_table(rows: list[tuple[str, str, str]]) -> None:
 
 @options_as_flags
 def index(
-    path: str,
-    out: str,
+    path: Annotated[str, "tars, a folder, pattern or list of them, as above"],
+    out: Annotated[str, "folder for manifest.json and names.txt"],
     *,
     codec: Annotated[str, "that made them: vae or ldm (with --codec.path), pixels, or unknown"],
     classes: Annotated[str | None, "imagenet1k, or a file of names, one a line; numbers by default"] = None,
@@ -111,7 +118,11 @@ def index(
     )
 
 
-def info(path: str, *, json: Annotated[bool, "print JSON, with all that the codec is"] = False) -> None:
+def info(
+    path: Annotated[str, "the data set's folder or URL"],
+    *,
+    json: Annotated[bool, "print JSON, with all that the codec is"] = False,
+) -> None:
     """Print what a data set is: counts, classes, latents and their statistics, codec, files, memory of a stream."""
     m = Manifest.load(path)
     check_answers(m)
@@ -180,5 +191,10 @@ def _foreign(m: Manifest) -> dict[str, str]:
     }
 
 
+TOOL = Tool(
+    {"verify": verify, "info": info, "index": index},
+    keys={"codec": [UnknownCodec, *(codec for _, codec in CODECS.items())]},
+)
+
 if __name__ == "__main__":
-    run({"verify": verify, "info": info, "index": index})
+    run(TOOL)

@@ -10,7 +10,13 @@ from typing import Annotated, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dit.quick import answer
+
+if __name__ == "__main__":
+    answer(__file__)  # --help and what is mistyped, before seconds of imports
+
 from dit.cli import run
+from dit.commandline import Tool
 from dit.config import ConfigError
 from dit.evals.plane import PROBLEMS, PROTOCOL, Budget, floor, judge, train
 from dit.evals.plane_report import TITLES, draw_picture, write_report
@@ -26,7 +32,7 @@ def main(
         str | None, "folder for toys_moons.png and toys_checkerboard.png; none = OUT's"
     ] = None,
     steps: Annotated[int, "training steps of each network"] = 2000,
-    seed: Annotated[int, "of everything"] = 0,
+    seed: Annotated[int, "of all that is drawn"] = 0,
     overwrite: Annotated[bool, "replace what is there"] = False,
 ) -> None:
     """Train small networks on problems in the plane, with each coupling, and write a table and a picture of each.
@@ -57,5 +63,7 @@ def main(
     write_report(place, table, protocol, seconds)
 
 
+TOOL = Tool(main)
+
 if __name__ == "__main__":
-    run(main)
+    run(TOOL)

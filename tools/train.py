@@ -8,12 +8,15 @@ from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dit.quick import answer
 from dit.ranks import early
 
 if __name__ == "__main__":
     early.listen()  # before seconds of imports
+    answer(__file__)  # --help and what is mistyped
 
 from dit.cli import run
+from dit.commandline import Tool
 from dit.configfile import load
 from dit.experiments.diffusion import Experiment
 from dit.experiments.parts import make_parts
@@ -37,5 +40,7 @@ def main(
     start(load(Experiment, config, overrides), make_parts, dry_run=dry_run, preflight=preflight)
 
 
+TOOL = Tool(main, config=Experiment)
+
 if __name__ == "__main__":
-    run(main, config=Experiment)
+    run(TOOL)

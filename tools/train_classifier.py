@@ -8,12 +8,15 @@ from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dit.quick import answer
 from dit.ranks import early
 
 if __name__ == "__main__":
     early.listen()  # before seconds of imports
+    answer(__file__)  # --help and what is mistyped
 
 from dit.cli import run
+from dit.commandline import Tool
 from dit.configfile import load
 from dit.experiments.classifier import ClassifierExperiment
 from dit.train.command import start
@@ -36,5 +39,7 @@ def main(
     start(cfg, ClassifierExperiment.make_parts, dry_run=dry_run, preflight=preflight)
 
 
+TOOL = Tool(main, config=ClassifierExperiment)
+
 if __name__ == "__main__":
-    run(main, config=ClassifierExperiment)
+    run(TOOL)

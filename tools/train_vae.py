@@ -8,12 +8,15 @@ from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dit.quick import answer
 from dit.ranks import early
 
 if __name__ == "__main__":
     early.listen()  # before seconds of imports
+    answer(__file__)  # --help and what is mistyped
 
 from dit.cli import run
+from dit.commandline import Tool
 from dit.configfile import load
 from dit.experiments.autoencoder import AutoencoderExperiment, export
 from dit.ranks.group import World
@@ -47,5 +50,7 @@ def main(
             print(figures_line(figures))
 
 
+TOOL = Tool(main, config=AutoencoderExperiment)
+
 if __name__ == "__main__":
-    run(main, config=AutoencoderExperiment)
+    run(TOOL)
