@@ -23,7 +23,7 @@ export OMP_NUM_THREADS := 1
 CHECK_PYTHON := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-slow test-gpu test-slurm quickstart docs docs-serve lint format clean
+.PHONY: help install test test-slow test-gpu test-slurm quickstart docs docs-serve schema lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -73,6 +73,9 @@ docs: $(DOCS) ## build the pages of docs/ as a site, in build/site; a broken lin
 docs-serve: export NO_MKDOCS_2_WARNING := 1
 docs-serve: $(DOCS) ## show that site at http://localhost:8000, again after each change
 	$(BIN)/mkdocs serve
+
+schema: $(STAMP) ## write dit/schema.json anew, after a flag, a configuration key or a choice has changed
+	$(BIN)/python tools/schema.py
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check

@@ -227,6 +227,11 @@ def is_many(hint: Any) -> bool:
     return any(typing.get_origin(part) in (tuple, list) for part in parts_of(hint))
 
 
+def one_or_more(value: Any) -> Any:
+    """A list of one from a single member, for a BeforeValidator of a list: one alone needs no brackets."""
+    return (value,) if isinstance(value, str | Mapping) or _is_config(value) else value
+
+
 def class_at(cls: type, key: tuple[str, ...], values: Any = None) -> type | None:
     """The config class that holds the keys below `key`; None where a plain value or an open choice stands.
 

@@ -364,9 +364,9 @@ def test_several_families_of_flags() -> None:
 
 
 def test_help_lists_the_choices_of_a_flag_with_their_fields(work, calls: Calls, capsys) -> None:
-    run(work, argv=["--help"], choices={"shape": SHAPES})
+    run(work, argv=["--help=shape"], choices={"shape": SHAPES})
     lines = capsys.readouterr().out.splitlines()
-    start = lines.index("Choices of --shape:")
+    start = lines.index("Choices of shape:")
     rows = [line.split() for line in lines[start + 1 :]]
     assert [row[0] for row in rows] == ["round", "radius", "square", "side", "corners"]
     assert rows[-1] == ["corners", "=", "4"]

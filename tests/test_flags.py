@@ -59,10 +59,10 @@ def test_its_signature_has_the_fields_in_the_place_of_the_class() -> None:
     assert parameters["rounds"].default is inspect.Parameter.empty
     text = help_text(turn, "turn")
     assert "--power                float, default 1.0; watts" in text
-    assert "--mode                 Literal['slow', 'fast'], default 'slow'; how it goes" in text
+    assert "--mode                 slow | fast, default 'slow'; how it goes" in text
     assert "--parts                str, default 'none'; a file" in text
     assert "--rounds               int, required\n" in text
-    assert "--weight               Optional[int], default None; grams" in text
+    assert "--weight               int | None, default None; grams" in text
 
 
 @pytest.mark.parametrize(

@@ -158,7 +158,7 @@ def test_help_shows_the_words_that_a_key_takes_and_its_meaning() -> None:
     def work(**overrides: str) -> None:
         """Do it."""
 
-    lines = help_text(work, "it", dit_experiment(), {"shape": SHAPES}).splitlines()
+    lines = help_text(work, "it", dit_experiment(), {"shape": SHAPES}, "all").splitlines()
     rows = {line.split()[0]: " ".join(line.split()) for line in reversed(lines) if line.startswith("  ")}
     assert (
         rows["train.precision"] == "train.precision = fp32 bf16 = fp32 weights and autocast matrix products"

@@ -27,7 +27,10 @@ MAY_IMPORT = {
     "errors": "",
     "files": "errors",
     "version": "",
-    "helptext": "config",
+    "helptext": "errors config",
+    "commandline": "errors helptext config ranks",
+    "schema": "helptext config commandline",
+    "quick": "errors helptext config configfile commandline schema",
     "scalars": "",
     "yamlfile": "errors scalars",
     "progress": "",
@@ -79,10 +82,10 @@ MAY_IMPORT = {
     "interop": "errors files version config configfile ranks flow model data train experiments outputs",
     "bench": "errors files version config rng ranks flow model data train",
     "api": "errors files progress config configfile rng ranks flow model sample data train experiments",
-    "cli": "errors helptext scalars progress config ranks",
+    "cli": "errors helptext scalars progress config ranks commandline",
     "flags": "helptext config",
     "tools": "errors files progress config configfile ranks sample data evals train stage1 experiments"
-    " interop bench cli flags outputs",
+    " interop bench cli flags outputs commandline schema quick",
     "outputs": "errors files config",
     "unfinished": "errors files ranks outputs",
 }
@@ -99,7 +102,7 @@ OUT_OF_REACH = [
 ]
 # Who this process is among its peers is read in one place.
 RANK_VARIABLE = re.compile(r"RANK|WORLD_SIZE|LOCAL_RANK|SLURM_[A-Z_]+")
-RANK_READER = "dit.ranks.group"
+RANK_READERS = ("dit.ranks.group", "dit.ranks.world")
 
 
 @dataclass
@@ -235,12 +238,12 @@ def check_sizes(modules: Mapping[str, Module]) -> Iterator[str]:
 
 def check_rank_variables(modules: Mapping[str, Module]) -> Iterator[str]:
     for module in modules.values():
-        if module.name == RANK_READER or not under(module.name, "dit"):
+        if module.name in RANK_READERS or not under(module.name, "dit"):
             continue
         for node in ast.walk(module.tree):
             value = node.value if isinstance(node, ast.Constant) else None
             if isinstance(value, str) and RANK_VARIABLE.fullmatch(value):
-                yield f"{module.path}:{node.lineno}: {value} is read in {RANK_READER} alone"
+                yield f"{module.path}:{node.lineno}: {value} is read in {RANK_READERS[0]} alone"
 
 
 def check(root: Path) -> list[str]:
@@ -303,7 +306,7 @@ GOOD = {
     "dit/train/loop.py": "from dit.train.checkpoints import checkpoint\nfrom dit.train.engines import zero_engine\n",
     "dit/experiments/diffusion.py": "from dit.train.loop import train\n",
     "dit/interop/convert.py": "from dit.experiments.diffusion import Experiment\n",
-    "dit/cli.py": "from dit.ranks import group\n",
+    "dit/cli.py": "from dit.errors import UserError\n",
     "tools/train.py": "from dit.cli import main\nfrom dit.experiments.diffusion import Experiment\n",
 }
 

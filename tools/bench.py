@@ -14,6 +14,9 @@ from dit.ranks import early
 
 if __name__ == "__main__":
     early.listen(keep=())  # before seconds of imports
+    from dit.quick import answer
+
+    answer(__file__)  # --help and what is mistyped, before them too
 
 import torch
 
@@ -25,6 +28,7 @@ from dit.bench.speed.turns import MedianRange, protocol
 from dit.bench.survival import elastic as elastic_bench
 from dit.bench.survival import kills as kills_bench
 from dit.cli import run
+from dit.commandline import Tool
 from dit.config import from_dict, to_dict
 from dit.errors import UserError
 from dit.files import expand
@@ -47,7 +51,7 @@ def loader(
     batch: Annotated[int, "samples a batch"] = 256,
     repeats: Annotated[int, "turns of each contender"] = 5,
     readers: Annotated[int, "threads that read blocks"] = 2,
-    lanes: Annotated[int, "data sequences"] = 64,
+    lanes: Annotated[int, "data sequences, as data.lanes"] = 64,
     json_file: Annotated[str | None, "write the figures here too"] = None,
 ) -> None:
     """Samples a second of one process: our shards, a memory map's fancy indexing, plain webdataset.
@@ -171,7 +175,7 @@ def draws(
 def zero(
     *,
     width: Annotated[int, "of the DiT"] = 192,
-    depth: Annotated[int, "blocks"] = 12,
+    depth: Annotated[int, "blocks of the DiT"] = 12,
     heads: Annotated[int, "of the attention"] = 3,
     batch: Annotated[int, "samples a step, over all ranks"] = 32,
     accumulation: Annotated[int, "micro-batches a rank and step"] = 1,
@@ -209,7 +213,7 @@ def kills(
     steps: Annotated[int, "of the run"] = 300,
     every: Annotated[int, "steps between checkpoints"] = 5,
     ranks: Annotated[int, "processes, on the CPU"] = 2,
-    stage: Annotated[int, "of ZeRO"] = 2,
+    stage: Annotated[int, "of ZeRO, 0 to 3"] = 2,
     seed: Annotated[int, "of the moments, and of who is hit"] = 0,
     folder: Annotated[
         str | None, "where it works; the same command goes on there; a temporary one if not given"
@@ -235,7 +239,7 @@ def elastic(
     steps: Annotated[int, "of the run"] = 50,
     ranks: Annotated[tuple[int, ...], "of each link"] = (1, 2, 4, 2),
     stages: Annotated[tuple[int, ...], "of ZeRO, of each link"] = (1, 3, 2, 0),
-    lr: Annotated[float, "learning rate"] = 1e-4,
+    lr: Annotated[float, "peak learning rate of the run"] = 1e-4,
     folder: Annotated[
         str | None, "where it works; the same command goes on there; a temporary one if not given"
     ] = None,
@@ -271,6 +275,8 @@ def _conclude(how: dict[str, Any], found: dict[str, Any], json_file: str | None)
         raise UserError("this is not as promised:\n" + "\n".join(f"  {row}" for row in rows))
 
 
+COMMANDS = {"loader": loader, "checkpoint": checkpoint, "draws": draws, "zero": zero}
+TOOL = Tool({**COMMANDS, "kills": kills, "elastic": elastic})
+
 if __name__ == "__main__":
-    commands = {"loader": loader, "checkpoint": checkpoint, "draws": draws, "zero": zero}
-    run({**commands, "kills": kills, "elastic": elastic})
+    run(TOOL)

@@ -12,10 +12,14 @@ from dit.ranks import early
 
 if __name__ == "__main__":
     early.listen(keep=())  # before seconds of imports
+    from dit.quick import answer
+
+    answer(__file__)  # --help and what is mistyped, before them too
 
 from dit.cli import run
+from dit.commandline import Tool
 from dit.config import from_dict, to_dict
-from dit.data.codecs.codec import parse_codec
+from dit.data.codecs.codec import CODECS, parse_codec
 from dit.interop.convert import Choices, Converted, from_run, to_run
 from dit.interop.facebook_dit import FacebookDiT
 from dit.interop.sit import PathName, PredictionName, SiT
@@ -150,5 +154,7 @@ COMMANDS = {
     "export": export,
 }
 
+TOOL = Tool(COMMANDS, keys={"codec": [codec for _, codec in CODECS.items()]})
+
 if __name__ == "__main__":
-    run(COMMANDS)
+    run(TOOL)

@@ -19,10 +19,14 @@ from dit.ranks import early
 
 if __name__ == "__main__":
     early.listen()  # before seconds of imports
+    from dit.quick import answer
+
+    answer(__file__)  # --help and what is mistyped, before them too
 
 import torch
 
 from dit.cli import run
+from dit.commandline import Tool
 from dit.config import merge
 from dit.data.codecs.codec import CODECS
 from dit.data.encoding.encode import EncodeOptions
@@ -41,8 +45,8 @@ from dit.ranks.devices import chosen_device
 
 @options_as_flags
 def main(
-    images: str,
-    out: str,
+    images: Annotated[str, "a folder, tar, Parquet file or pattern, as above"],
+    out: Annotated[str, "a new folder for the shards and their manifest"],
     *,
     codec: Annotated[str, "which of the codecs below"] = "vae",
     crop: Annotated[str, "which of the crops below"] = "centre",
@@ -125,5 +129,7 @@ def _named(family: str, name: str, keys: dict[str, str]) -> Any:
     )
 
 
+TOOL = Tool(main, choices={"codec": CODECS, "crop": CROPS})
+
 if __name__ == "__main__":
-    run(main, choices={"codec": CODECS, "crop": CROPS})
+    run(TOOL)

@@ -14,8 +14,12 @@ from dit.ranks import early
 
 if __name__ == "__main__":
     early.listen(keep=())  # before seconds of imports
+    from dit.quick import answer
+
+    answer(__file__)  # --help and what is mistyped, before them too
 
 from dit.cli import run
+from dit.commandline import Tool
 from dit.config import ConfigError, Registry, from_dict
 from dit.configfile import overridden
 from dit.evals.bits import LikelihoodSpec
@@ -80,5 +84,7 @@ def read_spec(
     return from_dict(LikelihoodSpec, overridden(LikelihoodSpec, plain, {**keys, **dotted})[0])
 
 
+TOOL = Tool(main, choices=CHOICES)
+
 if __name__ == "__main__":
-    run(main, choices=CHOICES)
+    run(TOOL)

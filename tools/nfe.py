@@ -13,10 +13,14 @@ from dit.ranks import early
 
 if __name__ == "__main__":
     early.listen(keep=())  # before seconds of imports
+    from dit.quick import answer
+
+    answer(__file__)  # --help and what is mistyped, before them too
 
 import torch
 
 from dit.cli import run
+from dit.commandline import Tool
 from dit.config import ConfigError, from_dict
 from dit.evals.budget_table import BudgetTable
 from dit.evals.budgets import FrechetTo, budgeted
@@ -34,9 +38,9 @@ def main(
     out: Annotated[str, "where to write OUT.json, OUT.md and OUT.png"],
     reference: Annotated[str, "images to compare with: a folder, a tar, or digits:train"],
     floor: Annotated[str | None, "more real images, whose distance is the best to hope for"] = None,
-    solvers: Annotated[str, "names, comma-separated"] = "euler,heun,dpmpp_2m,unipc,rk4",
+    solvers: Annotated[str, "names of solvers, comma-separated"] = "euler,heun,dpmpp_2m,unipc,rk4",
     nfe: Annotated[str, "evaluations of the denoiser per image, comma-separated"] = "2,4,8,16,32,64",
-    grid: Annotated[str, "times visited"] = "uniform",
+    grid: Annotated[str, "which times they visit"] = "uniform",
     num_samples: Annotated[int, "images for each figure"] = 500,
     cfg_scale: Annotated[float, "guidance; its second branch is not counted in the evaluations"] = 1.0,
     components: Annotated[int, "principal components of the reference's pixels that are compared"] = 32,
@@ -90,5 +94,7 @@ def named(runs: str) -> dict[str, str]:
     return dict(pairs)
 
 
+TOOL = Tool(main)
+
 if __name__ == "__main__":
-    run(main)
+    run(TOOL)

@@ -15,10 +15,15 @@ from dit.ranks import early
 
 if __name__ == "__main__":
     early.listen(keep=())  # before seconds of imports
+    from dit.quick import answer
+
+    answer(__file__)  # --help and what is mistyped, before them too
 
 from dit.cli import UsageError, run
+from dit.commandline import Tool
 from dit.config import ConfigError, Registry, from_dict, to_dict
 from dit.configfile import overridden
+from dit.data.codecs.codec import CODECS
 from dit.experiments.drawing import DrawOrder, produce
 from dit.experiments.trained import Trained
 from dit.files import expand
@@ -117,5 +122,7 @@ def read_spec(
     return from_dict(SamplerSpec, overridden(SamplerSpec, plain, dict(keys))[0]), asked, codec
 
 
+TOOL = Tool(main, choices=CHOICES, keys={"codec": [codec for _, codec in CODECS.items()]})
+
 if __name__ == "__main__":
-    run(main, choices=CHOICES)
+    run(TOOL)

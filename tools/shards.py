@@ -15,11 +15,16 @@ from dit.ranks import early
 
 if __name__ == "__main__":
     early.listen(keep=())  # before seconds of imports
+    from dit.quick import answer
+
+    answer(__file__)  # --help and what is mistyped, before them too
 
 from dit.cli import run
+from dit.commandline import Tool
 from dit.config import to_dict
+from dit.data.codecs.codec import CODECS
 from dit.data.foreign.existing import already, refuse_encoded
-from dit.data.foreign.index import codec_of
+from dit.data.foreign.index import UnknownCodec, codec_of
 from dit.data.foreign.index import index as write_index
 from dit.data.foreign.probe import IndexOptions
 from dit.data.foreign.shard_list import find_shards, total_bytes
@@ -38,7 +43,7 @@ BATCH = 256  # for which memory and mixing are stated
 
 
 def verify(
-    path: str,
+    path: Annotated[str, "the data set's folder or URL"],
     *,
     threads: Annotated[int, "shards at a time"] = 4,
     json: Annotated[bool, "print JSON instead of a table"] = False,
@@ -84,8 +89,8 @@ def _print_table(rows: list[tuple[str, str, str]]) -> None:
 
 @options_as_flags
 def index(
-    path: str,
-    out: str,
+    path: Annotated[str, "tars, a folder, pattern or list of them, as above"],
+    out: Annotated[str, "folder for manifest.json and names.txt"],
     *,
     codec: Annotated[str, "that made them: vae or ldm (with --codec.path), pixels, or unknown"],
     classes: Annotated[str | None, "imagenet1k, or a file of names, one a line; numbers by default"] = None,
@@ -116,7 +121,11 @@ def index(
     )
 
 
-def info(path: str, *, json: Annotated[bool, "print JSON, with all that the codec is"] = False) -> None:
+def info(
+    path: Annotated[str, "the data set's folder or URL"],
+    *,
+    json: Annotated[bool, "print JSON, with all that the codec is"] = False,
+) -> None:
     """Print what a data set is: counts, classes, latents and their statistics, codec, files, memory of a stream."""
     m = Manifest.load(path)
     check_answers(m)
@@ -185,5 +194,10 @@ def _foreign(m: Manifest) -> dict[str, str]:
     }
 
 
+TOOL = Tool(
+    {"verify": verify, "info": info, "index": index},
+    keys={"codec": [UnknownCodec, *(codec for _, codec in CODECS.items())]},
+)
+
 if __name__ == "__main__":
-    run({"verify": verify, "info": info, "index": index})
+    run(TOOL)

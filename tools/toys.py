@@ -14,8 +14,12 @@ from dit.ranks import early
 
 if __name__ == "__main__":
     early.listen(keep=())  # before seconds of imports
+    from dit.quick import answer
+
+    answer(__file__)  # --help and what is mistyped, before them too
 
 from dit.cli import run
+from dit.commandline import Tool
 from dit.config import ConfigError
 from dit.evals.plane import PROBLEMS, PROTOCOL, Budget, floor, judge, train
 from dit.evals.plane_report import TITLES, draw_picture, write_report
@@ -31,7 +35,7 @@ def main(
         str | None, "folder for toys_moons.png and toys_checkerboard.png; none = OUT's"
     ] = None,
     steps: Annotated[int, "training steps of each network"] = 2000,
-    seed: Annotated[int, "of everything"] = 0,
+    seed: Annotated[int, "of all that is drawn"] = 0,
     overwrite: Annotated[bool, "replace what is there"] = False,
 ) -> None:
     """Train small networks on problems in the plane, with each coupling, and write a table and a picture of each.
@@ -62,5 +66,7 @@ def main(
     write_report(place, table, protocol, seconds)
 
 
+TOOL = Tool(main)
+
 if __name__ == "__main__":
-    run(main)
+    run(TOOL)

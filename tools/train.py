@@ -12,8 +12,12 @@ from dit.ranks import early
 
 if __name__ == "__main__":
     early.listen()  # before seconds of imports
+    from dit.quick import answer
+
+    answer(__file__)  # --help and what is mistyped, before them too
 
 from dit.cli import run
+from dit.commandline import Tool
 from dit.configfile import load
 from dit.experiments.diffusion import Experiment
 from dit.experiments.parts import make_parts
@@ -35,5 +39,7 @@ def main(
     start(load(Experiment, config, overrides), make_parts, dry_run=dry_run, preflight=preflight)
 
 
+TOOL = Tool(main, config=Experiment)
+
 if __name__ == "__main__":
-    run(main, config=Experiment)
+    run(TOOL)

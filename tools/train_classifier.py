@@ -12,8 +12,12 @@ from dit.ranks import early
 
 if __name__ == "__main__":
     early.listen()  # before seconds of imports
+    from dit.quick import answer
+
+    answer(__file__)  # --help and what is mistyped, before them too
 
 from dit.cli import run
+from dit.commandline import Tool
 from dit.configfile import load
 from dit.experiments.classifier import ClassifierExperiment
 from dit.train.command import start
@@ -36,5 +40,7 @@ def main(
     start(cfg, ClassifierExperiment.make_parts, dry_run=dry_run, preflight=preflight)
 
 
+TOOL = Tool(main, config=ClassifierExperiment)
+
 if __name__ == "__main__":
-    run(main, config=ClassifierExperiment)
+    run(TOOL)

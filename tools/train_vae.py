@@ -12,8 +12,12 @@ from dit.ranks import early
 
 if __name__ == "__main__":
     early.listen()  # before seconds of imports
+    from dit.quick import answer
+
+    answer(__file__)  # --help and what is mistyped, before them too
 
 from dit.cli import run
+from dit.commandline import Tool
 from dit.configfile import load
 from dit.experiments.autoencoder import AutoencoderExperiment, export
 from dit.ranks.group import World
@@ -47,5 +51,7 @@ def main(
             print(figures_line(figures))
 
 
+TOOL = Tool(main, config=AutoencoderExperiment)
+
 if __name__ == "__main__":
-    run(main, config=AutoencoderExperiment)
+    run(TOOL)

@@ -1,4 +1,4 @@
-"""Who this process is among its peers. The only reader of rank and SLURM environment variables.
+"""How the ranks of a job meet and act together. With `world.py` the only reader of rank and SLURM variables.
 
 One process (nothing set), torchrun (RANK, WORLD_SIZE, LOCAL_RANK) and `srun` (SLURM_PROCID, SLURM_NTASKS,
 SLURM_LOCALID) all end in the same `World` and, inside `session()`, in one torch.distributed process group.
@@ -13,7 +13,6 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
 from typing import Any, TypeVar
@@ -25,56 +24,16 @@ from torch import Tensor
 from dit.errors import Stopped, UserError
 from dit.ranks import early
 from dit.ranks.join import JoinError, Meeting, patience, ranks_text
+from dit.ranks.world import World
 
 T = TypeVar("T")
 
 SIGNALS = early.SIGNALS
 FILES = 65536  # open at a time
-_LAUNCHERS = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
 
 
 class PeerError(UserError, RuntimeError):
     """Another rank failed at something that ranks do together."""
-
-
-@dataclass(frozen=True)
-class World:
-    """rank in [0, size); local_rank counts the ranks of this node."""
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-
-    @classmethod
-    def from_env(cls) -> World:
-        """Read torchrun's or SLURM's variables; one process where neither launched it.
-
-        SLURM's count only inside a step (SLURM_STEP_ID): `python tools/train.py` typed in an allocation's
-        batch script is one process, not rank 0 of a job that waits for others.
-        """
-        if "RANK" in os.environ:
-            names = _LAUNCHERS[0]
-        elif "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ and "MASTER_ADDR" in os.environ:
-            names = _LAUNCHERS[1]
-        else:
-            return cls()
-        missing = [n for n in names if n not in os.environ]
-        if missing:
-            raise UserError(f"{', '.join(missing)} not set beside {names[0]}: start with torchrun or launch/")
-        rank, size, local_rank = (int(os.environ[n]) for n in names)
-        return cls(rank, size, local_rank)
-
-    @property
-    def device(self) -> torch.device:
-        """This rank's GPU, or the CPU where there is none (or CUDA_VISIBLE_DEVICES is empty)."""
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
-        return torch.device("cuda", self.local_rank % torch.cuda.device_count())
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this rank writes what is written once."""
-        return self.rank == 0
 
 
 @contextlib.contextmanager

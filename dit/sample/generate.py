@@ -5,17 +5,17 @@ Image i depends on (checkpoint, spec, i) alone: its noise is keyed by (seed, i),
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
 from pydantic import BeforeValidator, Field
 from torch import Tensor
 
-from dit.config import ConfigError, config
+from dit.config import ConfigError, config, one_or_more
 from dit.flow.path import NoisePath
 from dit.flow.predict import Model, Prediction, check_labels
 from dit.rng import Draws, Purpose
@@ -25,10 +25,6 @@ from dit.sample.grid import GRIDS, Grid, UniformGrid
 from dit.sample.guide import GUIDANCES, ClassifierFree, Context, Guidance, Opener, cfg
 from dit.sample.solve import SOLVERS, Heun, Solver
 from dit.sample.tally import CountedOpener, Tally
-
-
-def _in_turn(value: Any) -> Any:
-    return (value,) if isinstance(value, str | Mapping | Guidance) else value
 
 
 @config
@@ -45,7 +41,7 @@ class SamplerSpec:
     cfg_scale: Annotated[float, Field(ge=0)] = 1.0  # short for guidance {name: cfg, scale: ...}; 1 = none
     seed: int = 0  # of the noise; image i has its own
     guidance: Annotated[  # in turn, after that of cfg_scale; one alone needs no brackets
-        tuple[Annotated[Guidance, GUIDANCES], ...], BeforeValidator(_in_turn)
+        tuple[Annotated[Guidance, GUIDANCES], ...], BeforeValidator(one_or_more)
     ] = ()
 
     def __post_init__(self) -> None:

@@ -234,7 +234,7 @@ def test_bad_images_and_no_flip_on_the_command_line(tmp_path):
 
 
 def test_help_names_codecs_and_crops():
-    done = execute("encode.py", "--help")
+    done = execute("encode.py", "--help=all")
     assert done.returncode == 0
     for word in (
         "--crop",

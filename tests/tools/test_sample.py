@@ -426,7 +426,7 @@ def test_what_an_adaptive_solver_took_is_the_mean_over_all_ranks(
 
 
 def test_help_lists_solvers_grids_and_guidances_with_their_fields(capsys) -> None:
-    run_command(tools.sample.main, argv=["--help"], choices=tools.sample.CHOICES)
+    run_command(tools.sample.main, argv=["--help=all"], choices=tools.sample.CHOICES)
     said = [line.split() for line in capsys.readouterr().out.splitlines()]
     first = [words[0] for words in said if words]
     for registry in (SOLVERS, GRIDS, GUIDANCES):

@@ -1,0 +1,159 @@
+"""The command line as text: which command, is help asked for, is each flag known. Nothing here needs torch.
+
+`dit/cli.py` calls the command afterwards; `dit/quick.py` is done before anything heavy is imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import re
+import sys
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dit.config import Registry, did_you_mean
+from dit.errors import UserError
+from dit.helptext import Command, UsageError, families, summary
+from dit.ranks.world import World
+
+HELP = ("--help", "-h")
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A tool's command line: a function, or {name: function} of several commands.
+
+    config: the config class whose keys a `**overrides` parameter takes, over those of the file that the first
+    argument names. choices: flags whose values are members of a registry, which `--help` lists with their fields.
+    keys: for families of flags of which no flag says the member ("codec"), the classes that may have them.
+    """
+
+    commands: Command | Mapping[str, Command]
+    config: type | None = None
+    choices: Mapping[str, Registry[Any]] = field(default_factory=dict)
+    keys: Mapping[str, Sequence[type]] = field(default_factory=dict)
+
+
+def speak_in_any_locale() -> None:
+    """Print what the terminal's encoding lacks as ?, and not as a traceback: help and names are not ASCII alone."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace" if stream is sys.stdout else "backslashreplace")
+
+
+def fail(text: str, code: int) -> typing.NoReturn:
+    """End the process with a line on stderr, which tells the rank where there are several."""
+    print(f"error{where()}: {text}", file=sys.stderr, flush=True)
+    raise SystemExit(code)
+
+
+def where() -> str:
+    """Which rank says it, where there are several."""
+    world = World()
+    with contextlib.suppress(UserError):  # half a launcher's variables may be what it failed at
+        world = World.from_env()
+    return f" (rank {world.rank})" if world.size > 1 else ""
+
+
+def choose(
+    commands: Command | Mapping[str, Command], words: list[str], program: str
+) -> tuple[Command, list[str], str]:
+    """The function to run, the words left for it, and the program's name with the subcommand."""
+    if callable(commands):
+        return commands, words, program
+    if words[:1] and words[0] in HELP and words[1:] and words[1] in commands:  # --help COMMAND
+        words = [words[1], words[0], *words[2:]]
+    if not words or words[0] in HELP:
+        listing = "\n".join(f"  {name:16s} {summary(f)}" for name, f in commands.items())
+        print(f"Usage: {program} COMMAND ...\n\n{listing}\n\nMore: {program} COMMAND --help")
+        raise SystemExit(0 if words else 2)
+    if words[0] not in commands:
+        raise UsageError(f"unknown command '{words[0]}'{did_you_mean(words[0], commands)}")
+    return commands[words[0]], words[1:], f"{program} {words[0]}"
+
+
+def parse(function: Command, words: list[str]) -> dict[str, str]:
+    """{parameter: text}, which the signature knows and has all of. Raises UsageError for anything else."""
+    signature = inspect.signature(function)
+    hints = typing.get_type_hints(function, include_extras=True)
+    kinds = {p.name: p.kind for p in signature.parameters.values()}
+    named = [n for n, k in kinds.items() if k is not inspect.Parameter.VAR_KEYWORD]
+    places = [n for n in named if kinds[n] is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    switches = {n for n in named if strip(hints.get(n)) is bool}
+    loose, given = _split(words, switches, named, _family(kinds))
+    if len(loose) > len(places):
+        raise UsageError(f"unexpected argument '{loose[len(places)]}' (a flag is written --name=value)")
+    values = dict(zip(places, loose, strict=False))
+    for key, text in given.items():
+        if key in values:
+            raise UsageError(f"{key} is given twice")
+        values[key] = text
+    missing = [
+        p.name
+        for p in signature.parameters.values()
+        if p.name in named and p.default is p.empty and p.name not in values
+    ]
+    if missing:
+        raise UsageError(f"missing {', '.join(m.upper() if m in places else '--' + m for m in missing)}")
+    return values
+
+
+def help_asked(words: Sequence[str]) -> str | None:
+    """The topic that help is asked for, "" for no certain one; None where nobody asks for help."""
+    at = next((i for i, word in enumerate(words) if word in HELP or word.startswith("--help=")), None)
+    if at is None:
+        return None
+    if words[at].startswith("--help="):
+        return words[at].partition("=")[2]
+    return next((word for word in words[at + 1 : at + 2] if not word.startswith("-")), "")
+
+
+def _family(kinds: Mapping[str, Any]) -> str:
+    """A pattern of the flags that a `**name` parameter takes: any for `**overrides`, none without one."""
+    rest = [n for n, k in kinds.items() if k is inspect.Parameter.VAR_KEYWORD]
+    if not rest:
+        return r"(?!)"
+    return rf"({'|'.join(families(rest[0]))})[._].+" if rest[0].endswith("_keys") else r".*"
+
+
+def _split(
+    words: list[str], switches: set[str], known: list[str], family: str
+) -> tuple[list[str], dict[str, str]]:
+    """Loose words, and flags as {name: text}; `--name value` and `--name=value` are the same, `--no-name` is false.
+
+    known: the flags there are; family: a pattern of others that may be given.
+    """
+    loose: list[str] = []
+    given: dict[str, str] = {}
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not re.match(r"-{1,2}[A-Za-z]", word):
+            loose.append(word)
+            continue
+        key, equals, text = word.lstrip("-").partition("=")
+        key = key.replace("-", "_")
+        if key not in known and not equals and key.removeprefix("no_") in switches:
+            key, equals, text = key.removeprefix("no_"), "=", "false"
+        if key not in known and not re.fullmatch(family, key):
+            raise UsageError(f"unknown flag --{key}{did_you_mean(key, known)}")
+        if not equals:
+            if key in switches:
+                text = "true"
+            elif rest and not rest[0].startswith("--"):
+                text = rest.pop(0)
+            else:
+                raise UsageError(f"--{key} needs a value: --{key}=...")
+        if key in given:
+            raise UsageError(f"--{key} is given twice")
+        given[key] = text
+    return loose, given
+
+
+def strip(hint: Any) -> Any:
+    """A type hint without its annotations."""
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is typing.Annotated else hint
