@@ -235,7 +235,7 @@ def _convert(name: str, text: str, hint: Any) -> Any:
     options = typing.get_args(plain)
     if type(None) in options and text.lower() in ("none", "null"):
         return None
-    if plain is str or str in options:
+    if plain is str or (str in options and typing.get_origin(plain) not in (list, tuple)):
         return text
     is_many = any(typing.get_origin(o) in (list, tuple) for o in (plain, *options))
     words = (

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dit.config import ConfigError
 from dit.ranks.group import World
-from dit.train.engines.base import Fragment, set_adam_step, whole_parameters
+from dit.train.engines.base import Fragment, named, set_adam_step, whole_parameters
 from dit.train.optim import GuardedAdamW, OptimConfig, adamw_arguments, parameter_groups, set_lr
 
 
@@ -39,6 +39,10 @@ class LocalEngine:
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16")
         groups = parameter_groups(self.module, optim.weight_decay)
         self.optimizer = GuardedAdamW(groups, optim.clip, **adamw_arguments(optim, self.device))
+
+    @property
+    def about(self) -> str:
+        return f"plain torch: {named(self.optimizer)}"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         with self.autocast:

@@ -21,6 +21,7 @@ from dit.train.engines.base import (
     Fragment,
     ensure_adam_state,
     frozen_parameters,
+    named,
     set_adam_step,
     whole_parameters,
 )
@@ -141,6 +142,14 @@ class DeepSpeedEngine:
             config=deepspeed_config(zero, optim, sizes, precision, trained),
         )
         self._fragments: list[Fragment] | None = None
+
+    @property
+    def about(self) -> str:
+        kind = type(self._engine.optimizer).__name__
+        outer = f" ({kind})" if self.stage else ""
+        return (
+            f"DeepSpeed {deepspeed.__version__} at stage {self.stage}{outer}: {named(self._base_optimizer())}"
+        )
 
     @property
     def module(self) -> nn.Module:
