@@ -23,9 +23,9 @@ Stage = Literal[0, 1, 2, 3]
 Offload = Literal["none", "optimizer", "all"]
 Communication = Literal["auto", "fp32", "bf16"]
 STAGES: tuple[Stage, ...] = (0, 1, 2, 3)
-# The stages by their speed, the quickest first: on one rank, which shares nothing out, and on several. As measured by
-# `tools/bench.py step` and `zero` (benchmarks/2026-11-28-step.md); a start goes by this table and times nothing.
-QUICKEST: dict[bool, tuple[Stage, ...]] = {True: (0, 1, 2, 3), False: (2, 1, 0, 3)}  # is_alone -> stages
+# The stages, the quickest first, as `tools/bench.py step` found it on one rank and `zero` on two, on CPUs
+# (benchmarks/2026-11-28-step.md; not measured on GPUs yet). A start goes by this table and times nothing.
+QUICKEST: tuple[Stage, ...] = (0, 1, 2, 3)
 BEFORE: Stage = 2  # of runs that began when a stage was not recorded, and had this for a default
 
 
@@ -120,7 +120,7 @@ def choose(
     """
     if zero.stage != "auto":
         return Choice(zero)
-    order = [stage for stage in QUICKEST[device.ranks == 1] if stage in zero.possible]
+    order = [stage for stage in QUICKEST if stage in zero.possible]
     order.sort(key=lambda stage: stage != kept)  # it comes first, if it is possible at all
     needed: dict[Stage, int] = {}
     for stage in order:
