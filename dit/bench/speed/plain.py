@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp, PatchEmbed
-from timm.models.vision_transformer import Attention
+from timm.layers.mlp import Mlp
+from timm.layers.patch_embed import PatchEmbed
+from timm.models.vision_transformer import Attention  # type: ignore[attr-defined]  # where timm 1.0.9 has it
 from torch import Tensor, nn
 
 from dit.model.dims import Dims
@@ -22,6 +25,7 @@ from dit.model.dims import Dims
 LABEL_DROP = 0.1  # share of labels that training replaces by the null class
 DECAY = 0.9999  # of the average
 LR = 1e-4
+GELU: Any = partial(nn.GELU, approximate="tanh")
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -38,7 +42,7 @@ class PlainBlock(nn.Module):
         self.norm1 = nn.LayerNorm(d, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(d, num_heads=dims.heads, qkv_bias=True)
         self.norm2 = nn.LayerNorm(d, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(d, dims.mlp_width, act_layer=lambda: nn.GELU(approximate="tanh"))
+        self.mlp = Mlp(d, dims.mlp_width, act_layer=GELU)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, 6 * d))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
