@@ -142,7 +142,7 @@ def _convert(name: str, text: str, hint: Any) -> Any:
     options = typing.get_args(plain)
     if type(None) in options and (text in NULL or text.lower() in ("none", "null")):
         return None
-    if plain is str or str in options:
+    if plain is str or (str in options and typing.get_origin(plain) not in (list, tuple)):
         if (
             text in NULL
         ):  # as in files, where the same word is no text either; ~ alone is no home: shells fill that in

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -23,7 +25,9 @@ import torch
 from dit.bench.speed import draws as draws_bench
 from dit.bench.speed import loader as loader_bench
 from dit.bench.speed import saving as saving_bench
+from dit.bench.speed import step as step_bench
 from dit.bench.speed import zero as zero_bench
+from dit.bench.speed.steppers import StepBench
 from dit.bench.speed.turns import MedianRange, protocol
 from dit.bench.survival import elastic as elastic_bench
 from dit.bench.survival import kills as kills_bench
@@ -32,7 +36,8 @@ from dit.commandline import Tool
 from dit.config import from_dict, to_dict
 from dit.errors import UserError
 from dit.files import expand
-from dit.progress import Bar
+from dit.flags import options_as_flags
+from dit.progress import Bar, say
 
 EPOCHS = 80  # the shortest run that is usual on ImageNet: 400,000 steps of 256
 SHOWN = 20  # of the problems that a benchmark finds
@@ -172,6 +177,33 @@ def draws(
     _conclude(how, found, json_file)
 
 
+@options_as_flags
+def step(
+    *,
+    device: Annotated[Literal["cpu", "cuda"] | None, "where; cuda if there is one"] = None,
+    threads: Annotated[int, "torch CPU threads, where the device is the CPU"] = 1,
+    options: StepBench,
+    json_file: Annotated[str | None, "write the figures here too, all that are known after each row"] = None,
+) -> None:
+    """Our whole training step at each ZeRO stage beside a plain DiT's loop, in one process; its share of the machine.
+
+    The plain loop: timm's attention, an unfused modulation and AdamW, an average parameter by parameter, no clipping.
+    `x plain` is its time over ours. The table and the figures are written as they come, so that a time limit loses
+    nothing. On a GPU: --size=XL,S --batch=256 --precision=bf16 --compile=true --steps=30.
+    """
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("there is no CUDA device here; take --device=cpu")
+    if not torch.cuda.is_available():
+        torch.set_num_threads(threads)
+    how = protocol(**to_dict(options), threads=torch.get_num_threads())
+    print(json.dumps(how), flush=True)
+    with Bar[None](total=step_bench.turns(options), unit="turn") as bar:
+        write = functools.partial(_write_json, json_file, how) if json_file else lambda figures: None
+        step_bench.run(options, step_bench.Report(say, write, bar.update))
+
+
 def zero(
     *,
     width: Annotated[int, "of the DiT"] = 192,
@@ -275,7 +307,7 @@ def _conclude(how: dict[str, Any], found: dict[str, Any], json_file: str | None)
         raise UserError("this is not as promised:\n" + "\n".join(f"  {row}" for row in rows))
 
 
-COMMANDS = {"loader": loader, "checkpoint": checkpoint, "draws": draws, "zero": zero}
+COMMANDS = {"loader": loader, "checkpoint": checkpoint, "draws": draws, "step": step, "zero": zero}
 TOOL = Tool({**COMMANDS, "kills": kills, "elastic": elastic})
 
 if __name__ == "__main__":

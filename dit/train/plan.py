@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,10 +29,10 @@ from dit.train.checkpoints import checkpoint
 from dit.train.checkpoints.archive import checkpoints_of
 from dit.train.checkpoints.checkpoint import CheckpointError, Reader
 from dit.train.engines.local import check_alone
-from dit.train.engines.zero_config import Choice, Device, choose
+from dit.train.engines.zero_config import BEFORE, Choice, Device, choose
 from dit.train.hooks import Hook
 from dit.train.optim import freeze
-from dit.train.run_dir import begun_with, settled
+from dit.train.run_dir import begun_with, settled, stage_of
 from dit.train.settings import RunConfig
 from dit.train.task import Task
 from dit.version import code_version
@@ -85,7 +86,7 @@ class Plan:
     """A run of a configuration on these ranks. Making one is collective; asking for a part of it is not.
 
     cfg: what it leaves open is decided: by the run that run_dir holds, or as in a new one. before: what that run has
-    for a configuration, as plain values; None where none has begun.
+    for a configuration, as plain values; None where none has begun. stage_before: the ZeRO stage it has had.
     """
 
     def __init__(self, cfg: RunConfig, make_parts: MakeParts, world: World):
@@ -98,9 +99,7 @@ class Plan:
         folder = self._given.folder
         # rank 0 looks for all: file systems may not show every rank the same
         self.before: Mapping[str, Any] | None
-        self.before, self.has_checkpoint = group.on_main(
-            lambda: (begun_with(folder), checkpoint.exists(checkpoints_of(folder)))
-        )
+        self.before, self.has_checkpoint, self.stage_before = group.on_main(lambda: _seen(folder))
         self.cfg = settled(self._given, self.before)
 
     @cached_property
@@ -130,7 +129,7 @@ class Plan:
     def sharding(self) -> Choice:
         """The ZeRO stage, and why. ConfigError where the ranks cannot be grouped as asked."""
         self.cfg.zero.check(self.world)
-        return choose(self.cfg.zero, self.memory, self.device)
+        return choose(self.cfg.zero, self.memory, self.device, kept=self.stage_before)
 
     def check_engine(self) -> None:
         """ConfigError for the local engine on several ranks."""
@@ -202,6 +201,12 @@ class Plan:
         """End the reading threads, if there are any."""
         if "stream" in self.__dict__:
             self.stream.close()
+
+
+def _seen(folder: Path) -> tuple[Mapping[str, Any] | None, bool, int | None]:
+    """What a run directory holds: its run's configuration, whether it has a checkpoint, the last start's ZeRO stage."""
+    before = begun_with(folder)
+    return before, checkpoint.exists(checkpoints_of(folder)), stage_of(folder, before, BEFORE)
 
 
 def fill(module: nn.Module, source: Reader, weights: Mapping[str, torch.Tensor]) -> None:

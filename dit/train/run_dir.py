@@ -26,6 +26,7 @@ from dit.train.settings import OPERATIONAL, RunConfig
 from dit.version import code_version
 
 CONFIG = "config.yaml"
+HISTORY = "history.jsonl"
 LOCK = ".lock"
 PATIENCE = 30.0  # seconds to wait for a run directory whose job may be dying
 NO_LOCK = (
@@ -47,6 +48,23 @@ def begun_with(run_dir: Path) -> Mapping[str, Any] | None:
         with contextlib.suppress(CheckpointError):  # a broken one, which resuming names and passes over
             return dict(checkpoint.read(path, verify=False).meta["config"])
     return None
+
+
+def stage_of(run_dir: Path, before: Mapping[str, Any] | None, unnamed: int) -> int | None:
+    """Tell the ZeRO stage that a run has had: that of its last start, or what its configuration (`before`) names.
+
+    unnamed: what a configuration without the key meant. None where no run has begun, or its stage is not known.
+    """
+    if before is None:
+        return None
+    history = run_dir / HISTORY
+    for line in reversed(history.read_text(encoding="utf-8").splitlines() if history.is_file() else []):
+        with contextlib.suppress(json.JSONDecodeError):  # a line that a kill has cut off tells nothing
+            stage = json.loads(line).get("stage")
+            if isinstance(stage, int):
+                return stage
+    stage = resolved(before.get("zero") or {}).get("stage", unnamed)
+    return stage if isinstance(stage, int) else None
 
 
 def settled(cfg: AnyConfig, before: Mapping[str, Any] | None) -> AnyConfig:
@@ -81,7 +99,7 @@ def claim(cfg: RunConfig, world: World, facts: Mapping[str, Any] | None = None) 
             "ranks": world.size,
             **(facts or {}),
         }
-        with (run_dir / "history.jsonl").open(
+        with (run_dir / HISTORY).open(
             "a", encoding="utf-8"
         ) as file:  # first, so that no change goes unrecorded
             file.write(json.dumps({**start, "on": group.job_name(), "changes": changes}) + "\n")

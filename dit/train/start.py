@@ -103,7 +103,8 @@ def build(plan: Plan) -> Run:
     """Make every part of a run that was planned and checked, and claim the run directory. Collective."""
     cfg, world, parts, zero, stream = plan.cfg, plan.world, plan.parts, plan.sharding, plan.stream
     module = group.together(plan.build)
-    folder = run_dir.claim(cfg, world, {"stage": zero.stage, **({"why": zero.why} if zero.why else {})})
+    stage = {"stage": zero.stage, "why": zero.why} if zero.why else {"stage": zero.stage}
+    folder = run_dir.claim(cfg, world, {} if cfg.engine == "local" else stage)
     engine = _engine(plan, module)
     ema, records = Ema(engine, cfg.ema), Records(folder, world)
     samples = synthetic_samples(stored_shape(plan.manifest), len(plan.manifest.classes), world.device)

@@ -39,7 +39,7 @@ def rows(plan: Plan) -> dict[str, str]:
         "steps": _steps(plan),
         "rate": _rate(plan),
         "ema": _averages(plan.cfg.ema, plan.cfg.train.steps),
-        **({"sharding": plan.sharding.why} if plan.sharding.why else {}),
+        **({"sharding": plan.sharding.why} if plan.sharding.why and plan.cfg.engine != "local" else {}),
     }
 
 

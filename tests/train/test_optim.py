@@ -146,8 +146,8 @@ def test_the_shape_that_counts_is_the_whole_parameters() -> None:
 
 
 def test_adamw_takes_what_the_config_says() -> None:
-    arguments = adamw_arguments(OptimConfig(lr=3.0, betas=(0.5, 0.6), eps=1e-3), torch.device("cpu"))
-    assert arguments == {"lr": 3.0, "betas": (0.5, 0.6), "eps": 1e-3, "fused": False}
+    arguments = adamw_arguments(OptimConfig(lr=3.0, betas=(0.5, 0.6), eps=1e-3))
+    assert arguments == {"lr": 3.0, "betas": (0.5, 0.6), "eps": 1e-3, "fused": True}
 
 
 @pytest.mark.parametrize("clip", [None, 0.5])
@@ -155,7 +155,7 @@ def test_a_guarded_step_is_torchs_adamw_after_torchs_clipping(clip: float | None
     torch.manual_seed(0)
     ours, theirs = nn.Linear(3, 2), nn.Linear(3, 2)
     theirs.load_state_dict(ours.state_dict())
-    settings = adamw_arguments(OptimConfig(lr=0.1), torch.device("cpu"))
+    settings = adamw_arguments(OptimConfig(lr=0.1))
     guarded = GuardedAdamW(parameter_groups(ours, 0.1), clip, **settings)
     plain = torch.optim.AdamW(parameter_groups(theirs, 0.1), **settings)
     for _ in range(3):

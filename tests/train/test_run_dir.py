@@ -20,7 +20,7 @@ from dit.experiments.diffusion import Experiment
 from dit.outputs import OutputError
 from dit.ranks.group import World
 from dit.train import run_dir
-from dit.train.run_dir import begun_with, claim, differences, is_operational, locked, settled
+from dit.train.run_dir import begun_with, claim, differences, is_operational, locked, settled, stage_of
 from tests.datasets import Digits
 from tests.rank_processes import Server
 from tests.train.runs import column, go, values
@@ -74,10 +74,31 @@ def test_operational_changes_are_taken_and_recorded(tmp_path: Path) -> None:
     first, second = history(tmp_path)
     assert (first["ranks"], second["ranks"]) == (1, 4)
     assert second["changes"]["train.steps"] == [10, 20]
-    assert second["changes"]["zero.stage"] == [2, 3]
+    assert second["changes"]["zero.stage"] == ["auto", 3]
     assert second["changes"]["data.path"] == ["there", "elsewhere"]
     assert second["changes"]["engine"] == ["deepspeed", "local"]
     assert "train.global_batch" not in second["changes"]
+
+
+@pytest.mark.parametrize(
+    ("config", "lines", "stage"),
+    [
+        (None, [], None),
+        ("seed: 0\n", [], 2),  # from before a stage was chosen
+        ("zero:\n  stage: 3\n", [], 3),
+        ("zero:\n  stage: auto\n", [], None),
+        ("zero:\n  stage: 3\n", ['{"stage": 0}', '{"ranks": 1}'], 0),  # the last start was the local engine's
+        ("zero:\n  stage: auto\n", ['{"stage": 1}', '{"stage": 0, "changes": {', '{"stage": 2, "ra'], 1),
+    ],
+)
+def test_the_stage_that_a_run_has_had(
+    tmp_path: Path, config: str | None, lines: list[str], stage: int | None
+) -> None:
+    if config is not None:
+        (tmp_path / "config.yaml").write_text(config, encoding="utf-8")
+    if lines:
+        (tmp_path / "history.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    assert stage_of(tmp_path, begun_with(tmp_path), 2) == stage
 
 
 @pytest.mark.parametrize(

@@ -42,8 +42,12 @@ def take_turns(
     repeats: int = 5,
     warmup: int = 1,
     progress: Callable[[], object] = lambda: None,
+    after_round: Callable[[dict[str, TurnFigures]], object] = lambda found: None,
 ) -> dict[str, TurnFigures]:
-    """Run each contender `repeats` times after `warmup` turns that do not count, in alternating order."""
+    """Run each contender `repeats` times after `warmup` turns that do not count, in alternating order.
+
+    progress: called after every turn. after_round: gets the figures so far once each has had a turn that counts.
+    """
     found = {c.name: TurnFigures() for c in contenders}
     for turn in range(warmup + repeats):
         for contender in contenders if turn % 2 == 0 else reversed(contenders):
@@ -53,6 +57,8 @@ def take_turns(
             if turn >= warmup:
                 found[contender.name].add(items, seconds, cpu_seconds)
             progress()
+        if turn >= warmup:
+            after_round(found)
     return found
 
 

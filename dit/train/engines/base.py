@@ -49,6 +49,10 @@ class Engine(Protocol):
     skipped: int  # updates skipped because a gradient was not finite
 
     @property
+    def about(self) -> str:
+        """Which engine and which optimizer really run, in a few words."""
+
+    @property
     def module(self) -> nn.Module:
         """The model; at stage 3 its parameters are empty between passes."""
 
@@ -105,6 +109,12 @@ def frozen_parameters(module: nn.Module, is_owned: bool = True) -> list[Fragment
         for name, p in module.named_parameters()
         if not p.requires_grad
     ]
+
+
+def named(optimizer: torch.optim.Optimizer) -> str:
+    """Tell an optimizer's kind, and whether its kernel is fused."""
+    fused = bool(optimizer.param_groups[0].get("fused"))
+    return f"{type(optimizer).__name__} {'fused' if fused else 'not fused'}"
 
 
 def set_adam_step(optimizer: torch.optim.Optimizer, updates: int) -> None:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from dit.config import ConfigError
 from dit.ranks.group import World
-from dit.train.engines.base import Fragment, set_adam_step, whole_parameters
+from dit.train.engines.base import Fragment, named, set_adam_step, whole_parameters
+from dit.train.engines.heap import keep_freed_memory
 from dit.train.optim import GuardedAdamW, OptimConfig, adamw_arguments, parameter_groups, set_lr
 
 
@@ -33,12 +34,17 @@ class LocalEngine:
     ):
         check_alone(world)
         self.world, self.device = world, world.device
+        keep_freed_memory(self.device)
         self.module = module.to(world.device)
         self.updates = self.skipped = 0
         self.accumulation = accumulation
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16")
         groups = parameter_groups(self.module, optim.weight_decay)
-        self.optimizer = GuardedAdamW(groups, optim.clip, **adamw_arguments(optim, self.device))
+        self.optimizer = GuardedAdamW(groups, optim.clip, **adamw_arguments(optim))
+
+    @property
+    def about(self) -> str:
+        return f"plain torch: {named(self.optimizer)}"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         with self.autocast:

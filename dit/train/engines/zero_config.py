@@ -23,13 +23,18 @@ Stage = Literal[0, 1, 2, 3]
 Offload = Literal["none", "optimizer", "all"]
 Communication = Literal["auto", "fp32", "bf16"]
 STAGES: tuple[Stage, ...] = (0, 1, 2, 3)
+# The stages, the quickest first, as `tools/bench.py step` found it on one rank and `zero` on two, on CPUs
+# (benchmarks/2026-11-28-step.md; not measured on GPUs yet). A start goes by this table and times nothing.
+QUICKEST: tuple[Stage, ...] = (0, 1, 2, 3)
+BEFORE: Stage = 2  # of runs that began when a stage was not recorded, and had this for a default
 
 
 @config
 class ZeroConfig:
     """How DeepSpeed shards optimizer state (1), gradients (2), parameters (3) over the ranks; 0 = nothing."""
 
-    stage: Literal[0, 1, 2, 3, "auto"] = 2  # auto = the lowest that fits in memory
+    # auto = the one that the run has had, or in a new run the quickest, while it fits in memory
+    stage: Literal[0, 1, 2, 3, "auto"] = "auto"
     offload: Offload = "none"  # to host memory: optimizer = master weights, Adam, EMA; all = parameters too
     hpz: int = 1  # ranks, a node's, that hold a second copy of stage 3's parameters (arXiv 2306.10209, 3.2); 1 = none
     communication: Communication = "auto"  # dtype of gradients on the wire; auto = bf16 where precision is
@@ -105,30 +110,35 @@ class Choice:
         return int(self.zero.stage)
 
 
-def choose(zero: ZeroConfig, memory: Callable[[int], Memory], device: Device) -> Choice:
-    """The lowest stage whose `memory` fits in the device; 3 where none does, with what would help.
+def choose(
+    zero: ZeroConfig, memory: Callable[[int], Memory], device: Device, kept: int | None = None
+) -> Choice:
+    """The stage that is named; else `kept`, which the run has had, or the quickest whose `memory` fits in the device.
 
-    That is no error: the figures are an estimate for eager execution, and too high for compiled blocks.
+    Where none fits it is 3, with what would help. That is no error: the figures are an estimate for eager execution,
+    and too high for compiled blocks.
     """
     if zero.stage != "auto":
         return Choice(zero)
-    needed: dict[int, int] = {}
-    for stage in zero.possible:
+    order = [stage for stage in QUICKEST if stage in zero.possible]
+    order.sort(key=lambda stage: stage != kept)  # it comes first, if it is possible at all
+    needed: dict[Stage, int] = {}
+    for stage in order:
         found = memory(stage)
         needed[stage] = zero.needs(found, stage, device)
         if needed[stage] <= device.usable:
             break
     rows = [f"stage {s} {_gib(n)}" for s, n in needed.items()]
-    lowest = zero.possible[0]
-    rows[0] = f"stage {lowest} needs {_gib(needed[lowest])} GiB of {_gib(device.usable)}"
-    uncounted = "" if found.activations else "; activations are not counted"
-    verdict, helps = f"{stage} is the lowest that fits", ""
-    if needed[stage] > device.usable:
-        verdict = f"NONE fits, taking {stage}, which lacks {_gib(needed[stage] - device.usable)} GiB"
-        helps = f". What would help: {_help(zero, found, device)}"
-    elif stage == lowest:
-        verdict = f"{stage}, {'the lowest that the other keys allow' if stage else 'nothing sharded'}, fits"
-    return Choice(replace(zero, stage=stage), f"zero.stage: {verdict}: {', '.join(rows)}{uncounted}{helps}")
+    rows[0] = f"stage {order[0]} needs {_gib(needed[order[0]])} GiB of {_gib(device.usable)}"
+    uncounted, helps = "" if found.activations else "; activations are not counted", ""
+    if needed[stage] <= device.usable:
+        which = "as the run has had" if stage == kept else "the quickest that fits"
+    else:
+        stage = min(needed, key=lambda s: (needed[s], -s))
+        which = f"as NONE fits; it lacks {_gib(needed[stage] - device.usable)} GiB"
+        helps = f". What would help: {_help(zero, memory(stage), device)}"
+    why = f"zero.stage: {stage}, {which}: {', '.join(rows)}{uncounted}{helps}"
+    return Choice(replace(zero, stage=stage), why)
 
 
 def _help(zero: ZeroConfig, memory: Memory, device: Device) -> str:

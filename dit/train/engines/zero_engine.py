@@ -21,9 +21,11 @@ from dit.train.engines.base import (
     Fragment,
     ensure_adam_state,
     frozen_parameters,
+    named,
     set_adam_step,
     whole_parameters,
 )
+from dit.train.engines.heap import keep_freed_memory
 from dit.train.engines.zero_config import BUCKET, ZeroConfig
 from dit.train.optim import GuardedAdamW, OptimConfig, adamw_arguments, parameter_groups, set_lr
 
@@ -44,13 +46,14 @@ def deepspeed_config(
     zero: ZeroConfig, optim: OptimConfig, sizes: tuple[int, int, int], precision: str, numbers: int
 ) -> dict[str, Any]:
     """DeepSpeed's own configuration. sizes: (global batch, micro-batch, accumulation). numbers: that are trained."""
+    is_alone = sizes[0] == sizes[1] * sizes[2]
     global_batch, micro_batch, accumulation = sizes
     made: dict[str, Any] = {
         "train_batch_size": global_batch,
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": (optim.clip or 0.0) if zero.stage else 0.0,  # stage 0: GuardedAdamW clips
-        "zero_optimization": _sharding(zero, numbers),
+        "zero_optimization": _sharding(zero, numbers, is_alone),
         "torch_autocast": {"enabled": precision == "bf16", "dtype": "bfloat16"},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW for the CPU is as quick, and needs no C++ build
@@ -64,8 +67,8 @@ def deepspeed_config(
     return made
 
 
-def _sharding(zero: ZeroConfig, numbers: int) -> dict[str, Any]:
-    """The section zero_optimization."""
+def _sharding(zero: ZeroConfig, numbers: int, is_alone: bool) -> dict[str, Any]:
+    """The section zero_optimization. is_alone: there is one rank."""
     # DeepSpeed's own, 5e8, would take 2 GB a dtype, used or not; it must be even
     bucket = min(BUCKET, -(-numbers // 1024) * 1024)
     made: dict[str, Any] = {
@@ -74,6 +77,9 @@ def _sharding(zero: ZeroConfig, numbers: int) -> dict[str, Any]:
         "allgather_bucket_size": bucket,
         "use_multi_rank_bucket_allreduce": False,  # a reduce to each owner: half the bytes of an all-reduce for all
     }
+    if is_alone and zero.stage in (1, 2) and zero.offload == "none":
+        # Nothing is sent: a bucket of one gradient is that gradient, and none is copied to one.
+        made |= {"contiguous_gradients": False, "reduce_bucket_size": 2}
     if zero.stage == 3:
         # Eager stage 3 with the memory-efficient linear gives wrong gradients under selective checkpointing.
         made |= {"memory_efficient_linear": False, "stage3_param_persistence_threshold": 0}
@@ -120,13 +126,12 @@ class DeepSpeedEngine:
         self.updates = self.skipped = 0
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else a minute of C++ build on CPU
         deepspeed.init_distributed(verbose=False)
+        keep_freed_memory(self.device)
         module = module.to(self.device)
         if self.stage == 3 and leaf_modules:
             set_z3_leaf_modules(module, list(leaf_modules))
         by_group = parameter_groups(module, optim.weight_decay)
-        arguments = adamw_arguments(optim, self.device)
-        if zero.offload != "none":
-            arguments["fused"] = True  # else AdamW on the host goes over its tensors a dozen times
+        arguments = adamw_arguments(optim)
         optimizer = (
             torch.optim.AdamW(by_group, **arguments)
             if self.stage
@@ -140,7 +145,30 @@ class DeepSpeedEngine:
             optimizer=optimizer,
             config=deepspeed_config(zero, optim, sizes, precision, trained),
         )
+        if world.size == 1:
+            self._leave_out_averaging(is_rounded=precision == "bf16" and zero.communication != "fp32")
         self._fragments: list[Fragment] | None = None
+
+    def _leave_out_averaging(self, is_rounded: bool) -> None:
+        """On one rank: gradients are the mean over ranks already, and need not be gone through for that.
+
+        is_rounded: they are to be rounded all the same as they would be on the wire.
+        """
+        optimizer = self._engine.optimizer
+        if self.stage == 0:
+            self._engine.enable_backward_allreduce = False  # copies all of them to one buffer and back
+        elif self.stage < 3:
+            optimizer.gradient_average = False  # divides all of them by 1
+            if not is_rounded:  # of each "bucket" a collective, which DeepSpeed has no switch for
+                optimizer.allreduce_bucket = lambda bucket, *_, **__: optimizer.flatten(bucket)
+
+    @property
+    def about(self) -> str:
+        kind = type(self._engine.optimizer).__name__
+        outer = f" ({kind})" if self.stage else ""
+        return (
+            f"DeepSpeed {deepspeed.__version__} at stage {self.stage}{outer}: {named(self._base_optimizer())}"
+        )
 
     @property
     def module(self) -> nn.Module:

@@ -94,6 +94,8 @@ def sharding(site: Site) -> str:
         _ = site.plan.sharding
 
     site.on_ranks(look)
+    if site.cfg.engine == "local":
+        return "plain torch, nothing sharded"
     return site.plan.sharding.why or f"stage {site.plan.sharding.stage}"
 
 

@@ -11,7 +11,7 @@ import pytest
 from dit.config import ConfigError, from_dict
 from dit.model.cost import Memory, state_memory
 from dit.ranks.group import World
-from dit.train.engines.zero_config import BUCKET, USABLE, Device, ZeroConfig, choose
+from dit.train.engines.zero_config import BUCKET, QUICKEST, STAGES, USABLE, Device, Stage, ZeroConfig, choose
 from tests.datasets import Digits
 from tests.rank_processes import Server
 from tests.train.runs import at_step, experiment, go, values
@@ -89,37 +89,64 @@ def needed(stage: int) -> int:
     return int(BY_HAND[stage] * 4 * BILLION) + ACTIVATIONS + (8 * BUCKET if stage else 0)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_the_lowest_stage_that_fits_is_taken(stage: int) -> None:
+@pytest.mark.parametrize("ranks", [1, 8])
+def test_the_quickest_stage_that_fits_is_taken(ranks: int) -> None:
+    """With just enough for one stage, all that are quicker are too large."""
+
+    def of(stage: int) -> Memory:
+        return memory(stage, ranks)
+
+    needs = {s: zero().needs(of(s), s, Device(0, False, ranks)) for s in STAGES}
+    assert set(QUICKEST) == set(STAGES)
+    for usable in needs.values():
+        found = choose(zero(), of, Device(usable, False, ranks))
+        assert found.stage == next(s for s in QUICKEST if needs[s] <= usable)
+        assert found.zero.stage == found.stage
+    least = min(needs.values())
+    none = choose(zero(), of, Device(least - 1, False, ranks))
+    assert needs[none.stage] == least
+    assert "NONE fits" in none.why
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_needs_what_its_states_take(stage: int) -> None:
     assert zero().needs(memory(stage), stage, Device(0, False, 8)) == needed(stage)
-    found = choose(zero(stage="auto"), memory, Device(needed(stage), False, 8))
-    assert (found.stage, found.zero.stage) == (stage, stage)
-    tight = choose(zero(stage="auto"), memory, Device(needed(stage) - 1, False, 8))
-    assert tight.stage == min(3, stage + 1)
-    assert "NONE fits" in tight.why if stage == 3 else "NONE" not in tight.why
 
 
 def test_it_says_why() -> None:
-    found = choose(zero(stage="auto"), memory, Device(int(15 * GIB), False, 8))
-    assert found.why == (
-        "zero.stage: 1 is the lowest that fits: stage 0 needs 22.6 GiB of 15.0, stage 1 13.7"
+    assert choose(zero(), memory, Device(int(15 * GIB), False, 8)).why == (
+        "zero.stage: 1, the quickest that fits: stage 0 needs 22.6 GiB of 15.0, stage 1 13.7"
     )
-    assert choose(zero(stage="auto"), memory, Device(40 * GIB, False, 8)).why == (
-        "zero.stage: 0, nothing sharded, fits: stage 0 needs 22.6 GiB of 40.0"
+    assert choose(zero(), memory, Device(int(9 * GIB), False, 8)).why == (
+        "zero.stage: 3, the quickest that fits: stage 0 needs 22.6 GiB of 9.0, stage 1 13.7, stage 2 10.4, stage 3 7.2"
     )
     assert choose(zero(stage=2), memory, Device(0, False, 8)).why == ""
     assert choose(zero(stage=2), memory, Device(0, False, 8)).stage == 2
 
 
+@pytest.mark.parametrize("kept", STAGES)
+def test_the_stage_that_a_run_has_had_is_kept_while_it_fits(kept: Stage) -> None:
+    found = choose(zero(), memory, Device(needed(kept), False, 8), kept)
+    assert found.stage == kept
+    assert found.why.startswith(f"zero.stage: {kept}, as the run has had: stage {kept} needs")
+    tight = choose(zero(), memory, Device(needed(kept) - 1, False, 8), kept)
+    assert tight.stage != kept or "NONE fits" in tight.why
+    assert choose(zero(stage=1), memory, Device(needed(kept), False, 8), kept).stage == 1
+
+
+def test_a_kept_stage_that_the_other_keys_exclude_is_not_taken() -> None:
+    assert choose(zero(offload="all"), memory, Device(40 * GIB, False, 8), 2).stage == 3
+
+
 def test_where_none_fits_it_says_what_would_help() -> None:
-    found = choose(zero(stage="auto"), memory, Device(2 * GIB, False, 8))
+    found = choose(zero(), memory, Device(2 * GIB, False, 8))
     assert found.stage == 3
     assert found.why == (
-        "zero.stage: NONE fits, taking 3, which lacks 5.2 GiB: stage 0 needs 22.6 GiB of 2.0, stage 1 13.7, "
-        "stage 2 10.4, stage 3 7.2. What would help: a smaller train.micro_batch or model.checkpoint_blocks=true, "
+        "zero.stage: 3, as NONE fits; it lacks 5.2 GiB: stage 0 needs 22.6 GiB of 2.0, stage 1 13.7, stage 2 10.4, "
+        "stage 3 7.2. What would help: a smaller train.micro_batch or model.checkpoint_blocks=true, "
         "zero.offload=optimizer or all, more ranks"
     )
-    on_cpu = choose(zero(stage="auto"), memory, Device(2 * GIB, True, 8))
+    on_cpu = choose(zero(), memory, Device(2 * GIB, True, 8))
     assert "zero.offload" not in on_cpu.why  # the host's memory is what lacks
 
 
@@ -164,14 +191,23 @@ def test_the_hosts_memory_is_shared_by_the_ranks_on_it() -> None:
 # --- in a run ----------------------------------------------------------------------------------------------
 
 
-def test_a_run_takes_the_stage_and_records_why(digits: Digits, ranks: Server, tmp_path: Path) -> None:
-    """And config.yaml keeps the word, so that on other machines it is decided anew."""
-    given = values(digits, tmp_path, train={"steps": 2}, zero={"stage": "auto", "offload": "optimizer"})
+def test_a_run_takes_a_stage_records_it_and_keeps_it(digits: Digits, ranks: Server, tmp_path: Path) -> None:
+    """config.yaml keeps the word "auto"; history.jsonl has the stage, which goes before what would be taken anew."""
+    given = values(digits, tmp_path, train={"steps": 2}, zero={"offload": "optimizer"})
     job = ranks.start(2, go, given)
     job.wait()
     [start] = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
-    assert start["why"].startswith("zero.stage: 1, the lowest that the other keys allow, fits: stage 1 needs")
+    first = next(s for s in QUICKEST if s)  # offloading needs a stage above 0
+    assert start["stage"] == first
+    assert start["why"].startswith(f"zero.stage: {first}, the quickest that fits: stage {first} needs")
     assert start["why"] in job.output(0)
     assert start["why"] not in job.output(1)
     assert "stage: auto" in (tmp_path / "config.yaml").read_text()
     assert json.loads((at_step(tmp_path, 2) / "meta.json").read_text())["config"]["zero"]["stage"] == "auto"
+    for steps, named, taken in ((3, {"stage": 3}, 3), (4, {}, 3)):
+        ranks.run(
+            1, go, values(digits, tmp_path, train={"steps": steps}, zero={"offload": "optimizer", **named})
+        )
+        last = json.loads((tmp_path / "history.jsonl").read_text().splitlines()[-1])
+        assert last["stage"] == taken
+    assert last["why"].startswith("zero.stage: 3, as the run has had: ")

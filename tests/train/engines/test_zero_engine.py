@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import platform
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +15,8 @@ from torch import Tensor
 
 from dit.config import ConfigError, from_dict
 from dit.ranks.group import World
+from dit.train.engines.base import Engine
+from dit.train.engines.heap import keep_freed_memory
 from dit.train.engines.local import LocalEngine
 from dit.train.engines.zero_config import BUCKET, ZeroConfig
 from dit.train.optim import OptimConfig
@@ -116,6 +120,75 @@ def test_buckets_are_even_and_no_larger_than_they_need_be(stage: int, numbers: i
     for key in ("reduce_bucket_size", "allgather_bucket_size"):
         assert made[key] % 2 == 0
         assert min(numbers, BUCKET) <= made[key] <= min(numbers + 1024, BUCKET)
+
+
+# --- one rank, where nothing is sent -----------------------------------------------------------------------
+
+
+Trained = tuple[list[float], list[Tensor]]
+
+
+def trained(engine: Engine) -> Trained:
+    """Gradient norms, and the weights after steps of two micro-batches, of which the third has a gradient of NaN."""
+    norms = []
+    for step in range(6):
+        for half in (1.0, -0.5):
+            x = torch.linspace(-1, half * (step + 1), 4 * 67).reshape(4, 67)
+            engine.backward(engine(x).square().mean() * (math.nan if step == 2 else 1.0))
+        assert engine.step(1e-2) is (step != 2)
+        norms.append(engine.grad_norm())
+    return norms, [f.weight.detach().clone() for f in sorted(engine.fragments(), key=lambda f: f.name)]
+
+
+def on_one_rank() -> dict[tuple[str, int | None], Trained]:
+    """What each stage, and plain torch (None), makes of one network, in each precision."""
+    from dit.train.engines.zero_engine import DeepSpeedEngine
+
+    def network() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(67, 33), torch.nn.GELU(), torch.nn.Linear(33, 5))
+
+    optim = OptimConfig(clip=0.05, weight_decay=0.1)  # clips; two groups
+    found: dict[tuple[str, int | None], Trained] = {}
+    for precision in ("fp32", "bf16"):
+        plain = LocalEngine(network(), optim, World(), accumulation=2, precision=precision)
+        found[precision, None] = trained(plain)
+        for stage in STAGES:
+            zero = from_dict(ZeroConfig, {"stage": stage})
+            engine = DeepSpeedEngine(
+                network(), optim, World(), zero=zero, global_batch=8, accumulation=2, precision=precision
+            )
+            found[precision, stage] = trained(engine)
+    return found
+
+
+def test_what_one_rank_leaves_out_changes_nothing(ranks: Server) -> None:
+    """No buckets, no reduction, no mean over ranks: as plain torch, accumulating, clipping, skipping an update."""
+    [every] = ranks.run(1, on_one_rank)
+    for (precision, stage), (norms, weights) in every.items():
+        expected, plain = every[precision, None]
+        finite = [i for i, norm in enumerate(expected) if math.isfinite(norm)]
+        assert finite == [0, 1, 3, 4, 5]
+        assert max(expected[i] for i in finite) > 0.05
+        tolerance = 1e-5 if precision == "fp32" else 2e-2
+        error = relative([norms[i] for i in finite], [expected[i] for i in finite])
+        assert error < tolerance, (precision, stage)
+        for a, b in zip(weights, plain, strict=True):
+            torch.testing.assert_close(a.flatten(), b.flatten(), rtol=tolerance, atol=tolerance)
+
+
+def test_freed_memory_is_kept_from_step_to_step() -> None:
+    """A page that went back to the kernel would be cleared anew; of 64 MB there are 16384."""
+    engine = LocalEngine(torch.nn.Linear(2, 2), OptimConfig(), World())
+    assert keep_freed_memory(engine.device) is (platform.libc_ver()[0] == "glibc")
+
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(16 << 20)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    faults()
+    assert faults() < 2000
 
 
 # --- the local engine and the guarded optimizer ------------------------------------------------------------
