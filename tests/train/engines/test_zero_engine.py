@@ -187,8 +187,7 @@ def test_freed_memory_is_kept_from_step_to_step() -> None:
         torch.ones(16 << 20)
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-    faults()
-    assert faults() < 2000
+    assert [faults() for _ in range(8)][-1] < 2000  # the heap grows in the first ones
 
 
 # --- the local engine and the guarded optimizer ------------------------------------------------------------
