@@ -218,7 +218,7 @@ def test_dry_run_tells_which_stage_would_be_taken_and_what_is_frozen(
     words = ("--zero.stage=auto", "--train.freeze=*.bias,blocks.0.mlp.*")
     assert call(tools.train.main, config, "--dry_run", *words) == 0
     rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
-    assert "zero.stage: 0, nothing sharded, fits: stage 0 needs 0.0 GiB of" in rows["sharding"]
+    assert "zero.stage: 0, the quickest that fits: stage 0 needs 0.0 GiB of" in rows["sharding"]
     module = experiment(values(digits, tmp_path)).model.build(8, 4, 10)
     named = dict(module.named_parameters())
     frozen = sum(p.numel() for n, p in named.items() if n.endswith(".bias") or n.startswith("blocks.0.mlp."))

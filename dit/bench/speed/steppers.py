@@ -37,7 +37,7 @@ class StepBench:
     micro_batch: int | None = None  # samples a forward pass; null = the batch, or on a GPU as many as fit
     precision: Literal["fp32", "bf16"] = "fp32"  # of every contender
     compile: bool = False  # ours with compiled blocks, and a compiled plain loop besides
-    stages: tuple[Stage, ...] = (0, 1, 2, 3)  # of ZeRO
+    stages: tuple[Stage, ...] = (0, 1, 2, 3)  # of ZeRO, an engine each
     steps: int = 2  # training steps a turn
     repeats: int = 5  # turns of each contender
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from dit.config import ConfigError, from_dict
 from dit.ranks.group import World
 from dit.train.engines.base import Engine
-from dit.train.engines.heap import keep_freed_memory
 from dit.train.engines.local import LocalEngine
 from dit.train.engines.zero_config import BUCKET, ZeroConfig
 from dit.train.optim import OptimConfig
@@ -177,18 +176,17 @@ def test_what_one_rank_leaves_out_changes_nothing(ranks: Server) -> None:
             torch.testing.assert_close(a.flatten(), b.flatten(), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")
 def test_freed_memory_is_kept_from_step_to_step() -> None:
     """A page that went back to the kernel would be cleared anew; of 64 MB there are 16384."""
-    engine = LocalEngine(torch.nn.Linear(2, 2), OptimConfig(), World())
-    assert keep_freed_memory(engine.device) is (platform.libc_ver()[0] == "glibc")
 
     def faults() -> int:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         torch.ones(16 << 20)
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-    faults()
-    assert faults() < 2000
+    LocalEngine(torch.nn.Linear(2, 2), OptimConfig(), World())
+    assert [faults() for _ in range(8)][-1] < 2000  # the heap grows in the first ones
 
 
 # --- the local engine and the guarded optimizer ------------------------------------------------------------
