@@ -168,6 +168,7 @@ class GuardedAdamW(torch.optim.AdamW):
         self.overflow = not math.isfinite(self._global_grad_norm)
         if self.overflow:
             return
-        if self.clip is not None and self._global_grad_norm > 0.999 * self.clip:  # below that the factor is 1
-            torch._foreach_mul_(grads, torch.clamp(self.clip / (norm + 1e-6), max=1.0))
+        limit = math.inf if self.clip is None else self.clip
+        if self._global_grad_norm + 1e-6 > 0.999 * limit:  # else the factor is 1
+            torch._foreach_mul_(grads, torch.clamp(limit / (norm + 1e-6), max=1.0))
         super().step()

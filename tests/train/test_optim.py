@@ -172,6 +172,20 @@ def test_a_guarded_step_is_torchs_adamw_after_torchs_clipping(clip: float | None
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("clip", [1e-7, 1e-4, 1.0, 1e4])
+@pytest.mark.parametrize("share", [0.5, 0.998, 0.9985, 0.9999, 1.0, 1.001, 2.0])
+def test_gradients_are_clipped_as_torch_does_at_any_size(clip: float, share: float) -> None:
+    """Also where torch's 1e-6 counts beside the norm, and where the factor is left out because it is 1."""
+    ours, theirs = nn.Linear(3, 2), nn.Linear(3, 2)
+    for net in (ours, theirs):
+        for parameter in net.parameters():
+            parameter.grad = torch.full_like(parameter, share * clip / math.sqrt(8))
+    torch.nn.utils.clip_grad_norm_(theirs.parameters(), clip)
+    GuardedAdamW(parameter_groups(ours, 0.1), clip, **adamw_arguments(OptimConfig(lr=0.1))).step()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
 # --- frozen parameters -------------------------------------------------------------------------------------
 
 
