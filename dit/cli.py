@@ -143,9 +143,7 @@ def _convert(name: str, text: str, hint: Any) -> Any:
     if type(None) in options and (text in NULL or text.lower() in ("none", "null")):
         return None
     if plain is str or (str in options and typing.get_origin(plain) not in (list, tuple)):
-        if (
-            text in NULL
-        ):  # as in files, where the same word is no text either; ~ alone is no home: shells fill that in
+        if text in NULL:  # no text in files either, and ~ alone is no home: shells fill that in
             raise UsageError(f"--{name}={text}: {NO_TEXT}")
         return text
     is_many = any(typing.get_origin(o) in (list, tuple) for o in (plain, *options))

@@ -22,9 +22,8 @@ from dit.errors import UserError
 from dit.helptext import Command, UsageError, families, help_text
 from dit.schema import FILE, stand_ins
 
-REFUSED = re.compile(
-    r"(?m)unknown [\w ]+ (?:--)?'?([\w.]+)|^([\w.]+): unknown key"
-)  # the word, in an error's text
+# The word that was refused, in an error's text.
+REFUSED = re.compile(r"(?m)unknown [\w ]+ (?:--)?'?([\w.]+)|^([\w.]+): unknown key")
 
 
 def answer(file: str) -> None:

@@ -38,7 +38,7 @@ STEPS = 16  # of Heun's method
 
 @dataclass(frozen=True)
 class Stage:
-    """One command of the project's. words: as typed in the checkout. usual: its seconds on two cores of a server."""
+    """Name one command. words: as typed in the checkout. usual: its seconds on two cores of a server."""
 
     name: str
     words: tuple[str, ...]
@@ -75,7 +75,7 @@ def first_stages(folder: Path) -> list[list[Stage]]:
             f"--data.path={folder / 'pixels/train'}",
             f"--data.val={folder / 'pixels/test'}",
         ),
-        usual=45,
+        usual=38,
     )
     codec = ("--codec=vae", f"--codec.path={folder / 'vae/vae'}")
     return [encode(folder, "pixels", "--codec=pixels"), [train], encode(folder, "latents", *codec)]
@@ -95,7 +95,7 @@ def encode(folder: Path, kind: str, *flags: str) -> list[Stage]:
                 "--image_size=32",
                 "--flip=false",
             ),
-            usual=10,
+            usual=5,
         )
         for split, out in ((split, folder / kind / split) for split in ("train", "test"))
         if not (out / "manifest.json").is_file()
@@ -114,7 +114,7 @@ def second_stages(folder: Path, first: Path, config: str, num_steps: int) -> lis
             f"--data.val={first / 'latents/test'}",
             f"--codec.path={first / 'vae/vae'}",
         ),
-        usual=120,
+        usual=95,
     )
     draw = [
         Stage(
@@ -130,7 +130,7 @@ def second_stages(folder: Path, first: Path, config: str, num_steps: int) -> lis
                 "--batch_size=100",
                 "--overwrite",
             ),
-            usual=30,
+            usual=17,
         )
         for scale in (2, 1)
     ]
@@ -157,7 +157,7 @@ def run_all(folder: Path, steps: Sequence[list[Stage]]) -> None:
 
 
 def coming(steps: Iterable[list[Stage]]) -> str:
-    """What follows, as "; then encode latents, train dit"."""
+    """Tell what follows, as "; then encode latents, train dit"."""
     names = [
         stages[0].name.removesuffix("_train").removesuffix("_cfg2").replace("_", " ") for stages in steps
     ]
@@ -165,7 +165,7 @@ def coming(steps: Iterable[list[Stage]]) -> str:
 
 
 def clock(seconds: float) -> str:
-    """Minutes and seconds, as 3:07."""
+    """Write seconds as minutes and seconds, 3:07."""
     return f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
 
 
@@ -210,15 +210,16 @@ def wait_for(running: Sequence[subprocess.Popen[bytes]]) -> None:
         for process in running:
             process.wait()
     except (KeyboardInterrupt, SystemExit) as signalled:
-        for process in running:
-            if isinstance(signalled, SystemExit):
+        if isinstance(signalled, SystemExit):
+            for process in running:
                 process.terminate()
+        for process in running:
             process.wait()
         raise
 
 
 def spent(folder: Path) -> dict[str, float]:
-    """Seconds of each stage so far, over all starts."""
+    """Read the seconds of each stage so far, over all starts."""
     file = folder / "seconds.json"
     return dict(json.loads(read_text(file))) if file.is_file() else {}
 

@@ -23,9 +23,7 @@ def listen(keep: Sequence[int] = SIGNALS) -> None:
     """End with a word at Ctrl-C, and keep other signals, from here on. keep: none, for tools that do not hear them."""
     for number in keep:
         _before[number] = signal.signal(number, _keep)
-    if (
-        signal.getsignal(signal.SIGINT) != signal.SIG_IGN
-    ):  # else it was started in the background, for others' sake
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # which says that it runs in the background
         _before[signal.SIGINT] = signal.signal(signal.SIGINT, _interrupt)
 
 

@@ -9,9 +9,7 @@ import platform
 import torch
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # mallopt(3)
-KEPT = (
-    1 << 30
-)  # bytes: free memory up to this stays with the process, and blocks up to this come from the heap
+KEPT = 1 << 30  # bytes: so much free memory stays with the process, and blocks up to this come from the heap
 
 
 @functools.cache
