@@ -56,6 +56,9 @@ class Stepper(Protocol):
     def step(self) -> None:
         """Do one training step."""
 
+    def close(self) -> None:
+        """Give its memory back."""
+
 
 class Setting:
     """One size of model on one device: the samples of every step, and how both networks are made."""
@@ -95,6 +98,9 @@ class PlainStep:
     def step(self) -> None:
         self.loop.step(self.setting.latents, self.setting.label, self.micro)
 
+    def close(self) -> None:
+        """Nothing to do: nobody else knows of it."""
+
 
 class OurStep:
     """Our step: on an engine of a ZeRO stage, or without DeepSpeed (None)."""
@@ -126,6 +132,9 @@ class OurStep:
         self.meters.add_step(losses, fingerprints)
         self.number += 1
 
+    def close(self) -> None:
+        self.engine.close()
+
 
 class BareStep:
     """Forward and backward pass of a network alone, in plain torch: the mean square of what it says."""
@@ -152,6 +161,9 @@ class BareStep:
             with self.autocast:
                 out: Tensor = self.model(x, t, condition)
             out.square().mean().backward()
+
+    def close(self) -> None:
+        """Nothing to do: nobody else knows of it."""
 
 
 def _engine(setting: Setting, micro: int, stage: Stage | None) -> Engine:
