@@ -93,7 +93,9 @@ class PlainStep:
         self.setting, self.micro = setting, micro
         self.loop = PlainLoop(setting.plain(), setting.cfg.precision == "bf16", compiled)
         kind = type(self.loop.optimizer).__name__
-        how = "not fused" if setting.device.type == "cpu" else "not fused (foreach)"  # torch's own choice there
+        how = (
+            "not fused" if setting.device.type == "cpu" else "not fused (foreach)"
+        )  # torch's own choice there
         self.about = f"plain torch{', compiled' if compiled else ''}: {kind} {how}, average by parameter"
 
     def step(self) -> None:
