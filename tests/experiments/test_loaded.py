@@ -239,7 +239,7 @@ def test_what_cannot_be_loaded_is_named(run: Path, tmp_path: Path) -> None:
         load(run, precision="fp16")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="device=gpu: no such device; expected cpu, cuda"):
         load(run, device="gpu")
-    with pytest.raises(ConfigError, match="codec: expected keys over training's, as .*, got '/vae'"):
+    with pytest.raises(ConfigError, match=r"codec: expected keys over training's, as .*, got '/vae'"):
         load(run, codec="/vae")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="pth: unknown key; did you mean path"):
         load(run, codec={"pth": "x"}).decode(torch.zeros(1, 4, 8, 8))
