@@ -27,25 +27,23 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import fire
-import pydantic
 from fire.decorators import SetParseFn, SetParseFns
 
 from dit.commandline import (
     Tool,
     choose,
+    convert,
     fail,
     help_asked,
     parse,
     speak_in_any_locale,
-    strip,
     where,
 )
-from dit.config import NO_TEXT, Registry
+from dit.config import Registry
 from dit.errors import Interrupted, InterruptTold, Notice, Stopped, UserError
 from dit.helptext import Command, UsageError, help_text
 from dit.progress import say
 from dit.ranks import early
-from dit.scalars import NULL, Scalar, is_scalar, typed
 
 FULL = ": free space (or raise the quota) and start the same command again"
 
@@ -127,35 +125,10 @@ def _with_readers(function: Command) -> Command:
     """The function with a reader for each parameter, which Fire calls with the parameter's text; others stay text."""
     hints = typing.get_type_hints(function, include_extras=True)
     names = [p.name for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    readers = {name: functools.partial(_convert, name, hint=hints.get(name, str)) for name in names}
+    readers = {name: functools.partial(convert, name, hint=hints.get(name, str)) for name in names}
 
     @functools.wraps(function)
     def read(*args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
 
     return typing.cast(Command, SetParseFns(**readers)(SetParseFn(str)(read)))
-
-
-def _convert(name: str, text: str, hint: Any) -> Any:
-    """The text as the parameter's type; text stays text."""
-    plain = strip(hint)
-    options = typing.get_args(plain)
-    if type(None) in options and (text in NULL or text.lower() in ("none", "null")):
-        return None
-    if plain is str or (str in options and typing.get_origin(plain) not in (list, tuple)):
-        if text in NULL:  # no text in files either, and ~ alone is no home: shells fill that in
-            raise UsageError(f"--{name}={text}: {NO_TEXT}")
-        return text
-    is_many = any(typing.get_origin(o) in (list, tuple) for o in (plain, *options))
-    words = (
-        [part.strip() for part in text.strip("[]()").split(",") if part.strip()]
-        if is_many
-        else [text.strip()]
-    )
-    values: list[str] = [Scalar(word) if is_scalar(word) else word for word in words]
-    value: Any = values if is_many else values[0]
-    try:
-        return pydantic.TypeAdapter(typed(hint)).validate_python(value)
-    except pydantic.ValidationError as error:
-        said = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise UsageError(f"--{name}={text}: {said[0].lower()}{said[1:]}") from None

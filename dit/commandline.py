@@ -15,10 +15,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dit.config import Registry, did_you_mean
+import pydantic
+
+from dit.config import NO_TEXT, Registry, did_you_mean
 from dit.errors import UserError
 from dit.helptext import Command, UsageError, families, summary
 from dit.ranks.world import World
+from dit.scalars import NULL, Scalar, is_scalar, typed
 
 HELP = ("--help", "-h")
 
@@ -147,7 +150,8 @@ def _split(
             elif rest and not rest[0].startswith("--"):
                 text = rest.pop(0)
             else:
-                raise UsageError(f"--{key} needs a value: --{key}=...")
+                meant = "" if key in known else did_you_mean(key, known)
+                raise UsageError(f"--{key} needs a value: --{key}=...{meant}")
         if key in given:
             raise UsageError(f"--{key} is given twice")
         given[key] = text
@@ -157,3 +161,28 @@ def _split(
 def strip(hint: Any) -> Any:
     """A type hint without its annotations."""
     return typing.get_args(hint)[0] if typing.get_origin(hint) is typing.Annotated else hint
+
+
+def convert(name: str, text: str, hint: Any) -> Any:
+    """The text of a flag as the parameter's type; text stays text. Raises UsageError for what is none."""
+    plain = strip(hint)
+    options = typing.get_args(plain)
+    if type(None) in options and (text in NULL or text.lower() in ("none", "null")):
+        return None
+    if plain is str or (str in options and typing.get_origin(plain) not in (list, tuple)):
+        if text in NULL:  # no text in files either, and ~ alone is no home: shells fill that in
+            raise UsageError(f"--{name}={text}: {NO_TEXT}")
+        return text
+    is_many = any(typing.get_origin(o) in (list, tuple) for o in (plain, *options))
+    words = (
+        [part.strip() for part in text.strip("[]()").split(",") if part.strip()]
+        if is_many
+        else [text.strip()]
+    )
+    values: list[str] = [Scalar(word) if is_scalar(word) else word for word in words]
+    value: Any = values if is_many else values[0]
+    try:
+        return pydantic.TypeAdapter(typed(hint)).validate_python(value)
+    except pydantic.ValidationError as error:
+        said = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise UsageError(f"--{name}={text}: {said[0].lower()}{said[1:]}") from None

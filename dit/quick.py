@@ -7,15 +7,17 @@ classes (`schema.py`), with the very code that checks the classes afterwards: th
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import inspect
 import os
 import re
 import sys
-from collections.abc import Mapping
+import typing
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from dit.commandline import Tool, choose, fail, help_asked, parse, speak_in_any_locale
+from dit.commandline import Tool, choose, convert, fail, help_asked, parse, speak_in_any_locale
 from dit.config import ConfigError, Registry, config, did_you_mean, from_dict
 from dit.configfile import load, overridden
 from dit.errors import UserError
@@ -80,7 +82,12 @@ def check(tool: Tool, function: Command, values: Mapping[str, str]) -> None:
     parameters = inspect.signature(function).parameters
     rest = [p.name for p in parameters.values() if p.kind is p.VAR_KEYWORD]
     keys = {key: text for key, text in values.items() if key not in parameters}
+    hints = typing.get_type_hints(function, include_extras=True)
+    for name, text in values.items():
+        if name in parameters:
+            convert(name, text, hints.get(name, str))
     if tool.config is not None:
+        _check_flags(tool.config, keys, parameters)
         _check_config(tool.config, values[next(iter(parameters))], keys)
     elif rest:
         for family in families(rest[0]):
@@ -93,6 +100,15 @@ def check(tool: Tool, function: Command, values: Mapping[str, str]) -> None:
                 _check_choice(family, tool.choices[family], chosen, own)
             elif family in tool.keys:
                 _check_keys(own, tool.keys[family])
+
+
+def _check_flags(cls: type, keys: Iterable[str], flags: Iterable[str]) -> None:
+    """Refuse a key that there is not and that looks like a flag of the tool's own."""
+    sections = {f.name.rstrip("_") for f in dataclasses.fields(cls)}
+    for key in keys:
+        near = difflib.get_close_matches(key, flags, n=1, cutoff=0.8)
+        if near and key.split(".")[0] not in sections:
+            raise UsageError(f"unknown flag --{key}; did you mean {near[0]}?")
 
 
 def _check_config(cls: type, file: str, keys: Mapping[str, str]) -> None:

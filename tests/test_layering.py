@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "files": "errors",
     "version": "",
     "helptext": "errors config",
-    "commandline": "errors helptext config ranks",
+    "commandline": "errors scalars helptext config ranks",
     "schema": "helptext config commandline",
     "quick": "errors helptext config configfile commandline schema",
     "scalars": "",
@@ -82,7 +82,7 @@ MAY_IMPORT = {
     "interop": "errors files version config configfile ranks flow model data train experiments outputs",
     "bench": "errors files version config rng ranks flow model data train",
     "api": "errors files progress config configfile rng ranks flow model sample data train experiments",
-    "cli": "errors helptext scalars progress config ranks commandline",
+    "cli": "errors helptext progress config ranks commandline",
     "flags": "helptext config",
     "tools": "errors files progress config configfile ranks sample data evals train stage1 experiments"
     " interop bench cli flags outputs commandline schema quick",

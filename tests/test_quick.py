@@ -135,6 +135,25 @@ def test_what_may_be_right_is_left_to_the_classes(name: str, words: list[str]) -
     assert quick(name, str(ROOT / first) if name == "train" else first, *words) == ""
 
 
+@pytest.mark.parametrize(
+    ("name", "words", "says"),
+    [
+        ("sample", ["run", "--out=x", "--num_samples=many"], "--num_samples=many: input should be a valid integer"),
+("likelihood", ["run", "d", "--num_steps=x"], "--num_steps=x: input should be a valid integer"),
+        ("encode", ["a", "b", "--flip=perhaps"], "--flip=perhaps: input should be a valid boolean"),
+        ("encode", ["a", "b", "--posterior=mean"], "--posterior=mean: input should be 'moments' or 'sample'"),
+        ("train", ["configs/digits.yaml", "--dry_run=2.5"], "--dry_run=2.5: input should be a valid boolean"),
+    ],
+)  # fmt: skip
+def test_a_flag_of_the_wrong_type_is_refused_at_once(name: str, words: list[str], says: str) -> None:
+    assert quick(name, *words).startswith(f"UsageError: {says}")
+
+
+@pytest.mark.parametrize("typed", ["--dryrun", "--dryrun=true"])
+def test_a_mistyped_switch_is_told_of_where_any_key_may_be_given(typed: str) -> None:
+    assert quick("train", "configs/digits.yaml", typed).endswith("; did you mean dry_run?")
+
+
 def test_sample_takes_the_keys_of_any_codec() -> None:
     assert (
         quick("sample", "run", "--out=x", "--codec.groups=3", "--codec_dtype=float16", "--guidance=x") == ""

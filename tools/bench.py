@@ -189,7 +189,7 @@ def step(
 
     The plain loop: timm's attention, an unfused modulation and AdamW, an average parameter by parameter, no clipping.
     `x plain` is its time over ours. The table and the figures are written as they come, so that a time limit loses
-    nothing. On a GPU: --size=XL,S --batch=256 --precision=bf16 --compile --steps=30.
+    nothing. On a GPU: --size=XL,S --batch=256 --precision=bf16 --compile --steps=10 --stages=0,2.
     """
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dit.config import ConfigError, config, from_dict, merge, to_dict
 from dit.data.codecs.base import Codec
-from dit.errors import UserError
+from dit.errors import UserError, shown
 from dit.experiments.diffusion import Experiment
 from dit.experiments.drawing import check_labelled
 from dit.experiments.trained import Precision, Trained
@@ -71,12 +71,18 @@ def load(
     over where training had the codec, such as {"path": FOLDER, "dtype": "bfloat16"}; it is opened when first needed.
 
     Raises UserError (CheckpointError) where there is no such model or its files are damaged, ConfigError for another
-    precision. Warns where the average still holds much of the first weights.
+    precision or codec. Warns where the average still holds much of the first weights.
     """
+    _check_keys(codec)
     place = chosen_device(device, World.from_env(), "device")
     trained = Trained.load(os.fspath(run_or_checkpoint), weights, place)
     trained.average.warn()
     return TrainedModel(trained, place, trained.precision(precision), dict(codec or {}))
+
+
+def _check_keys(codec: Any) -> None:
+    if not isinstance(codec, Mapping | None):
+        raise ConfigError(f"codec: expected keys over training's, as {{'path': FOLDER}}, got {shown(codec)}")
 
 
 @dataclass(frozen=True, repr=False)
@@ -167,7 +173,7 @@ class TrainedModel:
         Raises ConfigError for an option or a class that is none, DataError where the codec cannot be opened,
         NotFiniteError naming the first image that is none. Warns where latents are far from those of data.
         """
-        with self._drawn(self.codec, num_samples, classes, batch_size, shift, progress, how) as (
+        with self._drawn(True, num_samples, classes, batch_size, shift, progress, how) as (
             sampler,
             drawn,
         ):
@@ -187,13 +193,13 @@ class TrainedModel:
 
         Arguments and errors as for `sample`; `decode` makes its images of them.
         """
-        with self._drawn(None, num_samples, classes, batch_size, shift, progress, how) as (_, drawn):
+        with self._drawn(False, num_samples, classes, batch_size, shift, progress, how) as (_, drawn):
             return torch.cat([batch.latents for batch in drawn])
 
     @contextlib.contextmanager
     def _drawn(
         self,
-        codec: Codec | None,
+        decodes: bool,
         num_samples: int,
         classes: Classes,
         batch_size: int,
@@ -201,10 +207,11 @@ class TrainedModel:
         progress: bool,
         how: HowToDraw,
     ) -> Iterator[tuple[Sampler, Iterator[Batch]]]:
-        """The sampler, and the batches that it draws while they are taken."""
+        """The sampler, and the batches that it draws while they are taken. A codec is opened after what is cheaper."""
         amount = from_dict(_Amount, {"num_samples": num_samples, "batch_size": batch_size})
         spec, chosen = _spec(how, shift), self.trained.classes(classes)
         check_labelled(spec, chosen, self.trained)
+        codec = self.codec if decodes else None
         sampler = self.trained.sampler(spec, codec, self.device, self.precision)
         index = torch.arange(amount.num_samples)
         reach = [0.0]

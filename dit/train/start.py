@@ -43,6 +43,7 @@ def train(cfg: RunConfig, make_parts: MakeParts, owns_process: bool = True) -> N
     # signals from the beginning: they may come while the run loads what it needs
     with stop_request(owns_process) as stop, contextlib.ExitStack() as held:
         run = _started(cfg, make_parts, held)
+        held.enter_context(_closed(run.engine))
         if run.step >= cfg.train.steps:
             run.complete()
             run.close()
@@ -86,6 +87,17 @@ def _leaving_together() -> Iterator[None]:
     except Stopped:
         group.barrier()
         raise
+
+
+@contextlib.contextmanager
+def _closed(engine: Engine) -> Iterator[None]:
+    """Close it where the run ends in good order; after a failure that might wait for a device that does not answer."""
+    try:
+        yield
+    except Stopped:
+        engine.close()
+        raise
+    engine.close()
 
 
 def _done(run: Run) -> str:

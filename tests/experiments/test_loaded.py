@@ -140,6 +140,10 @@ def test_the_codec_is_opened_once_and_not_for_latents(run: Path, tmp_path: Path)
     assert nowhere.sample_latents(1, num_steps=1).shape == (1, 4, 8, 8)
     with pytest.raises(UserError, match="nowhere"):
         nowhere.sample(1, num_steps=1)
+    with pytest.raises(
+        ConfigError, match="did you mean cfg_scale"
+    ):  # said before the codec takes its seconds
+        nowhere.sample(1, cfgscale=2)  # type: ignore[call-arg]
     model = load(run)
     assert model.codec is model.codec
 
@@ -235,5 +239,7 @@ def test_what_cannot_be_loaded_is_named(run: Path, tmp_path: Path) -> None:
         load(run, precision="fp16")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="device=gpu: no such device; expected cpu, cuda"):
         load(run, device="gpu")
+    with pytest.raises(ConfigError, match=r"codec: expected keys over training's, as .*, got '/vae'"):
+        load(run, codec="/vae")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="pth: unknown key; did you mean path"):
         load(run, codec={"pth": "x"}).decode(torch.zeros(1, 4, 8, 8))

@@ -162,7 +162,7 @@ def turns(cfg: StepBench) -> int:
 
 def _in_turns(bench: Bench, report: Report, known: Callable[[], None]) -> None:
     """All contenders together, in turns; what is known is handed on after every round."""
-    contenders = [_built(bench, entry) for entry in bench.entries()]
+    contenders = [_turn(bench, entry.name, _built(bench, entry)) for entry in bench.entries()]
 
     def after_round(found: dict[str, TurnFigures]) -> None:
         bench.found = found
@@ -176,45 +176,63 @@ def _in_turns(bench: Bench, report: Report, known: Callable[[], None]) -> None:
 def _one_by_one(bench: Bench, report: Report, known: Callable[[], None]) -> None:
     """One contender after the other, alone on the device."""
     for entry in bench.entries():
-        torch.cuda.reset_peak_memory_stats()
-        contender = _built(bench, entry)
-        bench.found |= take_turns([contender], bench.cfg.repeats, progress=report.turn)
+        stepper = _built(bench, entry)
+        turn = _turn(bench, entry.name, stepper)
+        bench.found |= take_turns([turn], bench.cfg.repeats, progress=report.turn)
         bench.about[entry.name]["peak_bytes"] = torch.cuda.max_memory_allocated()
-        del contender
+        stepper.close()
+        del stepper, turn
         _clear(bench.device)
         known()
         report.line(line(entry.name, bench.row(entry)))
 
 
-def _built(bench: Bench, entry: Entry) -> Contender:
-    """The contender, after a step. Where the GPU's memory does not take the batch, in micro-batches of half of it."""
+def _built(bench: Bench, entry: Entry) -> Stepper:
+    """The contender, after its first steps. Where the GPU's memory is too small, in micro-batches of half the size."""
     cfg, micro = bench.cfg, bench.cfg.micro_batch or bench.cfg.batch
-    stepper = _fitting(entry, micro)
+    stepper = _fitting(bench.device, entry, micro)
     while stepper is None and micro > 1 and cfg.micro_batch is None:
         micro = max(m for m in range(1, micro) if cfg.batch % m == 0)
-        _clear(bench.device)
-        stepper = _fitting(entry, micro)
+        stepper = _fitting(bench.device, entry, micro)
     if stepper is None:
         raise ConfigError(f"{entry.name} does not fit in this device's memory with micro-batches of {micro}")
     bench.about[entry.name] = {"engine": stepper.about, "micro_batch": micro}
+    return stepper
 
-    def run(turn: int, stepper: Stepper = stepper) -> int:
-        for _ in range(cfg.steps):
+
+def _turn(bench: Bench, name: str, stepper: Stepper) -> Contender:
+    """A turn of a contender's steps."""
+
+    def run(turn: int) -> int:
+        for _ in range(bench.cfg.steps):
             stepper.step()
         _wait(bench.device)
-        return cfg.steps * cfg.batch
+        return bench.cfg.steps * bench.cfg.batch
 
-    return Contender(entry.name, run)
+    return Contender(name, run)
 
 
-def _fitting(entry: Entry, micro: int) -> Stepper | None:
-    """The contender, after a step; None where memory ran out."""
+def _fitting(device: torch.device, entry: Entry, micro: int) -> Stepper | None:
+    """The contender, after the steps that show how much memory it takes; None where that ran out.
+
+    Two of them: the optimizer's state is there from the first one's end. The peak of memory is counted from here.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    stepper, fits = None, True
     try:
         stepper = entry.make(micro)
-        stepper.step()
+        for _ in range(2):
+            stepper.step()
     except torch.cuda.OutOfMemoryError:
-        return None
-    return stepper
+        fits = False
+    if fits:
+        return stepper
+    if stepper is not None:
+        stepper.close()
+    del stepper
+    _clear(device)  # not where the error is handled, which holds the frames that hold the tensors
+    return None
 
 
 def _clear(device: torch.device) -> None:

@@ -56,6 +56,9 @@ class Stepper(Protocol):
     def step(self) -> None:
         """Do one training step."""
 
+    def close(self) -> None:
+        """Give its memory back."""
+
 
 class Setting:
     """One size of model on one device: the samples of every step, and how both networks are made."""
@@ -90,10 +93,16 @@ class PlainStep:
         self.setting, self.micro = setting, micro
         self.loop = PlainLoop(setting.plain(), setting.cfg.precision == "bf16", compiled)
         kind = type(self.loop.optimizer).__name__
-        self.about = f"plain torch{', compiled' if compiled else ''}: {kind} not fused, average by parameter"
+        how = (
+            "not fused" if setting.device.type == "cpu" else "not fused (foreach)"
+        )  # torch's own choice there
+        self.about = f"plain torch{', compiled' if compiled else ''}: {kind} {how}, average by parameter"
 
     def step(self) -> None:
         self.loop.step(self.setting.latents, self.setting.label, self.micro)
+
+    def close(self) -> None:
+        """Nothing to do: nobody else knows of it."""
 
 
 class OurStep:
@@ -126,6 +135,9 @@ class OurStep:
         self.meters.add_step(losses, fingerprints)
         self.number += 1
 
+    def close(self) -> None:
+        self.engine.close()
+
 
 class BareStep:
     """Forward and backward pass of a network alone, in plain torch: the mean square of what it says."""
@@ -152,6 +164,9 @@ class BareStep:
             with self.autocast:
                 out: Tensor = self.model(x, t, condition)
             out.square().mean().backward()
+
+    def close(self) -> None:
+        """Nothing to do: nobody else knows of it."""
 
 
 def _engine(setting: Setting, micro: int, stage: Stage | None) -> Engine:

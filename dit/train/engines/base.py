@@ -77,6 +77,9 @@ class Engine(Protocol):
     def set_updates(self, updates: int) -> None:
         """Continue as if this many updates had been applied (Adam's bias correction follows)."""
 
+    def close(self) -> None:
+        """Give back what it holds, for what this process does next; it is of no use afterwards."""
+
 
 def ensure_adam_state(optimizer: torch.optim.Optimizer, flat: Tensor) -> dict[str, Tensor]:
     """The optimizer's state for `flat`, made as AdamW itself would at its first step if it is not there."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import ctypes
 import functools
 import platform
+from collections.abc import Callable
 
 import torch
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # mallopt(3)
 KEPT = 1 << 30  # bytes: so much free memory stays with the process, and blocks up to this come from the heap
+KEPT_BEFORE = 1 << 25  # the largest blocks that glibc before 2.35 lets come from the heap
 
 
 @functools.cache
@@ -22,5 +24,15 @@ def keep_freed_memory(device: torch.device) -> bool:
     """
     if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
         return False
-    mallopt = ctypes.CDLL(None).mallopt
-    return bool(mallopt(TRIM_THRESHOLD, KEPT) and mallopt(MMAP_THRESHOLD, KEPT))
+    return keep_with(ctypes.CDLL(None).mallopt)
+
+
+def keep_with(mallopt: Callable[[int, int], int]) -> bool:
+    """The same by a mallopt: (parameter, bytes) -> 0 where it is refused.
+
+    Blocks come first. Either call ends glibc's own adapting, and with the other one alone all blocks above 128 KiB
+    would go back to the kernel for good.
+    """
+    if not any(mallopt(MMAP_THRESHOLD, size) for size in (KEPT, KEPT_BEFORE)):
+        return False
+    return bool(mallopt(TRIM_THRESHOLD, KEPT))

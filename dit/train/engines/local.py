@@ -74,3 +74,6 @@ class LocalEngine:
     def set_updates(self, updates: int) -> None:
         self.updates = updates
         set_adam_step(self.optimizer, updates)
+
+    def close(self) -> None:
+        """Nothing to do: nobody else knows of it."""

@@ -36,6 +36,8 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import deepspeed
     from deepspeed.runtime import torch_autocast
+    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
     from deepspeed.utils import groups, set_z3_leaf_modules
     from deepspeed.utils import logger as deepspeed_logger
 
@@ -99,6 +101,14 @@ def _forget_earlier_engines() -> None:
     """What DeepSpeed keeps in modules of an engine before this one, in the same process, and would go by."""
     torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
     groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
+
+
+def _forget_module(module: nn.Module) -> None:
+    """What stage 3 keeps of a model in its own modules, for as long as the process lives."""
+    stack = parameter_offload.FWD_MODULE_STACK
+    stack[:] = [other for other in stack if other is not module]
+    released = vars(PartitionedParameterCoordinator)["_PartitionedParameterCoordinator__params_to_release"]
+    released.__closure__[0].cell_contents.cache_clear()  # a method's lru_cache, of all engines
 
 
 class DeepSpeedEngine:
@@ -220,6 +230,12 @@ class DeepSpeedEngine:
         self.updates = updates
         self.fragments()  # creates the state
         set_adam_step(self._base_optimizer(), updates)
+
+    def close(self) -> None:
+        self._fragments = None
+        self._engine.destroy()  # hooks of parameters, in C++, by which they and their optimizer hold each other
+        if self.stage == 3:
+            _forget_module(self.module)
 
 
 def _whole(engine: DeepSpeedEngine) -> list[Fragment]:

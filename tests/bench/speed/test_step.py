@@ -9,9 +9,21 @@ import pytest
 import torch
 
 from dit.bench.speed.plain import DECAY, PlainDiT, PlainLoop
-from dit.bench.speed.step import BARE_OURS, BARE_PLAIN, LOCAL, PLAIN, Bench, Entry, Report, _built, run, turns
+from dit.bench.speed.step import (
+    BARE_OURS,
+    BARE_PLAIN,
+    LOCAL,
+    PLAIN,
+    Bench,
+    Entry,
+    Report,
+    _built,
+    _turn,
+    run,
+    turns,
+)
 from dit.bench.speed.step_table import closing, line
-from dit.bench.speed.steppers import OurStep, PlainStep, Setting, StepBench
+from dit.bench.speed.steppers import OurStep, Setting, StepBench
 from dit.bench.speed.turns import MedianRange
 from dit.config import ConfigError, from_dict
 from dit.interop.weights import to_theirs
@@ -98,29 +110,41 @@ def test_a_straw_man_is_called_one(median: float, verdict: str) -> None:
     assert verdict in closing({"bare_plain_of_ours": vars(MedianRange(median, 1.0, 2.0))})
 
 
-def test_what_does_not_fit_is_taken_in_smaller_micro_batches() -> None:
-    bench, asked = Bench(setting()), []
+class Crowded:
+    """Runs out of memory at step `at` in micro-batches of more than 1, as GPUs do once Adam's moments are there."""
 
-    def make(micro: int) -> PlainStep:
-        asked.append(micro)
-        if micro > 1:
+    about = "crowded"
+
+    def __init__(self, micro: int, at: int):
+        self.micro, self.at, self.steps, self.is_closed = micro, at, 0, False
+
+    def step(self) -> None:
+        self.steps += 1
+        if self.micro > 1 and self.steps >= self.at:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return PlainStep(bench.setting, micro, compiled=False)
 
-    contender = _built(bench, Entry("big", make))
-    assert asked == [4, 2, 1]
+    def close(self) -> None:
+        self.is_closed = True
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_what_does_not_fit_is_taken_in_smaller_micro_batches(at: int) -> None:
+    bench, made = Bench(setting()), []
+
+    def make(micro: int) -> Crowded:
+        made.append(Crowded(micro, at))
+        return made[-1]
+
+    assert _built(bench, Entry("big", make)) is made[-1]
+    assert [one.micro for one in made] == [4, 2, 1]
+    assert [one.is_closed for one in made] == [True, True, False]
     assert bench.about["big"]["micro_batch"] == 1
-    assert contender.run(0) == 4
+    assert _turn(bench, "big", made[-1]).run(0) == 4
 
 
 def test_a_micro_batch_that_was_asked_for_is_not_changed() -> None:
-    bench = Bench(setting(micro_batch=2))
-
-    def make(micro: int) -> PlainStep:
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-
     with pytest.raises(ConfigError, match="big does not fit in this device's memory with micro-batches of 2"):
-        _built(bench, Entry("big", make))
+        _built(Bench(setting(micro_batch=2)), Entry("big", lambda micro: Crowded(micro, at=1)))
 
 
 def test_micro_batches_fill_the_batch() -> None:
