@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -115,8 +116,12 @@ def build(plan: Plan) -> Run:
     """Make every part of a run that was planned and checked, and claim the run directory. Collective."""
     cfg, world, parts, zero, stream = plan.cfg, plan.world, plan.parts, plan.sharding, plan.stream
     module = group.together(plan.build)
-    stage = {"stage": zero.stage, "why": zero.why} if zero.why else {"stage": zero.stage}
-    folder = run_dir.claim(cfg, world, {} if cfg.engine == "local" else stage)
+    facts: dict[str, Any] = {
+        "flops_per_sample": parts.flops_per_image
+    }  # of a training step: `compare-runs` draws against FLOPs
+    if cfg.engine != "local":
+        facts |= {"stage": zero.stage, **({"why": zero.why} if zero.why else {})}
+    folder = run_dir.claim(cfg, world, facts)
     engine = _engine(plan, module)
     ema, records = Ema(engine, cfg.ema), Records(folder, world)
     samples = synthetic_samples(stored_shape(plan.manifest), len(plan.manifest.classes), world.device)

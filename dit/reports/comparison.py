@@ -1,0 +1,212 @@
+"""What sets runs apart: keys, the first step at which they part, and which of them is better by which figure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from dit.config import flatten
+from dit.errors import shown
+from dit.reports.told import RunTold
+from dit.train.run_dir import is_operational
+
+NOT_COMPARED = ("run_dir",)  # different in every two runs, and of no effect
+ROUNDING = 1e-6  # relative: losses closer than this are the same, summed in another order
+# What decides which loss is a mean of what: runs that differ here have training losses of different things
+DECIDES_LOSS = ("objective", "data", "latents", "model.learn_sigma", "train.label_drop")
+HIGHER_IS_BETTER = ("precision", "recall", "density", "coverage", "inception_score", "class_accuracy")
+HELD_OUT_LOSS = "held-out loss"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A key that has not the same value in all runs. values: of each run, in their order; None where it has none."""
+
+    key: str
+    values: tuple[Any, ...]
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether a run with another value is another run, rather than the same on other machines."""
+        return not is_operational(self.key)
+
+
+@dataclass(frozen=True)
+class Parting:
+    """Where two runs part. step: the first logged step at which they differ; None where they never do.
+
+    what: "batches" (their batch_hash), or "losses" of the same batches. compared: steps that both have logged.
+    """
+
+    step: int | None
+    what: str
+    compared: int
+    relative: float = 0.0  # of the losses at that step
+
+    def __str__(self) -> str:
+        """Say it in a line."""
+        if not self.compared:
+            return "they have logged no step in common"
+        if self.step is None:
+            return f"the same in all {self.compared} logged steps that both have: batches, and losses within 1e-6"
+        if self.what == "batches":
+            return f"other batches from step {self.step} on (its batch_hash is another)"
+        return f"the same batches; losses part at step {self.step}, by {self.relative:.2g} of their size"
+
+
+def parting(a: RunTold, b: RunTold) -> Parting:
+    """Find the first logged step at which two runs differ: in their batches, or else in their losses."""
+    others = {row["step"]: row for row in b.steps}
+    both = [(row, others[row["step"]]) for row in a.steps if row["step"] in others]
+    for mine, theirs in both:
+        if mine.get("batch_hash") != theirs.get("batch_hash"):
+            return Parting(mine["step"], "batches", len(both))
+        if (apart := _apart(mine.get("loss"), theirs.get("loss"))) > ROUNDING:
+            return Parting(mine["step"], "losses", len(both), apart)
+    return Parting(None, "", len(both))
+
+
+def _apart(a: float | None, b: float | None) -> float:
+    """The relative difference of two losses; a loss that was not finite is written as None."""
+    if a is None or b is None:
+        return 0.0 if a is b else float("inf")
+    return abs(a - b) / max(abs(a), abs(b), 1e-30)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A figure of a run at a step. digest: the hash of how it was measured; protocol: that in full, where it is told.
+
+    interval: what the bootstrap gave, lower and upper end, or None.
+    """
+
+    run: RunTold
+    figure: str
+    digest: str
+    step: int
+    value: float
+    interval: tuple[float, float] | None = None
+    protocol: Mapping[str, Any] | None = None
+
+    @property
+    def is_low_good(self) -> bool:
+        """Whether less of it is better."""
+        return self.figure.rpartition("/")[2] not in HIGHER_IS_BETTER
+
+
+def measured(run: RunTold) -> Iterator[Measured]:
+    """Every figure that a run has on file: of its evaluations, and its losses on held-out data."""
+    for row in run.evaluations:
+        intervals = row.get("intervals") or {}
+        for name, value in row["figures"].items():
+            if isinstance(value, int | float):
+                ends = intervals.get(name)
+                interval = None if ends is None else (float(ends[0]), float(ends[1]))
+                yield Measured(
+                    run, name, row["hash"], row["step"], float(value), interval, row.get("protocol")
+                )
+    for row in run.held_out:
+        if isinstance(row.get("loss"), int | float):
+            yield Measured(run, HELD_OUT_LOSS, str(row.get("protocol")), row["step"], float(row["loss"]))
+
+
+@dataclass(frozen=True)
+class Contest:
+    """One figure that two runs or more have by the same protocol. standings: the newest of each run, the best first."""
+
+    figure: str
+    digest: str
+    standings: Sequence[Measured]
+
+    @classmethod
+    def of(cls, found: Sequence[Measured]) -> Contest:
+        """Make one of all there is of a figure, in the order in which it was measured."""
+        newest = {id(one.run): one for one in sorted(found, key=lambda one: one.step)}
+        sign = 1 if found[0].is_low_good else -1
+        standings = sorted(newest.values(), key=lambda one: sign * one.value)
+        return cls(found[0].figure, found[0].digest, standings)
+
+    def __str__(self) -> str:
+        """Say which run is best, by how much, and whether that may be chance."""
+        best, second = self.standings[:2]
+        order = "lower" if best.is_low_good else "higher"
+        gap = 100 * abs(best.value - second.value) / max(abs(second.value), 1e-30)
+        words = f"{best.run.name} is best by {self.figure} ({order} is better): {best.value:.4g} against "
+        words += f"{second.value:.4g} of {second.run.name}, {gap:.2g}% apart"
+        if best.step != second.step:
+            words += f"; at steps {best.step} and {second.step}, which are not the same amount of training"
+        if best.interval and second.interval:
+            is_clear = best.interval[1] < second.interval[0] or second.interval[1] < best.interval[0]
+            words += (
+                "; their intervals do not touch"
+                if is_clear
+                else "; their intervals overlap: it may be chance"
+            )
+        return words
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several runs beside each other."""
+
+    runs: Sequence[RunTold]
+
+    @cached_property
+    def differences(self) -> list[Difference]:
+        """The keys that differ, those that decide what a run computes first."""
+        keys = sorted({key for run in self.runs for key in run.config} - {*NOT_COMPARED})
+        rows = [Difference(key, tuple(run.config.get(key) for run in self.runs)) for key in keys]
+        differing = [row for row in rows if any(value != row.values[0] for value in row.values)]
+        return sorted(differing, key=lambda row: not row.is_identity)
+
+    @cached_property
+    def partings(self) -> list[tuple[RunTold, Parting]]:
+        """For each run but the first, where it parts from the first."""
+        return [(run, parting(self.runs[0], run)) for run in self.runs[1:]]
+
+    @cached_property
+    def unlike(self) -> list[str]:
+        """The keys because of which the runs' training losses are of different things; none where they are not."""
+        inside = tuple(f"{prefix}." for prefix in DECIDES_LOSS)
+        return [row.key for row in self.differences if row.is_identity and f"{row.key}.".startswith(inside)]
+
+    @cached_property
+    def figures(self) -> dict[tuple[str, str], list[Measured]]:
+        """All that the runs have on file, by figure and protocol."""
+        found: dict[tuple[str, str], list[Measured]] = {}
+        for run in self.runs:
+            for one in measured(run):
+                found.setdefault((one.figure, one.digest), []).append(one)
+        return found
+
+    @cached_property
+    def contests(self) -> list[Contest]:
+        """Every figure that two runs or more have by one protocol; those of drawn images before held-out losses."""
+        shared = [ones for ones in self.figures.values() if len({id(one.run) for one in ones}) > 1]
+        return [Contest.of(ones) for ones in sorted(shared, key=lambda ones: ones[0].figure == HELD_OUT_LOSS)]
+
+    @cached_property
+    def not_comparable(self) -> list[str]:
+        """A line for each figure that runs have, but never by one protocol; it says what of their protocols differs."""
+        contested, lines = {contest.figure for contest in self.contests}, []
+        for figure in dict.fromkeys(name for name, _ in self.figures):
+            groups = [ones for (name, _), ones in self.figures.items() if name == figure]
+            if figure in contested or len({id(one.run) for ones in groups for one in ones}) < 2:
+                continue
+            first, other = groups[0][-1], groups[1][-1]
+            lines.append(
+                f"{figure} of {first.run.name} and of {other.run.name} were measured otherwise "
+                f"(protocols {first.digest} and {other.digest}{_unlike(first, other)})"
+            )
+        return lines
+
+
+def _unlike(a: Measured, b: Measured) -> str:
+    """What of two protocols differs, where both are told."""
+    if a.protocol is None or b.protocol is None:
+        return ""
+    mine, theirs = flatten(a.protocol), flatten(b.protocol)
+    keys = [key for key in sorted({*mine, *theirs}) if mine.get(key) != theirs.get(key)]
+    return ": " + ", ".join(f"{key} {shown(mine.get(key))} and {shown(theirs.get(key))}" for key in keys)

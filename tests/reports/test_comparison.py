@@ -1,0 +1,257 @@
+"""Runs beside each other: what their files tell, where they part, which is better by what, and the page."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dit.config import merge
+from dit.configfile import write_yaml
+from dit.errors import UserError
+from dit.experiments.diffusion import Experiment
+from dit.outputs import OutputError
+from dit.reports.comparison import Comparison, parting
+from dit.reports.curves import AXES, at, panels, thinned
+from dit.reports.page import as_page, as_text, write_page
+from dit.reports.told import RunTold, read_all, told_apart
+
+FLOPS = 2e6
+
+
+def made(
+    folder: Path, rows: list[dict[str, Any]], config: dict[str, Any] | None = None, **files: Any
+) -> Path:
+    """A run directory as training leaves it. files: rows of held_out, evaluations."""
+    folder.mkdir(parents=True)
+    base = {"run_dir": str(folder), "train": {"steps": 100, "global_batch": 8}, "data": {"path": "latents"}}
+    write_yaml(folder / "config.yaml", to_experiment(merge(base, config or {})))
+    lines = {"metrics": rows, "history": [{"ranks": 1, "flops_per_sample": FLOPS}], **files}
+    for name, given in lines.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
+    return folder
+
+
+def to_experiment(values: dict[str, Any]) -> Experiment:
+    from dit.config import from_dict
+
+    return from_dict(Experiment, values)
+
+
+def steps(count: int = 4, **changed: dict[int, Any]) -> list[dict[str, Any]]:
+    """Rows of every tenth step; changed: key -> {step: value}."""
+    rows = []
+    for step in range(10, 10 * count + 1, 10):
+        row = {
+            "step": step,
+            "samples": 8 * step,
+            "loss": 1 / step,
+            "images_per_s": 40.0,
+            "batch_hash": 7 * step,
+        }
+        rows.append(row | {"grad_norm": 0.5} | {key: at[step] for key, at in changed.items() if step in at})
+    return rows
+
+
+def figure(
+    step: int, value: float, digest: str = "abc", ends: tuple[float, float] | None = None, **protocol: Any
+):
+    intervals = {} if ends is None else {"frechet": list(ends)}
+    return {
+        "step": step,
+        "figures": {"frechet": value},
+        "intervals": intervals,
+        "protocol": protocol,
+        "hash": digest,
+    }
+
+
+def test_what_is_told_is_counted_from_the_files_alone(tmp_path: Path) -> None:
+    run = RunTold.read(made(tmp_path / "a", steps()))
+    assert run.name == "a"
+    assert run.flops_per_sample == FLOPS
+    assert run.seconds == pytest.approx([2.0, 4.0, 6.0, 8.0])  # 80 samples at 40 a second, four times
+    assert run.seconds_at([0, 15, 40]) == pytest.approx([0.0, 3.0, 8.0])
+    assert at("samples", run, [10]) == [80]
+    assert at("flops", run, [10]) == [80 * FLOPS]
+    assert run.config["optim.lr"] == 1e-4  # a default
+
+
+def test_a_line_that_a_kill_has_cut_off_ends_the_rows(tmp_path: Path) -> None:
+    folder = made(tmp_path / "a", steps())
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 50, "los')
+    assert [row["step"] for row in RunTold.read(folder).steps] == [10, 20, 30, 40]
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "step", "what"),
+    [
+        ({}, {}, None, "the same in all 4 logged steps"),
+        ({}, {"batch_hash": {30: 1}}, 30, "other batches from step 30 on"),
+        ({}, {"loss": {20: 1 / 20 * (1 + 1e-3)}}, 20, "the same batches; losses part at step 20, by 0.001"),
+        ({}, {"loss": {20: 1 / 20 * (1 + 1e-7)}}, None, "the same"),
+        ({}, {"loss": {40: None}}, 40, "by inf"),
+        ({"loss": {20: None}}, {"loss": {20: None}}, None, "the same"),
+        ({}, {"loss": {10: 2.0}, "batch_hash": {10: 1}}, 10, "other batches"),
+    ],
+)
+def test_runs_part_at_the_first_step_that_differs(
+    tmp_path: Path, mine: dict[str, Any], theirs: dict[str, Any], step: int | None, what: str
+) -> None:
+    a, b = made(tmp_path / "a", steps(**mine)), made(tmp_path / "b", steps(**theirs))
+    found = parting(RunTold.read(a), RunTold.read(b))
+    assert found.step == step
+    assert what in str(found)
+
+
+def test_steps_that_one_alone_has_logged_are_not_compared(tmp_path: Path) -> None:
+    odd = [{**row, "step": row["step"] + 1} for row in steps()]
+    a, b = RunTold.read(made(tmp_path / "a", steps())), RunTold.read(made(tmp_path / "b", odd))
+    assert "no step in common" in str(parting(a, b))
+
+
+def test_keys_that_differ_come_with_those_that_make_another_run_first(tmp_path: Path) -> None:
+    a = made(tmp_path / "a", steps())
+    b = made(tmp_path / "b", steps(), {"train": {"micro_batch": 4}, "objective": {"path": "vp"}, "seed": 3})
+    found = Comparison(read_all([str(a), str(b)]))
+    names = [row.key for row in found.differences]
+    assert names.index("seed") < names.index("train.micro_batch")
+    assert "run_dir" not in names
+    assert "objective.path.name" in found.unlike
+    assert "seed" not in found.unlike
+    assert "their training losses say nothing: objective.path" in as_text(found)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        (
+            (3.0, (2.9, 3.1)),
+            (4.0, (3.8, 4.2)),
+            "a is best by frechet (lower is better): 3 against 4 of b, 25% apart",
+        ),
+        ((3.0, (2.9, 3.1)), (4.0, (3.8, 4.2)), "their intervals do not touch"),
+        ((3.9, (3.7, 4.1)), (4.0, (3.8, 4.2)), "it may be chance"),
+        ((5.0, None), (4.0, None), "b is best by frechet"),
+    ],
+)
+def test_the_better_run_is_named_and_whether_that_may_be_chance(
+    tmp_path: Path, first: tuple[float, Any], second: tuple[float, Any], said: str
+) -> None:
+    a = made(tmp_path / "a", steps(), evaluations=[figure(20, 9.0), figure(40, first[0], ends=first[1])])
+    b = made(tmp_path / "b", steps(), evaluations=[figure(40, second[0], ends=second[1])])
+    (contest,) = Comparison(read_all([str(a), str(b)])).contests
+    assert said in str(contest)
+    assert ("interval" in str(contest)) == (first[1] is not None)
+
+
+def test_more_precision_is_better(tmp_path: Path) -> None:
+    rows = [{"step": 40, "figures": {"precision": p}, "protocol": {}, "hash": "h"} for p in (0.4, 0.6)]
+    a, b = (made(tmp_path / name, steps(), evaluations=[row]) for name, row in zip("ab", rows, strict=True))
+    (contest,) = Comparison(read_all([str(a), str(b)])).contests
+    assert "b is best by precision (higher is better)" in str(contest)
+
+
+def test_unlike_protocols_are_not_put_side_by_side_but_named(tmp_path: Path) -> None:
+    a = made(tmp_path / "a", steps(), evaluations=[figure(40, 3.0, "abc", reference="x")])
+    b = made(tmp_path / "b", steps(), evaluations=[figure(40, 4.0, "def", reference="y")])
+    found = Comparison(read_all([str(a), str(b)]))
+    assert found.contests == []
+    (line,) = found.not_comparable
+    assert "protocols abc and def: reference 'x' and 'y'" in line
+    assert "nothing here says which is better" in as_text(found)
+    assert len([p for p in panels(found) if p.title == "frechet"]) == 2
+
+
+def test_figures_at_different_steps_are_said_to_be(tmp_path: Path) -> None:
+    rows = [[{"step": step, "loss": loss, "protocol": "p"}] for step, loss in ((40, 0.5), (20, 0.6))]
+    a, b = (made(tmp_path / name, steps(), held_out=row) for name, row in zip("ab", rows, strict=True))
+    (contest,) = Comparison(read_all([str(a), str(b)])).contests
+    assert contest.figure == "held-out loss"
+    assert "at steps 40 and 20, which are not the same amount of training" in str(contest)
+
+
+def test_thinning_keeps_the_mean_of_every_stretch() -> None:
+    x, y = thinned(range(1000), [float(i % 2) for i in range(1000)], points=100)
+    assert len(x) == 100
+    assert y == [0.5] * 100
+    assert x[0] == 4.5
+
+
+class Reading(HTMLParser):
+    """Asks for nothing from elsewhere, and closes what it opens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.asked: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in ("meta", "input", "br", "link"):
+            self.open.append(tag)
+        self.asked += [value or "" for name, value in attrs if name in ("src", "href") and value]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_needs_nothing_else_and_shows_no_name_as_markup(tmp_path: Path) -> None:
+    a = made(tmp_path / "<b>", steps(), evaluations=[figure(40, 3.0)])
+    b = made(
+        tmp_path / "other",
+        steps(),
+        {"codec": {"name": "vae", "path": "<script>"}},
+        evaluations=[figure(40, 4.0)],
+    )
+    page = as_page(Comparison(read_all([str(a), str(b)])))
+    reading = Reading()
+    reading.feed(page)
+    assert reading.open == []
+    assert not [text for text in reading.asked if not text.startswith("#")]
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+    assert page.count("<svg") == len(AXES) * page.count("<figure>")
+    assert re.search(r"&lt;b&gt; is best by frechet", page)
+
+
+def test_a_page_of_the_same_runs_is_replaced_and_nothing_else(tmp_path: Path) -> None:
+    runs = [str(made(tmp_path / name, steps())) for name in "abc"]
+    page = tmp_path / "pages" / "ab.html"
+    write_page(Comparison(read_all(runs[:2])), page)
+    write_page(Comparison(read_all(runs[:2])), page)
+    with pytest.raises(OutputError, match="holds something else"):
+        write_page(Comparison(read_all(runs[1:])), page)
+    write_page(Comparison(read_all(runs[1:])), page, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["{a}"], "two runs or more"),
+        (["{a}", "{a}/."], "given twice"),
+        (["x={a}", "x={b}"], "two runs are called x"),
+        (["{a}", "{none}"], "no run directory"),
+        (["{a}", "{empty}"], "has logged no step yet"),
+    ],
+)
+def test_what_cannot_be_compared_is_said(tmp_path: Path, given: list[str], said: str) -> None:
+    places = {"a": made(tmp_path / "a", steps()), "b": made(tmp_path / "b", steps())}
+    places |= {"none": tmp_path / "none", "empty": made(tmp_path / "empty", [])}
+    with pytest.raises(UserError, match=said):
+        read_all([word.format(**places) for word in given])
+
+
+def test_names_are_as_short_as_tells_them_apart() -> None:
+    assert told_apart([Path("/r/x/dit"), Path("/r/y/dit"), Path("/r/z")]) == ["x/dit", "y/dit", "z"]
+
+
+def test_a_run_of_an_older_version_is_compared_by_what_its_file_says(tmp_path: Path) -> None:
+    a, b = made(tmp_path / "a", steps()), made(tmp_path / "b", steps())
+    with (b / "config.yaml").open("a") as file:
+        file.write("\nfrom_before: 3\n")
+    names = [row.key for row in Comparison(read_all([str(a), str(b)])).differences]
+    assert "from_before" in names
+    assert "train.steps" not in names

@@ -1,0 +1,41 @@
+"""What a real run's directory tells."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dit.config import from_dict
+from dit.data.shards.manifest import Manifest
+from dit.experiments.diffusion import Experiment
+from dit.reports.told import RunTold
+from tests.datasets import Digits
+from tests.train.runs import go, values
+
+
+@pytest.fixture(scope="module")
+def run(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("told") / "run"
+    go(values(digits, folder, train={"steps": 2}, checkpoint={"every": 2}))
+    return folder
+
+
+def test_the_flops_are_those_of_the_cost_model_told_by_the_start_or_by_a_checkpoint(
+    run: Path, digits: Digits
+) -> None:
+    told = RunTold.read(run)
+    cost = from_dict(Experiment, values(digits, run)).cost(Manifest.load(str(digits.moments)))
+    assert told.flops_per_sample == cost.training_flops
+    history = run / "history.jsonl"
+    rows = [json.loads(line) for line in history.read_text().splitlines()]
+    for row in rows:
+        row.pop("flops_per_sample")
+    history.write_text("".join(json.dumps(row) + "\n" for row in rows))  # as older versions began runs
+    assert RunTold.read(run).flops_per_sample == cost.training_flops
+
+
+def test_its_last_step_and_seconds(run: Path) -> None:
+    told = RunTold.read(run)
+    assert told.last["step"] == told.planned == 2
+    assert told.last["samples"] == 2 * told.batch
+    assert told.seconds[-1] > 0
