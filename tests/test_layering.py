@@ -62,8 +62,9 @@ MAY_IMPORT = {
     "train.settings": "files config ranks data train.optim train.faults train.engines train.ema",
     "train.task": "rng flow data",
     "train.meters": "files ranks flow evals",
-    "train.hooks": "errors progress config rng ranks sample data evals train.engines train.ema train.settings"
-    " train.task train.meters",
+    "train.hooks": "errors progress sample train.engines train.ema train.meters",
+    "train.held_out": "errors progress config rng ranks data evals train.engines train.ema train.settings train.task"
+    " train.hooks train.meters",
     "train.run_dir": "errors files version scalars config configfile ranks train.settings train.checkpoints"
     " outputs",
     "train.plan": "version config ranks model data train.optim train.engines train.settings train.task"

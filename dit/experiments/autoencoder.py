@@ -27,7 +27,8 @@ from dit.train.checkpoints import checkpoint
 from dit.train.checkpoints.checkpoint import CheckpointError, Reader
 from dit.train.ema import Average
 from dit.train.engines.base import Engine
-from dit.train.hooks import Hook, SampleGrid, held_out_hook, open_held_out
+from dit.train.held_out import held_out_hook, open_held_out
+from dit.train.hooks import Hook, SampleGrid
 from dit.train.plan import Parts
 from dit.train.settings import RunConfig
 

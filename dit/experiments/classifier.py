@@ -28,7 +28,7 @@ from dit.sample.denoise import with_precision
 from dit.sample.guide import LogitsFn
 from dit.train.checkpoints import checkpoint
 from dit.train.checkpoints.checkpoint import CheckpointError, Reader
-from dit.train.hooks import held_out_hook
+from dit.train.held_out import held_out_hook
 from dit.train.plan import Parts
 from dit.train.settings import RunConfig
 from dit.train.task import Network, PlainTask, Samples

@@ -27,7 +27,8 @@ from dit.sample.generate import Sampler, image_grid, labels_for
 from dit.sample.guide import Context
 from dit.sample.tally import Tally
 from dit.train.engines.base import Engine
-from dit.train.hooks import Hook, SampleGrid, held_out_hook
+from dit.train.held_out import held_out_hook
+from dit.train.hooks import Hook, SampleGrid
 from dit.train.plan import Parts
 from dit.train.task import LatentTask
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from dit.stage1.autoencoder import code_perplexity, count_codes
 from dit.stage1.autoencoder_task import AutoencoderTask
 from dit.train.ema import Ema
 from dit.train.engines.base import Engine
-from dit.train.hooks import HeldOut
+from dit.train.held_out import HeldOut
 from dit.train.meters import RunLog
 from dit.train.task import Samples
 
@@ -66,24 +67,25 @@ class ReconstructionFigures:
     def __call__(self, step: int, engine: Engine, ema: Ema, log: RunLog) -> None:
         used = ema.for_use()
         with ema.swapped_in(), torch.no_grad():
-            values = self.measure(engine, self.held_out.shown(self.task, engine, "reconstructions"))
+            each = partial(self.of_batch, engine)
+            values = self.measure(self.held_out.each(self.task, engine, "reconstructions", each))
         row = {**values, **used.row, "protocol": self.protocol}
         log.held_out(step, row)
         if engine.world.is_main:
             say(f"{figures_line({**row, 'step': step})} of {used}")
 
-    def measure(self, engine: Callable[..., Any], batches: Iterable[Samples]) -> dict[str, float]:
-        """Figures over all ranks. engine: images and noise to outputs. batches: this rank's; as many as the others'."""
+    def of_batch(self, engine: Callable[..., Any], samples: Samples) -> dict[str, np.ndarray]:
+        """Values (B, ...) float64 of each image. engine: images and noise to outputs."""
+        images = samples.moments[:, 0].float()  # (B, 3, H, W)
+        outputs = engine(images, torch.zeros(len(images), *self.task.latent, device=images.device))
+        found = self._of_each(images, outputs)
+        return {name: value.double().cpu().numpy() for name, value in found.items()}
+
+    def measure(self, batches: Iterable[dict[str, np.ndarray]]) -> dict[str, float]:
+        """Figures over all ranks. batches: what `of_batch` gave of this rank's share. Collective."""
         perceptual = self.task.perceptual
-        rows: dict[str, list[np.ndarray]] = {}
-        for samples in batches:
-            images = samples.moments[:, 0].float()  # (B, 3, H, W)
-            outputs = engine(images, torch.zeros(len(images), *self.task.latent, device=images.device))
-            for name, value in self._of_each(images, outputs).items():
-                rows.setdefault(name, []).append(value.double().cpu().numpy())
-        mine = {name: np.concatenate(found) for name, found in rows.items()}
-        shares = group.gather_objects(mine)
-        whole = {name: np.concatenate([share[name] for share in shares]) for name in mine}
+        rows = [found for share in group.gather_objects(list(batches)) for found in share]
+        whole = {name: np.concatenate([found[name] for found in rows]) for name in rows[0]}
         figures: dict[str, float] = {
             name: float(whole[name].mean()) for name in ("psnr", "ssim") if name in whole
         }

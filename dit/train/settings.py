@@ -143,11 +143,16 @@ class ValConfig:
     """The held-out loss, with EMA weights and draws that are the same in every run."""
 
     every: int = 0  # steps between held-out losses; 0 = never; needs data.val
-    batches: int = 8  # of train.global_batch samples
+    samples: int = (
+        1024  # held-out samples, or as many as there are; the same for any batch and number of ranks
+    )
+    batches: int | None = (
+        None  # as many times train.global_batch samples, in place of val.samples; null = none
+    )
 
     def __post_init__(self) -> None:
-        if self.every < 0 or self.batches < 1:
-            raise ConfigError("val.every must be at least 0 and val.batches at least 1")
+        if self.every < 0 or self.samples < 1 or (self.batches is not None and self.batches < 1):
+            raise ConfigError("val.every must be at least 0, val.samples and val.batches at least 1")
 
 
 @config

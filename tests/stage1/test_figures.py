@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dit.ranks.group import World
 from dit.rng import Draws
 from dit.stage1.autoencoder import AutoencoderConfig, Kl, Vq
 from dit.stage1.autoencoder_task import AutoencoderTask
 from dit.stage1.figures import ReconstructionFigures, figures_line, newest, psnr, ssim
 from dit.stage1.perceptual import Backbone, Perceptual
-from dit.train.hooks import HeldOut
+from dit.train.held_out import HeldOut
 from dit.train.task import Samples
 
 
@@ -76,8 +78,19 @@ def figures(
     autoencoder: AutoencoderConfig | None = None, perceptual: Perceptual | None = None
 ) -> ReconstructionFigures:
     task = AutoencoderTask(autoencoder or Kl(), 0.1, (2, 4, 4), perceptual=perceptual)
-    held_out: Any = HeldOut(None, lambda task, device: iter(()), {"data": "some"})  # type: ignore[arg-type]
-    return ReconstructionFigures(1, task, held_out)
+    return ReconstructionFigures(1, task, held_out())
+
+
+def held_out(samples: int = 64) -> HeldOut:
+    """Some data of so many samples, which nobody opens."""
+    data: Any = SimpleNamespace(digest="some")
+    return HeldOut(data, (), World(), samples, 1, samples)
+
+
+def measured(
+    figures: ReconstructionFigures, model: Callable[..., Any], parts: Iterator[Samples]
+) -> dict[str, float]:
+    return figures.measure(figures.of_batch(model, part) for part in parts)
 
 
 def batches(images: Tensor, size: int) -> Iterator[Samples]:
@@ -93,8 +106,8 @@ def test_figures_are_means_over_images_however_they_are_cut() -> None:
         seen.append(noise)
         return x * 1.5, x, x  # beyond [-1, 1]: what is shown is clamped
 
-    whole = figures().measure(model, batches(images, 6))
-    parts = figures().measure(model, batches(images, 4))
+    whole = measured(figures(), model, batches(images, 6))
+    parts = measured(figures(), model, batches(images, 4))
     assert whole == pytest.approx(parts, rel=1e-6)
     shown = ((images * 2 - 1) * 1.5).clamp(-1, 1) / 2 + 0.5
     assert whole["psnr"] == pytest.approx(float(psnr(shown, images).mean()), rel=1e-5)
@@ -105,15 +118,15 @@ def test_figures_are_means_over_images_however_they_are_cut() -> None:
 
 
 def test_images_smaller_than_its_window_have_no_ssim() -> None:
-    found = figures().measure(lambda x, noise: (x * 0.9,), batches(some(size=5), 3))
+    found = measured(figures(), lambda x, noise: (x * 0.9,), batches(some(size=5), 3))
     assert set(found) == {"psnr"}
 
 
 def test_the_frechet_distance_of_a_shift_is_its_square() -> None:
     """Features are means of pixels in [-1, 1]: a shift of 0.1 moves the mean by 0.1 in 3 channels and nothing else."""
     images = 0.2 + some(40) * 0.5
-    shifted = figures(perceptual=look()).measure(lambda x, noise: (x + 0.1,), batches(images, 20))
-    same = figures(perceptual=look()).measure(lambda x, noise: (x,), batches(images, 20))
+    shifted = measured(figures(perceptual=look()), lambda x, noise: (x + 0.1,), batches(images, 20))
+    same = measured(figures(perceptual=look()), lambda x, noise: (x,), batches(images, 20))
     assert shifted["frechet_the_eye"] == pytest.approx(3 * 0.1**2, rel=1e-3)
     assert same["frechet_the_eye"] == pytest.approx(0.0, abs=1e-9)
 
@@ -121,7 +134,7 @@ def test_the_frechet_distance_of_a_shift_is_its_square() -> None:
 def test_use_of_the_codebook_is_over_all_images() -> None:
     codes = torch.tensor([[0, 0], [1, 1], [2, 2], [3, 3], [0, 0], [1, 1]]).view(6, 1, 2)
     places = iter(codes.split(3))
-    found = figures(Vq(codebook=8)).measure(lambda x, noise: (x, x, x, next(places)), batches(some(), 3))
+    found = measured(figures(Vq(codebook=8)), lambda x, noise: (x, x, x, next(places)), batches(some(), 3))
     assert found["codebook_used"] == 4 / 8
     share = np.array([4, 4, 2, 2]) / 12
     assert found["codebook_perplexity"] == pytest.approx(math.exp(-(share * np.log(share)).sum()))
@@ -131,8 +144,7 @@ def test_the_protocol_says_what_was_measured_and_on_what() -> None:
     plain = figures()
     assert plain.protocol == figures(Vq()).protocol  # the same figures of another model
     assert plain.protocol != figures(perceptual=look()).protocol
-    other: Any = HeldOut(None, lambda task, device: iter(()), {"data": "other"})  # type: ignore[arg-type]
-    assert plain.protocol != ReconstructionFigures(1, plain.task, other).protocol
+    assert plain.protocol != ReconstructionFigures(1, plain.task, held_out(32)).protocol
 
 
 def test_the_newest_figures_are_told(tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,12 +24,13 @@ from dit.experiments.parts import make_parts
 from dit.experiments.trained import Trained
 from dit.ranks.group import World
 from dit.rng import Draws
-from dit.train.hooks import VAL_SEED, held_out_hook, open_held_out
+from dit.train import held_out
+from dit.train.held_out import SEED, held_out_hook, open_held_out
 from dit.train.task import LatentTask, batch_samples
 from tests.data.helpers import edit_manifest
 from tests.datasets import Digits
 from tests.rank_processes import Server
-from tests.train.runs import BATCH, STEPS, at_step, experiment, go, values
+from tests.train.runs import STEPS, Values, at_step, experiment, go, values
 from tests.train.test_loop import curve
 
 NAMES = ("loss", "loss_q1", "loss_q2", "loss_q3", "loss_q4")
@@ -45,17 +48,17 @@ def test_the_held_out_loss_does_not_depend_on_ranks_or_stage(
 
 
 def test_the_held_out_loss_is_that_of_the_averaged_weights(digits: Digits, reference: Path) -> None:
-    """Computed again from the checkpoint: 48 samples in one batch of 32, at draws of a seed of their own."""
+    """Computed again from the checkpoint: all 48 samples, in one batch, at draws of a seed of their own."""
     found = dict(curve(reference, "held_out/loss"))[STEPS]
     losses = {}
     for weights in ("ema", "model"):
         trained = Trained.load(str(at_step(reference, STEPS)), weights, torch.device("cpu"))
         cfg = trained.experiment
         task = LatentTask(cfg.objective, trained.norm, cfg.train.label_drop, has_unit_variance=True)
-        stream = Stream(Manifest.load(digits.moments_val), VAL_SEED, BATCH)
+        stream = Stream(Manifest.load(digits.moments_val), SEED, 48, lanes=8, window=1)
         with torch.no_grad():
             batch = stream.batch(0)
-            draws = Draws(VAL_SEED, 0, batch.slots, BATCH)
+            draws = Draws(SEED, 0, batch.slots, 48)
             samples, _ = batch_samples(batch, task, draws, torch.device("cpu"))
             losses[weights] = held_out_loss([task.loss(trained.model, samples)])["loss"]
         stream.close()
@@ -92,17 +95,55 @@ def held_out_rows(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (run_dir / "held_out.jsonl").read_text().splitlines()]
 
 
-def test_held_out_loss_does_not_depend_on_the_ranks_though_data_are_fewer_than_a_batch(
+def held_out_losses(given: Values) -> None:
+    """The held-out loss of a model from scratch, in batches of 16, as a row of held_out.jsonl."""
+    held_out.GRID = 16
+    go(given)
+
+
+def test_the_held_out_loss_is_the_same_on_any_ranks_in_any_batch(
     digits: Digits, ranks: Server, tmp_path: Path
 ) -> None:
-    given = {"data": {"val": str(digits.moments_val)}, "val": {"every": 1, "batches": 5}}
-    given["train"] = {"steps": 1, "global_batch": 96, "micro_batch": 12}
-    for size in (1, 4):
-        ranks.run(size, go, values(digits, tmp_path / str(size), **given))
-    (one,), (four,) = held_out_rows(tmp_path / "1"), held_out_rows(tmp_path / "4")
-    assert one["loss"] == pytest.approx(four["loss"], rel=1e-5)
-    assert one["protocol"] == four["protocol"]
-    assert len(one["protocol"]) == 12
+    """Three batches of 16 on 1, 2 and 4 ranks: there some have nothing left to do in the last round."""
+    found = {}
+    for size, stage, batch, micro in ((1, 0, 32, 8), (2, 3, 96, 12), (4, 1, 96, 24)):
+        sizes = {"steps": 1, "global_batch": batch, "micro_batch": micro}
+        rest = {"data": {"val": str(digits.moments_val)}, "val": {"every": 1}, "optim": {"lr": 1e-30}}
+        folder = tmp_path / str(size)
+        ranks.run(size, held_out_losses, values(digits, folder, train=sizes, zero={"stage": stage}, **rest))
+        (found[size],) = held_out_rows(folder)
+    assert len(found[1]["protocol"]) == 12
+    for size in (2, 4):
+        assert found[size]["protocol"] == found[1]["protocol"]
+        for name in ("loss", *(f"loss_q{i}" for i in (1, 2, 3, 4))):
+            assert found[size][name] == pytest.approx(found[1][name], rel=1e-6)
+
+
+def test_each_sample_of_the_grid_counts_once_whatever_the_ranks(digits: Digits, tmp_path: Path) -> None:
+    cfg = experiment(
+        values(
+            digits,
+            tmp_path,
+            data={"val": str(digits.moments_val)},
+            val={"every": 1, "samples": 40},
+            train={"global_batch": 48, "micro_batch": 4},
+        )
+    )
+    manifest = Manifest.load(digits.moments)
+    task, engine = cfg.task(manifest, World()), SimpleNamespace(device=torch.device("cpu"))
+    found = {}
+    for size in (1, 2, 3):
+        shares = []
+        for rank in range(size):
+            part = replace(open_held_out(cfg, manifest, task, World(rank, size)), grid=8, steps=5, micro=4)
+            calls: list[int] = []
+            taken = part.each(task, engine, "", lambda s, calls=calls: calls.append(1) or s.moments)
+            shares += [*taken]
+            assert len(calls) == -(-5 // size) * 2  # as often as the others
+        found[size] = torch.cat(shares).flatten(1).sort(dim=0).values
+        assert len(found[size]) == 40
+    assert torch.equal(found[1], found[2])
+    assert torch.equal(found[1], found[3])
 
 
 def test_held_out_data_with_other_classes_are_refused(digits: Digits, tmp_path: Path) -> None:
@@ -126,9 +167,10 @@ def test_held_out_classes_in_another_order_are_matched_by_name(digits: Digits, t
     for data in (digits.moments_val, other):
         cfg = experiment(values(digits, tmp_path, data={"val": str(data)}, val={"every": 1}))
         task = LatentTask(cfg.objective, cfg.norm(manifest), 0.1, has_unit_variance=True)
-        held_out = open_held_out(cfg, manifest, task, World())
-        assert held_out is not None
-        found.append(torch.cat([part.label for part in held_out.batches(task, torch.device("cpu"))]))
+        data_held_out = open_held_out(cfg, manifest, task, World())
+        assert data_held_out is not None
+        parts = data_held_out.micro_batches(task, 0, torch.device("cpu"))
+        found.append(torch.cat([part.label for part in parts]))
     assert found[0].unique().numel() > 5
     assert torch.equal(found[1], 9 - found[0])
 
@@ -142,21 +184,21 @@ def test_held_out_data_of_another_codec_are_refused(digits: Digits, tmp_path: Pa
     assert not (tmp_path / "run").exists()
 
 
-def test_held_out_data_too_few_for_the_ranks_are_refused(digits: Digits, tmp_path: Path) -> None:
+def test_held_out_data_of_fewer_than_a_group_are_refused(digits: Digits, tmp_path: Path) -> None:
     cfg = experiment(
         values(
             digits,
             tmp_path,
             data={"val": str(digits.moments_val)},
             val={"every": 1},
-            objective={"coupling": {"name": "ot", "group": 32}},
-            train={"global_batch": 256, "micro_batch": 32},
+            objective={"coupling": {"name": "ot", "group": 64}},
+            train={"global_batch": 256, "micro_batch": 64},
         )
     )
     manifest = Manifest.load(digits.moments)
     task = LatentTask(cfg.objective, cfg.norm(manifest), 0.1, has_unit_variance=True)
     with pytest.raises(
-        ConfigError, match="48 samples, taken 32 at a time: 2 ranks x groups of 32 do not divide that"
+        ConfigError, match=r"48 samples of .* are fewer than the 64 that objective.coupling.group takes"
     ):
         held_out_hook(cfg, manifest, task, World(0, 2))
 
