@@ -72,7 +72,8 @@ def unknown(cls: Any, overrides: dict[str, str]) -> list[str]:
     try:
         from_dict(cls, overridden(cls, {}, overrides)[0])
     except ConfigError as error:
-        return [line for line in str(error).splitlines() if "unknown " in line]
+        # "unknown size" is of a value, which is looked at later
+        return [line for line in str(error).splitlines() if "unknown " in line and "unknown size" not in line]
     return []
 
 
