@@ -45,7 +45,7 @@ from dit.errors import Interrupted, InterruptTold, Notice, Stopped, UserError
 from dit.helptext import Command, UsageError, help_text
 from dit.progress import say
 from dit.ranks import early
-from dit.scalars import NULL, Scalar, is_scalar, typed
+from dit.scalars import NULL, Scalar, is_scalar, refusal, typed
 
 FULL = ": free space (or raise the quota) and start the same command again"
 
@@ -157,5 +157,4 @@ def _convert(name: str, text: str, hint: Any) -> Any:
     try:
         return pydantic.TypeAdapter(typed(hint)).validate_python(value)
     except pydantic.ValidationError as error:
-        said = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise UsageError(f"--{name}={text}: {said[0].lower()}{said[1:]}") from None
+        raise UsageError(f"--{name}={text}: {refusal(error.errors()[0])}") from None
