@@ -8,6 +8,7 @@ import sys
 import typing
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -18,6 +19,7 @@ from dit import api
 from dit.config import ConfigError, to_dict
 from dit.data import DataError
 from dit.data.encoding.encode import EncodeOptions
+from dit.errors import UserError
 from tests.commands import ROOT, call
 from tests.datasets import Digits
 from tests.train.runs import at_step, differing, experiment, go, state, values
@@ -100,6 +102,8 @@ def test_wrong_experiments_are_refused_by_where_they_are_from(digits: Digits, tm
         dit.fit(tmp_path / "nothing.yaml")
     with pytest.raises(ConfigError, match="expected a YAML file, a dictionary or an Experiment, got int"):
         dit.fit(3)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"overrides: expected a dictionary, .* got list"):
+        dit.fit(given, ["train.steps=3"])  # type: ignore[arg-type]
     with pytest.raises(DataError):
         dit.fit(given, {"data.path": tmp_path / "nothing"})
     assert not (tmp_path / "run").exists()
@@ -134,12 +138,15 @@ def test_encode_refuses_what_the_command_line_does(tmp_path: Path) -> None:
     for how, says in (
         ({"codec": "pixel"}, "unknown codec 'pixel'; did you mean pixels"),
         ({"codec": "vae"}, "the vae codec needs a path"),
-        ({"codec": "pixels", "imagesize": 8}, "imagesize: unknown key; did you mean image_size"),
+        ({"codec": "pixels", "imagesize": 8}, "imagesize: unknown argument; did you mean image_size"),
+        ({"codec": "pixels", "holdot": 0.1}, "holdot: unknown argument; did you mean holdout"),
         ({"codec": "pixels", "holdout": 1.5}, "holdout is 1.5"),
     ):
         with pytest.raises(ConfigError, match=says):
             dit.encode("digits:test", out, **how)
     assert not out.exists()
+    with pytest.raises(UserError, match="images: expected a path, as text or a Path, got ndarray"):
+        dit.encode(np.zeros((4, 8, 8, 3)), tmp_path / "x", codec="pixels")  # type: ignore[arg-type]
 
 
 # --- the parts ---------------------------------------------------------------------------------------------

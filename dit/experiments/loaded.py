@@ -17,10 +17,12 @@ from torch import Tensor
 
 from dit.config import ConfigError, config, from_dict, merge, to_dict
 from dit.data.codecs.base import Codec
-from dit.errors import UserError
+from dit.errors import UserError, shown
+from dit.experiments.arguments import check_arguments
 from dit.experiments.diffusion import Experiment
 from dit.experiments.drawing import check_labelled
 from dit.experiments.trained import Precision, Trained
+from dit.files import path_text
 from dit.flow.objective import Objective
 from dit.flow.predict import Endpoints, usable
 from dit.progress import Bar, bars
@@ -74,7 +76,9 @@ def load(
     precision. Warns where the average still holds much of the first weights.
     """
     place = chosen_device(device, World.from_env(), "device")
-    trained = Trained.load(os.fspath(run_or_checkpoint), weights, place)
+    if codec is not None and not isinstance(codec, Mapping):
+        raise ConfigError(f'codec: expected keys of it, as {{"path": FOLDER}}, got {shown(codec)}')
+    trained = Trained.load(path_text(run_or_checkpoint, "run_or_checkpoint"), weights, place)
     trained.average.warn()
     return TrainedModel(trained, place, trained.precision(precision), dict(codec or {}))
 
@@ -202,6 +206,7 @@ class TrainedModel:
         how: HowToDraw,
     ) -> Iterator[tuple[Sampler, Iterator[Batch]]]:
         """The sampler, and the batches that it draws while they are taken."""
+        check_arguments(self.sample, SamplerSpec, how)
         amount = from_dict(_Amount, {"num_samples": num_samples, "batch_size": batch_size})
         spec, chosen = _spec(how, shift), self.trained.classes(classes)
         check_labelled(spec, chosen, self.trained)
