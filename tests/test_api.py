@@ -7,6 +7,7 @@ import subprocess
 import sys
 import typing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -167,3 +168,37 @@ def test_objective_and_network_train_in_a_loop_of_ones_own() -> None:
         losses.append(float(loss.detach()))
     assert losses[0] == pytest.approx(2.0, abs=0.2)  # a network that says 0 of eps - data
     assert sum(losses[-5:]) / 5 < 0.95 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("cond", "says"),
+    [
+        (None, "cond: expected a dictionary, .* got NoneType"),
+        (torch.zeros(4, dtype=torch.int64), "cond: expected a dictionary, .* got Tensor"),
+        ({"label": torch.zeros(3, dtype=torch.int64)}, r"cond\['label'\] has the shape \(3,\), .* 4 samples"),
+        ({"label": torch.tensor(0)}, r"cond\['label'\] has the shape \(\), .* 4 samples"),
+        ({"label": torch.zeros(4)}, "label: expected whole numbers, as int64, got torch.float32"),
+        ({"label": torch.full((4,), 10)}, "label 10: this model has classes 0 to 9"),
+        ({"labels": torch.zeros(4, dtype=torch.int64)}, r"needs cond\['label'\]"),
+    ],
+)
+def test_conditions_of_a_loop_of_ones_own_are_checked(cond: Any, says: str) -> None:
+    network = dit.DiTConfig(size="nano").build(input_size=8, channels=4, num_classes=10)
+    draws = dit.Draws(seed=0, step=0, slots=torch.arange(4), batch=4)
+    with pytest.raises(ValueError, match=says):
+        dit.Objective().loss(network, torch.zeros(4, 4, 8, 8), cond, draws)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: dit.Objective(path="liner"), "path: unknown path 'liner'; did you mean linear?"),
+        (lambda: dit.Objective(pth="linear"), "pth: unknown key; did you mean path?"),
+        (lambda: dit.DiTConfig(size="s"), "unknown size 's'; did you mean S?"),
+        (lambda: dit.SamplerSpec(num_steps=0), "num_steps: expected 1 or more, got 0"),
+    ],
+)
+def test_parts_are_refused_as_the_pages_say(make: Any, says: str) -> None:
+    with pytest.raises(dit.UserError) as error:
+        make()
+    assert str(error.value) == says
