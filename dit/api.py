@@ -25,11 +25,12 @@ from dit.data.sources.crops import Crop
 from dit.data.sources.decode import Decode
 from dit.data.sources.parquet import Columns
 from dit.errors import Notice, Stopped, UserError
+from dit.experiments.arguments import check_arguments
 from dit.experiments.diffusion import Experiment
 from dit.experiments.encoding import EncodeOrder, encode_images
 from dit.experiments.loaded import Choice, Place, TrainedModel, load
 from dit.experiments.parts import make_parts
-from dit.files import expand
+from dit.files import expand, path_text
 from dit.flow.objective import Objective
 from dit.flow.predict import Endpoints
 from dit.model.dit import DiTConfig
@@ -104,13 +105,14 @@ def encode(
     with what is done, and leaves what is complete. Raises ConfigError for an option that is none, DataError where
     images cannot be read or `out` is something else.
     """
+    check_arguments(encode, EncodeOptions, options)
     order = EncodeOrder(
-        images=expand(os.fspath(images)),
-        out=Path(expand(os.fspath(out))).resolve(),
+        images=expand(path_text(images, "images")),
+        out=Path(expand(path_text(out, "out"))).resolve(),
         codec=CODECS.parse(codec),
         options=from_dict(EncodeOptions, dict(options)),
         classes=classes,
-        labels=None if labels is None else os.fspath(labels),
+        labels=None if labels is None else path_text(labels, "labels"),
         columns=Columns(image_column, label_column),
         choice=LabelChoice(label_key, label_type),
         holdout=holdout,
@@ -153,5 +155,9 @@ def _experiment(given: Any, overrides: Mapping[str, Any] | None) -> Experiment:
         return given
     if not isinstance(given, str | os.PathLike | Mapping):
         raise ConfigError(f"expected a YAML file, a dictionary or an Experiment, got {type(given).__name__}")
+    if overrides is not None and not isinstance(overrides, Mapping):
+        raise ConfigError(
+            f'overrides: expected a dictionary, as {{"train.steps": 100}}, got {type(overrides).__name__}'
+        )
     source = given if isinstance(given, Mapping) else Path(given)
     return load_config(Experiment, source, overrides, said="the overrides")

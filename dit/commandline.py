@@ -21,7 +21,7 @@ from dit.config import NO_TEXT, Registry, did_you_mean
 from dit.errors import UserError
 from dit.helptext import Command, UsageError, families, summary
 from dit.ranks.world import World
-from dit.scalars import NULL, Scalar, is_scalar, typed
+from dit.scalars import NULL, Scalar, is_scalar, refusal, typed
 
 HELP = ("--help", "-h")
 
@@ -184,5 +184,4 @@ def convert(name: str, text: str, hint: Any) -> Any:
     try:
         return pydantic.TypeAdapter(typed(hint)).validate_python(value)
     except pydantic.ValidationError as error:
-        said = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise UsageError(f"--{name}={text}: {said[0].lower()}{said[1:]}") from None
+        raise UsageError(f"--{name}={text}: {refusal(error.errors()[0])}") from None

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,7 +28,7 @@ import pydantic
 from pydantic_core import core_schema
 
 from dit.errors import UserError, shown
-from dit.scalars import Scalar, typed
+from dit.scalars import Scalar, refusal, typed
 
 NO_TEXT = (
     "expected text, and null (~ alone, or nothing) is none; the home folder is ~/, a file of that name ./null"
@@ -64,7 +65,8 @@ def config(cls: type[C]) -> type[C]:
     """Make `cls` a frozen, keyword-only, hashable pydantic dataclass that forbids unknown keys.
 
     Numbers may be written as text ("1e-4": scalars.py); truth values are never taken for numbers. A field named
-    after a Python keyword is spelled with a trailing underscore (`from_`) and is `from` in YAML.
+    after a Python keyword is spelled with a trailing underscore (`from_`) and is `from` in YAML. Values that are wrong
+    raise ConfigError, however the class is called.
     """
     own = inspect.get_annotations(cls)
     hints = typing.get_type_hints(cls, include_extras=True)
@@ -73,7 +75,22 @@ def config(cls: type[C]) -> type[C]:
         extra="forbid", alias_generator=_key_of, populate_by_name=True, protected_namespaces=()
     )
     decorate = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=settings)
-    return cast(type[C], decorate(cls))
+    return cast(type[C], _in_our_words(decorate(cls)))
+
+
+def _in_our_words(cls: Any) -> Any:
+    """The class, whose `__init__` says what is wrong as a ConfigError: whoever calls it need not know pydantic."""
+    plain = cls.__init__
+
+    @functools.wraps(plain)
+    def init(self: Any, /, *args: Any, **values: Any) -> None:
+        try:
+            plain(self, *args, **values)
+        except pydantic.ValidationError as error:
+            raise ConfigError(problems=[p for e in error.errors() for p in _problems(cls, e)]) from None
+
+    cls.__init__ = init
+    return cls
 
 
 def _key_of(field_name: str) -> str:
@@ -152,10 +169,7 @@ class Registry(Generic[T]):
 
 def from_dict(cls: type[C], values: Mapping[str, Any]) -> C:
     """Build a config class from plain values, or raise one `ConfigError` naming every key at fault."""
-    try:
-        return cls(**values)
-    except pydantic.ValidationError as error:
-        raise ConfigError(problems=[p for e in error.errors() for p in _problems(cls, e)]) from None
+    return cls(**values)
 
 
 def _problems(cls: type, error: Any) -> list[Complaint]:
@@ -173,8 +187,7 @@ def _problems(cls: type, error: Any) -> list[Complaint]:
         return [Complaint(loc, f"expected {expected}, got {shown(error['input'])}")]
     if error["type"] == "string_type" and error["input"] is None:
         return [Complaint(loc, NO_TEXT)]
-    message = error["msg"].removeprefix("Value error, ")
-    return [Complaint(loc, f"{message[0].lower()}{message[1:]}, got {shown(error['input'])}")]
+    return [Complaint(loc, f"{refusal(error)}, got {shown(error['input'])}")]
 
 
 def _syntax(cls: type | None) -> str:
@@ -188,8 +201,9 @@ def _syntax(cls: type | None) -> str:
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """The end of an error message: "; did you mean X?" for the nearest choice, else what is valid."""
     choices = sorted(choices)
-    if near := difflib.get_close_matches(word, choices, n=1, cutoff=0.5):
-        return f"; did you mean {near[0]}?"
+    alike = {choice.casefold(): choice for choice in choices}
+    if near := difflib.get_close_matches(word.casefold(), alike, n=1, cutoff=0.5):
+        return f"; did you mean {alike[near[0]]}?"
     return f"; valid here: {', '.join(choices)}" if choices else ""
 
 

@@ -75,6 +75,13 @@ def _no_text(data: bytes, place: int, encoding: str, named: str) -> str:
 # --- paths -------------------------------------------------------------------------------------------------
 
 
+def path_text(given: object, what: str) -> str:
+    """The text of a path that a program gives. FileError for what is none; what: the argument's name."""
+    if not isinstance(given, str | os.PathLike):
+        raise FileError(f"{what}: expected a path, as text or a Path, got {type(given).__name__}")
+    return os.fspath(given)
+
+
 def expand(path: str) -> str:
     """A path with ~, ~user, $NAME and ${NAME} filled in, when it is used: what was typed is what is recorded.
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, Union
 
 from dit.config import Registry, annotation_at, class_at, did_you_mean, is_many, keys_of, parts_of, to_dict
-from dit.errors import UserError
+from dit.errors import UserError, shown
 
 Command = Callable[..., Any]
 Axes = list[tuple[list[str], Registry[Any]]]
@@ -110,7 +110,7 @@ def _arguments(function: Command) -> list[str]:
     for p in inspect.signature(function).parameters.values():
         if p.kind is not p.VAR_KEYWORD:
             notes = [m for m in getattr(hints.get(p.name), "__metadata__", ()) if isinstance(m, str)]
-            default = "required" if p.default is p.empty else f"default {p.default!r}"
+            default = "required" if p.default is p.empty else f"default {shown(p.default)}"
             label = p.name.upper() if _is_place(p) else f"--{p.name}"
             note = f"; {notes[0]}" if notes else ""
             rows.append(f"  {label:22s} {type_name(hints.get(p.name, str))}, {default}{note}")
@@ -127,7 +127,7 @@ def type_name(hint: Any) -> str:
     if origin in (Union, types.UnionType):
         return " | ".join(map(type_name, args))
     if hint in (None, type(None), Ellipsis):
-        return "..." if hint is Ellipsis else "None"
+        return "..." if hint is Ellipsis else "null"
     name = getattr(hint, "__name__", str(hint))
     return f"{name}[{', '.join(map(type_name, args))}]" if args else name
 
@@ -186,8 +186,8 @@ def _about(topic: str, config: type | None, axes: Axes) -> list[str]:
     lines = [f"{topic}: {note}".rstrip(": ")]
     lines += ["", f"Keys (in CONFIG.yaml, or --{rows[0].split()[0]}=value):", *rows] if rows else []
     for keys, registry in inner:
-        shown = [key for key in keys if _under(key, topic)]
-        lines += ["", f"Choices of {', '.join(shown)}:", *_choice_rows(registry)]
+        below = [key for key in keys if _under(key, topic)]
+        lines += ["", f"Choices of {', '.join(below)}:", *_choice_rows(registry)]
     return lines
 
 
@@ -248,7 +248,9 @@ def _choice_rows(registry: Registry[Any], fields: bool = True) -> list[str]:
 
 
 def _short(value: Any) -> str:
-    return str(value.get("name", value)) if isinstance(value, dict) else str(value)
+    """A default as one types it in YAML; of a choice its name."""
+    value = value.get("name", value) if isinstance(value, dict) else value
+    return value if isinstance(value, str) else shown(value)
 
 
 # --- what a key means --------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import re
 import types
 import typing
 import unicodedata
+from collections.abc import Mapping
 from decimal import Decimal
 from typing import Annotated, Any, Literal, Union
 
@@ -186,3 +187,31 @@ _READERS: dict[Any, Any] = {
     float: _real,
     bool: _truth,
 }  # pydantic takes a Scalar as the text it is
+
+
+# --- what is said where it does not take it -----------------------------------------------------------------
+
+
+_EXPECTED = {  # pydantic's kind of error -> what was expected, with the bounds of its context
+    "int_parsing": "a whole number",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_parsing": "a number",
+    "float_type": "a number",
+    "bool_parsing": "true or false",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "literal_error": "{expected}",
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "{ge} or more",
+    "less_than": "less than {lt}",
+    "less_than_equal": "{le} or less",
+}
+
+
+def refusal(error: Mapping[str, Any]) -> str:
+    """What to say of one of pydantic's errors, without what came: "expected a whole number"."""
+    if expected := _EXPECTED.get(error["type"]):
+        return f"expected {expected.format(**error.get('ctx', {}))}"
+    said = str(error["msg"]).removeprefix("Value error, ")
+    return f"{said[0].lower()}{said[1:]}"

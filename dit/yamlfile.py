@@ -52,7 +52,8 @@ def parse_yaml(text: str) -> Any:
         return None if node is None else _value(node)
     except yaml.YAMLError as error:
         hint = " (YAML is indented with spaces)" if "'\\t'" in str(error) else ""
-        raise YamlError(f"{error}{hint}") from None
+        said = str(error).replace('in "<unicode string>", ', "at ")  # the caller knows the file's name
+        raise YamlError(f"{said}{hint}") from None
     except RecursionError:
         raise YamlError("it is nested too deeply") from None
     finally:

@@ -7,7 +7,9 @@ import subprocess
 import sys
 import typing
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -18,6 +20,7 @@ from dit import api
 from dit.config import ConfigError, to_dict
 from dit.data import DataError
 from dit.data.encoding.encode import EncodeOptions
+from dit.errors import UserError
 from tests.commands import ROOT, call
 from tests.datasets import Digits
 from tests.train.runs import at_step, differing, experiment, go, state, values
@@ -100,6 +103,8 @@ def test_wrong_experiments_are_refused_by_where_they_are_from(digits: Digits, tm
         dit.fit(tmp_path / "nothing.yaml")
     with pytest.raises(ConfigError, match="expected a YAML file, a dictionary or an Experiment, got int"):
         dit.fit(3)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"overrides: expected a dictionary, .* got list"):
+        dit.fit(given, ["train.steps=3"])  # type: ignore[arg-type]
     with pytest.raises(DataError):
         dit.fit(given, {"data.path": tmp_path / "nothing"})
     assert not (tmp_path / "run").exists()
@@ -134,12 +139,15 @@ def test_encode_refuses_what_the_command_line_does(tmp_path: Path) -> None:
     for how, says in (
         ({"codec": "pixel"}, "unknown codec 'pixel'; did you mean pixels"),
         ({"codec": "vae"}, "the vae codec needs a path"),
-        ({"codec": "pixels", "imagesize": 8}, "imagesize: unknown key; did you mean image_size"),
+        ({"codec": "pixels", "imagesize": 8}, "imagesize: unknown argument; did you mean image_size"),
+        ({"codec": "pixels", "holdot": 0.1}, "holdot: unknown argument; did you mean holdout"),
         ({"codec": "pixels", "holdout": 1.5}, "holdout is 1.5"),
     ):
         with pytest.raises(ConfigError, match=says):
             dit.encode("digits:test", out, **how)
     assert not out.exists()
+    with pytest.raises(UserError, match="images: expected a path, as text or a Path, got ndarray"):
+        dit.encode(np.zeros((4, 8, 8, 3)), tmp_path / "x", codec="pixels")  # type: ignore[arg-type]
 
 
 # --- the parts ---------------------------------------------------------------------------------------------
@@ -160,3 +168,37 @@ def test_objective_and_network_train_in_a_loop_of_ones_own() -> None:
         losses.append(float(loss.detach()))
     assert losses[0] == pytest.approx(2.0, abs=0.2)  # a network that says 0 of eps - data
     assert sum(losses[-5:]) / 5 < 0.95 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("cond", "says"),
+    [
+        (None, "cond: expected a dictionary, .* got NoneType"),
+        (torch.zeros(4, dtype=torch.int64), "cond: expected a dictionary, .* got Tensor"),
+        ({"label": torch.zeros(3, dtype=torch.int64)}, r"cond\['label'\] has the shape \(3,\), .* 4 samples"),
+        ({"label": torch.tensor(0)}, r"cond\['label'\] has the shape \(\), .* 4 samples"),
+        ({"label": torch.zeros(4)}, "label: expected whole numbers, as int64, got torch.float32"),
+        ({"label": torch.full((4,), 10)}, "label 10: this model has classes 0 to 9"),
+        ({"labels": torch.zeros(4, dtype=torch.int64)}, r"needs cond\['label'\]"),
+    ],
+)
+def test_conditions_of_a_loop_of_ones_own_are_checked(cond: Any, says: str) -> None:
+    network = dit.DiTConfig(size="nano").build(input_size=8, channels=4, num_classes=10)
+    draws = dit.Draws(seed=0, step=0, slots=torch.arange(4), batch=4)
+    with pytest.raises(ValueError, match=says):
+        dit.Objective().loss(network, torch.zeros(4, 4, 8, 8), cond, draws)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: dit.Objective(path="liner"), "path: unknown path 'liner'; did you mean linear?"),
+        (lambda: dit.Objective(pth="linear"), "pth: unknown key; did you mean path?"),
+        (lambda: dit.DiTConfig(size="s"), "unknown size 's'; did you mean S?"),
+        (lambda: dit.SamplerSpec(num_steps=0), "num_steps: expected 1 or more, got 0"),
+    ],
+)
+def test_parts_are_refused_as_the_pages_say(make: Any, says: str) -> None:
+    with pytest.raises(dit.UserError) as error:
+        make()
+    assert str(error.value) == says

@@ -92,7 +92,7 @@ def exit_code(commands: Any, *words: str, config: type | None = None) -> int:
         (["a", "--place=b"], "place is given twice"),
         (["a", "--size"], "--size needs a value"),
         (["a", "--size", "--scale=2"], "--size needs a value"),
-        (["a", "--size=big"], "--size=big: input should be a valid integer"),
+        (["a", "--size=big"], "--size=big: expected a whole number"),
         (["a", "--size=2.5"], "--size=2.5"),
         (["a", "--size=0x10"], "--size=0x10: numbers are decimal: write 16"),
         (["a", "--size=1,000"], "--size=1,000: numbers are decimal: write 1000"),

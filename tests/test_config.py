@@ -131,6 +131,32 @@ def test_other_values_are_refused_and_shown(key: str, value: object) -> None:
     assert "got" in text
 
 
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"count": "many"}, "count: expected a whole number, got 'many'"),
+        ({"count": 1.5}, "count: expected a whole number, got 1.5"),
+        ({"rate": "fast"}, "rate: expected a number, got 'fast'"),
+        ({"on": "maybe"}, "on: expected true or false, got 'maybe'"),
+        ({"stage": 7}, "stage: expected 0, 1, 2 or 3, got 7"),
+        ({"size": 0}, "size: expected 1 or more, got 0"),
+        ({"cuont": 4}, "cuont: unknown key; did you mean count?"),
+    ],
+)
+def test_a_class_called_by_itself_refuses_in_the_same_words(values: dict[str, object], says: str) -> None:
+    for make in (lambda: Inner(**values), lambda: from_dict(Inner, values)):  # type: ignore[arg-type]
+        with pytest.raises(ConfigError) as error:
+            make()
+        assert str(error.value) == says
+
+
+def test_a_copy_with_a_wrong_value_and_a_check_across_fields_are_refused_alike() -> None:
+    with pytest.raises(ConfigError, match=r"^size: expected 1 or more"):
+        dataclasses.replace(Inner(), size=-1)
+    with pytest.raises(ConfigError, match=r"^low must not be above needed"):
+        Strict(needed=1, low=2)
+
+
 def test_how_a_section_or_a_list_is_written() -> None:
     assert refusal(Inner, {"many": 3}) == "many: expected a list, [...], got 3"
     assert refusal(Listing, {"one": "x", "items": "y"}).split("\n") == [
@@ -323,3 +349,4 @@ def test_did_you_mean() -> None:
     assert did_you_mean("hune", ["heun", "euler"]) == "; did you mean heun?"
     assert did_you_mean("xyz", ["heun", "euler"]) == "; valid here: euler, heun"
     assert did_you_mean("xyz", []) == ""
+    assert did_you_mean("s", ["S", "XL", "nano"]) == "; did you mean S?"  # in another case

@@ -122,6 +122,10 @@ def test_a_base_that_is_no_file_name_is_refused(write, value: str) -> None:
         ("train:\n  steps: 1\n  lr: 2\n  steps: 3\n", "key 'steps' is given twice (line 4)"),
         ("note: a\nnote: b\n", "key 'note' is given twice (line 2)"),
         ("train: [1\n", "not valid YAML"),
+        (
+            "run_dir: x\ndata: {path: a\nmodel: {size: b}\n",
+            "flow mapping\n  at line 2, column 7:",
+        ),
         ("- 1\n- 2\n", "expected keys and values, got a list"),
         ("run_dir: {{folder}}\n", "not valid YAML"),
         ("1: 2\n", "1"),

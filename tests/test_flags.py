@@ -62,7 +62,7 @@ def test_its_signature_has_the_fields_in_the_place_of_the_class() -> None:
     assert "--mode                 slow | fast, default 'slow'; how it goes" in text
     assert "--parts                str, default 'none'; a file" in text
     assert "--rounds               int, required\n" in text
-    assert "--weight               int | None, default None; grams" in text
+    assert "--weight               int | null, default null; grams" in text
 
 
 @pytest.mark.parametrize(

@@ -167,10 +167,31 @@ def test_help_shows_the_words_that_a_key_takes_and_its_meaning() -> None:
     assert rows["stride"].endswith("ddim = one integer stride from k = 0")
     assert rows["zero.offload"].endswith("all = parameters too (none | optimizer | all)")
     assert rows["latents.norm"].startswith("latents.norm = dataset the data's mean and std")
-    assert rows["model.stored_position"].startswith("model.stored_position = False keep the position table")
+    assert rows["model.stored_position"].startswith("model.stored_position = false keep the position table")
     assert rows["objective.path"] == "objective.path = linear how data become noise: alpha and sigma of t"
+    assert rows["train.micro_batch"].startswith("train.micro_batch = null samples")
+    assert rows["optim.betas"].startswith("optim.betas = [0.9, 0.999] decay")
     for row in rows.values():
         assert len(row) < 200
+        assert not row.split(" = ")[1:] or row.split(" = ")[1].split()[:1] not in (
+            ["None"],
+            ["True"],
+            ["False"],
+        )
+
+
+def test_help_shows_defaults_and_types_of_flags_as_one_types_them() -> None:
+    def work(*, out: str | None = None, flip: bool = True, name: str = "all", rate: float = 0.1) -> None:
+        """Do it."""
+
+    lines = [" ".join(line.split()) for line in help_text(work, "it", None, {}, "").splitlines()]
+    for row in (
+        "--out str | null, default null",
+        "--flip bool, default true",
+        "--name str, default 'all'",
+        "--rate float, default 0.1",
+    ):
+        assert row in lines
 
 
 def dit_experiment() -> type:

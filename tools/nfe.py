@@ -76,7 +76,7 @@ def main(
             for cell, sampler in Bar(cells, total=len(cells), unit="cell", desc=name):
                 table.measure(row | cell, partial(compare.drawn, sampler, labels, batch_size))
         table.write()
-    print(f"{out}.md, {out}.png, {out}.json")
+    print(table.markdown(), f"{out}.md, {out}.png, {out}.json", sep="\n")
 
 
 def numbers(nfe: str) -> list[int]:

@@ -24,7 +24,7 @@ from dit.commandline import Tool
 from dit.config import ConfigError, Registry, from_dict, to_dict
 from dit.configfile import overridden
 from dit.data.codecs.codec import CODECS
-from dit.experiments.drawing import DrawOrder, produce
+from dit.experiments.drawing import DrawOrder, check_amount, produce
 from dit.experiments.trained import Trained
 from dit.files import expand
 from dit.ranks import group
@@ -72,7 +72,7 @@ def main(
     """
     given = {"solver": solver, "num_steps": num_steps, "cfg_scale": cfg_scale, "seed": seed, "grid": grid}
     spec, asked, codec_keys = read_spec(given, solver_grid_codec_keys, shift, guidance)
-    check_wanted(out, save_pairs, spec)
+    check_wanted(out, save_pairs, spec, num_samples, batch_size)
     with group.session() as world:
         trained = Trained.load(run_or_ckpt, weights, world.device)
         if world.is_main:
@@ -83,8 +83,11 @@ def main(
         produce(trained, spec, order, world)
 
 
-def check_wanted(out: str | None, save_pairs: str | None, spec: SamplerSpec) -> None:
-    """Refuse to draw for nobody, and pairs that belong together only in part."""
+def check_wanted(
+    out: str | None, save_pairs: str | None, spec: SamplerSpec, num_samples: int, batch_size: int
+) -> None:
+    """Refuse to draw for nobody, no images, and pairs that belong together only in part."""
+    check_amount(num_samples, batch_size)
     if not out and not save_pairs:
         raise UsageError("missing --out (a folder for pictures) or --save_pairs (one for noise and latents)")
     if save_pairs and spec.solver.stochastic:

@@ -54,12 +54,16 @@ class DrawOrder:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        if min(self.num_samples, self.batch_size) < 1:
-            raise ConfigError(
-                f"num_samples {self.num_samples} and batch_size {self.batch_size} must be at least 1"
-            )
+        check_amount(self.num_samples, self.batch_size)
         if self.out is not None and self.out == self.save_pairs:
             raise ConfigError(f"--out and --save_pairs are both {self.out}: give each a folder of its own")
+
+
+def check_amount(num_samples: int, batch_size: int) -> None:
+    """ConfigError for numbers of images that are none."""
+    for name, number in (("num_samples", num_samples), ("batch_size", batch_size)):
+        if number < 1:
+            raise ConfigError(f"{name}: expected 1 or more, got {number}")
 
 
 def produce(trained: Trained, spec: SamplerSpec, order: DrawOrder, world: group.World) -> None:

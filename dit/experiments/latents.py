@@ -20,6 +20,8 @@ from dit.flow.couple import COUPLINGS, Coupling
 from dit.flow.path import NoisePath
 from dit.ranks.group import World
 
+SHOWN = 8  # entries of a list in a message
+
 
 @config
 class LatentsConfig:
@@ -47,8 +49,8 @@ def check_same_latents(ours: Mapping[str, Any], theirs: Mapping[str, Any], named
     for key in ("shape", "classes", "norm"):
         if ours[key] != theirs[key]:
             raise DataError(
-                f"{named} and {other} differ in the {key} of their latents ({shown(ours[key])} against "
-                f"{shown(theirs[key])}); take a run trained on the same data"
+                f"{named} and {other} differ in the {key} of their latents ({_against(ours[key], theirs[key])}); "
+                "take a run trained on the same data"
             )
 
 
@@ -59,9 +61,23 @@ def check_same_data(contract: Mapping[str, Any], manifest: Manifest, named: str,
     for name, value in found.items():
         if contract[name] != value:
             raise DataError(
-                f"{data} and {named} differ in {name}: {shown(value)} against {shown(contract[name])}; encode the data "
-                "as those of the run were"
+                f"{data} and {named} differ in {name}: {_against(value, contract[name])}; encode the data as those of "
+                "the run were"
             )
+
+
+def _against(ours: Any, theirs: Any) -> str:
+    """Two values that differ, in words: of lists that are too long to be shown how many, and the first difference."""
+    if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+        key = next(key for key in (*ours, *theirs) if ours.get(key) != theirs.get(key))
+        return f"{key}: {_against(ours.get(key), theirs.get(key))}"
+    is_long = isinstance(ours, list) and isinstance(theirs, list) and max(len(ours), len(theirs)) > SHOWN
+    if not is_long:
+        return f"{shown(ours)} against {shown(theirs)}"
+    place = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
+    at = min(len(ours), len(theirs)) if place is None else place
+    first, second = (shown(held[at]) if at < len(held) else "nothing" for held in (ours, theirs))
+    return f"{len(ours)} against {len(theirs)}, first number {at}: {first} against {second}"
 
 
 def check_same_path(ours: NoisePath, theirs: NoisePath, named: str, other: str) -> None:

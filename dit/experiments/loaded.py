@@ -18,9 +18,11 @@ from torch import Tensor
 from dit.config import ConfigError, config, from_dict, merge, to_dict
 from dit.data.codecs.base import Codec
 from dit.errors import UserError, shown
+from dit.experiments.arguments import check_arguments
 from dit.experiments.diffusion import Experiment
 from dit.experiments.drawing import check_labelled
 from dit.experiments.trained import Precision, Trained
+from dit.files import path_text
 from dit.flow.objective import Objective
 from dit.flow.predict import Endpoints, usable
 from dit.progress import Bar, bars
@@ -75,14 +77,14 @@ def load(
     """
     _check_keys(codec)
     place = chosen_device(device, World.from_env(), "device")
-    trained = Trained.load(os.fspath(run_or_checkpoint), weights, place)
+    trained = Trained.load(path_text(run_or_checkpoint, "run_or_checkpoint"), weights, place)
     trained.average.warn()
     return TrainedModel(trained, place, trained.precision(precision), dict(codec or {}))
 
 
 def _check_keys(codec: Any) -> None:
     if not isinstance(codec, Mapping | None):
-        raise ConfigError(f"codec: expected keys over training's, as {{'path': FOLDER}}, got {shown(codec)}")
+        raise ConfigError(f'codec: expected keys of it, as {{"path": FOLDER}}, got {shown(codec)}')
 
 
 @dataclass(frozen=True, repr=False)
@@ -208,6 +210,7 @@ class TrainedModel:
         how: HowToDraw,
     ) -> Iterator[tuple[Sampler, Iterator[Batch]]]:
         """The sampler, and the batches that it draws while they are taken. A codec is opened after what is cheaper."""
+        check_arguments(self.sample, SamplerSpec, how)
         amount = from_dict(_Amount, {"num_samples": num_samples, "batch_size": batch_size})
         spec, chosen = _spec(how, shift), self.trained.classes(classes)
         check_labelled(spec, chosen, self.trained)

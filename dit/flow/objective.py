@@ -19,6 +19,7 @@ from dit.flow.predict import (
     Prediction,
     Velocity,
     call_network,
+    check_cond,
     check_steps,
     split_channels,
     usable,
@@ -112,6 +113,7 @@ class Objective:
         data = data.to(torch.promote_types(data.dtype, torch.float32))
         if len(draws.slots) != len(data):
             raise ValueError(f"draws for {len(draws.slots)} slots were given for {len(data)} samples")
+        check_cond(cond, len(data))
         t = self.time(self.spread(draws).double()).to(
             data.dtype
         )  # float64: bitwise t on any device and batch

@@ -24,8 +24,23 @@ Model = Callable[[Tensor, Tensor, Cond], Tensor]  # (x (B, C, ...), model_time (
 Row = tuple[Tensor, Tensor]  # (a, b), each (B,)
 
 
+def check_cond(cond: Cond, count: int) -> None:
+    """Raise ValueError for a condition that is no dictionary, or not of `count` samples. Waits for no device."""
+    if not isinstance(cond, Mapping):
+        raise ValueError(
+            f'cond: expected a dictionary, as {{"label": (B,) int64}}, got {type(cond).__name__}'
+        )
+    for name, value in cond.items():
+        if value.shape[:1] != (count,):
+            raise ValueError(
+                f"cond['{name}'] has the shape {tuple(value.shape)}, and there are {count} samples"
+            )
+
+
 def check_labels(label: Tensor, num_classes: int) -> None:
     """Raise ValueError for labels (B,) that are no class of a model; negative ones are none. Waits for their device."""
+    if label.is_floating_point():
+        raise ValueError(f"label: expected whole numbers, as int64, got {label.dtype}")
     if len(label) and int(label.max()) >= num_classes:
         has = f"classes 0 to {num_classes - 1}" if num_classes else "no classes"
         raise ValueError(f"label {int(label.max())}: this model has {has}; a negative label is no class")

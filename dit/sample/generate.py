@@ -140,6 +140,11 @@ class Sampler:
         Raises NotFiniteError naming the first image whose latents are not finite, ValueError for labels that the
         model does not know.
         """
+        for name, given in (("index", index), ("label", label)):
+            if not isinstance(given, Tensor) or given.ndim != 1:
+                raise ValueError(f"{name}: expected a tensor (B,) of whole numbers, got {given!r}")
+        if len(index) != len(label):
+            raise ValueError(f"there are {len(label)} labels for {len(index)} images; -1 is no class")
         if self.classes is not None:
             check_labels(label, self.classes)
         index, label = index.to(self.device), label.to(self.device)

@@ -135,8 +135,9 @@ class Loop:
         if leaving:
             bar.close()  # so that the words are the last line
             how = "interrupted" if stopped == INTERRUPTED else "stopped by a signal"
-            run.say(f"{how}: step {run.step} is saved, and the same command goes on")
-            raise Interrupted if stopped == INTERRUPTED else Stopped
+            words = f"{how}: step {run.step} is saved, and the same command goes on"
+            run.say(words)
+            raise (Interrupted if stopped == INTERRUPTED else Stopped)(words)
 
     def _save_and_show(self, last: bool, leaving: bool) -> None:
         """Do what is due after this step. leaving: little time may be left; hooks are the next start's then."""

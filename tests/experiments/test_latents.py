@@ -51,6 +51,14 @@ def test_other_latents_are_refused_by_what_differs(digits: Digits) -> None:
     ]:
         with pytest.raises(DataError, match=rf"a and b differ in the {key} of their latents .* same data"):
             check_same_latents(ours, {**ours, key: other}, "a", "b")
+    many = {**ours, "classes": [f"class {i}" for i in range(1000)]}
+    fewer = {**ours, "classes": [*many["classes"][:700], "another", *many["classes"][701:900]]}
+    with pytest.raises(DataError) as error:
+        check_same_latents(many, fewer, "a", "b")
+    assert "(1000 against 900, first number 700: 'class 700' against 'another')" in str(error.value)
+    shorter = {**ours, "classes": many["classes"][:900]}
+    with pytest.raises(DataError, match="first number 900: 'class 900' against nothing"):
+        check_same_latents(many, shorter, "a", "b")
     with pytest.raises(DataError, match="a and b come from different codecs"):
         check_same_latents(ours, {**ours, "codec": {"name": "pixels"}}, "a", "b")
 

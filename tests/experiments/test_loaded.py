@@ -192,7 +192,8 @@ def test_gradients_flow_to_x(model: TrainedModel) -> None:
         ({"num_samples": 2.5}, "num_samples: .* got 2.5"),
         ({"batch_size": -1}, "batch_size: .* got -1"),
         ({"solver": "huen"}, "solver: unknown solver 'huen'; did you mean heun"),
-        ({"num_step": 3}, "num_step: unknown key; did you mean num_steps"),
+        ({"num_step": 3}, "num_step: unknown argument; did you mean num_steps"),
+        ({"num_sample": 3}, "num_sample: unknown argument; did you mean num_samples"),
         ({"num_steps": 0}, "num_steps: .* got 0"),
         ({"cfg_scale": True}, "cfg_scale"),
         ({"shift": 2, "grid": {"name": "uniform", "shift": 3}}, "shift is given twice"),
@@ -239,7 +240,9 @@ def test_what_cannot_be_loaded_is_named(run: Path, tmp_path: Path) -> None:
         load(run, precision="fp16")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="device=gpu: no such device; expected cpu, cuda"):
         load(run, device="gpu")
-    with pytest.raises(ConfigError, match=r"codec: expected keys over training's, as .*, got '/vae'"):
-        load(run, codec="/vae")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="run_or_checkpoint: expected a path, as text or a Path, got int"):
+        load(3)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r'codec: expected keys of it, as {"path": FOLDER}, got .pixels.'):
+        load(run, codec="pixels")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="pth: unknown key; did you mean path"):
         load(run, codec={"pth": "x"}).decode(torch.zeros(1, 4, 8, 8))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,6 +48,23 @@ def test_labels_that_the_model_does_not_know_are_refused(label: int) -> None:
     assert drawn.latents(torch.arange(3), known).shape == (3, *SHAPE)
     with pytest.raises(ValueError, match=rf"label {label}: this model has classes 0 to 2"):
         drawn.latents(torch.arange(2), torch.tensor([0, label]))
+
+
+@pytest.mark.parametrize(
+    ("index", "label", "says"),
+    [
+        (4, torch.zeros(4, dtype=torch.int64), r"index: expected a tensor \(B,\) of whole numbers, got 4"),
+        (torch.arange(4), [0, 1, 2, 0], r"label: expected a tensor \(B,\) of whole numbers, got \[0, 1"),
+        (torch.arange(4), None, "label: expected a tensor .* got None"),
+        (torch.arange(4), torch.tensor(1), "label: expected a tensor"),
+        (torch.arange(4), torch.tensor([0, 1]), "there are 2 labels for 4 images; -1 is no class"),
+        (torch.arange(1), torch.tensor([1.0]), "label: expected whole numbers, as int64, got torch.float32"),
+    ],
+)
+def test_indices_and_labels_that_are_none_are_named(index: Any, label: Any, says: str) -> None:
+    drawn = replace(sampler(lambda x, t, cond: x, num_steps=1), classes=3)
+    with pytest.raises(ValueError, match=says):
+        drawn.latents(index, label)
 
 
 def trainable() -> list[tuple[NoisePath, Prediction]]:

@@ -85,6 +85,7 @@ def test_the_table_its_picture_and_going_on(
     best = min(rows["euler", 3]["frechet"], rows["heun", 3]["frechet"])
     assert f"**{best:.2f}**" in table
     assert held["hash"] in table
+    assert table in capsys.readouterr().out
     with Image.open(out.with_name("nfe.png")) as picture:
         assert min(picture.size) > 300
 

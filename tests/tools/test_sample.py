@@ -461,8 +461,8 @@ def test_all_classes_and_no_class(run: Path, tmp_path: Path) -> None:
     [
         (["--classes=0,10"], 1, "classes [10] are out of range: this model knows 0..9"),
         (["--classes=zero"], 1, "no class is named 'zero'"),
-        (["--num_samples=0"], 1, "at least 1"),
-        (["--batch_size=0"], 1, "at least 1"),
+        (["--num_samples=0"], 1, "num_samples: expected 1 or more, got 0"),
+        (["--batch_size=0"], 1, "batch_size: expected 1 or more, got 0"),
         (["--num_steps=0"], 1, "num_steps"),
         (["--cfg_scale=-1"], 1, "cfg_scale"),
         (["--solver=hune"], 1, "did you mean heun?"),
@@ -519,7 +519,16 @@ def test_what_is_wrong_is_said_and_nothing_is_written(
 
 def test_a_run_without_a_checkpoint_and_a_call_without_a_folder(run: Path, tmp_path: Path, capsys) -> None:
     assert call(tools.sample.main, tmp_path, f"--out={tmp_path / 'out'}") == 1
-    assert "no checkpoint here" in capsys.readouterr().err
+    assert "no checkpoint here; expected RUN/checkpoints" in capsys.readouterr().err
+    young = tmp_path / "young"
+    (young / "checkpoints").mkdir(parents=True)
+    shutil.copy(run / "config.yaml", young)
+    assert call(tools.sample.main, young, f"--out={tmp_path / 'out'}") == 1
+    assert "no checkpoint here yet: a run saves every checkpoint.every steps" in capsys.readouterr().err
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "manifest.json").touch()
+    assert call(tools.sample.main, tmp_path / "data", f"--out={tmp_path / 'out'}") == 1
+    assert "no checkpoint here: it is a data set" in capsys.readouterr().err
     assert call(tools.sample.main, run) == 2
     assert "missing --out" in capsys.readouterr().err
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dit.config import flatten
 from dit.errors import UserError, shown
 from dit.files import expand, sought
-from dit.train.checkpoints.nearby import suggestion
+from dit.train.checkpoints.nearby import no_run, suggestion
 from dit.train.engines.base import ADAM_STATE, Fragment
 
 EXPORT = "dit"  # key of an exported file's metadata
@@ -189,10 +189,7 @@ def resolve(run_or_checkpoint: str | Path) -> Checkpoint:
         return read(path)
     found = latest(path / "checkpoints") if (path / "checkpoints").is_dir() else None
     if found is None:
-        raise CheckpointError(
-            f"{path}: no checkpoint here; expected RUN/checkpoints/step-*/COMPLETE or one such directory"
-            + suggestion(path)
-        )
+        raise CheckpointError(f"{path}: no checkpoint here{no_run(path)}{suggestion(path)}")
     return found
 
 

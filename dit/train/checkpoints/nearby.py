@@ -61,6 +61,15 @@ def _folders(folder: Path, depth: int) -> list[Path]:
     return [path for name in below for path in _folders(Path(name), depth - 1)]
 
 
+def no_run(folder: Path) -> str:
+    """What a folder without a checkpoint is, and what is to be done: the end of an error message."""
+    if (folder / "config.yaml").is_file():
+        return " yet: a run saves every checkpoint.every steps, at Ctrl-C and at its end; let it train until then"
+    if (folder / "manifest.json").is_file():
+        return ": it is a data set; expected the run directory of a model that was trained on it"
+    return "; expected RUN/checkpoints/step-*/COMPLETE or one such directory"
+
+
 def suggestion(folder: Path) -> str:
     """The end of an error message: which runs lie in a folder; empty where none does."""
     found = runs_below(folder)
