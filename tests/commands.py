@@ -6,7 +6,6 @@ Each start of an interpreter that imports torch and the rest takes 5 s of CPU: i
 from __future__ import annotations
 
 import atexit
-import multiprocessing
 import os
 import runpy
 import signal
@@ -105,9 +104,7 @@ def _run_file(argv: list[str], cwd: Path, env: dict[str, str], printed: list[Pat
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    multiprocessing.set_start_method(None, force=True)
-    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # may have children
+    forks.as_if_alone()
     sys.argv, sys.path[:0] = argv, [str(Path(argv[0]).parent)]
     code: object = 0
     try:

@@ -8,16 +8,33 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+PRELOADED = (
+    "dit.experiments.diffusion",
+    "dit.experiments.autoencoder",
+    "dit.train.engines.zero_engine",
+    "deepspeed.module_inject",  # imported by its first initialize(), as are the two below
+    "networkx",
+    "torch._inductor.compile_fx",
+    "sklearn.datasets",
+    "pytest",  # by every test's file
+    "hypothesis",
+    "tests.data.helpers",
+    "tests.datasets",
+    "tests.train.on_ranks",
+    "tests.train.short_runs",
+)
 
 
 def context() -> ForkServerContext:
-    """multiprocessing's, with its server running: its processes have imported tests/preloaded.py."""
+    """multiprocessing's, with its server running: its processes have imported PRELOADED."""
     found = multiprocessing.get_context("forkserver")
     found.set_forkserver_preload(["tests.preloaded"])
     known = os.environ.get("PYTHONPATH")
@@ -41,8 +58,16 @@ def print_to(stdout: str | Path, stderr: str | Path) -> None:
         os.close(file)
 
 
+def as_if_alone() -> None:
+    """Undo what multiprocessing changes in its processes: this one hears Ctrl-C, and may have children as any."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    multiprocessing.set_start_method(None, force=True)
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+
+
 def end() -> None:
-    """End the server, which waits for its children."""
-    stop = getattr(forkserver._forkserver, "_stop", None)
-    if stop is not None:
-        stop()
+    """End the server, if it runs, at once: to take apart what it has imported would take seconds."""
+    server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+    if server._forkserver_pid is not None:
+        os.kill(server._forkserver_pid, signal.SIGKILL)
+        server._stop()

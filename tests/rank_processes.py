@@ -132,10 +132,9 @@ class Server:
         return self.start(size, function, *args, **kwargs).wait()
 
     def close(self) -> None:
-        """End the fork server, which waits for its children: first those that a failed test left."""
+        """End what a failed test left."""
         for job in self._jobs:
             job.kill()
-        forks.end()
 
 
 def _rank(

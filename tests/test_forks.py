@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import preloaded
 from tests.commands import Forked, environment, execute
+from tests.forks import PRELOADED
 from tests.rank_processes import Server
 
 TOOL = """
@@ -32,13 +32,13 @@ ENDS = {
 
 
 def imported() -> tuple[list[str], int]:
-    return [name for name in preloaded.MODULES if name in sys.modules], gc.get_freeze_count()
+    return [name for name in PRELOADED if name in sys.modules], gc.get_freeze_count()
 
 
 def test_all_is_imported_when_a_process_begins(ranks: Server) -> None:
     """Without it everything works too, at half a second of CPU more for each process."""
     ((found, frozen),) = ranks.start_apart(1, imported).wait()
-    assert found == list(preloaded.MODULES)
+    assert found == list(PRELOADED)
     assert frozen > 100_000
 
 
