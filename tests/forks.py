@@ -20,9 +20,14 @@ PRELOADED = (
     "dit.experiments.diffusion",
     "dit.experiments.autoencoder",
     "dit.train.engines.zero_engine",
-    "deepspeed.module_inject",  # imported by its first initialize(), as are the two below
+    "deepspeed.module_inject",  # imported by its first initialize(), as are those below
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "einops._torch_specific",
     "networkx",
     "torch._inductor.compile_fx",
+    "torch._subclasses.schema_check_mode",
     "sklearn.datasets",
     "pytest",  # by every test's file
     "hypothesis",
