@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
+from tests import forks
 from tests.datasets import Digits, encode_digits
 from tests.rank_processes import Server
 from tests.surroundings import compile_apart, forget
@@ -22,6 +23,13 @@ settings.register_profile("dit", deadline=None)  # an example's time says how bu
 settings.load_profile("dit")
 forget()
 compile_apart()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _the_server_ends() -> Iterator[None]:
+    """The one that processes are forked from, after all that may have started it."""
+    yield
+    forks.end()
 
 
 @pytest.fixture(scope="session")

@@ -1,17 +1,16 @@
 """Real ranks without the seconds that a process needs to import torch and deepspeed.
 
-A fork server imports them once; every job then is N fresh processes, each forked from it with torchrun's
-variables set, that join a gloo group, run one importable function and leave. They can be killed like any other.
+A fork server imports them once (tests/forks.py); every job then is N fresh processes, each forked from it with
+torchrun's variables set, that join a gloo group, run one importable function and leave. They can be killed like any
+other.
 """
 
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import pickle
 import signal
-import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -21,15 +20,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from dit.ranks import group
-
-PRELOADED = [
-    "dit.experiments.diffusion",
-    "dit.experiments.autoencoder",
-    "dit.train.engines.zero_engine",
-    "deepspeed.module_inject",  # imported by its first initialize(), as are the two below
-    "networkx",
-    "torch._inductor.compile_fx",
-]
+from tests import forks
 
 
 class RanksFailed(AssertionError):
@@ -100,8 +91,7 @@ class Server:
         """folder: for what the ranks print."""
         self._folder = folder
         self._jobs: list[Job] = []
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(PRELOADED)
+        self._context = forks.context()
 
     def start(self, size: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Job:
         """Begin function(*args, **kwargs) on `size` ranks. It must be importable by name, all values picklable."""
@@ -142,14 +132,9 @@ class Server:
         return self.start(size, function, *args, **kwargs).wait()
 
     def close(self) -> None:
-        """End the fork server, which waits for its children: first those that a failed test left."""
+        """End what a failed test left."""
         for job in self._jobs:
             job.kill()
-        from multiprocessing import forkserver
-
-        stop = getattr(forkserver._forkserver, "_stop", None)
-        if stop is not None:
-            stop()
 
 
 def _rank(
@@ -163,10 +148,7 @@ def _rank(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> None:
-    with open(log, "w") as file:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-            os.dup2(file.fileno(), stream.fileno())
+    forks.print_to(log, log)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))

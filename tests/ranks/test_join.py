@@ -61,9 +61,9 @@ def test_those_who_do_not_come_are_named_on_every_rank_that_came(ranks: Server) 
     """4 of 8 ranks, on 2 of 4 nodes."""
     port = group.free_port()
     where = {5: "n2", 4: "n2", 1: "n0", 0: "n0"}
-    job = start(ranks, *(slurm(rank, 8, port, node, 5) for rank, node in where.items()))
+    job = start(ranks, *(slurm(rank, 8, port, node, 3) for rank, node in where.items()))
     for text in errors(job):
-        assert f"ranks 2-3, 6-7 of 8 did not come to 127.0.0.1:{port} within 5 s. " in text
+        assert f"ranks 2-3, 6-7 of 8 did not come to 127.0.0.1:{port} within 3 s. " in text
         assert "Nobody came from n1, n3. Came: n0 (ranks 0-1); n2 (ranks 4-5)." in text
     assert [job.output(i) for i in range(4)] == [""] * 4  # none of torch's call stacks
 
@@ -112,8 +112,8 @@ def test_ranks_that_meet_and_cannot_connect_to_each_other(ranks: Server) -> None
 
 def test_rank_0_that_dies_while_others_wait(ranks: Server) -> None:
     port = group.free_port()
-    host, visitor = (start(ranks, slurm(rank, 3, port, f"n{rank}", 60)) for rank in (0, 1))
-    time.sleep(2)
+    host, visitor = (start(ranks, slurm(rank, 3, port, f"n{rank}", (60, 4)[rank])) for rank in (0, 1))
+    time.sleep(1)
     host.kill()
     (text,) = errors(visitor)
     assert "heard nothing of rank 0 of this job" in text or "cannot reach rank 0" in text

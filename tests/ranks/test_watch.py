@@ -180,12 +180,13 @@ def test_one_that_does_not_notice_is_ended(ranks: Server, tmp_path: Path) -> Non
     assert "stuck_beside_a_failure" in (tmp_path / "hang" / "rank-00000.txt").read_text()
 
 
-@pytest.mark.parametrize("pause", ["hook", "data", "step"])
-def test_only_steps_and_their_data_have_a_limit(ranks: Server, tmp_path: Path, pause: str) -> None:
-    """Of all pauses below the limit none is a hang, and in a hook one beyond it is none either."""
-    seconds = 1.5 * LIMIT if pause == "hook" else 0.5 * LIMIT
-    assert ranks.run(2, watched, str(tmp_path), None, "", "", (pause, seconds)) == [STEPS - 1] * 2
-    assert not (tmp_path / "hang").exists()
+def test_only_steps_and_their_data_have_a_limit(ranks: Server, tmp_path: Path) -> None:
+    """Of all pauses below the limit none is a hang, and in a hook one beyond it is none either; three jobs at once."""
+    seconds = {"hook": 1.5 * LIMIT, "data": 0.5 * LIMIT, "step": 0.5 * LIMIT}
+    jobs = {p: ranks.start(2, watched, str(tmp_path / p), None, "", "", (p, s)) for p, s in seconds.items()}
+    for pause, job in jobs.items():
+        assert job.wait(60) == [STEPS - 1] * 2, pause
+        assert not (tmp_path / pause / "hang").exists(), pause
 
 
 def test_leaving_in_good_order_is_no_death(ranks: Server, tmp_path: Path) -> None:
@@ -209,9 +210,10 @@ def leaves_later(folder: str, seconds: float) -> tuple[float, float]:
 
 
 def test_rank_0_waits_for_the_last_to_leave_but_not_for_ever(ranks: Server, tmp_path: Path) -> None:
-    (_, main), (other, _) = ranks.run(2, leaves_later, str(tmp_path), 1.0)
+    soon, late = (ranks.start(2, leaves_later, str(tmp_path), seconds) for seconds in (1.0, 6.0))
+    (_, main), (other, _) = soon.wait()
     assert main > other
-    (begun, main), (other, _) = ranks.run(2, leaves_later, str(tmp_path), 6.0)
+    (begun, main), (other, _) = late.wait()
     assert begun + 2 < main < other
 
 
@@ -221,21 +223,25 @@ def suspended_together(folder: str) -> int:
     return watched(folder, None, "", "", ("hook", LIMIT + 2))
 
 
-@pytest.mark.parametrize("first", [0, 1])
-def test_a_job_that_was_suspended_as_a_whole_goes_on(ranks: Server, tmp_path: Path, first: int) -> None:
-    """Whichever rank wakes first: the others were not late."""
-    job = ranks.start(2, suspended_together, str(tmp_path))
-    until(lambda: len(list(tmp_path.glob("pid-*"))) == 2)
+def test_a_job_that_was_suspended_as_a_whole_goes_on(ranks: Server, tmp_path: Path) -> None:
+    """Whichever rank wakes first, here of two jobs at once: the others were not late."""
+    folders = [tmp_path / "0", tmp_path / "1"]
+    for folder in folders:
+        folder.mkdir()
+    jobs = [ranks.start(2, suspended_together, str(folder)) for folder in folders]
+    until(lambda: len(list(tmp_path.glob("*/pid-*"))) == 4)
     time.sleep(0.5)
-    pids = [job.processes[first].pid, job.processes[1 - first].pid]
-    for pid in pids[::-1]:
+    in_turn = [[jobs[first].processes[rank].pid for first, rank in ((0, r), (1, 1 - r))] for r in (0, 1)]
+    for pid in in_turn[1] + in_turn[0]:
         os.kill(pid, signal.SIGSTOP)
     time.sleep(LIMIT)
-    for pid in pids:
-        os.kill(pid, signal.SIGCONT)
+    for pids in in_turn:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
         time.sleep(0.2)
-    assert job.wait(60) == [STEPS - 1] * 2
-    assert not (tmp_path / "hang").exists()
+    for job, folder in zip(jobs, folders, strict=True):
+        assert job.wait(60) == [STEPS - 1] * 2
+        assert not (folder / "hang").exists()
 
 
 def with_strangers(folder: str) -> int:

@@ -18,7 +18,7 @@ from dit.data.shards.manifest import Manifest
 from dit.data.sources.crops import RandomResized
 from dit.errors import Notice, Stopped
 from dit.experiments.encoding import _Progress
-from tests.commands import command, environment, execute
+from tests.commands import Forked, environment, execute
 from tests.data.helpers import endless, tiny_vae
 from tools.encode import main
 
@@ -93,10 +93,7 @@ def test_ranks_that_were_started_by_hand(tmp_path):
     ranks = []
     for rank in ("0", "1"):
         env = environment() | {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank}
-        words = command("encode.py", FLAGS[0], tmp_path / "out", *FLAGS[1:])
-        ranks.append(
-            subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        )
+        ranks.append(Forked("encode.py", FLAGS[0], tmp_path / "out", *FLAGS[1:], env=env))
     (out, bar), (other, nothing) = (process.communicate(timeout=120) for process in ranks)
     assert [process.returncode for process in ranks] == [0, 0], (bar, nothing)
     assert "digits:test: 500 images in 10 classes" in out
@@ -142,11 +139,8 @@ def test_ranks_under_launch(tmp_path):
 
 
 def test_a_killed_command_goes_on(tmp_path, capsys):
-    words = command("encode.py", FLAGS[0], tmp_path / "out", *FLAGS[1:], "--batch_size=1")
     with endless(tmp_path / "out"):
-        killed = subprocess.Popen(
-            words, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        killed = Forked("encode.py", FLAGS[0], tmp_path / "out", *FLAGS[1:], "--batch_size=1")
         while not list(tmp_path.glob("out.partial/parts/*.json")):
             assert killed.poll() is None
             time.sleep(0.001)
@@ -163,11 +157,8 @@ def test_a_killed_command_goes_on(tmp_path, capsys):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_ends_it_with_what_is_done(tmp_path, number):
-    words = command("encode.py", FLAGS[0], tmp_path / "out", *FLAGS[1:], "--batch_size=1")
     with endless(tmp_path / "out"):
-        asked = subprocess.Popen(
-            words, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
+        asked = Forked("encode.py", FLAGS[0], tmp_path / "out", *FLAGS[1:], "--batch_size=1")
         while not list(tmp_path.glob("out.partial/parts/*.json")):
             assert asked.poll() is None
             time.sleep(0.001)
@@ -250,8 +241,9 @@ def test_help_names_codecs_and_crops():
 
 def test_the_command(tmp_path):
     done = execute(
-        "encode.py", "digits:test", tmp_path / "out", "--codec=pixels", "--image_size=8", "--flip=false"
-    )
+        "encode.py", "digits:test", tmp_path / "out", "--codec=pixels", "--image_size=8", "--flip=false",
+        afresh=True,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "500 images in 1 view(s)" in done.stdout
     assert Manifest.load(tmp_path / "out").views == ("original",)
@@ -280,14 +272,13 @@ def test_a_share_may_be_held_out(tmp_path, capsys):
 @pytest.mark.slow
 def test_a_share_is_the_same_on_ranks_that_are_killed(tmp_path):
     main("digits:test", str(tmp_path / "whole"), codec="pixels", image_size=8, block=32, holdout=0.3)
-    words = command("encode.py", FLAGS[0], tmp_path / "out", *FLAGS[1:], "--holdout=0.3")
+    words = (FLAGS[0], tmp_path / "out", *FLAGS[1:], "--holdout=0.3")
     for part in ("out-val", "out"):
         ranks = [
-            subprocess.Popen(
-                words,
+            Forked(
+                "encode.py",
+                *words,
                 env=environment() | {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank},
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
             )
             for rank in ("0", "1")
         ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +29,7 @@ from dit.sample.guide import GUIDANCES
 from dit.sample.solve import SOLVERS
 from dit.stage1.autoencoder import Kl
 from dit.train.start import train
-from tests.commands import call, command, environment, execute
+from tests.commands import Forked, call, execute
 from tests.datasets import Digits, first
 from tests.rank_processes import Server
 from tests.train.runs import at_step, flip_bit, go, random_run, rewrite_tensors, sign, values
@@ -123,7 +122,7 @@ def blocks(out: Path) -> list[str]:
 
 def killed(out: Path, words: Sequence[object], done: int) -> None:
     """A process that is killed with SIGKILL as soon as it has drawn so many blocks."""
-    process = subprocess.Popen(command("sample.py", *words, f"--out={out}"), env=environment())
+    process = Forked("sample.py", *words, f"--out={out}")
     end = time.monotonic() + 120
     while len(blocks(out)) < done and process.poll() is None and time.monotonic() < end:
         time.sleep(0.002)
@@ -584,7 +583,7 @@ def test_the_vae_may_have_moved_but_not_changed(
 
 
 def test_as_a_command(run: Path, base: Path, tmp_path: Path) -> None:
-    done = execute("sample.py", run, *BASE, "--out=2024", cwd=tmp_path)
+    done = execute("sample.py", run, *BASE, "--out=2024", cwd=tmp_path, afresh=True)
     assert done.returncode == 0, done.stderr
     assert "7 images in 2024/samples.npz" in done.stdout
     assert (arrays(tmp_path / "2024")[0] == arrays(base)[0]).all()

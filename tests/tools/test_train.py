@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import tools.train
 from dit.config import to_dict
 from dit.data.shards.manifest import Manifest
 from dit.experiments.diffusion import Experiment
-from tests.commands import call, command, environment, execute
+from tests.commands import Forked, call, execute
 from tests.datasets import Digits
 from tests.train.runs import at_step, column, differing, experiment, go, state, values
 
@@ -39,13 +38,10 @@ def logged(run: Path) -> int:
 
 def killed_after(words: tuple[object, ...], folder: Path, steps: int) -> int:
     """Run a command in `folder` until its run 2024 has logged so many steps, and SIGKILL it; its status."""
-    with (folder / "said").open("w") as said:
-        process = subprocess.Popen(
-            command(*words), cwd=folder, stdout=said, stderr=subprocess.STDOUT, env=environment()
-        )
+    process = Forked(*words, cwd=folder)
     end = time.monotonic() + 100
     while logged(folder / "2024") < steps:
-        assert process.poll() is None, (folder / "said").read_text()
+        assert process.poll() is None, process.printed()
         assert time.monotonic() < end
         time.sleep(0.005)
     process.kill()
@@ -72,7 +68,7 @@ def test_killed_and_started_again_by_the_same_command(digits: Digits, config: Pa
 
 
 def test_deepspeed_is_the_default_and_is_quiet(config: Path, tmp_path: Path) -> None:
-    done = execute("train.py", config, "--train.steps=3", "--train.log_every=1")
+    done = execute("train.py", config, "--train.steps=3", "--train.log_every=1", afresh=True)
     assert done.returncode == 0, done.stderr
     assert column(tmp_path / "run", "step") == [1, 2, 3]
     noise = [line for line in done.stdout.splitlines() if line.strip()]

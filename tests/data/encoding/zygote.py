@@ -1,4 +1,4 @@
-"""Processes without the seconds that one needs to import torch: forked from a process that has imported it.
+"""Functions in processes of their own, forked from the tests' server (tests/forks.py).
 
 Unlike tests/rank_processes.py they join no process group: any of them may be killed at any moment, the others go on.
 """
@@ -6,17 +6,14 @@ Unlike tests/rank_processes.py they join no process group: any of them may be ki
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import signal
-import subprocess
-import sys
 import traceback
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, Self
 
-ROOT = Path(__file__).resolve().parents[3]
-PRELOADED = ("dit.data.encoding.encode", "tests.data.helpers")
+from tests import forks
 
 
 class Zygote:
@@ -24,41 +21,35 @@ class Zygote:
 
     def __init__(self, folder: Path):
         """folder: for what they print."""
-        self._folder, self._alive = folder, set[int]()
+        self._folder, self._alive = folder, dict[int, ForkServerProcess]()
 
     def __enter__(self) -> Self:
-        command = [sys.executable, "-m", "tests.data.encoding.zygote", str(self._folder)]
-        self._process = subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        self._context = forks.context()
         return self
 
     def __exit__(self, *error: object) -> None:
         for pid in list(self._alive):
             self.kill(pid)
-        self._process.communicate()
-
-    def _ask(self, **question: Any) -> int:
-        assert self._process.stdin
-        assert self._process.stdout
-        self._process.stdin.write(json.dumps(question) + "\n")
-        self._process.stdin.flush()
-        return int(self._process.stdout.readline())
 
     def start(self, function: str, *args: Any) -> int:
-        """Call `module:function` with JSON values: the process's id."""
-        pid = self._ask(start=function, args=args)
-        self._alive.add(pid)
-        return pid
+        """Call `module:function` with values that can be pickled: the process's id."""
+        process = self._context.Process(target=_child, args=(function, args, self._folder), daemon=True)
+        process.start()
+        assert process.pid
+        self._alive[process.pid] = process
+        return process.pid
 
     def wait(self, pid: int) -> int:
         """How a process ends: 0, 1 after an exception, -9 if it was killed."""
-        self._alive.discard(pid)
-        return os.waitstatus_to_exitcode(self._ask(wait=pid))
+        process = self._alive.pop(pid)
+        process.join()
+        assert process.exitcode is not None
+        return process.exitcode
 
     def kill(self, pid: int) -> int:
-        """SIGKILL, and wait."""
-        os.kill(pid, signal.SIGKILL)
+        """SIGKILL, unless it has ended, and wait."""
+        if self._alive[pid].exitcode is None:
+            os.kill(pid, signal.SIGKILL)
         return self.wait(pid)
 
     def output(self, pid: int) -> str:
@@ -66,36 +57,13 @@ class Zygote:
         return (self._folder / f"{pid}.log").read_text()
 
 
-def _child(function: str, args: list[Any], folder: Path) -> None:
-    log = os.open(folder / f"{os.getpid()}.log", os.O_WRONLY | os.O_CREAT)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    code = 0
+def _child(function: str, args: tuple[Any, ...], folder: Path) -> None:
+    log = folder / f"{os.getpid()}.log"
+    forks.print_to(log, log)
+    forks.as_if_alone()
     try:
         module, name = function.split(":")
         getattr(importlib.import_module(module), name)(*args)
     except BaseException:  # noqa: BLE001 (its text is in the log)
         traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def main() -> None:
-    """Answer a question a line."""
-    for module in PRELOADED:
-        importlib.import_module(module)
-    for line in sys.stdin:
-        question = json.loads(line)
-        if "start" in question:
-            answer = os.fork()
-            if not answer:
-                _child(question["start"], question["args"], Path(sys.argv[1]))
-        else:
-            answer = os.waitpid(question["wait"], 0)[1]
-        print(answer, flush=True)
-
-
-if __name__ == "__main__":
-    main()
+        raise SystemExit(1) from None
