@@ -104,9 +104,7 @@ def _root(of: Statistics) -> np.ndarray:
         raise DataError(
             f"a covariance has the eigenvalue {values[0]:.3g} beside {values[-1]:.3g}: expected none below 0"
         )
-    if (
-        of.count is not None
-    ):  # so many samples span fewer dimensions: what the others have is rounding, large by its root
+    if of.count is not None:  # so many samples span fewer dimensions: others have rounding, large by its root
         values[: max(len(values) - of.count + 1, 0)] = 0
     root: np.ndarray = (vectors * np.sqrt(values.clip(min=0))).T
     return root

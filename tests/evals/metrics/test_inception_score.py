@@ -38,7 +38,7 @@ def test_splits_are_consecutive_and_averaged() -> None:
     logits = np.random.default_rng(2).normal(size=(31, 4))
     parts = [score(logits[:11]), score(logits[11:21]), score(logits[21:])]
     assert score(logits, splits=3) == pytest.approx(np.mean(parts), rel=1e-12)
-    with pytest.raises(DataError, match="31 sample.*needs at least 32"):
+    with pytest.raises(DataError, match=r"31 sample.*needs at least 32"):
         score(logits, splits=16)
 
 

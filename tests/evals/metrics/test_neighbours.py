@@ -78,10 +78,7 @@ def test_distances_of_close_points_are_those_of_their_differences() -> None:
 
 def test_a_share_of_the_reference_is_drawn_at_random_and_said() -> None:
     rng = np.random.default_rng(4)
-    x, y = (
-        rng.normal(size=(40, 3)),
-        np.sort(rng.normal(size=(200, 3)), axis=0),
-    )  # as by classes: none of the first alone
+    x, y = rng.normal(size=(40, 3)), np.sort(rng.normal(size=(200, 3)), axis=0)  # in an order, as by classes
     picked = [Neighbours(references=50, seed=seed)(FeatureSet(x), FeatureSet(y)) for seed in (0, 0, 1)]
     assert picked[0] == picked[1] != picked[2]
     assert picked[0] != Neighbours()(FeatureSet(x), FeatureSet(y[:50]))
