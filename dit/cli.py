@@ -64,7 +64,7 @@ def run(
     program = f"python {sys.argv[0]}"
     try:
         early.end_imports()
-        function, words, program = choose(tool.commands, words, program)
+        function, words, program = choose(tool, words, program)
         if (topic := help_asked(words)) is not None:
             print(help_text(function, program, tool.config, tool.choices, topic))
             return

@@ -13,12 +13,14 @@ import sys
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pydantic
 
 from dit.config import NO_TEXT, Registry, did_you_mean
 from dit.errors import UserError
+from dit.files import expand, sought
 from dit.helptext import Command, UsageError, families, summary
 from dit.ranks.world import World
 from dit.scalars import NULL, Scalar, is_scalar, refusal, typed
@@ -33,12 +35,14 @@ class Tool:
     config: the config class whose keys a `**overrides` parameter takes, over those of the file that the first
     argument names. choices: flags whose values are members of a registry, which `--help` lists with their fields.
     keys: for families of flags of which no flag says the member ("codec"), the classes that may have them.
+    default: the command whose name may be left out, as its first argument is a file or folder.
     """
 
     commands: Command | Mapping[str, Command]
     config: type | None = None
     choices: Mapping[str, Registry[Any]] = field(default_factory=dict)
     keys: Mapping[str, Sequence[type]] = field(default_factory=dict)
+    default: str | None = None
 
 
 def speak_in_any_locale() -> None:
@@ -62,21 +66,44 @@ def where() -> str:
     return f" (rank {world.rank})" if world.size > 1 else ""
 
 
-def choose(
-    commands: Command | Mapping[str, Command], words: list[str], program: str
-) -> tuple[Command, list[str], str]:
+def choose(tool: Tool, words: list[str], program: str) -> tuple[Command, list[str], str]:
     """The function to run, the words left for it, and the program's name with the subcommand."""
+    commands = tool.commands
     if callable(commands):
         return commands, words, program
     if words[:1] and words[0] in HELP and words[1:] and words[1] in commands:  # --help COMMAND
         words = [words[1], words[0], *words[2:]]
     if not words or words[0] in HELP:
-        listing = "\n".join(f"  {name:16s} {summary(f)}" for name, f in commands.items())
-        print(f"Usage: {program} COMMAND ...\n\n{listing}\n\nMore: {program} COMMAND --help")
+        print(_listing(commands, tool.default, program))
         raise SystemExit(0 if words else 2)
-    if words[0] not in commands:
-        raise UsageError(f"unknown command '{words[0]}'{did_you_mean(words[0], commands)}")
-    return commands[words[0]], words[1:], f"{program} {words[0]}"
+    if words[0] in commands:
+        return commands[words[0]], words[1:], f"{program} {words[0]}"
+    near = did_you_mean(words[0], commands)
+    if tool.default is None:
+        raise UsageError(f"unknown command '{words[0]}'{near}")
+    if not (words[0].startswith("-") or _may_lead_somewhere(words[0])):
+        raise UsageError(
+            f"'{words[0]}' is neither a command nor a file or folder that is there{near}{sought(words[0])}"
+        )
+    return commands[tool.default], words, program
+
+
+def _listing(commands: Mapping[str, Command], default: str | None, program: str) -> str:
+    """What `--help` says of a tool with several commands."""
+    lines = [f"Usage: {program} COMMAND ..."]
+    if default is not None:
+        first = next(iter(inspect.signature(commands[default]).parameters)).upper()
+        lines.append(f"       {program} {first} ...   for {program} {default} {first} ...")
+    lines += ["", *(f"  {name:16s} {summary(f)}" for name, f in commands.items())]
+    return "\n".join([*lines, "", f"More: {program} COMMAND --help"])
+
+
+def _may_lead_somewhere(word: str) -> bool:
+    """Whether a word is a path that is there, or a URL, a pattern or a named source, which others look up.
+
+    Raises UserError for a path with a variable that is not set.
+    """
+    return bool(re.search(r"[:*?\[{]", word)) or Path(expand(word)).exists()
 
 
 def parse(function: Command, words: list[str]) -> dict[str, str]:

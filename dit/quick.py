@@ -38,7 +38,7 @@ def answer(file: str) -> None:
     tool, program = stand_ins().tool(name), f"python {sys.argv[0]}"
     speak_in_any_locale()
     try:
-        function, words, program = choose(tool.commands, sys.argv[1:], program)
+        function, words, program = choose(tool, sys.argv[1:], program)
         if (topic := help_asked(words)) is None:
             check(tool, function, parse(function, words))
             return

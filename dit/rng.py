@@ -45,6 +45,9 @@ class Purpose(IntEnum):
     LIKELIHOOD = 17  # its probes and noisy latents
     CROP = 18  # random crops of images that are encoded
     ROTATION = 19  # at which row of a block an epoch begins
+    RESAMPLE = 20  # resamples of a bootstrap
+    DIRECTIONS = 21  # on which features are projected
+    SUBSET = 22  # the reference samples that some figures are taken of
 
 
 def philox(

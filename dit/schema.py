@@ -76,6 +76,7 @@ class _Writer:
         return {
             "command": self._function(tool.commands) if callable(tool.commands) else None,
             "commands": {name: self._function(function) for name, function in many.items()},
+            "default": tool.default,
             "config": None if tool.config is None else self._class(tool.config),
             "choices": {flag: self._registry(registry) for flag, registry in tool.choices.items()},
             "keys": {family: [self._class(c) for c in classes] for family, classes in tool.keys.items()},
@@ -178,6 +179,7 @@ class StandIns:
             None if data["config"] is None else self._class(data["config"]),
             {flag: self._registry(axis) for flag, axis in data["choices"].items()},
             {family: [self._class(c) for c in classes] for family, classes in data["keys"].items()},
+            data["default"],
         )
 
     def _function(self, name: str, data: Data) -> Command:

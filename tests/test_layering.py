@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "files": "errors",
     "version": "",
     "helptext": "errors config",
-    "commandline": "errors scalars helptext config ranks",
+    "commandline": "errors files scalars helptext config ranks",
     "schema": "helptext config commandline",
     "quick": "errors helptext config configfile commandline schema",
     "scalars": "",

@@ -37,6 +37,7 @@ MISTYPED = {
         "a b --crop=random_resized --crop.scale_mni=0.5",
         "scale_mni: unknown key; did you mean scale_min?",
     ),
+    "evaluate": ("features a b --mind.projectons=3", "did you mean mind.projections?"),
     "likelihood": ("a b --method.num_stesp=3", "did you mean num_steps?"),
     "nfe": ("a --ouut=x", "did you mean out?"),
     "quickstart": ("--nmu_steps=3", "did you mean num_steps?"),

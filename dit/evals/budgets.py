@@ -12,7 +12,7 @@ import torch
 from dit.config import ConfigError
 from dit.data.sources.images import open_source
 from dit.evals.features import Pca
-from dit.evals.frechet import Gaussian, frechet_distance
+from dit.evals.metrics.frechet import Statistics, frechet_distance
 from dit.sample.generate import Sampler
 from dit.sample.solve import Solver
 
@@ -52,7 +52,7 @@ class FrechetTo:
         self.size = size
         images = self.load(reference)
         self._features = Pca.fit(images, components)
-        self._target = Gaussian.fit(self._features(images))
+        self._target = Statistics.fit(self._features(images))
 
     def load(self, source: str) -> np.ndarray:
         """(N, H, W, 3) uint8 of a source of images."""
@@ -61,7 +61,7 @@ class FrechetTo:
 
     def __call__(self, images: np.ndarray) -> float:
         """Measure that of images (N, H, W, 3) uint8."""
-        return frechet_distance(Gaussian.fit(self._features(images)), self._target)
+        return frechet_distance(Statistics.fit(self._features(images)), self._target)
 
     def real(self, source: str) -> float:
         """Measure that of a source of images."""

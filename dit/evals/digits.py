@@ -16,7 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from dit.data.codecs.autoencoders import Vae
 from dit.data.sources.images import open_source
 from dit.evals.features import Pca
-from dit.evals.frechet import Gaussian, frechet_distance
+from dit.evals.metrics.frechet import Statistics, frechet_distance
 from dit.evals.protocol import protocol_hash
 from dit.sample.generate import image_grid, to_uint8
 
@@ -46,7 +46,7 @@ class DigitsJudge:
         from sklearn.svm import SVC
 
         self._pca = Pca.fit(train.images, COMPONENTS)
-        self._train = Gaussian.fit(self._pca(train.images))
+        self._train = Statistics.fit(self._pca(train.images))
         self._classifier = SVC(**CLASSIFIER).fit(_blocks(train.images), train.labels)
         self._classes = int(train.labels.max()) + 1
         self.held_out_accuracy = self.accuracy(held_out)
@@ -60,7 +60,7 @@ class DigitsJudge:
 
     def frechet(self, images: np.ndarray) -> float:
         """Fréchet distance of images (N, H, W, 3) uint8 to the training images."""
-        return frechet_distance(Gaussian.fit(self._pca(images)), self._train)
+        return frechet_distance(Statistics.fit(self._pca(images)), self._train)
 
     def report(self, guided: LabelledImages, unguided: LabelledImages) -> dict[str, Any]:
         """The quickstart's figures: guided = at cfg_scale 2, unguided = at cfg_scale 1."""

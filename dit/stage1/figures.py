@@ -15,7 +15,7 @@ from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from dit.data.codecs.base import in_range
-from dit.evals.frechet import Gaussian, frechet_distance
+from dit.evals.metrics.frechet import Statistics, frechet_distance
 from dit.evals.protocol import protocol_hash
 from dit.files import read_text
 from dit.progress import say
@@ -90,7 +90,7 @@ class ReconstructionFigures:
             name: float(whole[name].mean()) for name in ("psnr", "ssim") if name in whole
         }
         if perceptual is not None:
-            fitted = [Gaussian.fit(whole[name]) for name in ("features", "features_of_original")]
+            fitted = [Statistics.fit(whole[name]) for name in ("features", "features_of_original")]
             figures[f"frechet_{perceptual.name}"] = frechet_distance(*fitted)
         if "codes" in whole:
             counts = torch.from_numpy(whole["codes"]).sum(0)
