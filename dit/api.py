@@ -9,12 +9,14 @@ The command lines' own parts, called as they call them: the same options draw th
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
-from dit.config import ConfigError, from_dict, to_dict
+from dit.ambient import as_it_comes
+from dit.config import ConfigError, config, from_dict, to_dict
 from dit.configfile import load as load_config
 from dit.data import DataError
 from dit.data.codecs.base import CodecConfig
@@ -29,7 +31,7 @@ from dit.experiments.diffusion import Experiment
 from dit.experiments.encoding import EncodeOrder, encode_images
 from dit.experiments.loaded import Choice, Place, TrainedModel, load
 from dit.experiments.parts import make_parts
-from dit.files import expand
+from dit.files import expand, place_text
 from dit.flow.objective import Objective
 from dit.flow.predict import Endpoints
 from dit.model.dit import DiTConfig
@@ -60,6 +62,9 @@ __all__ = [
 ]
 
 
+_FITTING = threading.Lock()  # held while this process trains
+
+
 class HowToEncode(TypedDict, total=False):
     """The fields of EncodeOptions, each with its default there."""
 
@@ -77,6 +82,17 @@ class HowToEncode(TypedDict, total=False):
     decode: Mapping[str, Any] | Decode
 
 
+@config
+class _Said:
+    holdout: float  # share of the images, of each class
+    classes: str | None  # name of a standard list
+    label_key: str | None  # of the label, in JSON or in a head
+    label_type: LabelType  # how labels are taken
+    label_column: str | None  # of Parquet
+    image_column: str | None  # of Parquet
+
+
+@as_it_comes()
 def encode(
     images: Place,
     out: Place,
@@ -104,16 +120,19 @@ def encode(
     with what is done, and leaves what is complete. Raises ConfigError for an option that is none, DataError where
     images cannot be read or `out` is something else.
     """
+    words = {"classes": classes, "label_key": label_key, "label_type": label_type, "holdout": holdout}
+    columns = {"label_column": label_column, "image_column": image_column}
+    said = from_dict(_Said, {**words, **columns})
     order = EncodeOrder(
-        images=expand(os.fspath(images)),
-        out=Path(expand(os.fspath(out))).resolve(),
+        images=expand(place_text(images, "images")),
+        out=Path(expand(place_text(out, "out"))).resolve(),
         codec=CODECS.parse(codec),
         options=from_dict(EncodeOptions, dict(options)),
-        classes=classes,
-        labels=None if labels is None else os.fspath(labels),
-        columns=Columns(image_column, label_column),
-        choice=LabelChoice(label_key, label_type),
-        holdout=holdout,
+        classes=said.classes,
+        labels=None if labels is None else place_text(labels, "labels"),
+        columns=Columns(said.image_column, said.label_column),
+        choice=LabelChoice(said.label_key, said.label_type),
+        holdout=said.holdout,
     )
     world = World.from_env()
     tell = partial(print, flush=True) if progress else _unheard
@@ -140,10 +159,17 @@ def fit(
     Raises ConfigError for keys that are wrong, DataError for data that cannot be read, TrainingError where it cannot
     go on, and Stopped where a signal or the first Ctrl-C ended it, once it has saved. For several processes: launch/.
     """
-    cfg = _experiment(experiment, overrides)
-    with bars(progress):
-        train(cfg, make_parts, owns_process=False)
-    return cfg.folder
+    if not _FITTING.acquire(blocking=False):  # ranks, signals and DeepSpeed are the whole process's
+        raise UserError(
+            "another training is under way in this process: wait for it, or start this one in another"
+        )
+    try:
+        with as_it_comes(), bars(progress):
+            cfg = _experiment(experiment, overrides)
+            train(cfg, make_parts, owns_process=False)
+            return cfg.folder
+    finally:
+        _FITTING.release()
 
 
 def _experiment(given: Any, overrides: Mapping[str, Any] | None) -> Experiment:
@@ -153,5 +179,7 @@ def _experiment(given: Any, overrides: Mapping[str, Any] | None) -> Experiment:
         return given
     if not isinstance(given, str | os.PathLike | Mapping):
         raise ConfigError(f"expected a YAML file, a dictionary or an Experiment, got {type(given).__name__}")
+    if not isinstance(overrides, Mapping | None) or not all(isinstance(key, str) for key in overrides or ()):
+        raise ConfigError(f"overrides: expected a dictionary with dotted keys, got {overrides!r}")
     source = given if isinstance(given, Mapping) else Path(given)
     return load_config(Experiment, source, overrides, said="the overrides")

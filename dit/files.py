@@ -8,6 +8,7 @@ import fcntl
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from dit.errors import UserError
 
@@ -73,6 +74,20 @@ def _no_text(data: bytes, place: int, encoding: str, named: str) -> str:
 
 
 # --- paths -------------------------------------------------------------------------------------------------
+
+
+def place_text(given: Any, key: str) -> str:
+    """A path or URL as text, of what a program gives as `key`. FileError for what is neither text nor a path."""
+    if isinstance(given, str | os.PathLike) and isinstance(text := os.fspath(given), str):
+        return text
+    raise FileError(f"{key}: expected a path, got {given!r}")
+
+
+def beside(path: Path, ending: str) -> Path:
+    """The path with an ending at its name. FileError for the root, which has no name."""
+    if not path.name:
+        raise FileError(f"{path} is no place to write a result to: give a folder in it")
+    return path.with_name(path.name + ending)
 
 
 def expand(path: str) -> str:

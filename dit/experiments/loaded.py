@@ -15,12 +15,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from dit.ambient import as_it_comes, numbers_of, plain_numbers
 from dit.config import ConfigError, config, from_dict, merge, to_dict
 from dit.data.codecs.base import Codec
 from dit.errors import UserError
 from dit.experiments.diffusion import Experiment
 from dit.experiments.drawing import check_labelled
 from dit.experiments.trained import Precision, Trained
+from dit.files import place_text
 from dit.flow.objective import Objective
 from dit.flow.predict import Endpoints, usable
 from dit.progress import Bar, bars
@@ -55,6 +57,7 @@ class _Amount:
     batch_size: Annotated[int, Field(ge=1)]  # images at a time
 
 
+@as_it_comes()
 def load(
     run_or_checkpoint: Place,
     weights: str = "ema",
@@ -74,12 +77,14 @@ def load(
     precision. Warns where the average still holds much of the first weights.
     """
     place = chosen_device(device, World.from_env(), "device")
-    trained = Trained.load(os.fspath(run_or_checkpoint), weights, place)
+    if not isinstance(codec, Mapping | None):
+        raise ConfigError(f"codec: expected keys of it, as {{'path': FOLDER}}, got {codec!r}")
+    trained = Trained.load(place_text(run_or_checkpoint, "run_or_checkpoint"), weights, place)
     trained.average.warn()
     return TrainedModel(trained, place, trained.precision(precision), dict(codec or {}))
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class TrainedModel:
     """A trained model with its objective, its latents' normalisation and its codec. `load` makes it.
 
@@ -147,6 +152,7 @@ class TrainedModel:
 
     # --- drawing -------------------------------------------------------------------------------------------
 
+    @plain_numbers()
     def sample(
         self,
         num_samples: int = 64,
@@ -173,6 +179,7 @@ class TrainedModel:
         ):
             return np.concatenate([sampler.pictures(b.latents, b.index, b.label) for b in drawn])
 
+    @plain_numbers()
     def sample_latents(
         self,
         num_samples: int = 64,
@@ -223,6 +230,7 @@ class TrainedModel:
             yield sampler, looked_at(drawn)
         warn_if_far(max(reach))
 
+    @plain_numbers()
     def decode(
         self, latents: Tensor | np.ndarray, *, batch_size: int = 64, progress: bool = True
     ) -> np.ndarray:
@@ -243,6 +251,7 @@ class TrainedModel:
 
     # --- the network ---------------------------------------------------------------------------------------
 
+    @plain_numbers()
     def denoise(self, x: Tensor | np.ndarray, t: float | Tensor, label: Classes | None = None) -> Endpoints:
         """What the network, unguided, takes noisy latents for: `data` and `eps`, each of the shape of x, float32.
 
@@ -264,7 +273,7 @@ class TrainedModel:
 
     def _times(self, t: float | Tensor, x: Tensor) -> Tensor:
         """(B,) times in the dtype that the network takes. Raises UserError."""
-        times = torch.as_tensor(t, dtype=torch.float64, device=self.device)
+        times = numbers_of(t, "t", torch.float64, self.device)
         if times.ndim > 1 or times.numel() not in (1, len(x)):
             raise UserError(
                 f"t has the shape {tuple(times.shape)}: give a number, or one of {len(x)} for each latent"
@@ -280,7 +289,7 @@ class TrainedModel:
 
     def _latents(self, given: Tensor | np.ndarray) -> Tensor:
         """Latents on the model's device, float32. Raises UserError for another shape."""
-        x = torch.as_tensor(given, dtype=torch.float32, device=self.device)
+        x = numbers_of(given, "latents", torch.float32, self.device)
         if x.ndim != 4 or tuple(x.shape[1:]) != self.shape or not len(x):
             channels, height, width = self.shape
             raise UserError(
