@@ -6,12 +6,13 @@ classes (`schema.py`), with the very code that checks the classes afterwards: th
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import inspect
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -66,9 +67,30 @@ def may_be_new(said: str, root: Path = FILE.parents[1]) -> bool:
     words = [re.escape(word) for word in refused if re.fullmatch(r"\w+", word) and f'"{word}"' not in known]
     if not words:
         return False
-    declared = re.compile(rf"""(?m)^\s+({"|".join(words)})_?\s*:|register\("({"|".join(words)})"\)""")
-    files = (file for part in ("dit", "tools") for file in (root / part).rglob("*.py"))
-    return any(declared.search(file.read_text(encoding="utf-8")) for file in files)
+    any_of = f"({'|'.join(words)})"
+    perhaps = re.compile(rf"""(?m)^\s+{any_of}_?\s*:|^def {any_of}\(|register\("{any_of}"\)""")
+    for file in (file for part in ("dit", "tools") for file in (root / part).rglob("*.py")):
+        text = file.read_text(
+            encoding="utf-8"
+        )  # any function's argument looks like a key: those files are parsed
+        if perhaps.search(text) and not refused.isdisjoint(
+            _declared(text, is_tool=file.parent == root / "tools")
+        ):
+            return True
+    return False
+
+
+def _declared(source: str, is_tool: bool) -> Iterator[str]:
+    """The words that a file adds to command lines: keys and names of config classes, a tool's commands."""
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ClassDef) and any("config" in ast.unparse(m) for m in node.decorator_list):
+            found = [item.target for item in node.body if isinstance(item, ast.AnnAssign)]
+            yield from (name.id.rstrip("_") for name in found if isinstance(name, ast.Name))
+            inside = (part for mark in node.decorator_list for part in ast.walk(mark))
+            yield from (str(part.value) for part in inside if isinstance(part, ast.Constant))
+        elif isinstance(node, ast.FunctionDef) and is_tool:
+            yield node.name
+            yield from (argument.arg for argument in (*node.args.args, *node.args.kwonlyargs))
 
 
 def check(tool: Tool, function: Command, values: Mapping[str, str]) -> None:

@@ -155,3 +155,20 @@ def test_what_stands_in_the_source_alone_is_left_to_the_classes(tmp_path: Path) 
         assert may_be_new(said, tmp_path)
         assert not may_be_new(said)
         assert not may_be_new(said.replace("squared", "sqared").replace("bend", "bent"), tmp_path)
+
+
+def test_arguments_of_functions_are_no_flags_but_those_of_commands_are(tmp_path: Path) -> None:
+    """`--x` would else be looked at by all the classes, whose methods take an x."""
+    inside = "class Kernel:\n    def step(\n        self,\n        x: int,\n    ) -> None: ...\n"
+    for part in ("dit", "tools"):
+        (tmp_path / part).mkdir()
+        source = f"{inside}\ndef bent(\n    *,\n    {part}_y: int,\n) -> None: ...\n"
+        (tmp_path / part / "new.py").write_text(source, encoding="utf-8")
+    refused = {word: f"unknown flag --{word}" for word in ("x", "dit_y", "tools_y")} | {
+        "bent": "unknown command 'bent'"
+    }
+    found = {word for word, said in refused.items() if may_be_new(said, tmp_path)}
+    assert found == {"tools_y", "bent"}
+    assert not any(
+        may_be_new(f"unknown flag --{word}") for word in ("x", "label", "image", "folder", "index")
+    )
