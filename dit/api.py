@@ -9,12 +9,14 @@ The command lines' own parts, called as they call them: the same options draw th
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
-from dit.config import ConfigError, from_dict, to_dict
+from dit.ambient import as_it_comes
+from dit.config import ConfigError, config, from_dict, to_dict
 from dit.configfile import load as load_config
 from dit.data import DataError
 from dit.data.codecs.base import CodecConfig
@@ -61,6 +63,9 @@ __all__ = [
 ]
 
 
+_FITTING = threading.Lock()  # held while this process trains
+
+
 class HowToEncode(TypedDict, total=False):
     """The fields of EncodeOptions, each with its default there."""
 
@@ -78,6 +83,17 @@ class HowToEncode(TypedDict, total=False):
     decode: Mapping[str, Any] | Decode
 
 
+@config
+class _Said:
+    holdout: float  # share of the images, of each class
+    classes: str | None  # name of a standard list
+    label_key: str | None  # of the label, in JSON or in a head
+    label_type: LabelType  # how labels are taken
+    label_column: str | None  # of Parquet
+    image_column: str | None  # of Parquet
+
+
+@as_it_comes()
 def encode(
     images: Place,
     out: Place,
@@ -106,19 +122,21 @@ def encode(
     images cannot be read or `out` is something else.
     """
     check_arguments(encode, EncodeOptions, options)
+    words: dict[str, Any] = {"classes": classes, "label_key": label_key, "label_type": label_type}
+    words |= {"holdout": holdout, "label_column": label_column, "image_column": image_column}
+    said = from_dict(_Said, words)
     order = EncodeOrder(
         images=expand(path_text(images, "images")),
         out=Path(expand(path_text(out, "out"))).resolve(),
         codec=CODECS.parse(codec),
         options=from_dict(EncodeOptions, dict(options)),
-        classes=classes,
+        classes=said.classes,
         labels=None if labels is None else path_text(labels, "labels"),
-        columns=Columns(image_column, label_column),
-        choice=LabelChoice(label_key, label_type),
-        holdout=holdout,
+        columns=Columns(said.image_column, said.label_column),
+        choice=LabelChoice(said.label_key, said.label_type),
+        holdout=said.holdout,
     )
-    world = World.from_env()
-    tell = partial(print, flush=True) if progress else _unheard
+    world, tell = World.from_env(), partial(print, flush=True) if progress else _unheard
     with bars(progress):
         return encode_images(order, chosen_device(device, world, "device"), world, tell=tell)[-1]
 
@@ -142,10 +160,17 @@ def fit(
     Raises ConfigError for keys that are wrong, DataError for data that cannot be read, TrainingError where it cannot
     go on, and Stopped where a signal or the first Ctrl-C ended it, once it has saved. For several processes: launch/.
     """
-    cfg = _experiment(experiment, overrides)
-    with bars(progress):
-        train(cfg, make_parts, owns_process=False)
-    return cfg.folder
+    if not _FITTING.acquire(blocking=False):  # ranks, signals and DeepSpeed are the whole process's
+        raise UserError(
+            "another training is under way in this process: wait for it, or start this one in another"
+        )
+    try:
+        with as_it_comes(), bars(progress):
+            cfg = _experiment(experiment, overrides)
+            train(cfg, make_parts, owns_process=False)
+            return cfg.folder
+    finally:
+        _FITTING.release()
 
 
 def _experiment(given: Any, overrides: Mapping[str, Any] | None) -> Experiment:
@@ -155,9 +180,7 @@ def _experiment(given: Any, overrides: Mapping[str, Any] | None) -> Experiment:
         return given
     if not isinstance(given, str | os.PathLike | Mapping):
         raise ConfigError(f"expected a YAML file, a dictionary or an Experiment, got {type(given).__name__}")
-    if overrides is not None and not isinstance(overrides, Mapping):
-        raise ConfigError(
-            f'overrides: expected a dictionary, as {{"train.steps": 100}}, got {type(overrides).__name__}'
-        )
+    if not isinstance(overrides, Mapping | None) or not all(isinstance(key, str) for key in overrides or ()):
+        raise ConfigError(f"overrides: expected a dictionary with dotted keys, got {overrides!r}")
     source = given if isinstance(given, Mapping) else Path(given)
     return load_config(Experiment, source, overrides, said="the overrides")

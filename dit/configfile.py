@@ -39,6 +39,10 @@ def read_yaml(path: str | Path, _seen: tuple[Path, ...] = ()) -> tuple[dict[str,
     path = Path(expand(str(path)))
     if path.resolve() in _seen:
         raise ConfigError(f"{path}: its base files lead back to itself")
+    if path.is_dir():
+        there = sorted(path.glob("*.yaml"))
+        such = "".join(f", such as {file}" for file in there[:1])
+        raise ConfigError(f"{path} is a folder, expected a YAML file{such}")
     if not path.is_file():
         near = difflib.get_close_matches(path.stem, [p.stem for p in path.parent.glob("*.yaml")], n=1)
         raise ConfigError(f"{path}: no such config file" + "".join(f"; did you mean {n}.yaml?" for n in near))

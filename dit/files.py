@@ -76,10 +76,17 @@ def _no_text(data: bytes, place: int, encoding: str, named: str) -> str:
 
 
 def path_text(given: object, what: str) -> str:
-    """The text of a path that a program gives. FileError for what is none; what: the argument's name."""
-    if not isinstance(given, str | os.PathLike):
-        raise FileError(f"{what}: expected a path, as text or a Path, got {type(given).__name__}")
-    return os.fspath(given)
+    """The text of a path or URL that a program gives. FileError for what is none; what: the argument's name."""
+    if isinstance(given, str | os.PathLike) and isinstance(text := os.fspath(given), str):
+        return text
+    raise FileError(f"{what}: expected a path, as text or a Path, got {type(given).__name__}")
+
+
+def beside(path: Path, ending: str) -> Path:
+    """The path with an ending at its name. FileError for the root, which has no name."""
+    if not path.name:
+        raise FileError(f"{path} is no place to write a result to: give a folder in it")
+    return path.with_name(path.name + ending)
 
 
 def expand(path: str) -> str:

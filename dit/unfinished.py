@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from dit.errors import Notice
-from dit.files import lies_at, try_lock, write_atomically
+from dit.files import beside, lies_at, try_lock, write_atomically
 from dit.outputs import MENDING, RECORD, OutputError, differences, read_record, write_record
 from dit.ranks import group
 
@@ -114,7 +114,7 @@ def unfinished(
     Raises OutputError where it is of another spec (overwrite: it is cleared) or in use by another job.
     """
     place = Path(os.path.abspath(out))  # ".." has no name to put anything beside
-    folder = place.with_name(f"{place.name}.partial")
+    folder = beside(place, ".partial")
     with contextlib.ExitStack() as stack:
         group.on_main(lambda: stack.enter_context(_held(folder, record, spec, overwrite)))
         yield Blocks(folder, *blocks)

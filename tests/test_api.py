@@ -23,6 +23,7 @@ from dit.data.encoding.encode import EncodeOptions
 from dit.errors import UserError
 from tests.commands import ROOT, call
 from tests.datasets import Digits
+from tests.odd_torch import odd_torch
 from tests.train.runs import at_step, differing, experiment, go, state, values
 
 pytestmark = pytest.mark.filterwarnings("ignore::dit.errors.Notice")  # averages of so few steps
@@ -103,11 +104,41 @@ def test_wrong_experiments_are_refused_by_where_they_are_from(digits: Digits, tm
         dit.fit(tmp_path / "nothing.yaml")
     with pytest.raises(ConfigError, match="expected a YAML file, a dictionary or an Experiment, got int"):
         dit.fit(3)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"overrides: expected a dictionary, .* got list"):
-        dit.fit(given, ["train.steps=3"])  # type: ignore[arg-type]
+    for over in ([("train.steps", 3)], {3: 3}):
+        with pytest.raises(ConfigError, match=r"overrides: expected a dictionary with dotted keys, got .*3"):
+            dit.fit(given, over)  # type: ignore[arg-type]
     with pytest.raises(DataError):
         dit.fit(given, {"data.path": tmp_path / "nothing"})
     assert not (tmp_path / "run").exists()
+
+
+def test_fits_follow_each_other_in_one_process(digits: Digits, tmp_path: Path, monkeypatch) -> None:
+    """Also one after a failure, and with ranks that have parted since; what another is under way stays out."""
+    given = values(digits, tmp_path / "run", **{**SHORT, "engine": "deepspeed"})
+    for stage in (0, 2, 3):
+        run = dit.fit(given, {"run_dir": tmp_path / f"{stage}", "zero.stage": stage}, progress=False)
+        assert dit.load(run).step == 3
+
+    def stumbles(*_: object) -> None:
+        with pytest.raises(UserError, match="another training is under way in this process"):
+            dit.fit(given)
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as broken:
+        broken.setattr("dit.train.loop.Loop.train", stumbles)
+        with pytest.raises(ZeroDivisionError):
+            dit.fit(given)
+    assert dit.load(dit.fit(given, progress=False)).step == 3
+
+
+def test_a_fit_takes_nothing_from_the_program_around_it_and_leaves_it_alone(
+    digits: Digits, tmp_path: Path
+) -> None:
+    given = values(digits, tmp_path / "run", **SHORT)
+    wanted = state(at_step(dit.fit(given, progress=False), 3))
+    with odd_torch():
+        dit.fit(given, {"run_dir": tmp_path / "aside"}, progress=False)
+    assert not differing(wanted, state(at_step(tmp_path / "aside", 3)))
 
 
 # --- encode ------------------------------------------------------------------------------------------------
@@ -142,9 +173,16 @@ def test_encode_refuses_what_the_command_line_does(tmp_path: Path) -> None:
         ({"codec": "pixels", "imagesize": 8}, "imagesize: unknown argument; did you mean image_size"),
         ({"codec": "pixels", "holdot": 0.1}, "holdot: unknown argument; did you mean holdout"),
         ({"codec": "pixels", "holdout": 1.5}, "holdout is 1.5"),
+        ({"codec": "pixels", "label_type": "numbre"}, "label_type: .* got 'numbre'"),
+        ({"codec": "pixels", "classes": ["imagenet"]}, "classes: .* got"),
     ):
         with pytest.raises(ConfigError, match=says):
             dit.encode("digits:test", out, **how)
+    for holdout in (0.0, 0.1):
+        with pytest.raises(UserError, match="/ is no place to write a result to: give a folder in it"):
+            dit.encode("digits:test", "/", "pixels", holdout=holdout)
+    with pytest.raises(UserError, match="images: expected a path, as text or a Path, got None"):
+        dit.encode(None, out)  # type: ignore[arg-type]
     assert not out.exists()
     with pytest.raises(UserError, match="images: expected a path, as text or a Path, got ndarray"):
         dit.encode(np.zeros((4, 8, 8, 3)), tmp_path / "x", codec="pixels")  # type: ignore[arg-type]

@@ -106,6 +106,7 @@ def test_a_missing_file_is_named_with_the_nearest(write, tmp_path: Path) -> None
     missing = write("x.yaml", "base: nowhere.yaml\n")
     assert str(tmp_path / "nowhere.yaml") in refusal(missing)
     assert "no such config file" in refusal(tmp_path / "no" / "folder.yaml")
+    assert f"is a folder, expected a YAML file, such as {tmp_path / 'digits.yaml'}" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("value", ["3", "[a.yaml, b.yaml]", "true"])

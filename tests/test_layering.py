@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "errors": "",
     "files": "errors",
     "version": "",
+    "ambient": "errors",
     "helptext": "errors config",
     "commandline": "errors files scalars helptext config ranks",
     "schema": "helptext config commandline",
@@ -78,12 +79,12 @@ MAY_IMPORT = {
     " train.preflight",
     # the autoencoder is trained by the same engine and checkpoints
     "stage1": "files progress config rng ranks flow data evals train",
-    "experiments": "errors files version progress config rng ranks flow model sample data evals train stage1"
+    "experiments": "ambient errors files version progress config rng ranks flow model sample data evals train stage1"
     " outputs unfinished",
     "reports": "errors files scalars progress config configfile model evals train experiments outputs",
     "interop": "errors files version config configfile ranks flow model data train experiments outputs",
     "bench": "errors files version config rng ranks flow model data train",
-    "api": "errors files progress config configfile rng ranks flow model sample data train experiments",
+    "api": "ambient errors files progress config configfile rng ranks flow model sample data train experiments",
     "cli": "errors helptext progress config ranks commandline",
     "flags": "helptext config",
     "tools": "errors files progress config configfile ranks sample data evals train stage1 experiments"

@@ -12,7 +12,7 @@ import pytest
 from dit.commandline import parse
 from dit.configfile import read_yaml
 from dit.errors import UserError
-from dit.quick import check, may_be_new
+from dit.quick import answer, check, may_be_new
 from dit.schema import stand_ins
 from tests.commands import ROOT, environment
 
@@ -175,3 +175,34 @@ def test_what_stands_in_the_source_alone_is_left_to_the_classes(tmp_path: Path) 
         assert may_be_new(said, tmp_path)
         assert not may_be_new(said)
         assert not may_be_new(said.replace("squared", "sqared").replace("bend", "bent"), tmp_path)
+
+
+@pytest.mark.parametrize("held", [None, "", "<<<<<<< HEAD\n{}", "[]", "{}"])
+def test_without_a_good_schema_the_classes_answer(tmp_path: Path, monkeypatch, held: str | None) -> None:
+    """Such as one in which a merge has left its marks: `make schema` too has to start."""
+    if held is not None:
+        (tmp_path / "schema.json").write_text(held)
+    monkeypatch.setattr("dit.schema.FILE", tmp_path / "schema.json")
+    monkeypatch.setattr("sys.argv", ["tools/train.py", "--help"])
+    stand_ins.cache_clear()
+    try:
+        answer("tools/train.py")
+    finally:
+        stand_ins.cache_clear()
+
+
+def test_arguments_of_functions_are_no_flags_but_those_of_commands_are(tmp_path: Path) -> None:
+    """`--x` would else be looked at by all the classes, whose methods take an x."""
+    inside = "class Kernel:\n    def step(\n        self,\n        x: int,\n    ) -> None: ...\n"
+    for part in ("dit", "tools"):
+        (tmp_path / part).mkdir()
+        source = f"{inside}\ndef bent(\n    *,\n    {part}_y: int,\n) -> None: ...\n"
+        (tmp_path / part / "new.py").write_text(source, encoding="utf-8")
+    refused = {word: f"unknown flag --{word}" for word in ("x", "dit_y", "tools_y")} | {
+        "bent": "unknown command 'bent'"
+    }
+    found = {word for word, said in refused.items() if may_be_new(said, tmp_path)}
+    assert found == {"tools_y", "bent"}
+    assert not any(
+        may_be_new(f"unknown flag --{word}") for word in ("x", "label", "image", "folder", "index")
+    )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -37,6 +37,7 @@ from dit.config import from_dict, to_dict
 from dit.errors import UserError
 from dit.files import expand
 from dit.flags import options_as_flags
+from dit.outputs import claim, write_record
 from dit.progress import Bar, say
 
 EPOCHS = 80  # the shortest run that is usual on ImageNet: 400,000 steps of 256
@@ -74,7 +75,7 @@ def loader(
     }
     cfg = from_dict(loader_bench.LoaderBench, sizes)
     torch.set_num_threads(1)
-    how = protocol(**to_dict(cfg))
+    how = _begin(json_file, **to_dict(cfg))
     with (
         tempfile.TemporaryDirectory() as temporary,
         Bar[None](total=loader_bench.turns(cfg), unit="turn") as bar,
@@ -141,7 +142,7 @@ def checkpoint(
 ) -> None:
     """Seconds to save and load a checkpoint beside a plain write of as many bytes; how long training stands still."""
     cfg = from_dict(saving_bench.SavingBench, {"parameters": parameters, "repeats": repeats})
-    how = protocol(**to_dict(cfg))
+    how = _begin(json_file, **to_dict(cfg))
     with (
         tempfile.TemporaryDirectory(dir=folder and expand(folder)) as place,
         Bar[None](total=saving_bench.turns(cfg), unit="turn") as bar,
@@ -167,7 +168,7 @@ def draws(
     """The random numbers of a training step (posterior, eps, t, label drop, fingerprint) as a share of the step."""
     sizes = {"size": size, "batch": batch, "repeats": repeats, "precision": precision}
     cfg = from_dict(draws_bench.DrawsBench, sizes)
-    how = protocol(**to_dict(cfg))
+    how = _begin(json_file, **to_dict(cfg))
     with Bar[None](total=draws_bench.turns(cfg), unit="turn") as bar:
         found = draws_bench.run(cfg, bar.update)
     for name, ms in found["ms"].items():
@@ -197,11 +198,10 @@ def step(
         raise UserError("there is no CUDA device here; take --device=cpu")
     if not torch.cuda.is_available():
         torch.set_num_threads(threads)
-    how = protocol(**to_dict(options), threads=torch.get_num_threads())
+    how = _begin(json_file, **to_dict(options), threads=torch.get_num_threads())
     print(json.dumps(how), flush=True)
     with Bar[None](total=step_bench.turns(options), unit="turn") as bar:
-        write = functools.partial(_write_json, json_file, how) if json_file else lambda figures: None
-        step_bench.run(options, step_bench.Report(say, write, bar.update))
+        step_bench.run(options, step_bench.Report(say, partial(_write_json, json_file, how), bar.update))
 
 
 def zero(
@@ -222,7 +222,7 @@ def zero(
     """
     sizes = {"width": width, "depth": depth, "heads": heads, "batch": batch, "accumulation": accumulation}
     cfg = from_dict(zero_bench.ZeroBench, {**sizes, "steps": steps, "repeats": repeats})
-    how = protocol(**to_dict(cfg))
+    how = _begin(json_file, **to_dict(cfg))
     with Bar[None](total=len(cfg.ranks), unit="size") as bar:
         figures = zero_bench.run(cfg, bar.update)
     for size, rows in figures.items():
@@ -259,7 +259,7 @@ def kills(
     """
     sizes = {"kills": kills, "steps": steps, "every": every, "ranks": ranks, "stage": stage, "seed": seed}
     cfg = from_dict(kills_bench.SurvivalBench, sizes)
-    how = protocol(**to_dict(cfg))
+    how = _begin(json_file, **to_dict(cfg))
     with tempfile.TemporaryDirectory() as temporary, Bar[None](total=cfg.kills, unit="kill") as bar:
         found = kills_bench.Bench(Path(expand(folder or temporary)), cfg).run(bar.update)
     print(kills_bench.table(found))
@@ -283,27 +283,33 @@ def elastic(
     """
     sizes = {"steps": steps, "ranks": ranks, "stages": stages, "lr": lr}
     cfg = from_dict(elastic_bench.ElasticBench, sizes)
-    how = protocol(**to_dict(cfg))
+    how = _begin(json_file, **to_dict(cfg))
     with tempfile.TemporaryDirectory() as temporary, Bar[None](total=1 + len(cfg.ranks), unit="start") as bar:
         found = elastic_bench.run(Path(expand(folder or temporary)), cfg, bar.update)
     print(elastic_bench.table(found))
     _conclude(how, found, json_file)
 
 
-def _write_json(json_file: str, how: dict[str, Any], figures: dict[str, Any]) -> None:
-    text = json.dumps({"protocol": how, "figures": figures}, indent=1) + "\n"
-    Path(expand(json_file)).write_text(text, encoding="utf-8")
+def _begin(json_file: str | None, **asked: Any) -> dict[str, Any]:
+    """How it will be measured; OutputError where the figures could not be written, before they are taken."""
+    for file in [Path(expand(json_file))] if json_file else []:
+        claim([file], overwrite=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
+    return protocol(**asked)
+
+
+def _write_json(json_file: str | None, how: dict[str, Any], figures: dict[str, Any]) -> None:
+    if json_file:
+        write_record(Path(expand(json_file)), {"protocol": how, "figures": figures})
 
 
 def _conclude(how: dict[str, Any], found: dict[str, Any], json_file: str | None) -> None:
     """Print how it was measured, write the figures, and fail where they are not what was promised."""
     print(json.dumps(how))
-    if json_file:
-        _write_json(json_file, how, found)
-    problems = found.get("problems", [])
-    if problems:
-        shown, more = problems[:SHOWN], len(problems) - SHOWN
-        rows = [*shown, *([f"and {more} more; --json_file has them all"] if more > 0 else [])]
+    _write_json(json_file, how, found)
+    if problems := found.get("problems", []):
+        more = [f"and {len(problems) - SHOWN} more; --json_file has them all"] * (len(problems) > SHOWN)
+        rows = [*problems[:SHOWN], *more]
         raise UserError("this is not as promised:\n" + "\n".join(f"  {row}" for row in rows))
 
 

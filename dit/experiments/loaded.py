@@ -15,6 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from dit.ambient import as_it_comes, numbers_of, plain_numbers
 from dit.config import ConfigError, config, from_dict, merge, to_dict
 from dit.data.codecs.base import Codec
 from dit.errors import UserError, shown
@@ -57,6 +58,7 @@ class _Amount:
     batch_size: Annotated[int, Field(ge=1)]  # images at a time
 
 
+@as_it_comes()
 def load(
     run_or_checkpoint: Place,
     weights: str = "ema",
@@ -87,7 +89,7 @@ def _check_keys(codec: Any) -> None:
         raise ConfigError(f'codec: expected keys of it, as {{"path": FOLDER}}, got {shown(codec)}')
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class TrainedModel:
     """A trained model with its objective, its latents' normalisation and its codec. `load` makes it.
 
@@ -155,6 +157,7 @@ class TrainedModel:
 
     # --- drawing -------------------------------------------------------------------------------------------
 
+    @plain_numbers()
     def sample(
         self,
         num_samples: int = 64,
@@ -181,6 +184,7 @@ class TrainedModel:
         ):
             return np.concatenate([sampler.pictures(b.latents, b.index, b.label) for b in drawn])
 
+    @plain_numbers()
     def sample_latents(
         self,
         num_samples: int = 64,
@@ -233,6 +237,7 @@ class TrainedModel:
             yield sampler, looked_at(drawn)
         warn_if_far(max(reach))
 
+    @plain_numbers()
     def decode(
         self, latents: Tensor | np.ndarray, *, batch_size: int = 64, progress: bool = True
     ) -> np.ndarray:
@@ -253,6 +258,7 @@ class TrainedModel:
 
     # --- the network ---------------------------------------------------------------------------------------
 
+    @plain_numbers()
     def denoise(self, x: Tensor | np.ndarray, t: float | Tensor, label: Classes | None = None) -> Endpoints:
         """What the network, unguided, takes noisy latents for: `data` and `eps`, each of the shape of x, float32.
 
@@ -274,7 +280,7 @@ class TrainedModel:
 
     def _times(self, t: float | Tensor, x: Tensor) -> Tensor:
         """(B,) times in the dtype that the network takes. Raises UserError."""
-        times = torch.as_tensor(t, dtype=torch.float64, device=self.device)
+        times = numbers_of(t, "t", torch.float64, self.device)
         if times.ndim > 1 or times.numel() not in (1, len(x)):
             raise UserError(
                 f"t has the shape {tuple(times.shape)}: give a number, or one of {len(x)} for each latent"
@@ -290,7 +296,7 @@ class TrainedModel:
 
     def _latents(self, given: Tensor | np.ndarray) -> Tensor:
         """Latents on the model's device, float32. Raises UserError for another shape."""
-        x = torch.as_tensor(given, dtype=torch.float32, device=self.device)
+        x = numbers_of(given, "latents", torch.float32, self.device)
         if x.ndim != 4 or tuple(x.shape[1:]) != self.shape or not len(x):
             channels, height, width = self.shape
             raise UserError(

@@ -11,6 +11,7 @@ import os
 import resource
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -57,6 +58,7 @@ def session(timeout: timedelta = timedelta(minutes=30)) -> Iterator[World]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     _allow_files()
+    excepthook = sys.excepthook  # which torch puts one around, and another one each time
     _init_group("nccl" if device.type == "cuda" else "gloo", world, launched, timeout)
     try:
         yield world
@@ -69,6 +71,7 @@ def session(timeout: timedelta = timedelta(minutes=30)) -> Iterator[World]:
     finally:
         td.destroy_process_group()
         if not launched:
+            sys.excepthook = excepthook
             for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
                 os.environ.pop(name, None)
 

@@ -22,6 +22,7 @@ from dit.train.checkpoints.checkpoint import CheckpointError
 from dit.train.checkpoints.export import export
 from tests.commands import call
 from tests.datasets import Digits
+from tests.odd_torch import odd_torch
 from tests.train.runs import at_step, random_run
 
 pytestmark = pytest.mark.filterwarnings("ignore::dit.errors.Notice")  # averages of so few steps
@@ -224,6 +225,40 @@ def test_what_cannot_be_denoised_is_named(
         model.denoise(torch.zeros(x), t, label)
 
 
+@pytest.mark.parametrize("given", ["x", None, [[1j]], np.array([None])])
+def test_what_are_no_numbers_is_said(model: TrainedModel, given: Any) -> None:
+    with pytest.raises(UserError, match="t: expected a tensor, an array or numbers, got"):
+        model.denoise(torch.zeros(1, 4, 8, 8), given)
+    with pytest.raises(UserError, match="latents: expected a tensor, an array or numbers, got"):
+        model.decode(given)
+
+
+def test_views_that_run_backwards_are_latents_too(model: TrainedModel) -> None:
+    latents = np.random.default_rng(0).standard_normal((2, 4, 8, 8), np.float32)
+    images = model.decode(latents, progress=False)
+    np.testing.assert_array_equal(model.decode(latents[::-1], progress=False), images[::-1])
+
+
+def test_the_program_around_it_changes_nothing_and_is_left_alone(run: Path, model: TrainedModel) -> None:
+    how: dict[str, Any] = {"num_samples": 3, "num_steps": 2, "cfg_scale": 2, "progress": False}
+    images, x = model.sample(**how), model.sample_latents(**how)
+    found = model.denoise(x, 0.5, 3)
+    with odd_torch():
+        loaded = load(run)
+        np.testing.assert_array_equal(loaded.sample(**how), images)
+        assert torch.equal(loaded.sample_latents(**how), x)
+        np.testing.assert_array_equal(loaded.decode(x, progress=False), images)
+        assert torch.equal(loaded.denoise(x, 0.5, 3).data, found.data)
+    test_gradients_flow_to_x(loaded)
+
+
+def test_a_model_can_be_a_key(run: Path, model: TrainedModel) -> None:
+    """Each is one of its own: what is remembered of one is not taken for another's."""
+    other = load(run)
+    assert {model: 1, other: 2}[model] == 1
+    assert model != other
+
+
 def test_latents_that_are_not_finite_are_named(model: TrainedModel) -> None:
     latents = torch.zeros(3, 4, 8, 8)
     latents[1, 0, 0, 0] = float("nan")
@@ -240,8 +275,9 @@ def test_what_cannot_be_loaded_is_named(run: Path, tmp_path: Path) -> None:
         load(run, precision="fp16")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="device=gpu: no such device; expected cpu, cuda"):
         load(run, device="gpu")
-    with pytest.raises(UserError, match="run_or_checkpoint: expected a path, as text or a Path, got int"):
-        load(3)  # type: ignore[arg-type]
+    for given in (None, 3, b"run"):
+        with pytest.raises(UserError, match="run_or_checkpoint: expected a path, as text or a Path, got"):
+            load(given)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r'codec: expected keys of it, as {"path": FOLDER}, got .pixels.'):
         load(run, codec="pixels")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="pth: unknown key; did you mean path"):

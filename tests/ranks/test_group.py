@@ -102,7 +102,7 @@ def test_code_version_names_the_package() -> None:
 
 
 def test_a_session_of_one_leaves_nothing_behind() -> None:
-    before = dict(os.environ)
+    before, excepthook = dict(os.environ), sys.excepthook
     with group.session() as world:
         assert world == World()
         assert td.get_world_size() == 1
@@ -111,6 +111,7 @@ def test_a_session_of_one_leaves_nothing_behind() -> None:
         assert td.is_initialized()
     assert not td.is_initialized()
     assert dict(os.environ) == before
+    assert sys.excepthook is excepthook
 
 
 def test_a_session_is_left_after_an_error_too() -> None:

@@ -1,11 +1,17 @@
 """tools/bench.py: the table and the figures."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from dit.bench.speed.steppers import StepBench
 from dit.bench.speed.turns import MedianRange
+from dit.config import ConfigError, from_dict
+from dit.outputs import OutputError
 from tests.commands import execute
+from tools import bench
 
 
 @pytest.mark.slow
@@ -70,7 +76,7 @@ def test_settings_of_survival_are_checked_first(words, complaint, tmp_path):
     ],
 )
 def test_figures_of_few_turns_are_not_judged(tmp_path, command, sizes, words):
-    json_file = tmp_path / "found.json"
+    json_file = tmp_path / "new" / "found.json"
     done = execute("bench.py", command, *sizes, "--repeats=2", f"--json_file={json_file}")
     assert done.returncode == 0, done.stderr
     assert all(word in done.stdout for word in words)
@@ -100,3 +106,26 @@ def test_a_batch_that_cannot_be_shared_is_refused_first():
     done = execute("bench.py", "zero", "--batch=6")
     assert done.returncode == 1
     assert "a batch of 6 cannot be shared by 4 ranks" in done.stderr
+
+
+def test_figures_that_could_not_be_written_are_not_taken(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="is a folder, and a file is to be written"):
+        bench.step(json_file=str(tmp_path))
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="is there and is no folder"):
+        bench.loader(json_file=str(tmp_path / "file" / "found.json"))
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ({"size": ("S", "Q")}, "unknown size 'Q'"),
+        ({"micro_batch": 0}, "micro_batch is 0, expected 1 or more"),
+        ({"micro_batch": -2}, "micro_batch is -2, expected 1 or more"),
+        ({"batch": 0}, "at least 1"),
+    ],
+)
+def test_a_step_that_is_none_is_refused_as_a_key_is(how: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says) as refused:
+        from_dict(StepBench, how)
+    assert "pydantic" not in str(refused.value)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dit.bench.speed.plain import LABEL_DROP, PlainDiT, PlainLoop
-from dit.config import ConfigError, config
+from dit.config import ConfigError, config, from_dict
 from dit.data.codecs.norm import LatentNorm
 from dit.data.loading.stream import Batch
 from dit.flow.objective import Objective
@@ -44,6 +44,12 @@ class StepBench:
     def __post_init__(self) -> None:
         if min(self.steps, self.repeats, self.batch) < 1 or not self.size:
             raise ConfigError("steps, repeats and batch are at least 1, and a size is needed")
+        for size in self.size:
+            from_dict(DiTConfig, {"size": size, "patch": self.patch})
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise ConfigError(
+                f"micro_batch is {self.micro_batch}, expected 1 or more, or null for the whole batch"
+            )
         if self.batch % (self.micro_batch or self.batch):
             raise ConfigError(f"micro_batch ({self.micro_batch}) must divide batch ({self.batch})")
 

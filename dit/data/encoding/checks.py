@@ -16,11 +16,12 @@ from dit.data.encoding.older import options_as_begun
 from dit.data.encoding.parts import refuse_other
 from dit.data.shards.manifest import FILE, Manifest
 from dit.data.shards.write import PLAN
+from dit.files import beside
 
 
 def check_out(out: Path) -> None:
     """DataError where no data set can be written to the folder `out`, and none is there."""
-    partial = out.with_name(out.name + ".partial")
+    partial = beside(out, ".partial")
     if out.exists() and not out.is_dir():
         raise DataError(f"{out} is a file: remove it or choose another name")
     if out.is_dir() and any(out.iterdir()) and not (out / FILE).is_file():

@@ -11,10 +11,11 @@ import re
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
+from dit.config import ConfigError
 from dit.data import DataError
 from dit.data.sources.source import listing
 
@@ -56,6 +57,11 @@ class LabelChoice:
     key: str | None = None
     type: LabelType = "auto"
     replaced: bool = False
+
+    def __post_init__(self) -> None:
+        known = get_args(LabelType)
+        if self.type not in known:
+            raise ConfigError(f"label_type is {self.type!r}, expected one of {', '.join(known)}")
 
 
 # --- one label ---------------------------------------------------------------------------------------------

@@ -19,13 +19,14 @@ from dit.data import DataError
 from dit.data.origin import Split
 from dit.data.sources.decode import ImageFileOrPixels
 from dit.data.sources.source import ImageSource
+from dit.files import beside
 
 HELD_OUT = "-val"  # behind the name of the training set's folder
 
 
 def held_out_folder(out: Path) -> Path:
     """Where the images go that are held out of the set in `out`."""
-    return out.with_name(out.name + HELD_OUT)
+    return beside(out, HELD_OUT)
 
 
 def check_share(share: float) -> None:

@@ -101,6 +101,7 @@ def _forget_earlier_engines() -> None:
     """What DeepSpeed keeps in modules of an engine before this one, in the same process, and would go by."""
     torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
     groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
+    groups._WORLD_GROUP = None  # of ranks that have parted since, perhaps
 
 
 def _forget_module(module: nn.Module) -> None:
