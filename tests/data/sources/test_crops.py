@@ -161,8 +161,8 @@ def test_boxes_differ_between_ids_and_seeds():
     [
         ({"scale_min": 0.5, "scale_max": 0.2}, "scale_min is 0.5, above scale_max of 0.2"),
         ({"ratio_min": 2, "ratio_max": 1}, "ratio_min is 2.0, above ratio_max of 1.0"),
-        ({"scale_min": 0}, "greater than 0"),
-        ({"scale_max": 1.5}, "less than or equal to 1"),
+        ({"scale_min": 0}, "expected more than 0"),
+        ({"scale_max": 1.5}, "expected 1 or less"),
         ({"scale": 0.5}, "unknown key"),
     ],
 )

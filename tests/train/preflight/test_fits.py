@@ -80,7 +80,7 @@ BROKEN: dict[str, tuple[Callable[[Digits, Path], Sections], str]] = {
                 "train": {"global_batch": 64, "micro_batch": 64},
             }
         ),
-        "48 samples, taken 0 at a time",
+        "are fewer than the 64 that objective.coupling.group takes together",
     ),
     "pictures' codec": (
         lambda d, f: {"sample": {"every": 1}, "codec": {"path": "gone"}},
