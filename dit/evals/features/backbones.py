@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ class Timm(FeatureSpace):
     size: int | None = None  # pixels a side; none = those it was trained with
 
     def build(self, device: torch.device, sample: Sample | None = None) -> FeatureNetwork:
-        """Build timm's network without its classifier, and fill it from the file."""
+        """Build timm's network, fill it from the file, tensor by tensor, and take its classifier off."""
         import timm
         from timm.data import config as timm_data
 
@@ -50,10 +51,12 @@ class Timm(FeatureSpace):
                 f"timm has no model '{self.model}'{did_you_mean(self.model, timm.list_models())}"
             )
         try:
+            # with the classifier that its file has: without it timm lets any tensor be missing, and leaves it random
             module: Any = timm.create_model(
-                self.model, pretrained=True, num_classes=0, pretrained_cfg_overlay={"file": str(file)}
+                self.model, pretrained=True, pretrained_cfg_overlay={"file": str(file)}
             )
-        except (RuntimeError, KeyError, ValueError) as error:
+            module.reset_classifier(0)
+        except (RuntimeError, KeyError, ValueError, pickle.UnpicklingError, EOFError) as error:
             raise FeatureError(f"{file} does not fill timm's {self.model}: {_first_line(error)}") from error
         if self.size is not None and hasattr(module, "set_input_size"):  # where positions are embedded
             module.set_input_size(img_size=(self.size, self.size))
@@ -109,8 +112,6 @@ def _state_dict(file: Path) -> dict[str, torch.Tensor]:
         from safetensors.torch import load_file
 
         return load_file(file)
-    import pickle
-
     try:
         held = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
