@@ -7,11 +7,13 @@ import io
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
 
 from dit.cli import UsageError, help_text, parse, run
+from dit.commandline import Tool
 from dit.config import ConfigError, config
 from dit.errors import InterruptTold
 from dit.ranks.group import World
@@ -255,6 +257,40 @@ def test_subcommands_are_chosen_and_listed(work, train, calls: Calls, capsys) ->
     assert exit_code(commands, "wrok", "here") == 2
     assert "unknown command 'wrok'; did you mean work?" in capsys.readouterr().err
     assert len(calls) == 1
+
+
+def test_a_default_commands_name_may_be_left_out(
+    work, train, calls: Calls, capsys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tool = Tool({"work": work, "train": train}, default="work")
+    for word in ("there", "~/there", str(tmp_path / "there"), "s3://bucket/there", "*.tar", "digits:test"):
+        assert exit_code(tool, word) == 0
+        assert calls.pop()["place"] == word
+    assert exit_code(tool, "work", "nowhere") == 0  # a command's own errors are its own
+    assert calls.pop()["place"] == "nowhere"
+    assert exit_code(tool, "--verbose", "there") == 0
+    assert (calls[0]["place"], calls.pop()["verbose"]) == ("there", True)
+    assert exit_code(tool, "there", "--help") == 0
+    assert "PLACE" in capsys.readouterr().out
+    assert exit_code(tool, "--help") == 0
+    said = capsys.readouterr().out
+    assert " PLACE ...   for " in said
+    assert "work PLACE ..." in said
+    assert exit_code(tool) == 2
+    capsys.readouterr()
+    assert exit_code(tool, "trian", "c.yaml") == 2
+    said = capsys.readouterr().err
+    assert "'trian' is neither a command nor a file or folder that is there; did you mean train?" in said
+    assert str(tmp_path) in said  # where it was looked for
+    assert exit_code(tool, "$DIT_UNSET/x") == 1
+    assert "DIT_UNSET is not set" in capsys.readouterr().err
+    assert calls == []
+    (tmp_path / "train").mkdir()
+    assert exit_code(tool, "train", "c.yaml") == 0  # a command comes before a folder of its name
+    assert calls.pop()["config"] == "c.yaml"
 
 
 # --- errors of the work itself -----------------------------------------------------------------------------

@@ -57,8 +57,11 @@ def tool(name: str, words: list[str]) -> tuple[Callable[..., Any], list[str]]:
     if hasattr(module, "main"):
         return module.main, words
     assert words, f"tools/{name}.py needs a command"
-    assert hasattr(module, words[0].replace("-", "_")), f"tools/{name}.py has no command {words[0]}"
-    return getattr(module, words[0].replace("-", "_")), words[1:]
+    default = module.TOOL.default
+    if words[0] not in module.TOOL.commands and default is not None:
+        return module.TOOL.commands[default], words
+    assert words[0] in module.TOOL.commands, f"tools/{name}.py has no command {words[0]}"
+    return module.TOOL.commands[words[0]], words[1:]
 
 
 def check_config(cls: type, given: dict[str, Any]) -> None:

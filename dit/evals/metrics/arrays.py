@@ -51,18 +51,18 @@ def read_features(path: str, side: str) -> FeatureSet:
 
 def _arrays(file: Path, named: str, names: list[str]) -> dict[str, np.ndarray]:
     """The arrays of these names that an npz file holds."""
+    with file.open("rb") as beginning:
+        if beginning.read(6) == b"\x93NUMPY":
+            raise DataError(
+                f"{named} is a single array (.npy); expected an npz: numpy.savez(FILE, features=ARRAY)"
+            )
     try:
+        zipfile.ZipFile(file).close()  # np.load takes what is no archive for other formats
         with np.load(file, allow_pickle=False) as held:
-            if isinstance(held, np.ndarray):
-                raise DataError(
-                    f"{named} is a single array (.npy); expected an npz: numpy.savez(FILE, features=ARRAY)"
-                )
-            return {name: held[name] for name in names if name in held.files}
+            found = {name: held[name] for name in names if name in held.files}
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
         raise DataError(f"{named} is no whole npz file ({error}): write or copy it again") from None
     except ValueError as error:
-        if isinstance(error, DataError):
-            raise
         objects = "object" in str(error).lower() or "pickle" in str(error).lower()
         how = (
             "holds Python objects, which are not read: store arrays of numbers"
@@ -70,6 +70,12 @@ def _arrays(file: Path, named: str, names: list[str]) -> dict[str, np.ndarray]:
             else "cannot be read"
         )
         raise DataError(f"{named} {how} ({error})") from None
+    for name, array in found.items():
+        if not isinstance(array, np.ndarray):  # a member that is no npy file comes as its bytes
+            raise DataError(
+                f"{named}: {name} is no array; expected an npz: numpy.savez(FILE, features=ARRAY)"
+            )
+    return found
 
 
 def _floats(array: np.ndarray, path: str, name: str) -> np.ndarray:

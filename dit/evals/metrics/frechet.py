@@ -81,7 +81,7 @@ class _Factor:
     def of(cls, side: np.ndarray | Statistics, counts: np.ndarray | None = None) -> _Factor:
         """Of features (N, D), each counted so often, or of their statistics."""
         if isinstance(side, Statistics):
-            return cls(side.mean, _root(side.cov))
+            return cls(side.mean, _root(side))
         if len(side) > side.shape[1]:
             return cls.of(Statistics.fit(side, counts))
         counts = np.ones(len(side), np.int64) if counts is None else counts
@@ -97,12 +97,14 @@ class _Factor:
         return max(float(np.square(self.mean - other.mean).sum() + traces - 2 * common), 0.0)
 
 
-def _root(cov: np.ndarray) -> np.ndarray:
+def _root(of: Statistics) -> np.ndarray:
     """A factor (D, D) of a covariance. DataError for a matrix that is none."""
-    values, vectors = np.linalg.eigh(np.asarray(cov, np.float64))
+    values, vectors = np.linalg.eigh(np.asarray(of.cov, np.float64))
     if values[0] < -NEGATIVE * abs(values[-1]):
         raise DataError(
             f"a covariance has the eigenvalue {values[0]:.3g} beside {values[-1]:.3g}: expected none below 0"
         )
+    if of.count is not None:  # so many samples span fewer dimensions: others have rounding, large by its root
+        values[: max(len(values) - of.count + 1, 0)] = 0
     root: np.ndarray = (vectors * np.sqrt(values.clip(min=0))).T
     return root

@@ -104,6 +104,8 @@ def choose_metrics(
     for word in words:
         if word not in known:
             raise ConfigError(f"--metrics: unknown figure '{word}'{did_you_mean(word, known)}")
+    if not words:
+        raise ConfigError(f"--metrics names no figure; expected some of {', '.join(known)}")
     names = [name for name in METRICS if {ALL, name, *METRICS[name].figures} & set(words)]
     fields: dict[str, dict[str, str]] = {}
     for key, text in keys.items():
