@@ -266,9 +266,11 @@ def _metrics(order: Order, what: Compared, is_inception: bool) -> tuple[dict[str
         metrics = {kind: metric for kind, metric in metrics.items() if metric.needs != "logits"}
         missing = {key: why for key, why in missing.items() if key != "inception_score"}
     lacking = [kind for kind, metric in metrics.items() if not side.can(metric)]
-    missing |= {
-        figure: "needs the reference's features" for kind in lacking for figure in metrics[kind].figures
-    }
+    missing |= {figure: "needs spatial ones" for kind in lacking for figure in metrics[kind].figures}
+    if side.set is None:
+        missing = dict.fromkeys(
+            missing, "needs the reference's features: images, or a file with --keep_features"
+        )
     return {kind: metric for kind, metric in metrics.items() if kind not in lacking}, missing
 
 

@@ -53,7 +53,7 @@ def make_reference(
     spaces: Sequence[FeatureSpace],
     how: Pass,
     world: group.World,
-    taken: Taken,
+    taken: Taken = Taken(),
     overwrite: bool = False,
 ) -> bool:
     """Write the statistics of images in each feature space to `out`; False where the same are there. Collective.
