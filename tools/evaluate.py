@@ -149,7 +149,7 @@ def reference(
             )
 
 
-def history(run_dir: Annotated[str, "run directory"]) -> None:
+def history(run_dir: Annotated[str, "of training, from which the evaluated images were drawn"]) -> None:
     """Print what was measured of a run, figures of one protocol together, and how the protocols differ."""
     print("\n".join(history_lines(Path(expand(run_dir)))))
 

@@ -15,6 +15,8 @@ from torch.nn.functional import interpolate
 from dit.config import config
 from dit.evals.features.network import FEATURES, Extracted, FeatureError, FeatureNetwork, FeatureSpace, Sample
 
+BLOCK = 64  # images that are in float64 at a time
+
 
 @dataclass(frozen=True)
 class Pca:
@@ -107,7 +109,11 @@ class PixelNetwork(FeatureNetwork):
 
 def _averaged(images: Tensor, side: int) -> np.ndarray:
     """(N, H, W, 3) uint8 as float64 in [0, 1], of at most `side` pixels a side, each the mean of those it covers."""
-    x = images.permute(0, 3, 1, 2).double() / 255
-    if max(x.shape[2:]) > side:
-        x = interpolate(x, (min(side, x.shape[2]), min(side, x.shape[3])), mode="area")
-    return x.permute(0, 2, 3, 1).numpy()
+    size = tuple(min(side, length) for length in images.shape[1:3])
+    made = np.empty((len(images), *size, 3))
+    for part, block in zip(torch.arange(len(images)).split(BLOCK), images.split(BLOCK), strict=True):
+        x = block.permute(0, 3, 1, 2).double() / 255
+        if size != tuple(images.shape[1:3]):
+            x = interpolate(x, size, mode="area")
+        made[part.numpy()] = x.permute(0, 2, 3, 1).numpy()
+    return made
