@@ -10,6 +10,7 @@ from dit.data import DataError
 from dit.evals.metrics import FeatureSet, Statistics
 from dit.evals.metrics.inception_score import InceptionScore
 from dit.evals.metrics.metric import ROWS
+from dit.evals.metrics.resampling import GENERATED, Resampling
 
 REFERENCE = Statistics(np.zeros(2), np.eye(2))  # of no consequence
 
@@ -40,6 +41,16 @@ def test_splits_are_consecutive_and_averaged() -> None:
     assert score(logits, splits=3) == pytest.approx(np.mean(parts), rel=1e-12)
     with pytest.raises(DataError, match=r"31 sample.*needs at least 32"):
         score(logits, splits=16)
+
+
+def test_resamples_are_scores_of_repeated_rows() -> None:
+    logits = np.random.default_rng(3).normal(size=(25, 4))
+    drawn = Resampling(3)
+    found = InceptionScore(splits=2)
+    each = found.values(FeatureSet(np.eye(25), logits), REFERENCE, drawn)["inception_score"]
+    for row, counts in enumerate(drawn.counts(GENERATED, 25)):
+        parts = [np.repeat(logits[part], counts[part], axis=0) for part in (slice(0, 13), slice(13, 25))]
+        assert each[row] == pytest.approx(np.mean([score(part) for part in parts]), rel=1e-12)
 
 
 def test_without_logits() -> None:

@@ -181,10 +181,10 @@ def test_too_few_resamples_for_an_interval() -> None:
 
 @pytest.mark.parametrize("name", ["frechet", "kid", "mind", "inception"])
 def test_intervals_hold_the_expected_figure_about_as_often_as_they_say(name: str) -> None:
-    """Of 60 pairs of sets of Gaussians; the expectation is the mean over 300 others. 95% of them would be 57."""
+    """Of 60 pairs of sets of Gaussians; the expectation is the mean over 150 others. 95% of them would be 57."""
     metric: Metric = Mind(projections=10) if name == "mind" else METRICS[name]()
     figure = metric.figures[0]
-    expected = np.mean([metric(made(60, 0.5, 2 * s), made(70, 0, 2 * s + 1))[figure] for s in range(300)])
+    expected = np.mean([metric(made(60, 0.5, 2 * s), made(70, 0, 2 * s + 1))[figure] for s in range(150)])
     held = 0
     for s in range(1000, 1060):
         found = measure({name: metric}, made(60, 0.5, 2 * s), made(70, 0, 2 * s + 1), Resampling(60, s))
