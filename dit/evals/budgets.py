@@ -11,7 +11,7 @@ import torch
 
 from dit.config import ConfigError
 from dit.data.sources.images import open_source
-from dit.evals.features import Pca
+from dit.evals.features.pixels import Pca
 from dit.evals.metrics.frechet import Statistics, frechet_distance
 from dit.sample.generate import Sampler
 from dit.sample.solve import Solver

@@ -15,7 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from dit.data.codecs.autoencoders import Vae
 from dit.data.sources.images import open_source
-from dit.evals.features import Pca
+from dit.evals.features.pixels import Pca
 from dit.evals.metrics.frechet import Statistics, frechet_distance
 from dit.evals.protocol import protocol_hash
 from dit.sample.generate import image_grid, to_uint8

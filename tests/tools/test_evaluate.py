@@ -1,4 +1,4 @@
-"""tools/evaluate.py: figures of given features."""
+"""tools/evaluate.py: figures of images, and of given features."""
 
 from __future__ import annotations
 
@@ -8,8 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import tools.sample
+from dit.cli import run as run_command
+from dit.config import ConfigError
+from dit.evals.features.spaces import EfficientNetLite0, PixelComponents, Timm
+from dit.evals.record import read
 from tests.commands import ROOT, call
-from tools.evaluate import features
+from tests.datasets import Digits
+from tests.train.runs import random_run
+from tools.evaluate import TOOL, features, history, images, read_spaces, reference
 
 GOLDEN = ROOT / "tests" / "golden" / "metrics.npz"
 FIGURES = ["frechet", "kid", "precision", "recall", "density", "coverage", "mind", "inception_score"]
@@ -64,3 +71,84 @@ def test_where_the_figures_go_is_looked_at_before_the_work(
 ) -> None:
     assert call(features, "nowhere.npz", GOLDEN, f"--json_file={tmp_path}") == 1
     assert "is a folder, and a file is to be written" in capsys.readouterr().err
+
+
+# --- images ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def drawn(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run, and 12 images that were drawn from it."""
+    folder = tmp_path_factory.mktemp("run")
+    run = random_run(digits, folder)
+    words = (run, "--num_samples=12", "--num_steps=1", "--batch_size=12", f"--out={folder / 'drawn'}")
+    assert call(tools.sample.main, *words) == 0
+    return run, folder / "drawn"
+
+
+def test_figures_of_drawn_images_are_kept_beside_their_run(
+    drawn: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, samples = drawn
+    size = np.load(samples / "samples.npz")["arr_0"].shape[1]
+    words = (
+        samples,
+        "--features.components=3",
+        "--features=pixels",
+        "--metrics=frechet,kid",
+        "--bootstrap=20",
+    )
+    place, kept = tmp_path / "f.json", tmp_path / "features.npz"
+    statistics = tmp_path / "statistics.npz"
+    pixels = ("--features=pixels", "--features.components=3", f"--image_size={size}")
+    assert call(reference, "digits:test", statistics, *pixels, "--keep_features") == 0
+    told = (f"--reference={statistics}", f"--json_file={place}", f"--save_features={kept}")
+    assert call(images, *words, *told) == 0
+    said = capsys.readouterr().out
+    (space,) = json.loads(place.read_text())["spaces"]
+    assert space["hash"] in said
+    assert f"{space['figures']['frechet']:.6g}" in said
+    (row,) = read(run)
+    assert row["figures"] == space["figures"]
+    assert row["protocol"]["samples"]["sampler"] is not None
+    spec = json.loads((samples / "spec.json").read_text())
+    assert (row["step"], row["digest"], row["weights"]) == (spec["step"], spec["digest"], spec["weights"])
+    assert call(history, run) == 0
+    assert space["hash"] in capsys.readouterr().out
+    assert (
+        call(features, kept, kept, "--metrics=frechet,kid", f"--json_file={place}") == 0
+    )  # the same by themselves
+    again = json.loads(place.read_text())
+    assert again["frechet"] == pytest.approx(space["figures"]["frechet"], rel=1e-9)
+
+
+def test_without_a_word_images_are_evaluated_and_what_is_amiss_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    np.savez(tmp_path / "a.npz", np.zeros((4, 8, 8, 3), np.float32))
+    with pytest.raises(SystemExit) as ended:
+        run_command(TOOL, argv=[str(tmp_path / "a.npz"), "--reference=digits:test", "--features=pixels"])
+    assert ended.value.code == 1
+    assert "expected uint8" in capsys.readouterr().err
+    assert call(images, "digits:test", "--reference=digits:train") == 1
+    assert "pt_inception-2015-12-05-6726825d.pth" in capsys.readouterr().err
+    assert call(images, "digits:test", "--reference=digits:train", "--features=pixel") == 1
+    assert "did you mean pixels?" in capsys.readouterr().err
+    assert call(reference, "digits:test", tmp_path / "a.txt", "--features=pixels") == 2
+    assert call(history, tmp_path) == 1
+    assert "nothing was measured" in capsys.readouterr().err
+
+
+def test_several_feature_spaces_are_named_or_listed() -> None:
+    assert read_spaces("pixels,efficientnet_lite0", {}) == (PixelComponents(), EfficientNetLite0())
+    listed = "{name: pixels, components: 4}, {name: timm, model: test_vit, weights: a.pth}"
+    expected = (PixelComponents(components=4), Timm(model="test_vit", weights="a.pth"))
+    assert read_spaces(listed, {}) == read_spaces(f"[{listed}]", {}) == expected
+    assert read_spaces("pixels", {"features.components": "4"}) == read_spaces(
+        "pixels", {"features_components": "4"}
+    )
+    with pytest.raises(ConfigError, match="a field of one network"):
+        read_spaces("pixels,inception", {"features.weights": "a"})
+    with pytest.raises(ConfigError, match="components"):
+        read_spaces("pixels", {"features.component": "4"})

@@ -43,8 +43,8 @@ def squared_mmd(
                 between += _weighted(_kernel(a, b), x_counts[:, i], y_counts[:, j])
                 bar.update()
     sizes = x_counts.sum(1, dtype=np.float64) * y_counts.sum(1, dtype=np.float64)
-    squared: np.ndarray = within[0] + within[1] - 2 * between / sizes
-    return squared
+    distances: np.ndarray = within[0] + within[1] - 2 * between / sizes
+    return distances
 
 
 def _within(x: np.ndarray, counts: np.ndarray, rows: int, bar: Bar[None]) -> np.ndarray:

@@ -90,8 +90,8 @@ class Quantiles:
     def squared_w2(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """(L,) of values (L, N) and (L, M)."""
         gaps = np.sort(a, axis=1)[:, self.left] - np.sort(b, axis=1)[:, self.right]
-        squared: np.ndarray = np.square(gaps) @ self.lengths
-        return squared
+        distances: np.ndarray = np.square(gaps) @ self.lengths
+        return distances
 
 
 def _project(features: np.ndarray, directions: np.ndarray) -> np.ndarray:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dit.evals.features import Pca
+from dit.evals.features.pixels import Pca
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""Feature networks: from images to the spaces in which sets of them are compared."""

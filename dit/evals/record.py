@@ -1,0 +1,115 @@
+"""What was measured of a run: RUN/evaluations.jsonl, a row an evaluation, and curves in TensorBoard."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dit.errors import Notice, UserError
+from dit.outputs import differences
+
+FILE = "evaluations.jsonl"
+CURVES = (
+    "tensorboard/evaluations"  # a folder of its own: training takes back what it wrote itself, and not this
+)
+
+
+def run_of(record: Mapping[str, Any] | None) -> Path | None:
+    """The run directory whose checkpoint drew images, by their record; None where there is none, or it is not here."""
+    place = (record or {}).get("checkpoint")
+    if not isinstance(place, str):
+        return None
+    folder = Path(place)
+    return next((up for up in (folder, *folder.parents) if (up / "config.yaml").is_file()), None)
+
+
+def append(run: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Add rows behind those that are there, in one write under a lock: nothing written before is touched.
+
+    A line that another process did not finish, as it was killed, is ended first. ValueError for what is no JSON.
+    """
+    text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+    descriptor = os.open(run / FILE, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        size = os.fstat(descriptor).st_size
+        is_torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+        os.write(descriptor, (("\n" if is_torn else "") + text).encode())
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read(run: Path) -> list[dict[str, Any]]:
+    """All rows, oldest first; none where nothing was measured. A line that is no row is left out, and said."""
+    file = run / FILE
+    if not file.is_file():
+        return []
+    rows = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict) and "figures" in row:
+            rows.append(row)
+        else:
+            warnings.warn(
+                f"{file}: line {number} is not a row of figures, and is left out", Notice, stacklevel=2
+            )
+    return rows
+
+
+def draw_curves(run: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Add the rows' figures to TensorBoard's curves, a curve for each figure and protocol, against the step."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(run / CURVES)) as writer:
+        for row in rows:
+            for name, value in row["figures"].items():
+                writer.add_scalar(f"{row['features']}/{name} ({row['hash']})", value, row["step"])
+
+
+def history(run: Path) -> list[str]:
+    """Lines to print: the rows of each protocol together, and what distinguishes the protocols from the first one."""
+    rows = read(run)
+    if not rows:
+        raise UserError(
+            f"{run / FILE} is not there: nothing was measured of this run yet. Draw images by tools/sample.py, and "
+            "give them to tools/evaluate.py"
+        )
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row["hash"], []).append(row)
+    first = next(iter(groups.values()))[0]
+    lines: list[str] = []
+    for digest, group in groups.items():
+        lines.append(f"{group[0]['features']}, protocol {digest}")
+        if group[0] is not first:
+            lines += [f"  not to be compared with {first['hash']}:"]
+            lines += [f"  {line}" for line in _unlike(first["protocol"], group[0]["protocol"])]
+        lines += [_line(row) for row in group]
+    return lines
+
+
+def _unlike(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """What a protocol has otherwise than the first one, of a key each."""
+    lines = differences(first, {**dict.fromkeys(first), **other})
+    return [line.replace(" there, ", f" in {'the first'}, ").replace(" now", " here") for line in lines]
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    figures = "  ".join(
+        f"{name} {value:.6g}{bracket(row['intervals'].get(name))}" for name, value in row["figures"].items()
+    )
+    return f"  {row['time'][:16]}  step {row['step']}, {row['weights']}: {figures}"
+
+
+def bracket(interval: Sequence[float] | None) -> str:
+    """An interval as it is printed behind its figure; nothing where there is none."""
+    return "" if interval is None else f" [{interval[0]:.5g}, {interval[1]:.5g}]"
