@@ -67,12 +67,6 @@ SIT = Use(
 )
 
 
-def write(path: Path, trained: Trained, use: Use) -> None:
-    """Write the card of a model that was given out; its title is the name of the folder or the file."""
-    title = path.parent.name if path.name == FILE else path.stem
-    write_atomically(path, text(trained, title, use).encode())
-
-
 def with_card(
     run_or_checkpoint: str, weights: str, out: str | Path, use: Use, overwrite: bool = False
 ) -> tuple[Path, ...]:

@@ -173,14 +173,14 @@ def _spec(parts: _Parts) -> dict[str, Any]:
 
 
 def _write(folder: Path, parts: _Parts, spec: Mapping[str, Any]) -> None:
-    """Write it beside its place, and give it its name when it is whole."""
+    """Write it beside its place, and give it its name when it is whole. What can fail is computed first."""
+    config, state = transformer.config_of(parts.model, parts.num_classes), _state(parts)
+    readme = card.text(parts.trained, folder.name, _use(folder.name, parts))
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "transformer").mkdir(parents=True)
-    _write_json(
-        partial / "transformer" / transformer.CONFIG, transformer.config_of(parts.model, parts.num_classes)
-    )
-    write_weights(partial / "transformer" / f"{transformer.STEM}.safetensors", _state(parts))
+    _write_json(partial / "transformer" / transformer.CONFIG, config)
+    write_weights(partial / "transformer" / f"{transformer.STEM}.safetensors", state)
     if parts.scheduler is not None:
         (partial / "scheduler").mkdir()
         _write_json(partial / "scheduler" / FILE, parts.scheduler.config())
@@ -188,7 +188,7 @@ def _write(folder: Path, parts: _Parts, spec: Mapping[str, Any]) -> None:
         parts.vae.save_pretrained(partial / "vae", safe_serialization=True)
     if parts.is_pipeline:
         _write_json(partial / INDEX, _index(parts.trained))
-    card.write(partial / card.FILE, parts.trained, _use(folder.name, parts))
+    write_atomically(partial / card.FILE, readme.encode())
     write_record(partial / RECORD, spec)
     sync(partial)
     replace_folder(partial, folder)
@@ -228,7 +228,7 @@ def _index(trained: Trained) -> dict[str, Any]:
 
 def _use(name: str, parts: _Parts) -> card.Use:
     """How the folder is loaded, for its card."""
-    code = loading.code(name, parts.scheduler, parts.is_pipeline, parts.vae is not None, _numbers(parts))
+    code = loading.code(name, parts.scheduler, parts.is_pipeline, _numbers(parts))
     return card.Use("diffusers", code, parts.notes)
 
 
@@ -239,6 +239,8 @@ def _numbers(parts: _Parts) -> dict[str, Any]:
         "null": parts.num_classes,
         "shape": (channels, height, width),
         "steps": parts.num_steps,
+        "norm": parts.trained.norm if parts.vae is None else None,
+        "codec": parts.trained.contract["codec"]["name"],
     }
 
 

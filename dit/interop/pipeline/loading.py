@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from dit.data.codecs.norm import LatentNorm
 from dit.interop.pipeline.schedulers import Scheduler
 
 _PIPELINE = """
@@ -18,7 +19,7 @@ _LOOP = """
 
 transformer = DiTTransformer2DModel.from_pretrained("{name}", subfolder="transformer")
 scheduler = {scheduler}.from_pretrained("{name}", subfolder="scheduler")
-{vae}labels, null, scale, steps = torch.tensor({classes}), {null}, 1.5, {steps}
+labels, null, scale, steps = torch.tensor({classes}), {null}, 1.5, {steps}
 x = torch.randn(len(labels), {channels}, {height}, {width})
 both = torch.cat([labels, torch.full_like(labels, null)])
 {timesteps}
@@ -38,36 +39,40 @@ transformer = DiTTransformer2DModel.from_pretrained("{name}", subfolder="transfo
 """
 
 
-def code(
-    name: str, scheduler: Scheduler | None, is_pipeline: bool, has_vae: bool, numbers: Mapping[str, Any]
-) -> str:
-    """Lines of Python. numbers: classes to draw, null, shape (C, H, W), steps."""
+def code(name: str, scheduler: Scheduler | None, is_pipeline: bool, numbers: Mapping[str, Any]) -> str:
+    """Lines of Python. numbers: classes to draw, null, shape (C, H, W), steps, codec, norm (None where a VAE is)."""
     given = {key: numbers[key] for key in ("classes", "null", "steps")}
     if is_pipeline:
         return _PIPELINE.format(name=name, **given)
     if scheduler is None:
         return _ALONE.format(name=name)
     channels, height, width = numbers["shape"]
-    sigmas = "scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps))"
-    classes = ["DiTTransformer2DModel", scheduler.name]
-    vae, images = "", "images = (x / 2 + 0.5).clamp(0, 1)  # (N, 3, H, W)"
-    if has_vae:
-        classes.append("AutoencoderKL")
-        vae = f'vae = AutoencoderKL.from_pretrained("{name}", subfolder="vae")\n'
-        images = (
-            "    decoded = vae.decode(x / vae.config.scaling_factor).sample\n"
-            "images = (decoded / 2 + 0.5).clamp(0, 1)  # (N, 3, H, W)"
-        )
+    classes = ["DiTTransformer2DModel", scheduler.name, *([] if numbers["norm"] else ["AutoencoderKL"])]
     numpy = "" if scheduler.in_pipeline else "import numpy as np\n"
+    sigmas = "sigmas=np.linspace(1, 1 / steps, steps)"
     return _LOOP.format(
         name=name,
         imports=f"{numpy}import torch\nfrom diffusers import {', '.join(sorted(classes))}",
         scheduler=scheduler.name,
-        vae=vae,
-        timesteps="scheduler.set_timesteps(steps)" if scheduler.in_pipeline else sigmas,
+        timesteps=f"scheduler.set_timesteps({'steps' if scheduler.in_pipeline else sigmas})",
         channels=channels,
         height=height,
         width=width,
-        images=images,
+        images=_images(name, numbers["norm"], numbers["codec"]),
         **given,
     )
+
+
+def _images(name: str, norm: LatentNorm | None, codec: str) -> str:
+    """What becomes of the drawn latents x: decoded by the VAE, pixels, or what another codec decodes."""
+    if norm is None:
+        decoded = "vae.decode(x / vae.config.scaling_factor).sample"
+        return (
+            f'    vae = AutoencoderKL.from_pretrained("{name}", subfolder="vae")\n'
+            f"    images = ({decoded} / 2 + 0.5).clamp(0, 1)  # (N, 3, H, W)"
+        )
+    mean, std = (f"torch.tensor({list(values)})[:, None, None]" for values in (norm.mean, norm.std))
+    latents = f"    latents = x * {std} + {mean}"
+    if codec == "pixels":
+        return f"{latents}\n    images = (latents / 2 + 0.5).clamp(0, 1)  # (N, 3, H, W)"
+    return f"{latents}  # (N, C, H, W), which the codec {codec} decodes"

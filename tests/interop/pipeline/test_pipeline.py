@@ -16,12 +16,14 @@ from diffusers import DiTPipeline
 import dit
 from dit.config import ConfigError, from_dict
 from dit.experiments.trained import Trained
+from dit.interop.card import CardError
 from dit.interop.convert import Choices
 from dit.interop.pipeline.given import Given, from_run
 from dit.interop.pipeline.taken import to_run
 from dit.interop.weights import WeightsError
 from dit.outputs import OutputError
 from dit.sample.generate import Sampler, SamplerSpec
+from dit.train.checkpoints.checkpoint import CheckpointError
 from tests.datasets import Digits
 from tests.interop.random_models import DDPM, SIT, random_run
 
@@ -112,7 +114,7 @@ FLOWS: dict[str, dict[str, Any]] = {
     "flow": {"objective": {}, "time_frequencies": "ddpm"},
     "fitted flow": {"objective": {}, "norm": "dataset"},
     "sit": {"objective": SIT},
-    "pixels": {"objective": {}, "data": "pixels"},
+    "pixels": {"objective": {}, "data": "pixels", "norm": "dataset"},
 }
 
 
@@ -170,6 +172,27 @@ def test_more_classes_than_their_pipeline_knows_are_parts_and_no_pipeline(
     given = from_run(str(run), tmp_path / "folder", num_steps=10)
     assert any("it knows 1000 classes, these are 1001" in note for note in given.notes)
     assert not (given.folder / "model_index.json").exists()
+
+
+def test_what_they_lack_is_refused_before_anything_is_written(digits: Digits, tmp_path: Path) -> None:
+    narrow = random_run(tmp_path / "narrow", digits, DDPM, mlp_ratio=2.0)
+    with pytest.raises(WeightsError, match="MLPs of 4 times its width"):
+        again(narrow, tmp_path / "folder")
+    run = random_run(tmp_path / "run", digits, DDPM)
+    with pytest.raises(ConfigError, match="num_steps is 250: so many times cannot be fitted"):
+        again(run, tmp_path / "folder", num_steps=250)
+    (run / "evaluations.jsonl").write_text("{\n")
+    with pytest.raises(CardError, match="line 1 is no evaluation"):
+        again(run, tmp_path / "folder")
+    assert not list(tmp_path.glob("folder*"))
+
+
+def test_a_folder_of_theirs_that_is_no_run_is_told_what_makes_one(digits: Digits, tmp_path: Path) -> None:
+    folder = again(random_run(tmp_path / "run", digits, DDPM), tmp_path / "folder").folder
+    with pytest.raises(
+        CheckpointError, match=r"It is a folder of diffusers: python tools/convert\.py diffusers"
+    ):
+        dit.load(folder)
 
 
 def again(run: Path, folder: Path, **how: Any) -> Given:
