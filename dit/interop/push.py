@@ -9,7 +9,7 @@ from pathlib import Path
 from dit.data.codecs.hub import REPOSITORY
 from dit.errors import UserError
 
-LOCAL = ["*.partial", "spec.json"]  # what of a folder is of this machine
+LOCAL = ["*.partial"]  # what of a folder was not finished
 
 
 class PushError(UserError):
