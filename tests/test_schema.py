@@ -68,7 +68,7 @@ def choices(cls: type) -> Iterator[tuple[tuple[str, ...], Registry[Any]]]:
 
 
 def unknown(cls: Any, overrides: dict[str, str]) -> list[str]:
-    """What a class says of keys and choices that there are not."""
+    """What a class says of keys and choices that there are not; sizes are the model's own table, and no choice."""
     try:
         from_dict(cls, overridden(cls, {}, overrides)[0])
     except ConfigError as error:

@@ -20,8 +20,13 @@ from dit.cli import run
 from dit.commandline import Tool
 from dit.config import from_dict, to_dict
 from dit.data.codecs.codec import CODECS, parse_codec
+from dit.interop import card
 from dit.interop.convert import Choices, Converted, from_run, to_run
 from dit.interop.facebook_dit import FacebookDiT
+from dit.interop.pipeline.given import from_run as to_pipeline
+from dit.interop.pipeline.taken import to_run as from_pipeline
+from dit.interop.push import check_name
+from dit.interop.push import push as push_to_hub
 from dit.interop.sit import PathName, PredictionName, SiT
 from dit.train.checkpoints.export import export as write_export
 
@@ -29,6 +34,7 @@ Heads = Annotated[int | None, "attention heads; none = those of S, B, L or XL, b
 Classes = Annotated[int | None, "classes; none = the label table's rows but the null one"]
 Scale = Annotated[float | None, "latents were multiplied with it; none = the codec's own, or 0.18215"]
 Overwrite = Annotated[bool, "replace a file of something else that is there"]
+Push = Annotated[str | None, "owner/name on the Hugging Face hub that it is uploaded to; none = nowhere"]
 Weights = Annotated[str, "which weights: ema, model, or another average, as ema_0.999"]
 ALREADY = "; the same export is there already, nothing was written"
 
@@ -74,16 +80,61 @@ def sit(
     _report(to_run(weights, out, from_dict(SiT, {"path": path, "prediction": prediction}), choices))
 
 
+def diffusers(
+    folder: Annotated[str, "a DiTPipeline's folder, as save_pretrained writes it"],
+    out: Annotated[str, "a new folder"],
+    *,
+    num_classes: Annotated[int | None, "classes; none = those that have names, or the label table's"] = None,
+    scaling_factor: Annotated[float | None, "latents were multiplied with it; none = the VAE's own"] = None,
+    **codec_keys: str,
+) -> None:
+    """diffusers' DiTPipeline as a run directory OUT that tools/sample.py takes, and init.from of training.
+
+    The scheduler says what the network predicts, the folder's VAE decodes; --codec.path=FOLDER takes another one.
+    """
+    choices = _choices(codec_keys, num_classes=num_classes, scaling_factor=scaling_factor)
+    _report(from_pipeline(folder, out, choices))
+
+
+def to_diffusers(
+    run_or_ckpt: Annotated[str, "a run directory or one checkpoint in it"],
+    out: Annotated[str, "a new folder"],
+    *,
+    weights: Weights = "ema",
+    num_steps: Annotated[
+        int, "steps of the sampling that the time layer is fitted for, where diffusers' sinusoids are others"
+    ] = 50,
+    overwrite: Overwrite = False,
+    push: Push = None,
+    **codec_keys: str,
+) -> None:
+    """A checkpoint's weights as a folder for diffusers: a DiTPipeline where it can sample the model, else its parts.
+
+    --codec.path=FOLDER says where the VAE is, if it is not where training had it.
+    """
+    _check_push(push)
+    done = to_pipeline(
+        run_or_ckpt, out, weights=weights, num_steps=num_steps, codec=codec_keys, overwrite=overwrite
+    )
+    print(f"{done.line}\n{done.folder}: for diffusers{'' if done.is_new else ALREADY}")
+    for note in done.notes:
+        print(f"note: {note}")
+    _push(push, done.folder)
+
+
 def to_facebook_dit(
     run_or_ckpt: Annotated[str, "a run directory or one checkpoint in it"],
     out: Annotated[str, "a new .pt or .safetensors file"],
     *,
     weights: Weights = "ema",
     overwrite: Overwrite = False,
+    push: Push = None,
 ) -> None:
     """A checkpoint's weights as a state dict for facebookresearch/DiT: eps on DDPM's linear betas."""
+    _check_push(push)
     line, is_new = from_run(run_or_ckpt, out, FacebookDiT(), weights, overwrite)
     print(f"{line}\n{out}: a state dict for facebookresearch/DiT{'' if is_new else ALREADY}")
+    _push(push, *card.with_card(run_or_ckpt, weights, out, card.FACEBOOK, overwrite))
 
 
 def to_sit(
@@ -95,10 +146,13 @@ def to_sit(
         bool, "with rows of zeros where SiT's learn_sigma=True has ones to discard"
     ] = True,
     overwrite: Overwrite = False,
+    push: Push = None,
 ) -> None:
     """A checkpoint's weights as a state dict for willisma/SiT: a path with model times of 1 - t."""
+    _check_push(push)
     line, is_new = from_run(run_or_ckpt, out, SiT(learn_sigma=learn_sigma), weights, overwrite)
     print(f"{line}\n{out}: a state dict for willisma/SiT{'' if is_new else ALREADY}")
+    _push(push, *card.with_card(run_or_ckpt, weights, out, card.SIT, overwrite))
 
 
 def export(
@@ -111,11 +165,13 @@ def export(
         "an average of this width (sigma_rel), made of the run's snapshots; none = as it was kept",
     ] = None,
     overwrite: Overwrite = False,
+    push: Push = None,
 ) -> None:
     """One set of weights as one file that tools/sample.py takes: the model's own names, and what it was trained as.
 
     Averages of any width can be made after training with ema.power and ema.snapshot_every (EDM2's post-hoc EMA).
     """
+    _check_push(push)
     written, off, is_new = write_export(run_or_ckpt, out, weights, width, overwrite)
     how = "" if off is None else f" (profile off by {off:.2%})"
     print(f"{out}: {written.line}{how}{'' if is_new else ALREADY}")
@@ -125,6 +181,18 @@ def export(
             "note: the snapshots cannot make an average of that width (the profile is what each step's weights count "
             "for): take a width between those of ema.power, or about them, and more snapshots"
         )
+    source = run_or_ckpt if width is None else out  # no checkpoint holds an average that was made now
+    _push(push, *card.with_card(source, weights, out, card.OURS, overwrite))
+
+
+def _check_push(name: str | None) -> None:
+    if name is not None:
+        check_name(name)
+
+
+def _push(name: str | None, *paths: Path) -> None:
+    if name is not None:
+        print(f"pushed to {push_to_hub(name, paths)}")
 
 
 def _choices(codec_keys: dict[str, str], **given: float | None) -> Choices:
@@ -149,8 +217,10 @@ def _report(done: Converted) -> None:
 COMMANDS = {
     "facebook-dit": facebook_dit,
     "sit": sit,
+    "diffusers": diffusers,
     "to-facebook-dit": to_facebook_dit,
     "to-sit": to_sit,
+    "to-diffusers": to_diffusers,
     "export": export,
 }
 

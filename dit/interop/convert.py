@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Protocol
@@ -27,7 +27,7 @@ from dit.experiments.trained import Trained
 from dit.files import expand, sync
 from dit.flow.objective import Objective
 from dit.interop.weights import Arguments, Count, StateDict, WeightsError, infer, network
-from dit.model.dit import DiT
+from dit.model.dit import DiT, DiTConfig
 from dit.outputs import claim, claim_file
 from dit.ranks.group import World
 from dit.train.checkpoints import saver
@@ -131,51 +131,78 @@ def to_run(source: str | Path, out: str | Path, format: Format, choices: Choices
 
     Raises WeightsError for weights that do not fit, ConfigError where `out` is not a new folder.
     """
-    folder, partial = Path(expand(str(out))), Path(expand(f"{out}.partial"))
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder} is there already; give a new folder")
+    new_folder(out)
     states = read_weights(source)
     arguments = infer(states["ema"], choices.num_heads, choices.num_classes)
     kept, ema = format.ours(states["ema"], arguments)
     live = ema if states["model"] is states["ema"] else format.ours(states["model"], arguments)[1]
     del states  # gigabytes
-    experiment = _experiment(out, format.objective(kept), kept, "position" in ema, choices)
+    experiment = experiment_of(out, format.objective(kept), kept.model("position" in ema), choices.codec)
+    weights = Weights(live, ema, network(ema, kept))
+    return Converted(
+        write_run(out, weights, experiment, contract_of(kept, choices), source), arguments, experiment
+    )
+
+
+def new_folder(out: str | Path) -> Path:
+    """A place for a run directory; ConfigError where something is there."""
+    folder = Path(expand(str(out)))
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} is there already; give a new folder")
+    return folder
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights from elsewhere under our names: those that were trained, their average, a network for its buffers."""
+
+    live: dict[str, Tensor]
+    ema: dict[str, Tensor]
+    network: DiT
+
+
+def write_run(
+    out: str | Path, weights: Weights, experiment: Experiment, contract: Mapping[str, Any], source: str | Path
+) -> Path:
+    """Write a run directory with one checkpoint, of step 0; there whole or not at all. source: what is it of."""
+    folder, partial = new_folder(out), Path(expand(f"{out}.partial"))
     meta = {
         "config": to_dict(experiment),
-        "contract": _contract(kept, choices),
+        "contract": dict(contract),
         "data": {"digest": f"of converted weights, from {Path(source).name}"},
         "code": code_version(),
         "torch": torch.__version__,
         "updates": 0,
         "world_size": 1,
     }
+    live, ema = weights.live, weights.ema
     pieces = [Fragment(n, tuple(w.shape), 0, live[n].view(-1)) for n, w in ema.items() if n != "position"]
     averages = [ema[piece.name].view(-1) for piece in pieces]
     shutil.rmtree(partial, ignore_errors=True)
-    state = State(pieces, {MAIN: averages}, network(ema, kept))
+    state = State(pieces, {MAIN: averages}, weights.network)
     saver.save(partial / "checkpoints", 0, state, meta, World())
     write_yaml(partial / CONFIG, experiment)
     partial.rename(folder)
     sync(folder.absolute().parent)
-    return Converted(folder, arguments, experiment)
+    return folder
 
 
-def _experiment(
-    out: str | Path, objective: Objective, arguments: Arguments, stored_position: bool, choices: Choices
+def experiment_of(
+    out: str | Path, objective: Objective, model: DiTConfig, codec: CodecConfig | None
 ) -> Experiment:
     """A config that the weights could have been trained with; the data are not known."""
     values = {
         "data": {"path": "unknown"},
         "run_dir": str(out),
-        "model": to_dict(arguments.model(stored_position)),
+        "model": to_dict(model),
         "objective": to_dict(objective),
         "latents": {"norm": "codec"},
-        "codec": to_dict(choices.codec) if choices.codec else None,
+        "codec": to_dict(codec) if codec else None,
     }
     return from_dict(Experiment, values)
 
 
-def _contract(arguments: Arguments, choices: Choices) -> dict[str, Any]:
+def contract_of(arguments: Arguments, choices: Choices) -> dict[str, Any]:
     """What sampling must know of the latents: see `Parts.contract`."""
     identity, factor = unknown_vae(arguments.in_channels, choices.scaling_factor or SCALE), FACTOR
     if choices.codec:
@@ -213,15 +240,21 @@ def from_run(
     """
     path = Path(expand(str(out)))
     claim([path], overwrite=True)  # before anything is read
-    trained = Trained.load(run_or_checkpoint, weights, torch.device("cpu"))
-    if not isinstance(trained.model, DiT):
-        raise WeightsError(f"{trained.path} holds no DiT, but a {type(trained.model).__name__}")
-    state = format.theirs(trained.model, trained.experiment.objective)
+    trained, model = load_dit(run_or_checkpoint, weights)
+    state = format.theirs(model, trained.experiment.objective)
     is_there = claim_file(path, lambda: _holds(path, state), overwrite=overwrite)
     if not is_there:
         write_weights(path, state)
     trained.average.warn()
     return trained.weights_line(), not is_there
+
+
+def load_dit(run_or_checkpoint: str, weights: str) -> tuple[Trained, DiT]:
+    """A trained model on the CPU, and its network. WeightsError where that is of another kind."""
+    trained = Trained.load(run_or_checkpoint, weights, torch.device("cpu"))
+    if not isinstance(trained.model, DiT):
+        raise WeightsError(f"{trained.path} holds no DiT, but a {type(trained.model).__name__}")
+    return trained, trained.model
 
 
 def _holds(path: Path, state: StateDict) -> bool:

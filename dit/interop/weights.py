@@ -20,6 +20,7 @@ from dit.config import ConfigError, config, from_dict, to_dict
 from dit.errors import UserError
 from dit.flow.path import NoisePath
 from dit.flow.predict import Cond, Prediction
+from dit.model.block import EPSILON, AdaLNZeroBlock
 from dit.model.dit import SIZES, DiT, DiTConfig, Size
 from dit.model.embed import position_table, wide
 
@@ -145,9 +146,16 @@ def ratio_of(hidden: int, width: int) -> float:
 
 def check(state: StateDict, arguments: Arguments) -> None:
     """WeightsError that names every entry that is missing, unexpected or of another shape."""
-    expected = arguments.shapes()
+    rows = mismatches(state, arguments.shapes())
+    if rows:
+        text = "\n  ".join([f"the weights are not those of {arguments}:", *rows])
+        raise WeightsError(text + _correction(state, arguments))
+
+
+def mismatches(state: StateDict, expected: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """A line for each entry that is missing, unexpected or of another shape than name -> shape; of many the first."""
     has = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    rows = [
+    return [
         *_few([f"missing: {name} {shape}" for name, shape in expected.items() if name not in has]),
         *_few([f"unexpected: {name} {shape}" for name, shape in has.items() if name not in expected]),
         *_few(
@@ -158,9 +166,6 @@ def check(state: StateDict, arguments: Arguments) -> None:
             ]
         ),
     ]
-    if rows:
-        text = "\n  ".join([f"the weights are not those of {arguments}:", *rows])
-        raise WeightsError(text + _correction(state, arguments))
 
 
 def _few(rows: list[str], shown: int = 12) -> list[str]:
@@ -203,6 +208,18 @@ def to_theirs(model: DiT) -> dict[str, Tensor]:
 
     WeightsError for a network that the reference does not have.
     """
+    spacing = model.time_embed.spacing
+    epsilons = {block.mlp_epsilon for block in model.blocks if isinstance(block, AdaLNZeroBlock)}
+    if spacing != "adm" or epsilons - {EPSILON}:
+        raise WeightsError(
+            f"the reference has no such network: its time frequencies are adm (these: {spacing}), what is added to the "
+            f"variance before its MLPs {EPSILON:g} (these: {', '.join(f'{e:g}' for e in sorted(epsilons))})"
+        )
+    return named_as_theirs(model)
+
+
+def named_as_theirs(model: DiT) -> dict[str, Tensor]:
+    """As `to_theirs`, of names and shapes alone: whatever else it is that is computed with the weights."""
     named = {their_name(name): p.detach() for name, p in model.named_parameters()}
     if unknown := sorted(named.keys() ^ arguments_of(model).shapes().keys() - {POSITION}):
         raise WeightsError(f"the reference has no such network; it differs in {', '.join(unknown[:5])}")

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from pydantic import Field
 from torch import Tensor, nn
 
 from dit.config import Registry, config
@@ -56,10 +58,12 @@ class AdaLNZero(BlockConfig):
     """Attention and MLP with shift, scale and gate from the condition, the gates starting at zero."""
 
     qk_norm: bool = False  # RMSNorm with a gain on queries and keys (arXiv 2302.05442): keeps logits bounded
+    # added to the variance in the norm before the MLP; diffusers' DiT has 1e-5
+    mlp_epsilon: Annotated[float, Field(gt=0)] = EPSILON
 
     def build(self, dims: Dims) -> nn.Module:
         """The block for these shapes."""
-        return AdaLNZeroBlock(dims.width, dims.heads, dims.mlp_width, qk_norm=self.qk_norm)
+        return AdaLNZeroBlock(dims.width, dims.heads, dims.mlp_width, self.qk_norm, self.mlp_epsilon)
 
     def cost(self, dims: Dims) -> BlockCost:
         """The cost of one block."""
@@ -84,8 +88,11 @@ class AdaLNZero(BlockConfig):
 class AdaLNZeroBlock(nn.Module):
     """x + gate·attention(modulated norm of x), then the same with the MLP."""
 
-    def __init__(self, width: int, heads: int, mlp_width: int, qk_norm: bool = False):
+    def __init__(
+        self, width: int, heads: int, mlp_width: int, qk_norm: bool = False, mlp_epsilon: float = EPSILON
+    ):
         super().__init__()
+        self.mlp_epsilon = mlp_epsilon
         self.attention = Attention(width, heads, qk_norm)
         self.mlp = Mlp(width, mlp_width)
         self.modulation = nn.Linear(width, 6 * width)
@@ -100,7 +107,7 @@ class AdaLNZeroBlock(nn.Module):
         shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = rows
         h: Tensor = self.attention(modulate(x, shift_attention, scale_attention))  # (B, T, D)
         x = x + gate_attention * h  # (B, T, D), float32 by promotion
-        h = self.mlp(modulate(x, shift_mlp, scale_mlp))  # (B, T, D)
+        h = self.mlp(modulate(x, shift_mlp, scale_mlp, self.mlp_epsilon))  # (B, T, D)
         return x + gate_mlp * h  # (B, T, D)
 
 
@@ -129,9 +136,9 @@ def modulation(linear: nn.Linear, c: Tensor, count: int) -> tuple[Tensor, ...]:
     return wide(rows).unsqueeze(1).chunk(count, dim=-1)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, epsilon: float = EPSILON) -> Tensor:
     """LayerNorm(x)·(1 + scale) + shift over the last axis: (B, T, D) with (B, 1, D)."""
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=EPSILON), 1 + scale)
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=epsilon), 1 + scale)
 
 
 class Attention(nn.Module):

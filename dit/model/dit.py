@@ -23,7 +23,7 @@ from dit.flow.predict import Cond
 from dit.model.block import BLOCKS, AdaLNZero, BlockConfig, OutputLayer
 from dit.model.cond import CONDITIONERS, ClassLabel, ConditionerConfig, joined
 from dit.model.dims import Dims, grid_of
-from dit.model.embed import PatchEmbed, TimeEmbed, position_table, unpatchify, wide
+from dit.model.embed import PatchEmbed, Spacing, TimeEmbed, position_table, unpatchify, wide
 
 
 class Size(NamedTuple):
@@ -71,6 +71,8 @@ class DiTConfig(ModelConfig):
     learn_sigma: bool = False  # twice the output channels: a prediction, then its log-variance
     checkpoint_blocks: bool = False  # recompute blocks in the backward pass: a third more work, less memory
     stored_position: bool = False  # keep the position table in checkpoints, as foreign weights do
+    # of the sinusoids of time: adm = 10000^(-i/128), as DiT and SiT have it; ddpm = 10000^(-i/127), as diffusers has it
+    time_frequencies: Spacing = "adm"
     block: Annotated[BlockConfig, BLOCKS] = AdaLNZero()  # kind of transformer block
     # what is told to the network besides the time, in turn
     cond: tuple[Annotated[ConditionerConfig, CONDITIONERS], ...] = (ClassLabel(),)
@@ -124,7 +126,8 @@ class DiTConfig(ModelConfig):
     ) -> DiT:
         """The initialised network, on the default device; `generator` None is torch's global one."""
         dims = self.dims(input_size, channels, num_classes)
-        return DiT(dims, self.block, self.cond, self.checkpoint_blocks, generator, self.stored_position)
+        kept = (self.stored_position, self.time_frequencies)
+        return DiT(dims, self.block, self.cond, self.checkpoint_blocks, generator, *kept)
 
 
 class DiT(nn.Module):
@@ -143,11 +146,12 @@ class DiT(nn.Module):
         checkpoint_blocks: bool = False,
         generator: torch.Generator | None = None,
         stored_position: bool = False,
+        time_frequencies: Spacing = "adm",
     ):
         super().__init__()
         self.dims, self.checkpoint_blocks = dims, checkpoint_blocks
         self.patch_embed = PatchEmbed(dims, extra_channels=sum(c.extra_channels for c in cond))
-        self.time_embed = TimeEmbed(dims.width)
+        self.time_embed = TimeEmbed(dims.width, spacing=time_frequencies)
         self.conditioners = nn.ModuleList(c.build(dims) for c in cond)
         self.blocks = nn.ModuleList(block.build(dims) for _ in range(dims.depth))
         self.output = self.output_layer(dims)

@@ -7,7 +7,9 @@ is to be predicted. These layers do about 1% of a small model's multiply-adds an
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,13 @@ from dit.model.dims import Dims
 
 FREQUENCIES = 256  # features of the time embedding: half cosines, half sines
 MAX_PERIOD = 10_000.0
+Spacing = Literal["adm", "ddpm"]
+# Logarithms of the frequencies from their range, i and n: those of ADM, which DiT took, and of DDPM, as diffusers has
+# them; each in its authors' order, as in float32 another one is another angle, by 1e-4 at t = 1000.
+_EXPONENTS: dict[Spacing, Callable[[float, Tensor, int], Tensor]] = {
+    "adm": lambda log, i, n: log / n * i,
+    "ddpm": lambda log, i, n: log * i / (n - 1),
+}
 
 
 def wide(x: Tensor) -> Tensor:
@@ -41,11 +50,13 @@ class WideLinear(nn.Linear):
             return F.linear(input.to(weight.dtype), weight, bias)
 
 
-def sinusoid(t: Tensor, count: int = FREQUENCIES, max_period: float = MAX_PERIOD) -> Tensor:
-    """(B,) -> (B, count): cosines, then sines, of t · max_period^(-i / (count/2)).
+def sinusoid(
+    t: Tensor, count: int = FREQUENCIES, max_period: float = MAX_PERIOD, spacing: Spacing = "adm"
+) -> Tensor:
+    """(B,) -> (B, count): cosines, then sines, of t · max_period^(-i / (count/2)), or / (count/2 - 1) with "ddpm".
 
-    In float32, or float64 if t is. Frequencies fall from 1 to nearly 1/max_period radians per unit of t, so t
-    is expected to run over about 0..1000 (Vaswani et al., arXiv 1706.03762, section 3.5; order as in ADM).
+    In float32, or float64 if t is. Frequencies fall from 1 to (nearly, with "adm") 1/max_period radians per unit of
+    t, so t is expected to run over about 0..1000 (Vaswani et al., arXiv 1706.03762, section 3.5; order as in ADM).
 
     Raises ValueError for a t of less than float32: its precision is lost already.
     """
@@ -56,25 +67,32 @@ def sinusoid(t: Tensor, count: int = FREQUENCIES, max_period: float = MAX_PERIOD
         )
     half = count // 2
     steps = torch.arange(half, dtype=t.dtype, device=t.device)
-    angles = t[:, None] * torch.exp(-math.log(max_period) / half * steps)  # (B, count/2)
+    exponent = _EXPONENTS[spacing](-math.log(max_period), steps, half)
+    angles = t[:, None] * torch.exp(exponent)  # (B, count/2)
     return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)  # (B, count)
 
 
 class TimeEmbed(nn.Module):
     """Time as a vector: a sinusoid and a two-layer MLP, all in at least float32 (I8, docs/guarantees.md)."""
 
-    def __init__(self, width: int, frequencies: int = FREQUENCIES, max_period: float = MAX_PERIOD):
+    def __init__(
+        self,
+        width: int,
+        frequencies: int = FREQUENCIES,
+        max_period: float = MAX_PERIOD,
+        spacing: Spacing = "adm",
+    ):
         super().__init__()
         if frequencies % 2:
             raise ValueError(f"frequencies must be even (cosines and sines), got {frequencies}")
-        self.frequencies, self.max_period = frequencies, max_period
+        self.frequencies, self.max_period, self.spacing = frequencies, max_period, spacing
         self.fc1 = WideLinear(frequencies, width)
         self.fc2 = WideLinear(width, width)
 
     def forward(self, model_time: Tensor) -> Tensor:
         """(B,) float32 or float64 -> (B, D) in at least float32."""
         with without_autocast(model_time.device):
-            features = sinusoid(model_time, self.frequencies, self.max_period)  # (B, frequencies)
+            features = sinusoid(model_time, self.frequencies, self.max_period, self.spacing)
         out: Tensor = self.fc2(F.silu(self.fc1(features)))  # (B, D)
         return out
 

@@ -207,6 +207,17 @@ def test_a_network_that_the_reference_lacks_is_not_given_out(fields: dict, says:
         to_theirs(model)
 
 
+@pytest.mark.parametrize(
+    "fields", [{"time_frequencies": "ddpm"}, {"block": {"name": "adaln_zero", "mlp_epsilon": 1e-5}}]
+)
+def test_a_network_that_computes_something_else_with_the_same_weights_is_not_given_out(fields: dict) -> None:
+    from dit.config import from_dict
+
+    model = from_dict(DiTConfig, {"size": "nano", **fields}).build(8, 4, 10)
+    with pytest.raises(WeightsError, match=r"time frequencies are adm .* before its MLPs 1e-06"):
+        to_theirs(model)
+
+
 def test_only_squares_are_given_out() -> None:
     with pytest.raises(WeightsError, match="square inputs only"):
         to_theirs(DiTConfig(size="nano").build((8, 16), 4, 10))

@@ -45,9 +45,9 @@ def test_a_block_with_its_zero_layers_at_zero_is_the_identity(config):
     assert torch.equal(block.bfloat16()(x, c), x)
 
 
-def layer_norm(x: Tensor) -> Tensor:
+def layer_norm(x: Tensor, epsilon: float = 1e-6) -> Tensor:
     centred = x - x.mean(-1, keepdim=True)
-    return centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + 1e-6)
+    return centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + epsilon)
 
 
 def reference_attention(attention: Attention, x: Tensor) -> Tensor:
@@ -75,14 +75,16 @@ def reference_block(block: AdaLNZeroBlock, x: Tensor, c: Tensor) -> Tensor:
     rows = (c @ block.modulation.weight.T + block.modulation.bias)[:, None]
     shift1, scale1, gate1, shift2, scale2, gate2 = rows.split(x.shape[-1], dim=-1)
     x = x + gate1 * reference_attention(block.attention, layer_norm(x) * (1 + scale1) + shift1)
-    h = (layer_norm(x) * (1 + scale2) + shift2) @ block.mlp.fc1.weight.T + block.mlp.fc1.bias
+    h = (
+        layer_norm(x, block.mlp_epsilon) * (1 + scale2) + shift2
+    ) @ block.mlp.fc1.weight.T + block.mlp.fc1.bias
     h = 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
     return x + gate2 * (h @ block.mlp.fc2.weight.T + block.mlp.fc2.bias)
 
 
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_adaln_zero_computes_the_reference(qk_norm):
-    block = perturbed(AdaLNZero(qk_norm=qk_norm).build(DIMS).double())
+@pytest.mark.parametrize("fields", [{}, {"qk_norm": True}, {"mlp_epsilon": 0.1}])
+def test_adaln_zero_computes_the_reference(fields):
+    block = perturbed(AdaLNZero(**fields).build(DIMS).double())
     x, c = inputs(torch.float64)
     torch.testing.assert_close(block(x, c), reference_block(block, x, c), rtol=1e-10, atol=1e-10)
 

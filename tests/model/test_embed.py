@@ -23,12 +23,13 @@ DIMS = Dims(
 )
 
 
-def test_sinusoid_is_cosines_then_sines_of_the_paper_frequencies():
+@pytest.mark.parametrize(("spacing", "parts"), [("adm", 4), ("ddpm", 3)])
+def test_sinusoid_is_cosines_then_sines_of_the_paper_frequencies(spacing, parts):
     t = torch.tensor([0.0, 1.5, 999.0], dtype=torch.float64)
-    got = sinusoid(t, 8, 10_000.0)
+    got = sinusoid(t, 8, 10_000.0, spacing)
     for row, time in enumerate(t.tolist()):
         for i in range(4):
-            angle = time * 10_000.0 ** (-i / 4)
+            angle = time * 10_000.0 ** (-i / parts)
             assert got[row, i].item() == pytest.approx(math.cos(angle), abs=1e-9)
             assert got[row, 4 + i].item() == pytest.approx(math.sin(angle), abs=1e-9)
 

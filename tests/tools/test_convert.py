@@ -17,6 +17,7 @@ from dit.interop import facebook_dit, sit
 from dit.sample.generate import Sampler, SamplerSpec
 from tests.commands import call, execute
 from tests.datasets import Digits
+from tests.interop.random_models import DDPM, random_run
 from tests.interop.reference import TINY, weights
 from tests.train.runs import go, values
 
@@ -200,3 +201,36 @@ def test_help_lists_what_there_is(capsys) -> None:
     assert all(name in said for name in ("facebook-dit", "sit", "to-facebook-dit", "to-sit"))
     assert convert("sit", "--help") == 0
     assert "--scaling_factor" in capsys.readouterr().out
+
+
+def test_a_folder_for_diffusers_and_back_by_the_tools(digits: Digits, tmp_path: Path, capsys) -> None:
+    run = random_run(tmp_path / "run", digits, DDPM)
+    assert convert("to-diffusers", run, tmp_path / "folder", "--num_steps=10") == 0
+    said = capsys.readouterr().out
+    assert "weights: ema of step 0" in said
+    assert "note: diffusers' sinusoids of time are others" in said
+    assert convert("to-diffusers", run, tmp_path / "folder", "--num_steps=10") == 0
+    assert "the same export is there already" in capsys.readouterr().out
+    assert convert("diffusers", tmp_path / "folder", tmp_path / "back") == 0
+    assert f"python tools/sample.py {tmp_path / 'back'} --out=SAMPLES\n" in capsys.readouterr().out
+    how = (*DRAW[:2], "--num_steps=10", "--solver=ddim", "--grid=respaced", "--grid.stride=ddim")
+    for name in ("run", "back"):
+        assert call(tools.sample.main, tmp_path / name, *how, f"--out={tmp_path / name}-drawn") == 0
+    there, here = (images(tmp_path / f"{name}-drawn").astype(int) for name in ("run", "back"))
+    assert np.abs(there - here).max() <= 1
+    assert there.std() > 1
+    assert convert("to-diffusers", run, tmp_path / "folder", "--num_steps=0") == 1
+    assert "num_steps must be at least 1" in capsys.readouterr().err
+    assert convert("to-diffusers", run, tmp_path / "other", "--num_steps=10", "--codec.path=nowhere") == 1
+    assert "nowhere" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+def test_each_model_that_is_given_out_has_a_card(digits: Digits, tmp_path: Path, capsys) -> None:
+    run = random_run(tmp_path / "run", digits, DDPM)
+    for words, name in ((("export", "a.safetensors"), "dit"), (("to-facebook-dit", "b.pt"), "pytorch")):
+        assert convert(words[0], run, tmp_path / words[1]) == 0
+        assert f"library_name: {name}\n" in (tmp_path / words[1]).with_suffix(".md").read_text()
+    assert convert("export", run, tmp_path / "c.safetensors", "--push=nobody") == 1
+    assert "expected owner/name" in capsys.readouterr().err
+    assert not (tmp_path / "c.safetensors").exists()

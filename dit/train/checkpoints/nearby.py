@@ -16,6 +16,7 @@ KINDS = {  # section of the config -> what was trained
     "classifier": "a classifier, for --guidance",
 }
 MODEL = "a model to draw from"
+DIFFUSERS = ("model_index.json", "transformer/config.json")  # of which one lies in a folder of theirs
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,11 @@ def no_run(folder: Path) -> str:
 
 
 def suggestion(folder: Path) -> str:
-    """The end of an error message: which runs lie in a folder; empty where none does."""
+    """The end of an error message: which runs lie in a folder, or what makes one of it; empty where nothing does."""
+    if any((folder / name).is_file() for name in DIFFUSERS):
+        return (
+            f". It is a folder of diffusers: python tools/convert.py diffusers {folder} RUN makes a run of it"
+        )
     found = runs_below(folder)
     if not found:
         return ""

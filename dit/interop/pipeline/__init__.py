@@ -1,0 +1,1 @@
+"""diffusers' DiT in and out: transformers, schedulers, whole pipeline folders."""
