@@ -89,8 +89,8 @@ class _Said:
     classes: str | None  # name of a standard list
     label_key: str | None  # of the label, in JSON or in a head
     label_type: LabelType  # how labels are taken
-    label_column: str | None  # of Parquet
-    image_column: str | None  # of Parquet
+    label_column: str | None  # of Parquet: where labels stand
+    image_column: str | None  # of Parquet: where images stand
 
 
 @as_it_comes()

@@ -21,11 +21,12 @@ import pydantic
 from dit.config import NO_TEXT, Registry, did_you_mean
 from dit.errors import UserError
 from dit.files import expand, sought
-from dit.helptext import Command, UsageError, families, summary
+from dit.helptext import Command, UsageError, families, is_row, summary
 from dit.ranks.world import World
 from dit.scalars import NULL, Scalar, is_scalar, refusal, typed
 
 HELP = ("--help", "-h")
+SEVERAL = "\n"  # between the words that one parameter takes
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,8 @@ def parse(function: Command, words: list[str]) -> dict[str, str]:
     places = [n for n in named if kinds[n] is inspect.Parameter.POSITIONAL_OR_KEYWORD]
     switches = {n for n in named if strip(hints.get(n)) is bool}
     loose, given = _split(words, switches, named, _family(kinds))
+    if places and is_row(hints.get(places[-1])) and loose[len(places) - 1 :]:
+        loose[len(places) - 1 :] = [SEVERAL.join(loose[len(places) - 1 :])]
     if len(loose) > len(places):
         raise UsageError(f"unexpected argument '{loose[len(places)]}' (a flag is written --name=value)")
     values = dict(zip(places, loose, strict=False))
@@ -201,11 +204,8 @@ def convert(name: str, text: str, hint: Any) -> Any:
             raise UsageError(f"--{name}={text}: {NO_TEXT}")
         return text
     is_many = any(typing.get_origin(o) in (list, tuple) for o in (plain, *options))
-    words = (
-        [part.strip() for part in text.strip("[]()").split(",") if part.strip()]
-        if is_many
-        else [text.strip()]
-    )
+    parts = text.split(SEVERAL) if SEVERAL in text else text.strip("[]()").split(",")
+    words = [part.strip() for part in parts if part.strip()] if is_many else [text.strip()]
     values: list[str] = [Scalar(word) if is_scalar(word) else word for word in words]
     value: Any = values if is_many else values[0]
     try:

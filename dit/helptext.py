@@ -90,13 +90,14 @@ def help_text(
 
 
 def _usage(function: Command, program: str) -> str:
-    words = [program]
+    words, hints = [program], typing.get_type_hints(function, include_extras=True)
     for p in inspect.signature(function).parameters.values():
         if p.kind is p.VAR_KEYWORD:
             kinds = families(p.name) if p.name.endswith("_keys") else ["key"]
             words += [f"[--{kind}.sub=value ...]" for kind in kinds]
         else:
             words.append(p.name.upper() if _is_place(p) else f"[--{p.name}]")
+            words += ["..."] if _is_place(p) and is_row(hints.get(p.name)) else []
     return f"Usage: {' '.join(words)}"
 
 
@@ -115,6 +116,12 @@ def _arguments(function: Command) -> list[str]:
             note = f"; {notes[0]}" if notes else ""
             rows.append(f"  {label:22s} {type_name(hints.get(p.name, str))}, {default}{note}")
     return rows
+
+
+def is_row(hint: Any) -> bool:
+    """Whether a parameter takes several values in a row; the last place that does takes all the words that are left."""
+    plain = typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
+    return typing.get_origin(plain) in (list, tuple)
 
 
 def type_name(hint: Any) -> str:

@@ -88,7 +88,7 @@ MAY_IMPORT = {
     "cli": "errors helptext progress config ranks commandline",
     "flags": "helptext config",
     "tools": "errors files progress config configfile ranks sample data evals train stage1 experiments"
-    " interop bench cli flags outputs commandline schema quick",
+    " reports interop bench cli flags outputs commandline schema quick",
     "outputs": "errors files config",
     "unfinished": "errors files ranks outputs",
 }

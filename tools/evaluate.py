@@ -40,6 +40,9 @@ from dit.files import expand
 from dit.flags import options_as_flags
 from dit.outputs import claim, write_record
 from dit.ranks import group
+from dit.reports.comparison import Comparison
+from dit.reports.page import as_text, write_page
+from dit.reports.told import read_all
 
 
 def features(
@@ -154,6 +157,23 @@ def history(run_dir: Annotated[str, "of training, from which the evaluated image
     print("\n".join(history_lines(Path(expand(run_dir)))))
 
 
+def compare_runs(
+    runs: Annotated[tuple[str, ...], "run directories, each as PATH or NAME=PATH"],
+    *,
+    out: Annotated[str, "HTML page to write; one of the same runs is replaced"] = "compare-runs.html",
+    overwrite: Annotated[bool, "replace another page there"] = False,
+) -> None:
+    """Compare runs: keys that differ, where they part, curves, and which is better by what was measured alike.
+
+    Training losses of different objectives are means of different things and say nothing of each other. What does are
+    figures of drawn images by one protocol (tools/sample.py, then tools/evaluate.py), and held-out losses of one task.
+    """
+    comparison = Comparison(read_all(list(runs)))
+    print(as_text(comparison))
+    write_page(comparison, Path(expand(out)), overwrite)
+    print(f"\n{out}: the same with curves against samples, FLOPs and seconds; open it in a browser")
+
+
 def read_spaces(features: str, keys: Mapping[str, str]) -> tuple[FeatureSpace, ...]:
     """The feature spaces of names with commas between them, or of a list in YAML. keys: fields of one alone."""
     listed: Any = [name.strip() for name in features.split(",") if name.strip()]
@@ -177,7 +197,13 @@ def made_place(name: str) -> Path:
 
 
 TOOL = Tool(
-    {"images": images, "features": features, "reference": reference, "history": history},
+    {
+        "images": images,
+        "features": features,
+        "reference": reference,
+        "history": history,
+        "compare-runs": compare_runs,
+    },
     keys={
         "features": [space for _, space in FEATURES.items()],
         **{name: [METRICS[name]] for name in ("neighbours", "mind", "inception")},

@@ -71,7 +71,7 @@ class DiTConfig(ModelConfig):
     learn_sigma: bool = False  # twice the output channels: a prediction, then its log-variance
     checkpoint_blocks: bool = False  # recompute blocks in the backward pass: a third more work, less memory
     stored_position: bool = False  # keep the position table in checkpoints, as foreign weights do
-    # of the sinusoids of time: adm = 10000^(-i/128), as DiT and SiT have it; ddpm = 10000^(-i/127), as diffusers has it
+    # of the sinusoids of time: adm = 10000^(-i/128), as in DiT and SiT; ddpm = 10000^(-i/127), as in diffusers
     time_frequencies: Spacing = "adm"
     block: Annotated[BlockConfig, BLOCKS] = AdaLNZero()  # kind of transformer block
     # what is told to the network besides the time, in turn

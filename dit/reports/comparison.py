@@ -16,7 +16,15 @@ NOT_COMPARED = ("run_dir",)  # different in every two runs, and of no effect
 ROUNDING = 1e-6  # relative: losses closer than this are the same, summed in another order
 # What decides which loss is a mean of what: runs that differ here have training losses of different things
 DECIDES_LOSS = ("objective", "data", "latents", "model.learn_sigma", "train.label_drop")
-HIGHER_IS_BETTER = ("precision", "recall", "density", "coverage", "inception_score", "class_accuracy")
+HIGHER_IS_BETTER = (
+    "precision",
+    "recall",
+    "density",
+    "coverage",
+    "inception_score",
+    "logits_score",
+    "class_accuracy",
+)
 HELD_OUT_LOSS = "held-out loss"
 
 
@@ -93,7 +101,7 @@ class Measured:
     @property
     def is_low_good(self) -> bool:
         """Whether less of it is better."""
-        return self.figure.rpartition("/")[2] not in HIGHER_IS_BETTER
+        return self.figure.partition(" (")[0] not in HIGHER_IS_BETTER
 
 
 def measured(run: RunTold) -> Iterator[Measured]:
@@ -102,10 +110,11 @@ def measured(run: RunTold) -> Iterator[Measured]:
         intervals = row.get("intervals") or {}
         for name, value in row["figures"].items():
             if isinstance(value, int | float):
+                figure = f"{name} ({row['features']})" if "features" in row else name
                 ends = intervals.get(name)
                 interval = None if ends is None else (float(ends[0]), float(ends[1]))
                 yield Measured(
-                    run, name, row["hash"], row["step"], float(value), interval, row.get("protocol")
+                    run, figure, row["hash"], row["step"], float(value), interval, row.get("protocol")
                 )
     for row in run.held_out:
         if isinstance(row.get("loss"), int | float):

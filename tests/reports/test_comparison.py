@@ -149,10 +149,13 @@ def test_the_better_run_is_named_and_whether_that_may_be_chance(
 
 
 def test_more_precision_is_better(tmp_path: Path) -> None:
-    rows = [{"step": 40, "figures": {"precision": p}, "protocol": {}, "hash": "h"} for p in (0.4, 0.6)]
+    rows = [
+        {"step": 40, "features": "pixels", "figures": {"precision": p}, "protocol": {}, "hash": "h"}
+        for p in (0.4, 0.6)
+    ]
     a, b = (made(tmp_path / name, steps(), evaluations=[row]) for name, row in zip("ab", rows, strict=True))
     (contest,) = Comparison(read_all([str(a), str(b)])).contests
-    assert "b is best by precision (higher is better)" in str(contest)
+    assert "b is best by precision (pixels) (higher is better)" in str(contest)
 
 
 def test_unlike_protocols_are_not_put_side_by_side_but_named(tmp_path: Path) -> None:

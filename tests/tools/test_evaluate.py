@@ -15,7 +15,7 @@ from dit.evals.features.spaces import EfficientNetLite0, PixelComponents, Timm
 from dit.evals.record import read
 from tests.commands import ROOT, call
 from tests.datasets import Digits
-from tests.train.runs import random_run
+from tests.train.runs import go, random_run, values
 from tools.evaluate import TOOL, features, history, images, read_spaces, reference
 
 GOLDEN = ROOT / "tests" / "golden" / "metrics.npz"
@@ -152,3 +152,30 @@ def test_several_feature_spaces_are_named_or_listed() -> None:
         read_spaces("pixels,inception", {"features.weights": "a"})
     with pytest.raises(ConfigError, match="components"):
         read_spaces("pixels", {"features.component": "4"})
+
+
+def test_runs_are_compared_in_one_command(
+    digits: Digits, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = []
+    for name, seed in (("a", 0), ("b", 1)):
+        go(
+            values(
+                digits,
+                tmp_path / name,
+                engine="local",
+                seed=seed,
+                train={"steps": 2},
+                checkpoint={"every": 2},
+            )
+        )
+        runs.append(str(tmp_path / name))
+    page = tmp_path / "page.html"
+    run_command(TOOL, argv=["compare-runs", *runs, f"--out={page}"])
+    said = capsys.readouterr().out
+    assert "b from a: other batches from step 1 on" in said
+    assert "seed  0  1" in said
+    assert page.read_text().startswith("<!DOCTYPE html>")
+    with pytest.raises(SystemExit):
+        run_command(TOOL, argv=["compare-runs", runs[0], f"--out={page}"])
+    assert "two runs or more are compared, got 1" in capsys.readouterr().err
