@@ -97,6 +97,12 @@ class Blocks:
             raise OutputError(f"{path} is damaged ({type(error).__name__}: {error})") from None
 
 
+def partial_of(out: Path) -> Path:
+    """OUT.partial, the folder of what is not finished of a result."""
+    place = Path(os.path.abspath(out))  # ".." has no name to put anything beside
+    return place.with_name(f"{place.name}.partial")
+
+
 @contextlib.contextmanager
 def unfinished(
     out: Path,
@@ -113,8 +119,7 @@ def unfinished(
 
     Raises OutputError where it is of another spec (overwrite: it is cleared) or in use by another job.
     """
-    place = Path(os.path.abspath(out))  # ".." has no name to put anything beside
-    folder = place.with_name(f"{place.name}.partial")
+    folder = partial_of(out)
     with contextlib.ExitStack() as stack:
         group.on_main(lambda: stack.enter_context(_held(folder, record, spec, overwrite)))
         yield Blocks(folder, *blocks)

@@ -54,7 +54,10 @@ def main(
     grid: Annotated[str | None, "times it visits; its fields are --grid.field=value; none = uniform"] = None,
     shift: Annotated[float | None, "time shift of the grid, the same as --grid.shift; 1 = none"] = None,
     seed: Annotated[int, "of the noise; image i has its own"] = 0,
-    batch_size: Annotated[int, "images at a time and rank, and in each block that is kept"] = 64,
+    batch_size: Annotated[
+        int | None,
+        "images at a time and rank, and in each block that is kept; none = 64, or fewer where all are",
+    ] = None,
     weights: Annotated[str, "which weights: ema, model, or another average, as ema_0.999"] = "ema",
     precision: Annotated[Literal["run", "fp32", "bf16"], "of matrix products; run = as in training"] = "run",
     overwrite: Annotated[bool, "replace what another spec has drawn there"] = False,

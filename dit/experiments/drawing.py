@@ -19,11 +19,11 @@ from dit.config import ConfigError, to_dict
 from dit.data.shards.pairs import Origin, Pairs
 from dit.experiments.diffusion import SampleConfig
 from dit.experiments.trained import Precision, Trained
-from dit.outputs import RECORD, OutputError, claim
+from dit.outputs import RECORD, OutputError, claim, read_record
 from dit.ranks import group
-from dit.sample.drawing import Pictures, Product, draw
+from dit.sample.drawing import Batch, Pictures, Product, default_batch, draw
 from dit.sample.generate import Sampler, SamplerSpec, labels_for
-from dit.unfinished import Blocks, unfinished
+from dit.unfinished import Blocks, partial_of, unfinished
 from dit.version import code_version
 
 GROWING = "num_samples"  # of pictures: more may be drawn to those that are there
@@ -38,14 +38,14 @@ NOT_COMPARED = (
 class DrawOrder:
     """What is to be drawn, and where to. Image i is of class classes[i mod n].
 
-    batch_size: images at a time. codec_keys: {"codec.path": ...}, over where training had it. asked: fields of the spec
-    that are no defaults, but were asked for. out: folder for pictures. save_pairs: folder for a data set of noise and
-    latents. overwrite: what is there is replaced.
+    batch_size: images at a time; None = as what is there already, else `default_batch`. codec_keys: {"codec.path":
+    ...}, over where training had it. asked: fields of the spec that are no defaults, but were asked for. out: folder
+    for pictures. save_pairs: folder for a data set of noise and latents. overwrite: what is there is replaced.
     """
 
     classes: list[int]
     num_samples: int
-    batch_size: int
+    batch_size: int | None = None
     precision: Precision = "fp32"
     codec_keys: Mapping[str, str] = field(default_factory=dict)
     asked: frozenset[str] = frozenset()
@@ -54,10 +54,9 @@ class DrawOrder:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        if min(self.num_samples, self.batch_size) < 1:
-            raise ConfigError(
-                f"num_samples {self.num_samples} and batch_size {self.batch_size} must be at least 1"
-            )
+        if self.num_samples < 1 or (self.batch_size is not None and self.batch_size < 1):
+            size = "" if self.batch_size is None else f" and batch_size {self.batch_size}"
+            raise ConfigError(f"num_samples {self.num_samples}{size} must be at least 1")
         if self.out is not None and self.out == self.save_pairs:
             raise ConfigError(f"--out and --save_pairs are both {self.out}: give each a folder of its own")
 
@@ -72,11 +71,14 @@ def produce(trained: Trained, spec: SamplerSpec, order: DrawOrder, world: group.
     keys = order.codec_keys if order.out else None
     sampler = trained.sampler(spec, keys, world.device, order.precision)
     _ = sampler.denoise  # opens what guidance names, before anything is drawn
+    size, found_in = group.on_main(lambda: _batch_size(order))
+    if world.is_main and found_in is not None:
+        print(f"{size} images at a time, as in {found_in}; --batch_size says otherwise")
     record = described(trained, sampler) | {
         "codec": dict(order.codec_keys),
         "precision": order.precision,
         "classes": order.classes,
-        "batch_size": order.batch_size,
+        "batch_size": size,
         "num_samples": order.num_samples,
     }
     unmade = group.on_main(lambda: _unmade(order, record))
@@ -87,6 +89,20 @@ def produce(trained: Trained, spec: SamplerSpec, order: DrawOrder, world: group.
     if world.is_main:
         for made in filter(None, (order.out, order.save_pairs)):
             print(_line(made, order, made in unmade))
+
+
+def _batch_size(order: DrawOrder) -> tuple[int, Path | None]:
+    """Images at a time, and the record that says so, where it is one of what was drawn there before.
+
+    What was begun with some number of them goes on with it, as nobody asked for another one.
+    """
+    places = [place for place in (order.out, order.save_pairs) if place is not None]
+    if order.batch_size is None and not order.overwrite:
+        for record in (folder / RECORD for place in places for folder in (partial_of(place), place)):
+            size = read_record(record).get("batch_size") if record.is_file() else None
+            if isinstance(size, int) and size > 0 and size != default_batch(order.num_samples):
+                return size, record
+    return order.batch_size or default_batch(order.num_samples), None
 
 
 def _unmade(order: DrawOrder, record: Mapping[str, Any]) -> dict[Path, dict[str, Any] | None]:
@@ -127,8 +143,9 @@ class _PairsDrawn:
     def blocks(self) -> Blocks:
         return self.pairs.blocks
 
-    def arrays(self, latents: Tensor, index: Tensor, label: Tensor) -> dict[str, np.ndarray]:
-        return self.pairs.arrays(latents, self.sampler.noise(index), index, label)
+    def arrays(self, batch: Batch) -> dict[str, np.ndarray]:
+        index, label = batch.index[: batch.wanted], batch.label[: batch.wanted]
+        return self.pairs.arrays(batch.latents[: batch.wanted], self.sampler.noise(index), index, label)
 
     def write(self, labels: Tensor, about: Mapping[str, Any]) -> None:
         self.pairs.write(self.out, about)
@@ -143,8 +160,8 @@ def _draw(
     world: group.World,
 ) -> None:
     """Draw into the blocks of each folder, and put together what they hold."""
-    size, spec = (order.num_samples, order.batch_size), compared(record)
-    labels = labels_for(torch.arange(order.num_samples), order.classes)
+    size, spec = (order.num_samples, record["batch_size"]), compared(record)
+    labels = partial(labels_for, classes=order.classes)
     products: list[Product] = []
     with contextlib.ExitStack() as stack:
         for out, held in unmade.items():
@@ -159,7 +176,7 @@ def _draw(
                     group.on_main(partial(pictures.take, held))
         draw(sampler, labels, products, world)
         for product in products:
-            group.on_main(partial(product.write, labels, record))
+            group.on_main(partial(product.write, labels(torch.arange(order.num_samples)), record))
 
 
 def _line(made: Path, order: DrawOrder, is_new: bool) -> str:

@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict, Unpack
 
@@ -26,7 +26,7 @@ from dit.flow.predict import Endpoints, usable
 from dit.progress import Bar, bars
 from dit.ranks.devices import chosen_device
 from dit.ranks.group import World
-from dit.sample.drawing import Batch, draw_batches, warn_if_far
+from dit.sample.drawing import Batch, default_batch, draw_batches, in_batches, warn_if_far
 from dit.sample.generate import Sampler, SamplerSpec, labels_for
 from dit.sample.grid import Grid
 from dit.sample.guide import Guidance
@@ -52,7 +52,14 @@ class HowToDraw(TypedDict, total=False):
 @config
 class _Amount:
     num_samples: Annotated[int, Field(ge=1)]  # images in all
-    batch_size: Annotated[int, Field(ge=1)]  # images at a time
+    batch_size: Annotated[int, Field(ge=1)] = 1  # images at a time
+
+
+def _amount(num_samples: int, batch_size: int | None) -> _Amount:
+    """How many in all, and at a time. ConfigError for what is no number from 1 on."""
+    count = from_dict(_Amount, {"num_samples": num_samples}).num_samples
+    size = default_batch(count) if batch_size is None else batch_size
+    return from_dict(_Amount, {"num_samples": count, "batch_size": size})
 
 
 def load(
@@ -152,7 +159,7 @@ class TrainedModel:
         num_samples: int = 64,
         classes: Classes = "all",
         *,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         shift: float | None = None,
         progress: bool = True,
         **how: Unpack[HowToDraw],
@@ -171,14 +178,14 @@ class TrainedModel:
             sampler,
             drawn,
         ):
-            return np.concatenate([sampler.pictures(b.latents, b.index, b.label) for b in drawn])
+            return np.concatenate([sampler.pictures(b.latents, b.index, b.label, b.wanted) for b in drawn])
 
     def sample_latents(
         self,
         num_samples: int = 64,
         classes: Classes = "all",
         *,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         shift: float | None = None,
         progress: bool = True,
         **how: Unpack[HowToDraw],
@@ -188,7 +195,7 @@ class TrainedModel:
         Arguments and errors as for `sample`; `decode` makes its images of them.
         """
         with self._drawn(None, num_samples, classes, batch_size, shift, progress, how) as (_, drawn):
-            return torch.cat([batch.latents for batch in drawn])
+            return torch.cat([batch.latents[: batch.wanted] for batch in drawn])
 
     @contextlib.contextmanager
     def _drawn(
@@ -196,17 +203,20 @@ class TrainedModel:
         codec: Codec | None,
         num_samples: int,
         classes: Classes,
-        batch_size: int,
+        batch_size: int | None,
         shift: float | None,
         progress: bool,
         how: HowToDraw,
     ) -> Iterator[tuple[Sampler, Iterator[Batch]]]:
         """The sampler, and the batches that it draws while they are taken."""
-        amount = from_dict(_Amount, {"num_samples": num_samples, "batch_size": batch_size})
+        amount = _amount(num_samples, batch_size)
         spec, chosen = _spec(how, shift), self.trained.classes(classes)
         check_labelled(spec, chosen, self.trained)
         sampler = self.trained.sampler(spec, codec, self.device, self.precision)
-        index = torch.arange(amount.num_samples)
+        wanted, labels = (
+            in_batches(amount.num_samples, amount.batch_size),
+            partial(labels_for, classes=chosen),
+        )
         reach = [0.0]
 
         def looked_at(batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -216,29 +226,30 @@ class TrainedModel:
 
         with (
             bars(progress),
-            contextlib.closing(
-                draw_batches(sampler, labels_for(index, chosen), index.split(amount.batch_size))
-            ) as drawn,
+            contextlib.closing(draw_batches(sampler, labels, wanted, amount.batch_size)) as drawn,
         ):
             yield sampler, looked_at(drawn)
         warn_if_far(max(reach))
 
     def decode(
-        self, latents: Tensor | np.ndarray, *, batch_size: int = 64, progress: bool = True
+        self, latents: Tensor | np.ndarray, *, batch_size: int | None = None, progress: bool = True
     ) -> np.ndarray:
         """Make images of latents (N, C, H, W), as `sample_latents` gives them: (N, H, W, 3) uint8.
 
-        batch_size: images at a time. Raises UserError for another shape, DataError where the codec cannot be opened,
-        NotFiniteError naming the first image that is none.
+        batch_size: images at a time, as for `sample`; at an equal one its pixels are those of `sample` to the bit.
+        Raises UserError for another shape, DataError where the codec cannot be opened, NotFiniteError naming the first
+        image that is none.
         """
         x = self._latents(latents)
-        amount = from_dict(_Amount, {"num_samples": len(x), "batch_size": batch_size})
+        amount = _amount(len(x), batch_size)
         sampler = self.trained.sampler(SamplerSpec(), self.codec, self.device, self.precision)
-        images, none = [], torch.full((len(x),), -1)
+        images, none = [], torch.full((amount.batch_size,), -1)
         with bars(progress), Bar[None](total=len(x), unit="image", desc="decoding") as bar:
-            for index in torch.arange(len(x)).split(amount.batch_size):
-                images.append(sampler.pictures(x[index], index, none[index]))
-                bar.update(len(index))
+            for numbers in in_batches(len(x), amount.batch_size):
+                index = torch.arange(numbers.start, numbers.start + amount.batch_size)
+                filled = x[index.clamp(max=len(x) - 1)]  # a whole batch, as `sample` decodes it
+                images.append(sampler.pictures(filled, index, none, len(numbers)))
+                bar.update(len(numbers))
         return np.concatenate(images)
 
     # --- the network ---------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Drawing many images on many ranks, in blocks that are kept as they are done: killed, it goes on where it was.
 
 A block is one batch, and the same batch wherever it is drawn, so that the arrays depend neither on the ranks nor on how
-often the work was started.
+often the work was started. Nor on how many images there are in all: the last block is drawn as a whole batch too, of
+the images that would come next, and cut.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import contextlib
 import io
 import warnings
 import zipfile
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, ClassVar, Protocol
@@ -31,6 +32,7 @@ from dit.unfinished import Blocks
 
 IN_GRID = 100  # images at most
 FAR = 100.0  # beyond it are no latents of data, whose standard deviation is 1
+BATCH = 64  # images at a time, unless asked for otherwise
 TALLY = "tally"  # array of a block: images, calls and evaluations that it took
 
 
@@ -40,17 +42,20 @@ class Product(Protocol):
     @property
     def blocks(self) -> Blocks: ...
 
-    def arrays(self, latents: Tensor, index: Tensor, label: Tensor) -> dict[str, np.ndarray]:
-        """What is kept of a block: latents (B, C, H, W) as the model sees them, index and label (B,)."""
+    def arrays(self, batch: Batch) -> dict[str, np.ndarray]:
+        """What is kept of a block: of the first `batch.wanted` of its images."""
 
     def write(self, labels: Tensor, about: Mapping[str, Any]) -> None:
         """Put the result together from its blocks, and give it its place. On rank 0; labels: (N,) of all images."""
 
 
-def draw(sampler: Sampler, labels: Tensor, products: Sequence[Product], world: group.World) -> None:
+LabelFn = Callable[[Tensor], Tensor]  # image numbers (B,) int64 → their classes (B,) int64
+
+
+def draw(sampler: Sampler, labels: LabelFn, products: Sequence[Product], world: group.World) -> None:
     """Draw what is missing of the products, which have the same blocks. Collective.
 
-    labels: (N,) int64 of all images. Raises NotFiniteError naming the first bad image; the blocks before it are kept.
+    Raises NotFiniteError naming the first bad image; the blocks before it are kept.
     """
     missing = [set(product.blocks.missing()) for product in products]
     blocks, todo = products[0].blocks, sorted(set().union(*missing))
@@ -62,15 +67,14 @@ def draw(sampler: Sampler, labels: Tensor, products: Sequence[Product], world: g
 
     def draw_mine() -> float:
         """How far the latents of this rank's blocks reach."""
-        reach, batches = 0.0, [torch.tensor(blocks.samples(number)) for number in mine]
+        reach, wanted = 0.0, [blocks.samples(number) for number in mine]
         hidden = not world.is_main or not mine
-        with contextlib.closing(draw_batches(sampler, labels, batches, where, hidden)) as drawn:
+        with contextlib.closing(draw_batches(sampler, labels, wanted, blocks.size, where, hidden)) as drawn:
             for number, batch in zip(mine, drawn, strict=True):
                 reach = max(reach, batch.reach)
                 for product, lacking in zip(products, missing, strict=True):
                     if number in lacking:
-                        arrays = product.arrays(batch.latents, batch.index, batch.label)
-                        product.blocks.add(number, {**arrays, TALLY: batch.took})
+                        product.blocks.add(number, {**product.arrays(batch), TALLY: batch.took})
         return reach
 
     # a rank that fails alone would leave the others waiting for it, for as long as the backend likes
@@ -79,34 +83,57 @@ def draw(sampler: Sampler, labels: Tensor, products: Sequence[Product], world: g
 
 @dataclass(frozen=True)
 class Batch:
-    """Drawn latents (B, C, H, W) of images `index` of classes `label`, (B,) int64 each. took: counts of the tally."""
+    """Drawn latents (B, C, H, W) of images `index` of classes `label`, (B,) int64 each. took: counts of the tally.
+
+    wanted: how many of them are, the first; the rest fill the batch up, so that what is computed of it (decoded, too)
+    has the same bits in every batch of B.
+    """
 
     index: Tensor
     label: Tensor
     latents: Tensor
+    wanted: int
     took: np.ndarray
 
     @property
     def reach(self) -> float:
-        """The largest absolute value."""
-        return float(self.latents.abs().max())
+        """The largest absolute value of what is wanted."""
+        return float(self.latents[: self.wanted].abs().max())
+
+
+def default_batch(num_samples: int) -> int:
+    """Images at a time where nobody says how many: BATCH, or all where fewer are wanted."""
+    return min(BATCH, num_samples)
+
+
+def in_batches(num_samples: int, size: int) -> list[range]:
+    """Images [0, N) in batches of `size`, the last of what is left."""
+    return [range(first, min(first + size, num_samples)) for first in range(0, num_samples, size)]
 
 
 def draw_batches(
-    sampler: Sampler, labels: Tensor, batches: Sequence[Tensor], desc: str = "sampling", hidden: bool = False
+    sampler: Sampler,
+    labels: LabelFn,
+    wanted: Sequence[range],
+    size: int,
+    desc: str = "sampling",
+    hidden: bool = False,
 ) -> Generator[Batch, None, None]:
-    """Draw one batch of image numbers (B,) int64 after the other, with a bar over all their images.
+    """Draw one batch of `size` images after the other, with a bar over all that are wanted.
 
-    labels: (N,) int64 of all images. Close it where it is left early: that ends the bar. Raises NotFiniteError naming
-    the first image whose latents are not finite.
+    wanted: image numbers of each batch, `size` at most; a shorter one is filled up with the numbers after it. Close it
+    where it is left early: that ends the bar. Raises NotFiniteError naming the first image that is wanted and whose
+    latents are not finite.
     """
-    total = sum(len(index) for index in batches)
+    total = sum(map(len, wanted))
     with Bar[None](total=total, unit="image", hidden=hidden, desc=desc) as bar:
-        for index in batches:
-            before = sampler.tally.counts
-            latents = sampler.latents(index, labels[index])
-            yield Batch(index, labels[index], latents, np.subtract(sampler.tally.counts, before))
-            bar.update(len(index))
+        for numbers in wanted:
+            before, index = sampler.tally.counts, torch.arange(numbers.start, numbers.start + size)
+            label = labels(index)
+            latents = sampler.latents(index, label, len(numbers))
+            took = np.subtract(sampler.tally.counts, before)
+            yield Batch(index, label, latents, len(numbers), took)
+            bar.update(len(numbers))
 
 
 def warn_if_far(reach: float) -> None:
@@ -137,9 +164,9 @@ class Pictures:
         """All that is written to `out`; the record comes last, and says that the others are whole."""
         return [out / name for name in ("samples.npz", "grid.png", RECORD)]
 
-    def arrays(self, latents: Tensor, index: Tensor, label: Tensor) -> dict[str, np.ndarray]:
+    def arrays(self, batch: Batch) -> dict[str, np.ndarray]:
         """The images (B, H, W, 3) uint8 of latents. Raises NotFiniteError."""
-        return {"images": self.sampler.pictures(latents, index, label)}
+        return {"images": self.sampler.pictures(batch.latents, batch.index, batch.label, batch.wanted)}
 
     def take(self, held: Mapping[str, Any]) -> None:
         """Make blocks of what a finished result of fewer images holds. held: its record.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ def drawn(out: Path, second: int) -> None:
     """Draw two images of class 0 on rank 0, and two of class `second` on rank 1."""
     spec = SamplerSpec(num_steps=1)
     sampler = Sampler(network, Linear(), Velocity(), lambda x: x, (3, 4, 4), spec, torch.device("cpu"))
-    labels = labels_for(torch.arange(COUNT), [0, 0, second, second])
+    labels = partial(labels_for, classes=[0, 0, second, second])
     with unfinished(out, {}, {}, (COUNT, BATCH)) as blocks:
         draw(sampler, labels, [Pictures(out, blocks, sampler)], group.World.from_env())
 

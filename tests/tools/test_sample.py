@@ -30,6 +30,7 @@ from dit.sample.guide import GUIDANCES
 from dit.sample.solve import SOLVERS
 from dit.stage1.autoencoder import Kl
 from dit.train.start import train
+from dit.unfinished import unfinished
 from tests.commands import call, command, environment, execute
 from tests.datasets import Digits, first
 from tests.rank_processes import Server
@@ -97,8 +98,38 @@ def test_image_i_is_the_same_whatever_is_drawn_with_it(run: Path, base: Path, tm
         other = draw(tmp_path / str(batch), run, *BASE[:-2], BASE[-1], f"--batch_size={batch}")
         assert np.abs(other - images).max() <= 1, batch
     more = draw(tmp_path / "more", run, "--num_samples=9", *BASE[1:])
-    assert np.abs(more[:7] - images).max() <= 1
-    assert (more[:4] == images[:4]).all()  # a whole batch of four in both: bit for bit
+    assert (more[:7] == images).all()  # whole batches of four in both: bit for bit
+
+
+def test_what_fills_the_last_block_up_is_counted_and_not_looked_at(run: Path, tmp_path: Path) -> None:
+    """As many images as are wanted, and as many calls an image, whatever the last block lacks."""
+    for count in (4, 5):
+        draw(tmp_path / str(count), run, f"--num_samples={count}", *BASE[1:])
+    four, five = (json.loads((tmp_path / n / "spec.json").read_text()) for n in "45")
+    assert (five["nfe"], five["network_evaluations"]) == (four["nfe"], four["network_evaluations"]) == (4, 8)
+
+
+def test_the_batch_is_as_large_as_needed_and_then_stays(run: Path, tmp_path: Path, capsys) -> None:
+    """Eight images are not drawn as 64; and what was begun with a size goes on with it, killed or finished."""
+    out, rest = tmp_path / "out", BASE[1:4] + BASE[5:]
+    draw(out, run, "--num_samples=3", *rest)
+    assert json.loads((out / "spec.json").read_text())["batch_size"] == 3
+    capsys.readouterr()
+    found = draw(out, run, "--num_samples=8", *rest)
+    assert f"3 images at a time, as in {out / 'spec.json'}; --batch_size says otherwise" in (
+        said := capsys.readouterr().out
+    )
+    assert "3 of 8 images are drawn already" in said
+    assert (found == draw(tmp_path / "fresh", run, "--num_samples=8", *rest, "--batch_size=3")).all()
+    assert call(tools.sample.main, run, "--num_samples=8", *rest, "--batch_size=8", f"--out={out}") == 1
+    assert "batch_size: 3 there, 8 now" in capsys.readouterr().err
+    with unfinished(
+        tmp_path / "killed", record := json.loads((out / "spec.json").read_text()), record, (8, 3)
+    ):
+        (tmp_path / "killed.partial" / "block-00000000.npz").touch()
+        shutil.copytree(tmp_path / "killed.partial", tmp_path / "again.partial")
+    draw(tmp_path / "again", run, "--num_samples=8", *rest, "--overwrite")
+    assert json.loads((tmp_path / "again" / "spec.json").read_text())["batch_size"] == 8
 
 
 def test_ranks_change_nothing_and_old_parts_are_not_taken_in(
