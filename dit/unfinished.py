@@ -110,28 +110,33 @@ def unfinished(
     spec: Mapping[str, Any],
     blocks: tuple[int, int],
     overwrite: bool = False,
+    older: Mapping[str, Any] | None = None,
 ) -> Iterator[Blocks]:
     """OUT.partial, held by this job while it works: new, or as a job of the same spec left it. Collective.
 
-    record: what is written down there, `spec` among it. spec: as `claim` has it. blocks: samples in all (in `spec` as
-    num_samples, which may have grown), and in a block. The folder is removed if the body ends well, and kept for the
-    same command to go on if it does not.
+    record: what is written down there, `spec` among it. spec, older: as `claim` has them. blocks: samples in all (in
+    `spec` as num_samples, which may have grown), and in a block. The folder is removed if the body ends well, and kept
+    for the same command to go on if it does not.
 
     Raises OutputError where it is of another spec (overwrite: it is cleared) or in use by another job.
     """
     folder = partial_of(out)
     with contextlib.ExitStack() as stack:
-        group.on_main(lambda: stack.enter_context(_held(folder, record, spec, overwrite)))
+        group.on_main(lambda: stack.enter_context(_held(folder, record, spec, overwrite, older or {})))
         yield Blocks(folder, *blocks)
 
 
 @contextlib.contextmanager
 def _held(
-    folder: Path, record: Mapping[str, Any], spec: Mapping[str, Any], overwrite: bool
+    folder: Path,
+    record: Mapping[str, Any],
+    spec: Mapping[str, Any],
+    overwrite: bool,
+    older: Mapping[str, Any],
 ) -> Iterator[None]:
     """Lock the folder, make it or check what is in it; remove it afterwards where nothing in it is of use."""
     with _locked(folder):
-        _go_on(folder, record, spec, overwrite)
+        _go_on(folder, record, spec, overwrite, older)
         try:
             yield
         except BaseException:
@@ -170,7 +175,13 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _go_on(folder: Path, record: Mapping[str, Any], spec: Mapping[str, Any], overwrite: bool) -> None:
+def _go_on(
+    folder: Path,
+    record: Mapping[str, Any],
+    spec: Mapping[str, Any],
+    overwrite: bool,
+    older: Mapping[str, Any],
+) -> None:
     """Check that what is in the folder is of the same spec, or clear it; and write the record down."""
     path, is_empty = folder / RECORD, not any(folder.iterdir())
     if not is_empty and not path.is_file():
@@ -178,7 +189,7 @@ def _go_on(folder: Path, record: Mapping[str, Any], spec: Mapping[str, Any], ove
             f"{folder} exists already and holds something else: remove it or choose another name"
         )
     if not is_empty:
-        held = read_record(path)
+        held = {**older, **read_record(path)}
         rows = differences(held, spec, "num_samples")
         if rows and not overwrite:
             what = [f"{folder} holds unfinished work of another spec:", *rows]

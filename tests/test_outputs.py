@@ -176,3 +176,15 @@ def test_a_folder_takes_the_place_of_an_earlier_result_and_of_nothing_else(tmp_p
     with pytest.raises(OutputError, match="holds something else"):
         replace_folder(tmp_path / "new", tmp_path / "out")
     assert (tmp_path / "out" / "data").exists()
+
+
+def test_what_older_records_lack_means_what_it_meant(tmp_path: Path) -> None:
+    """A key that came later is compared by what it was before there was a choice."""
+    record = tmp_path / RECORD
+    write_record(record, {"seed": 1})
+    spec, older = {"seed": 1, "order": "balanced"}, {"order": "balanced"}
+    assert claim([record], spec, record=record, older=older) == spec
+    with pytest.raises(OutputError, match="order: not recorded there"):
+        claim([record], spec, record=record)
+    with pytest.raises(OutputError, match="order: 'balanced' there, 'random' now"):
+        claim([record], spec | {"order": "random"}, record=record, older=older)

@@ -31,6 +31,7 @@ from dit.ranks import group
 from dit.sample.generate import SamplerSpec
 from dit.sample.grid import GRIDS
 from dit.sample.guide import GUIDANCES
+from dit.sample.labels import LabelOrder
 from dit.sample.solve import SOLVERS
 
 CHOICES: dict[str, Registry[Any]] = {"solver": SOLVERS, "grid": GRIDS, "guidance": GUIDANCES}
@@ -42,7 +43,10 @@ def main(
     out: Annotated[str | None, "folder for samples.npz, grid.png and spec.json"] = None,
     save_pairs: Annotated[str | None, "new folder for noise and latents: the data of a reflow"] = None,
     num_samples: Annotated[int, "images in all"] = 64,
-    classes: Annotated[str, "all, numbers like 0,3 or names; image i is of classes[i mod n]"] = "all",
+    classes: Annotated[str, "all, numbers like 0,3 or names"] = "all",
+    label_order: Annotated[
+        LabelOrder, "image i is of classes[i mod n] (balanced), or of one drawn by (seed, i)"
+    ] = "balanced",
     cfg_scale: Annotated[float | None, "null + scale * (cond - null); none = 1, no guidance"] = None,
     guidance: Annotated[
         str | None, "in turn: '{name: cfg, scale: 2, interval: [0.2, 0.7]}, {name: ...}'"
@@ -82,6 +86,7 @@ def main(
             trained.say_weights()
         made = trained.precision(precision)
         where = {"out": folder(out), "save_pairs": folder(save_pairs), "overwrite": overwrite}
+        where["label_order"] = label_order
         order = DrawOrder(trained.classes(classes), num_samples, batch_size, made, codec_keys, asked, **where)
         produce(trained, spec, order, world)
 

@@ -22,7 +22,8 @@ from dit.experiments.trained import Precision, Trained
 from dit.outputs import RECORD, OutputError, claim, read_record
 from dit.ranks import group
 from dit.sample.drawing import Batch, Pictures, Product, default_batch, draw
-from dit.sample.generate import Sampler, SamplerSpec, labels_for
+from dit.sample.generate import Sampler, SamplerSpec
+from dit.sample.labels import LabelOrder, Labels
 from dit.unfinished import Blocks, partial_of, unfinished
 from dit.version import code_version
 
@@ -34,13 +35,17 @@ NOT_COMPARED = (
 )  # where the checkpoint lies, and what drew: `digest` says what it is
 
 
+OLDER = {"label_order": "balanced"}  # what records mean that lack these keys
+
+
 @dataclass(frozen=True)
 class DrawOrder:
-    """What is to be drawn, and where to. Image i is of class classes[i mod n].
+    """What is to be drawn, and where to.
 
     batch_size: images at a time; None = as what is there already, else `default_batch`. codec_keys: {"codec.path":
     ...}, over where training had it. asked: fields of the spec that are no defaults, but were asked for. out: folder
     for pictures. save_pairs: folder for a data set of noise and latents. overwrite: what is there is replaced.
+    label_order: how images get their classes (`Labels`).
     """
 
     classes: list[int]
@@ -52,6 +57,7 @@ class DrawOrder:
     out: Path | None = None
     save_pairs: Path | None = None
     overwrite: bool = False
+    label_order: LabelOrder = "balanced"
 
     def __post_init__(self) -> None:
         if self.num_samples < 1 or (self.batch_size is not None and self.batch_size < 1):
@@ -78,6 +84,7 @@ def produce(trained: Trained, spec: SamplerSpec, order: DrawOrder, world: group.
         "codec": dict(order.codec_keys),
         "precision": order.precision,
         "classes": order.classes,
+        "label_order": order.label_order,
         "batch_size": size,
         "num_samples": order.num_samples,
     }
@@ -112,13 +119,19 @@ def _unmade(order: DrawOrder, record: Mapping[str, Any]) -> dict[Path, dict[str,
     if order.out is not None:
         files = Pictures.files(order.out)
         held = claim(
-            files, spec, record=files[-1], overwrite=order.overwrite, growing=GROWING, kind=Pictures.KIND
+            files,
+            spec,
+            record=files[-1],
+            overwrite=order.overwrite,
+            growing=GROWING,
+            kind=Pictures.KIND,
+            older=OLDER,
         )
         if held is None or held[GROWING] < order.num_samples:
             found[order.out] = held
     if order.save_pairs is not None:
         out, file = order.save_pairs, order.save_pairs / RECORD
-        held = claim([file], spec, record=file, overwrite=order.overwrite, kind="data set")
+        held = claim([file], spec, record=file, overwrite=order.overwrite, kind="data set", older=OLDER)
         if out.exists() and not file.is_file() and any(out.iterdir()):
             raise OutputError(f"{out} exists already: remove it or choose another name")
         if held is None:
@@ -161,11 +174,11 @@ def _draw(
 ) -> None:
     """Draw into the blocks of each folder, and put together what they hold."""
     size, spec = (order.num_samples, record["batch_size"]), compared(record)
-    labels = partial(labels_for, classes=order.classes)
+    labels = Labels(order.classes, order.label_order, sampler.spec.seed)
     products: list[Product] = []
     with contextlib.ExitStack() as stack:
         for out, held in unmade.items():
-            blocks = stack.enter_context(unfinished(out, record, spec, size, order.overwrite))
+            blocks = stack.enter_context(unfinished(out, record, spec, size, order.overwrite, OLDER))
             if out == order.save_pairs:
                 origin = Origin.of(trained.contract, sampler.spec.seed)
                 products.append(_PairsDrawn(out, Pairs(blocks, origin), sampler))

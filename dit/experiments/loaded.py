@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict, Unpack
 
@@ -27,9 +27,10 @@ from dit.progress import Bar, bars
 from dit.ranks.devices import chosen_device
 from dit.ranks.group import World
 from dit.sample.drawing import Batch, default_batch, draw_batches, in_batches, warn_if_far
-from dit.sample.generate import Sampler, SamplerSpec, labels_for
+from dit.sample.generate import Sampler, SamplerSpec
 from dit.sample.grid import Grid
 from dit.sample.guide import Guidance
+from dit.sample.labels import LabelOrder, Labels
 from dit.sample.solve import Solver, time_dtype
 
 Place = str | os.PathLike[str]
@@ -160,13 +161,15 @@ class TrainedModel:
         classes: Classes = "all",
         *,
         batch_size: int | None = None,
+        label_order: LabelOrder = "balanced",
         shift: float | None = None,
         progress: bool = True,
         **how: Unpack[HowToDraw],
     ) -> np.ndarray:
         """Draw images, (N, H, W, 3) uint8: the pixels that `tools/sample.py` writes for the same options.
 
-        classes: "all", a number, a name, or a list of them, -1 being no class; image i is of classes[i mod n].
+        classes: "all", a number, a name, or a list of them, -1 being no class. label_order: "balanced", image i is of
+        classes[i mod n], or "random", of one drawn by (seed, i).
         batch_size: images at a time. shift: of the grid's times, 1 is none. progress: show a bar. how: solver ("heun",
         or {"name": "sde", ...}), num_steps (50), grid ("uniform"), cfg_scale (1 = no guidance), seed (0; image i has
         its own noise), guidance ([{"name": "cfg", "scale": 2, "interval": [0.2, 0.7]}, ...]), as in SamplerSpec.
@@ -174,7 +177,7 @@ class TrainedModel:
         Raises ConfigError for an option or a class that is none, DataError where the codec cannot be opened,
         NotFiniteError naming the first image that is none. Warns where latents are far from those of data.
         """
-        with self._drawn(self.codec, num_samples, classes, batch_size, shift, progress, how) as (
+        with self._drawn(self.codec, num_samples, classes, batch_size, label_order, shift, progress, how) as (
             sampler,
             drawn,
         ):
@@ -186,6 +189,7 @@ class TrainedModel:
         classes: Classes = "all",
         *,
         batch_size: int | None = None,
+        label_order: LabelOrder = "balanced",
         shift: float | None = None,
         progress: bool = True,
         **how: Unpack[HowToDraw],
@@ -194,7 +198,10 @@ class TrainedModel:
 
         Arguments and errors as for `sample`; `decode` makes its images of them.
         """
-        with self._drawn(None, num_samples, classes, batch_size, shift, progress, how) as (_, drawn):
+        with self._drawn(None, num_samples, classes, batch_size, label_order, shift, progress, how) as (
+            _,
+            drawn,
+        ):
             return torch.cat([batch.latents[: batch.wanted] for batch in drawn])
 
     @contextlib.contextmanager
@@ -204,6 +211,7 @@ class TrainedModel:
         num_samples: int,
         classes: Classes,
         batch_size: int | None,
+        label_order: LabelOrder,
         shift: float | None,
         progress: bool,
         how: HowToDraw,
@@ -213,10 +221,8 @@ class TrainedModel:
         spec, chosen = _spec(how, shift), self.trained.classes(classes)
         check_labelled(spec, chosen, self.trained)
         sampler = self.trained.sampler(spec, codec, self.device, self.precision)
-        wanted, labels = (
-            in_batches(amount.num_samples, amount.batch_size),
-            partial(labels_for, classes=chosen),
-        )
+        wanted = in_batches(amount.num_samples, amount.batch_size)
+        labels = Labels(chosen, label_order, spec.seed)
         reach = [0.0]
 
         def looked_at(batches: Iterator[Batch]) -> Iterator[Batch]:

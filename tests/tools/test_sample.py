@@ -23,6 +23,7 @@ from dit.data.codecs.autoencoders import Vae
 from dit.data.encoding.encode import EncodeOptions, encode
 from dit.data.sources.images import open_source
 from dit.experiments.autoencoder import AutoencoderExperiment
+from dit.experiments.loaded import load
 from dit.experiments.trained import Trained
 from dit.sample.generate import SamplerSpec
 from dit.sample.grid import GRIDS
@@ -230,6 +231,27 @@ def test_another_spec_is_refused_and_can_be_told_to_replace(
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     replaced = draw(out, run, *words, "--overwrite")
     assert (replaced == draw(tmp_path / "fresh", run, *words)).all()
+
+
+def test_random_labels_are_recorded_and_older_records_mean_balanced(
+    run: Path, base: Path, tmp_path: Path, capsys
+) -> None:
+    """Random labels are the same in a larger drawing, on other ranks, and in Python."""
+    out = Path(shutil.copytree(base, tmp_path / "out"))
+    record = json.loads((out / "spec.json").read_text())
+    assert record.pop("label_order") == "balanced"
+    (out / "spec.json").write_text(json.dumps(record))
+    assert (draw(out, run, *BASE) == arrays(base)[0]).all()
+    assert call(tools.sample.main, run, *BASE, "--label_order=random", f"--out={out}") == 1
+    assert "label_order: 'balanced' there, 'random' now" in capsys.readouterr().err
+    few = draw(tmp_path / "few", run, *BASE, "--label_order=random")
+    many = draw(tmp_path / "many", run, "--num_samples=12", *BASE[1:], "--label_order=random")
+    labels = arrays(tmp_path / "many")[1]
+    assert (many[:7] == few).all()
+    assert (labels[:7] == arrays(tmp_path / "few")[1]).all()
+    assert labels.tolist() != [0, 3] * 6
+    how = {"num_steps": 2, "batch_size": 4, "seed": 5, "cfg_scale": 2.0}
+    assert (load(run).sample(7, [0, 3], label_order="random", progress=False, **how) == few).all()
 
 
 def test_another_checkpoint_of_the_same_name_is_another_spec(
