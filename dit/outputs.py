@@ -24,7 +24,7 @@ KINDS: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "data set": (("manifest.json",), ("plan.json",)),
     "run directory": (("config.yaml", "checkpoints"), ("config.yaml", "history.jsonl")),
     "folder of checkpoints": (("step-*/COMPLETE",), ("meta.json", "COMPLETE")),
-    "folder of drawn images": (("samples.npz", RECORD),),
+    "folder of drawn images": (("samples.npz", RECORD), ("grid.png", RECORD)),
 }
 
 

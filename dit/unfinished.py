@@ -12,7 +12,7 @@ import shutil
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,21 +68,25 @@ class Blocks:
             raise OutputError(f"{self.path(number)} is not of samples {self.samples(number)}: start again")
         return arrays
 
-    def missing(self) -> list[int]:
-        """The blocks that are not there; one that is damaged is removed and said. Collective."""
+    def missing(self, needs: Collection[str] = ()) -> list[int]:
+        """The blocks that are not there; one that is damaged is removed and said. Collective.
+
+        needs: arrays without which a block is none; one begun for something else may lack them.
+        """
         world = group.World.from_env()
         names = {
             path.name for path in self.folder.iterdir()
         }  # not exists(): NFS remembers what was not there
         mine = [k for k in range(self.number)[world.rank :: world.size] if self.path(k).name in names]
-        good = [k for k in mine if self._is_good(k)]
+        good = [k for k in mine if self._is_good(k, needs)]
         everywhere = {k for part in group.gather_objects(good) for k in part}
         return [k for k in range(self.number) if k not in everywhere]
 
-    def _is_good(self, number: int) -> bool:
+    def _is_good(self, number: int, needs: Collection[str]) -> bool:
         """Whether a block is whole; the last one of when fewer samples were wanted is not."""
         try:
-            return bool(self._load(number)["id"].tolist() == list(self.samples(number)))
+            held = self._load(number)
+            return held["id"].tolist() == list(self.samples(number)) and held.keys() >= set(needs)
         except OutputError as error:
             warnings.warn(f"{error}; it is made anew", Notice, stacklevel=4)
             self.path(number).unlink()

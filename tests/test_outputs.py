@@ -20,7 +20,8 @@ from dit.outputs import (
     replace_folder,
     write_record,
 )
-from dit.sample.drawing import Pictures
+from dit.sample.formats import FORMATS
+from dit.sample.pictures import Pictures
 from dit.train.run_dir import CONFIG
 
 SPEC = {"seed": 1, "sampler": {"name": "heun", "steps": (1, 2)}, "num_samples": 10}
@@ -120,7 +121,7 @@ FOLDERS = {
     "data set": [[FILE], [PLAN]],
     "run directory": [[CONFIG, "checkpoints/"], [CONFIG, "history.jsonl"]],
     "folder of checkpoints": [["step-00000003/COMPLETE"], ["meta.json", "COMPLETE"]],
-    "folder of drawn images": [[path.name for path in Pictures.files(Path())]],
+    "folder of drawn images": [[p.name for p in Pictures.files(Path(), forms)] for forms in (FORMATS, [])],
 }
 
 

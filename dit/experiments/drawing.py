@@ -21,9 +21,18 @@ from dit.experiments.diffusion import SampleConfig
 from dit.experiments.trained import Precision, Trained
 from dit.outputs import RECORD, OutputError, claim, read_record
 from dit.ranks import group
-from dit.sample.drawing import Batch, Pictures, Product, default_batch, draw
+from dit.sample.drawing import Batch, Product, default_batch, draw
 from dit.sample.generate import Sampler, SamplerSpec
 from dit.sample.labels import LabelOrder, Labels
+from dit.sample.pictures import (
+    GRID,
+    LATENTS,
+    OLD_FORMATS,
+    Pictures,
+    format_of,
+    is_placing,
+    refuse_foreign,
+)
 from dit.unfinished import Blocks, partial_of, unfinished
 from dit.version import code_version
 
@@ -32,10 +41,11 @@ NOT_COMPARED = (
     "checkpoint",
     "device",
     "code",
+    "formats",
 )  # where the checkpoint lies, and what drew: `digest` says what it is
 
 
-OLDER = {"label_order": "balanced"}  # what records mean that lack these keys
+OLDER = {"label_order": "balanced", "preview": False}  # what records mean that lack these keys
 
 
 @dataclass(frozen=True)
@@ -45,7 +55,8 @@ class DrawOrder:
     batch_size: images at a time; None = as what is there already, else `default_batch`. codec_keys: {"codec.path":
     ...}, over where training had it. asked: fields of the spec that are no defaults, but were asked for. out: folder
     for pictures. save_pairs: folder for a data set of noise and latents. overwrite: what is there is replaced.
-    label_order: how images get their classes (`Labels`).
+    label_order: how images get their classes (`Labels`). formats: of the pictures, names in FORMATS or LATENTS.
+    preview: latents and their false colours alone; no codec is opened.
     """
 
     classes: list[int]
@@ -58,6 +69,13 @@ class DrawOrder:
     save_pairs: Path | None = None
     overwrite: bool = False
     label_order: LabelOrder = "balanced"
+    formats: tuple[str, ...] = OLD_FORMATS
+    preview: bool = False
+
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """In which forms the pictures are given."""
+        return (LATENTS,) if self.preview else self.formats
 
     def __post_init__(self) -> None:
         if self.num_samples < 1 or (self.batch_size is not None and self.batch_size < 1):
@@ -74,7 +92,7 @@ def produce(trained: Trained, spec: SamplerSpec, order: DrawOrder, world: group.
     the first image that is none.
     """
     check_labelled(spec, order.classes, trained)
-    keys = order.codec_keys if order.out else None
+    keys = order.codec_keys if order.out and not order.preview else None
     sampler = trained.sampler(spec, keys, world.device, order.precision)
     _ = sampler.denoise  # opens what guidance names, before anything is drawn
     size, found_in = group.on_main(lambda: _batch_size(order))
@@ -87,6 +105,7 @@ def produce(trained: Trained, spec: SamplerSpec, order: DrawOrder, world: group.
         "label_order": order.label_order,
         "batch_size": size,
         "num_samples": order.num_samples,
+        "preview": order.preview,
     }
     unmade = group.on_main(lambda: _unmade(order, record))
     if unmade:
@@ -117,17 +136,8 @@ def _unmade(order: DrawOrder, record: Mapping[str, Any]) -> dict[Path, dict[str,
     found: dict[Path, dict[str, Any] | None] = {}
     spec = compared(record)
     if order.out is not None:
-        files = Pictures.files(order.out)
-        held = claim(
-            files,
-            spec,
-            record=files[-1],
-            overwrite=order.overwrite,
-            growing=GROWING,
-            kind=Pictures.KIND,
-            older=OLDER,
-        )
-        if held is None or held[GROWING] < order.num_samples:
+        held = _claim_pictures(order.out, order, spec)
+        if held is None or held[GROWING] < order.num_samples or not {*order.forms} <= {*_formats(held)}:
             found[order.out] = held
     if order.save_pairs is not None:
         out, file = order.save_pairs, order.save_pairs / RECORD
@@ -137,6 +147,22 @@ def _unmade(order: DrawOrder, record: Mapping[str, Any]) -> dict[Path, dict[str,
         if held is None:
             found[out] = None
     return found
+
+
+def _claim_pictures(out: Path, order: DrawOrder, spec: Mapping[str, Any]) -> dict[str, Any] | None:
+    """As `claim`; what a job that was killed left while it gave the files their places is replaced."""
+    overwrite = order.overwrite or is_placing(out)
+    files = Pictures.files(out, order.forms)
+    how: dict[str, Any] = {"growing": GROWING, "kind": Pictures.KIND, "older": OLDER}
+    held = claim(files, spec, record=files[-1], overwrite=overwrite, **how)
+    if not is_placing(out):
+        refuse_foreign(out, order.forms, overwrite)
+    return held
+
+
+def _formats(held: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """The forms of what a record is of."""
+    return () if held is None else tuple(held.get("formats", OLD_FORMATS))
 
 
 def compared(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,6 +181,10 @@ class _PairsDrawn:
     @property
     def blocks(self) -> Blocks:
         return self.pairs.blocks
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"latents", "eps"})
 
     def arrays(self, batch: Batch) -> dict[str, np.ndarray]:
         index, label = batch.index[: batch.wanted], batch.label[: batch.wanted]
@@ -183,7 +213,8 @@ def _draw(
                 origin = Origin.of(trained.contract, sampler.spec.seed)
                 products.append(_PairsDrawn(out, Pairs(blocks, origin), sampler))
             else:
-                pictures = Pictures(out, blocks, sampler)
+                forms = tuple(dict.fromkeys([*_formats(held), *order.forms]))
+                pictures = Pictures(out, blocks, sampler, forms, order.preview)
                 products.append(pictures)
                 if held is not None:
                     group.on_main(partial(pictures.take, held))
@@ -197,7 +228,10 @@ def _line(made: Path, order: DrawOrder, is_new: bool) -> str:
     already = "" if is_new else ", drawn already by the same spec; give --overwrite to draw them anew"
     if made == order.save_pairs:
         return f"{order.num_samples} pairs in {made}: train on them with objective.coupling=reflow{already}"
-    return f"{order.num_samples} images in {made / 'samples.npz'}; look at {made / 'grid.png'}{already}"
+    forms = [name for form in order.forms for name in format_of(form).names if name != "labels.csv"]
+    places = " and ".join(str(made / name) for name in forms)
+    what = "latents" if order.preview else "images"
+    return f"{order.num_samples} {what} in {places}; look at {made / GRID}{already}"
 
 
 def settings_line(spec: SamplerSpec, asked: Collection[str], own: SampleConfig) -> str:

@@ -8,29 +8,21 @@ the images that would come next, and cut.
 from __future__ import annotations
 
 import contextlib
-import io
 import warnings
-import zipfile
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from dit.errors import Notice
-from dit.files import sync
-from dit.outputs import RECORD, OutputError, write_record
 from dit.progress import Bar
 from dit.ranks import group
-from dit.sample.generate import Sampler, image_grid
-from dit.sample.tally import Tally
+from dit.sample.generate import Sampler
 from dit.unfinished import Blocks
 
-IN_GRID = 100  # images at most
 FAR = 100.0  # beyond it are no latents of data, whose standard deviation is 1
 BATCH = 64  # images at a time, unless asked for otherwise
 TALLY = "tally"  # array of a block: images, calls and evaluations that it took
@@ -41,6 +33,10 @@ class Product(Protocol):
 
     @property
     def blocks(self) -> Blocks: ...
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The arrays of a block without which it is drawn anew."""
 
     def arrays(self, batch: Batch) -> dict[str, np.ndarray]:
         """What is kept of a block: of the first `batch.wanted` of its images."""
@@ -57,7 +53,7 @@ def draw(sampler: Sampler, labels: LabelFn, products: Sequence[Product], world: 
 
     Raises NotFiniteError naming the first bad image; the blocks before it are kept.
     """
-    missing = [set(product.blocks.missing()) for product in products]
+    missing = [set(product.blocks.missing(product.needs)) for product in products]
     blocks, todo = products[0].blocks, sorted(set().union(*missing))
     left = sum(len(blocks.samples(number)) for number in todo)
     if world.is_main and left < blocks.count:
@@ -145,99 +141,3 @@ def warn_if_far(reach: float) -> None:
             Notice,
             stacklevel=2,
         )
-
-
-# --- pictures ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """samples.npz (arr_0: uint8 (N, H, W, 3), arr_1: int64 labels, the ADM suite's format), grid.png and spec.json."""
-
-    out: Path
-    blocks: Blocks
-    sampler: Sampler
-    KIND: ClassVar[str] = "folder of drawn images"  # of dit.outputs.KINDS
-
-    @staticmethod
-    def files(out: Path) -> list[Path]:
-        """All that is written to `out`; the record comes last, and says that the others are whole."""
-        return [out / name for name in ("samples.npz", "grid.png", RECORD)]
-
-    def arrays(self, batch: Batch) -> dict[str, np.ndarray]:
-        """The images (B, H, W, 3) uint8 of latents. Raises NotFiniteError."""
-        return {"images": self.sampler.pictures(batch.latents, batch.index, batch.label, batch.wanted)}
-
-    def take(self, held: Mapping[str, Any]) -> None:
-        """Make blocks of what a finished result of fewer images holds. held: its record.
-
-        Not where the solver chooses its own steps: the record does not say which block took how many.
-        """
-        if self.sampler.nfe is None:
-            return
-        with _stored(self.out / "samples.npz") as (images, shape):
-            whole = [k for k in range(self.blocks.number) if (k + 1) * self.blocks.size <= shape[0]]
-            for number in whole:
-                count = len(self.blocks.samples(number))
-                data = images.read(count * int(np.prod(shape[1:])))
-                array = np.frombuffer(data, np.uint8).reshape(count, *shape[1:])
-                took = np.array([1, held["nfe"], held["network_evaluations"]]) * count
-                self.blocks.add(number, {"images": array, TALLY: took.astype(np.int64)})
-
-    def write(self, labels: Tensor, about: Mapping[str, Any]) -> None:
-        """Put the result together from all blocks, one at a time, and give it its place. labels: (N,) int64.
-
-        about: JSON values that become spec.json, with the evaluations counted.
-        """
-        tally, first = Tally(), list[np.ndarray]()
-        beside = self.blocks.folder
-        with zipfile.ZipFile(beside / "samples.npz", "w") as archive:
-            with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-                for number in range(self.blocks.number):
-                    held = self.blocks.read(number)
-                    images = held["images"]
-                    if number == 0:
-                        member.write(_header((self.blocks.count, *images.shape[1:]), images.dtype))
-                    member.write(np.ascontiguousarray(images).data)
-                    tally = Tally.sum([tally, Tally(*held[TALLY].tolist())])
-                    if number * self.blocks.size < IN_GRID:
-                        first.append(images)
-            with archive.open("arr_1.npy", "w") as member:
-                np.lib.format.write_array(member, labels.numpy())
-        grid = image_grid(np.concatenate(first)[:IN_GRID], columns=min(10, len(about["classes"])))
-        Image.fromarray(grid).save(beside / "grid.png")
-        self.out.mkdir(parents=True, exist_ok=True)
-        made = ("samples.npz", "grid.png")
-        for name in made:
-            sync(beside / name)  # of many images this takes long; a kill in here leaves what was there before
-        (self.out / RECORD).unlink(missing_ok=True)  # never an old one beside new images
-        for name in made:
-            (beside / name).replace(self.out / name)
-        sync(self.out)
-        write_record(self.out / RECORD, {**about, **tally.per_image()})
-
-
-def _header(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:
-    """What a .npy file begins with."""
-    header = io.BytesIO()
-    form = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(header, form)
-    return header.getvalue()
-
-
-@contextlib.contextmanager
-def _stored(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
-    """The bytes of a samples.npz's images after their header, and their shape. OutputError where it is damaged."""
-    try:
-        with zipfile.ZipFile(path) as file, file.open("arr_0.npy") as member:
-            np.lib.format.read_magic(member)
-            shape, _, dtype = np.lib.format.read_array_header_1_0(member)
-            if dtype != np.uint8 or len(shape) != 4:
-                raise ValueError(f"images of {shape} {dtype}")
-            yield member, shape
-            while member.read(1 << 20):  # to its end, where its checksum is compared
-                pass
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise OutputError(
-            f"{path} is damaged ({type(error).__name__}: {error}): give --overwrite to draw it anew"
-        ) from None

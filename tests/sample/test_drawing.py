@@ -12,9 +12,10 @@ from torch import Tensor
 from dit.flow.path import Linear
 from dit.flow.predict import Cond, Velocity
 from dit.ranks import group
-from dit.sample.drawing import Pictures, draw
+from dit.sample.drawing import draw
 from dit.sample.finite import NotFiniteError
 from dit.sample.generate import Sampler, SamplerSpec, labels_for
+from dit.sample.pictures import Pictures
 from dit.unfinished import Blocks, unfinished
 from tests.rank_processes import RanksFailed, Server
 
