@@ -74,13 +74,18 @@ class Blocks:
         needs: arrays without which a block is none; one begun for something else may lack them.
         """
         world = group.World.from_env()
-        names = {
-            path.name for path in self.folder.iterdir()
-        }  # not exists(): NFS remembers what was not there
-        mine = [k for k in range(self.number)[world.rank :: world.size] if self.path(k).name in names]
+        there = self.there()
+        mine = [k for k in range(self.number)[world.rank :: world.size] if k in there]
         good = [k for k in mine if self._is_good(k, needs)]
         everywhere = {k for part in group.gather_objects(good) for k in part}
         return [k for k in range(self.number) if k not in everywhere]
+
+    def there(self) -> set[int]:
+        """The blocks that lie there, good or not."""
+        names = {
+            path.name for path in self.folder.iterdir()
+        }  # not exists(): NFS remembers what was not there
+        return {k for k in range(self.number) if self.path(k).name in names}
 
     def _is_good(self, number: int, needs: Collection[str]) -> bool:
         """Whether a block is whole; the last one of when fewer samples were wanted is not."""

@@ -225,16 +225,14 @@ class TrainedModel:
         labels = Labels(chosen, label_order, spec.seed)
         reach = [0.0]
 
-        def looked_at(batches: Iterator[Batch]) -> Iterator[Batch]:
-            for batch in batches:
+        def looked_at() -> Iterator[Batch]:
+            for batch in draw_batches(sampler, labels, wanted, amount.batch_size):
                 reach.append(batch.reach)
                 yield batch
+                bar.update(batch.wanted)
 
-        with (
-            bars(progress),
-            contextlib.closing(draw_batches(sampler, labels, wanted, amount.batch_size)) as drawn,
-        ):
-            yield sampler, looked_at(drawn)
+        with bars(progress), Bar[None](total=amount.num_samples, unit="image", desc="sampling") as bar:
+            yield sampler, looked_at()
         warn_if_far(max(reach))
 
     def decode(

@@ -7,10 +7,10 @@ the images that would come next, and cut.
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch import Tensor
 from dit.errors import Notice
 from dit.progress import Bar
 from dit.ranks import group
+from dit.sample.behind import Behind
 from dit.sample.generate import Sampler
 from dit.unfinished import Blocks
 
@@ -59,22 +60,36 @@ def draw(sampler: Sampler, labels: LabelFn, products: Sequence[Product], world: 
     if world.is_main and left < blocks.count:
         print(f"{blocks.count - left} of {blocks.count} images are drawn already; going on with the others")
     mine = todo[world.rank :: world.size]
-    where = f"sampling, rank 0 of {world.size}" if world.size > 1 else "sampling"
 
-    def draw_mine() -> float:
+    def keep(number: int, batch: Batch) -> None:
+        for product, lacking in zip(products, missing, strict=True):
+            if number in lacking:
+                product.blocks.add(number, {**product.arrays(batch), TALLY: batch.took})
+
+    def draw_mine(bar: Bar[None]) -> float:
         """How far the latents of this rank's blocks reach."""
         reach, wanted = 0.0, [blocks.samples(number) for number in mine]
-        hidden = not world.is_main or not mine
-        with contextlib.closing(draw_batches(sampler, labels, wanted, blocks.size, where, hidden)) as drawn:
-            for number, batch in zip(mine, drawn, strict=True):
+        with Behind(sampler.device) as behind:
+            for number, batch in zip(mine, draw_batches(sampler, labels, wanted, blocks.size), strict=True):
                 reach = max(reach, batch.reach)
-                for product, lacking in zip(products, missing, strict=True):
-                    if number in lacking:
-                        product.blocks.add(number, {**product.arrays(batch), TALLY: batch.took})
+                behind.do(keep, number, batch)
+                if world.is_main:
+                    bar.update(left - _lacking(products, missing) - bar.n)
         return reach
 
-    # a rank that fails alone would leave the others waiting for it, for as long as the backend likes
-    warn_if_far(group.together(draw_mine))
+    with Bar[None](total=left, unit="image", hidden=not (world.is_main and todo), desc="sampling") as bar:
+        # a rank that fails alone would leave the others waiting for it, for as long as the backend likes
+        reach = group.together(partial(draw_mine, bar))
+        bar.update(left - bar.n)
+    warn_if_far(reach)
+
+
+def _lacking(products: Sequence[Product], missing: Sequence[set[int]]) -> int:
+    """How many images no rank has kept so far, by the blocks that lie there, of those that were missing."""
+    still: set[int] = set()
+    for product, lacking in zip(products, missing, strict=True):
+        still |= lacking - product.blocks.there()
+    return sum(len(products[0].blocks.samples(number)) for number in still)
 
 
 @dataclass(frozen=True)
@@ -107,29 +122,17 @@ def in_batches(num_samples: int, size: int) -> list[range]:
     return [range(first, min(first + size, num_samples)) for first in range(0, num_samples, size)]
 
 
-def draw_batches(
-    sampler: Sampler,
-    labels: LabelFn,
-    wanted: Sequence[range],
-    size: int,
-    desc: str = "sampling",
-    hidden: bool = False,
-) -> Generator[Batch, None, None]:
-    """Draw one batch of `size` images after the other, with a bar over all that are wanted.
+def draw_batches(sampler: Sampler, labels: LabelFn, wanted: Sequence[range], size: int) -> Iterator[Batch]:
+    """Draw one batch of `size` images after the other.
 
-    wanted: image numbers of each batch, `size` at most; a shorter one is filled up with the numbers after it. Close it
-    where it is left early: that ends the bar. Raises NotFiniteError naming the first image that is wanted and whose
-    latents are not finite.
+    wanted: image numbers of each batch, `size` at most; a shorter one is filled up with the numbers after it. Raises
+    NotFiniteError naming the first image that is wanted and whose latents are not finite.
     """
-    total = sum(map(len, wanted))
-    with Bar[None](total=total, unit="image", hidden=hidden, desc=desc) as bar:
-        for numbers in wanted:
-            before, index = sampler.tally.counts, torch.arange(numbers.start, numbers.start + size)
-            label = labels(index)
-            latents = sampler.latents(index, label, len(numbers))
-            took = np.subtract(sampler.tally.counts, before)
-            yield Batch(index, label, latents, len(numbers), took)
-            bar.update(len(numbers))
+    for numbers in wanted:
+        before, index = sampler.tally.counts, torch.arange(numbers.start, numbers.start + size)
+        label = labels(index)
+        latents = sampler.latents(index, label, len(numbers))
+        yield Batch(index, label, latents, len(numbers), np.subtract(sampler.tally.counts, before))
 
 
 def warn_if_far(reach: float) -> None:

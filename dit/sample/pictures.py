@@ -203,7 +203,7 @@ def _read_back(out: Path, form: str) -> Iterator[np.ndarray]:
     try:
         yield from format_of(form).read(out)
     except DAMAGE as error:
-        names = ", ".join(str(out / name) for name in format_of(form).names)
+        place = out / format_of(form).names[0]
         raise OutputError(
-            f"{names}: damaged ({type(error).__name__}: {error}): give --overwrite to draw it anew"
+            f"{place} is damaged ({type(error).__name__}: {error}): give --overwrite to draw it anew"
         ) from None
