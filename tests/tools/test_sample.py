@@ -190,6 +190,33 @@ def test_killed_it_goes_on_with_any_ranks_and_the_arrays_are_the_same(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "two", "whole"]
 
 
+@pytest.mark.slow
+def test_killed_five_times_on_one_two_and_four_ranks_the_arrays_are_the_same(
+    run: Path, ranks: Server, tmp_path: Path
+) -> None:
+    """SIGKILL to all ranks, each time after some more blocks, and each time on another number of ranks."""
+    words = ("--num_samples=82", "--batch_size=2", "--cfg_scale=2", "--num_steps=20", "--label_order=random")
+    words = (run, *words, "--formats=npz,png")
+    out = tmp_path / "out"
+    for kill, size in enumerate((1, 2, 4, 2, 1), 1):
+        with ranks.start(size, call, tools.sample.main, *words, f"--out={out}") as job:
+            end = time.monotonic() + 120
+            while len(blocks(out)) < 4 * kill and time.monotonic() < end:
+                time.sleep(0.002)
+            job.kill()
+        assert 4 * kill <= len(blocks(out)) < 41, "it ended before it could be killed"
+        assert not out.exists()
+    assert ranks.run(4, call, tools.sample.main, *words, f"--out={out}") == [0] * 4
+    for size in (1, 2, 4):
+        other = tmp_path / f"whole{size}"
+        assert ranks.run(size, call, tools.sample.main, *words, f"--out={other}") == [0] * size
+        for ours, theirs in zip(arrays(out), arrays(other), strict=True):
+            assert (ours == theirs).all()
+        assert (forms(other, "png")[0] == arrays(out)[0]).all()
+        assert (other / "spec.json").read_bytes() == (out / "spec.json").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "whole1", "whole2", "whole4"]
+
+
 def test_the_same_command_finds_it_complete(run: Path, base: Path, capsys) -> None:
     before = {p: p.stat().st_mtime_ns for p in base.iterdir()}
     draw(base, run, *BASE)
