@@ -27,10 +27,10 @@ from dit.data.sources.crops import Crop
 from dit.data.sources.decode import Decode
 from dit.data.sources.parquet import Columns
 from dit.errors import Notice, Stopped, UserError
-from dit.experiments.arguments import check_arguments
+from dit.experiments.arguments import Choice, check_arguments
 from dit.experiments.diffusion import Experiment
 from dit.experiments.encoding import EncodeOrder, encode_images
-from dit.experiments.loaded import Choice, Place, TrainedModel, load
+from dit.experiments.loaded import Place, TrainedModel, load
 from dit.experiments.parts import make_parts
 from dit.files import expand, path_text
 from dit.flow.objective import Objective

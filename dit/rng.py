@@ -48,6 +48,7 @@ class Purpose(IntEnum):
     RESAMPLE = 20  # resamples of a bootstrap
     DIRECTIONS = 21  # on which features are projected
     SUBSET = 22  # the reference samples that some figures are taken of
+    LABEL = 23  # classes of images that are drawn
 
 
 def philox(

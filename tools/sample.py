@@ -24,25 +24,25 @@ from dit.commandline import Tool
 from dit.config import ConfigError, Registry, from_dict, to_dict
 from dit.configfile import overridden
 from dit.data.codecs.codec import CODECS
-from dit.experiments.drawing import DrawOrder, check_amount, produce
+from dit.experiments.draw_options import DrawOptions
+from dit.experiments.drawing import check_amount, produce
 from dit.experiments.trained import Trained
-from dit.files import expand
+from dit.flags import options_as_flags
 from dit.ranks import group
 from dit.sample.generate import SamplerSpec
 from dit.sample.grid import GRIDS
 from dit.sample.guide import GUIDANCES
+from dit.sample.pictures import OLD_FORMATS
 from dit.sample.solve import SOLVERS
 
 CHOICES: dict[str, Registry[Any]] = {"solver": SOLVERS, "grid": GRIDS, "guidance": GUIDANCES}
 
 
+@options_as_flags
 def main(
     run_or_ckpt: Annotated[str, "a run directory or one checkpoint in it"],
     *,
-    out: Annotated[str | None, "folder for samples.npz, grid.png and spec.json"] = None,
-    save_pairs: Annotated[str | None, "new folder for noise and latents: the data of a reflow"] = None,
-    num_samples: Annotated[int, "images in all"] = 64,
-    classes: Annotated[str, "all, numbers like 0,3 or names; image i is of classes[i mod n]"] = "all",
+    options: DrawOptions,
     cfg_scale: Annotated[float | None, "null + scale * (cond - null); none = 1, no guidance"] = None,
     guidance: Annotated[
         str | None, "in turn: '{name: cfg, scale: 2, interval: [0.2, 0.7]}, {name: ...}'"
@@ -54,17 +54,16 @@ def main(
     grid: Annotated[str | None, "times it visits; its fields are --grid.field=value; none = uniform"] = None,
     shift: Annotated[float | None, "time shift of the grid, the same as --grid.shift; 1 = none"] = None,
     seed: Annotated[int, "of the noise; image i has its own"] = 0,
-    batch_size: Annotated[int, "images at a time and rank, and in each block that is kept"] = 64,
     weights: Annotated[str, "which weights: ema, model, or another average, as ema_0.999"] = "ema",
     precision: Annotated[Literal["run", "fp32", "bf16"], "of matrix products; run = as in training"] = "run",
-    overwrite: Annotated[bool, "replace what another spec has drawn there"] = False,
     **solver_grid_codec_keys: str,
 ) -> None:
     """Draw images: integrate the probability-flow ODE or the SDE, with guidance.
 
-    Writes samples.npz (arr_0: uint8 (N, H, W, 3), arr_1: int64 labels, the ADM suite's format), grid.png and
-    spec.json. Image i depends on the checkpoint, the spec and i alone, not on batch size or number of ranks. Killed, it
-    goes on when the same command is started again, on any number of ranks: what is done lies in OUT.partial.
+    Writes samples.npz (arr_0: uint8 (N, H, W, 3), arr_1: int64 labels, the ADM suite's format) or the images in other
+    --formats, grid.png and spec.json. Image i depends on the checkpoint, the spec and i alone, not on batch size,
+    number of images or of ranks. Killed, it goes on when the same command is started again, on any number of ranks:
+    what is done lies in OUT.partial. More --num_samples or --formats are added to what is there.
     What it draws with is printed, and what of it the pictures during training were drawn with otherwise.
 
     --codec.path=FOLDER says where the VAE is, if not where training had it; --codec.dtype=bfloat16 decodes faster.
@@ -72,34 +71,28 @@ def main(
     """
     given = {"solver": solver, "num_steps": num_steps, "cfg_scale": cfg_scale, "seed": seed, "grid": grid}
     spec, asked, codec_keys = read_spec(given, solver_grid_codec_keys, shift, guidance)
-    check_wanted(out, save_pairs, spec, num_samples, batch_size)
+    check_amount(options.num_samples, options.batch_size)
+    check_wanted(options, spec, codec_keys)
     with group.session() as world:
         trained = Trained.load(run_or_ckpt, weights, world.device)
         if world.is_main:
             trained.say_weights()
-        made = trained.precision(precision)
-        where = {"out": folder(out), "save_pairs": folder(save_pairs), "overwrite": overwrite}
-        order = DrawOrder(trained.classes(classes), num_samples, batch_size, made, codec_keys, asked, **where)
-        produce(trained, spec, order, world)
+        produce(trained, spec, options.order(trained, trained.precision(precision), codec_keys, asked), world)
 
 
-def check_wanted(
-    out: str | None, save_pairs: str | None, spec: SamplerSpec, num_samples: int, batch_size: int
-) -> None:
-    """Refuse to draw for nobody, no images, and pairs that belong together only in part."""
-    check_amount(num_samples, batch_size)
-    if not out and not save_pairs:
+def check_wanted(options: DrawOptions, spec: SamplerSpec, codec_keys: Mapping[str, str]) -> None:
+    """Refuse to draw for nobody, what makes no images together with images, and pairs that belong together in part."""
+    if not options.out and not options.save_pairs:
         raise UsageError("missing --out (a folder for pictures) or --save_pairs (one for noise and latents)")
-    if save_pairs and spec.solver.stochastic:
+    if options.preview and (options.forms != OLD_FORMATS or codec_keys):
+        raise UsageError("--preview makes no images: leave out --formats, --save_latents and --codec.*")
+    if (options.trajectory or options.interpolate) and (options.preview or not options.out):
+        raise UsageError("--trajectory and --interpolate make images in --out: give that, and no --preview")
+    if options.save_pairs and spec.solver.stochastic:
         raise ConfigError(
             f"--save_pairs with the solver {SOLVERS.name_of(spec.solver)}: it adds noise on the way, so what it ends "
             "in is not a function of the noise that it starts from; take an ODE solver, such as heun"
         )
-
-
-def folder(name: str | None) -> Path | None:
-    """What was typed, as a place."""
-    return Path(expand(name)) if name else None
 
 
 def read_spec(
