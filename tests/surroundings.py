@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import shutil
 import signal
 import tempfile
+from collections.abc import Iterator
 
 # What torchrun, SLURM, MPI and launch/ leave in the environment of what they start.
 LAUNCHERS = (
@@ -45,6 +47,17 @@ def forget() -> None:
             heard = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
             signal.signal(number, heard)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+@contextlib.contextmanager
+def signals_kept() -> Iterator[None]:
+    """Hear signals afterwards as before: a command that ended in this process has left them as at its end."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def compile_apart() -> None:

@@ -20,6 +20,7 @@ from dit.errors import Notice, Stopped
 from dit.experiments.encoding import _Progress
 from tests.commands import Forked, environment, execute
 from tests.data.helpers import endless, tiny_vae
+from tests.surroundings import signals_kept
 from tools.encode import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -183,7 +184,7 @@ def test_a_signal_that_nothing_came_of_is_heard_at_the_next_image(tmp_path, monk
                 asked(signal.SIGTERM, None)
 
     monkeypatch.setattr(_Progress, "progress", lost)
-    with pytest.raises(SystemExit) as ended:
+    with signals_kept(), pytest.raises(SystemExit) as ended:
         main("digits:test", str(tmp_path / "out"), codec="pixels", image_size=8, batch_size=1)
     assert ended.value.code == 75
     said = capsys.readouterr().err

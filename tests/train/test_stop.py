@@ -23,6 +23,7 @@ from dit.train.start import train
 from dit.train.stop import GO_ON, INTERRUPTED, LEAVE, SAME, STOPPED, rank_flags, stop_request
 from tests.datasets import Digits
 from tests.rank_processes import RanksFailed, Server
+from tests.surroundings import signals_kept
 from tests.train.runs import (
     STEPS,
     Values,
@@ -108,14 +109,10 @@ def test_a_second_ctrl_c_ends_it_at_once_and_one_that_comes_with_the_first_does_
 
 def test_once_stopped_no_signal_ends_it_otherwise() -> None:
     """A launcher may tell the ranks that are still leaving to end."""
-    before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGINT)}
-    try:
+    with signals_kept():
         with pytest.raises(Stopped), stop_request():
             raise Stopped
         os.kill(os.getpid(), signal.SIGTERM)  # nothing happens
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def heard_by(one: int, at: int) -> list[list[int]]:
