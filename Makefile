@@ -74,7 +74,7 @@ docs-serve: export NO_MKDOCS_2_WARNING := 1
 docs-serve: $(DOCS) ## show that site at http://localhost:8000, again after each change
 	$(BIN)/mkdocs serve
 
-schema: $(STAMP) ## write dit/schema.json anew, after a flag, a configuration key or a choice has changed
+schema: $(STAMP) ## write dit/commandline/schema.json anew, after a flag, a configuration key or a choice has changed
 	$(BIN)/python tools/schema.py
 
 lint: $(STAMP) ## ruff and mypy

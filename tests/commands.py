@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dit.cli import run
+from dit.commandline.cli import run
 from tests import forks
 from tests.forks import ROOT
 

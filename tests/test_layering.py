@@ -28,10 +28,7 @@ MAY_IMPORT = {
     "files": "errors",
     "version": "",
     "ambient": "errors",
-    "helptext": "errors config",
-    "commandline": "errors files scalars helptext config ranks",
-    "schema": "helptext config commandline",
-    "quick": "errors helptext config configfile commandline schema",
+    "commandline": "errors files scalars progress config configfile ranks",
     "scalars": "",
     "yamlfile": "errors scalars",
     "progress": "",
@@ -85,10 +82,8 @@ MAY_IMPORT = {
     "interop": "errors files version config configfile ranks flow model data train experiments outputs",
     "bench": "errors files version config rng ranks flow model data train",
     "api": "ambient errors files progress config configfile rng ranks flow model sample data train experiments",
-    "cli": "errors helptext progress config ranks commandline",
-    "flags": "helptext config",
     "tools": "errors files progress config configfile ranks sample data evals train stage1 experiments"
-    " reports interop bench cli flags outputs commandline schema quick",
+    " reports interop bench commandline outputs",
     "outputs": "errors files config",
     "unfinished": "errors files ranks outputs",
 }
@@ -98,7 +93,7 @@ ONLY_IN = {"deepspeed": {"dit.train.engines.zero_engine"}}
 OUT_OF_REACH = [
     ("dit.config", "torch"),
     ("dit.configfile", "torch"),
-    ("dit.helptext", "torch"),
+    ("dit.commandline.helptext", "torch"),
     ("dit.sample", "deepspeed"),
     ("dit.train.checkpoints.checkpoint", "dit.train.engines.zero_engine"),
     ("dit.train.checkpoints.checkpoint", "deepspeed"),
@@ -309,8 +304,8 @@ GOOD = {
     "dit/train/loop.py": "from dit.train.checkpoints import checkpoint\nfrom dit.train.engines import zero_engine\n",
     "dit/experiments/diffusion.py": "from dit.train.loop import train\n",
     "dit/interop/convert.py": "from dit.experiments.diffusion import Experiment\n",
-    "dit/cli.py": "from dit.errors import UserError\n",
-    "tools/train.py": "from dit.cli import main\nfrom dit.experiments.diffusion import Experiment\n",
+    "dit/commandline/cli.py": "from dit.errors import UserError\n",
+    "tools/train.py": "from dit.commandline.cli import main\nfrom dit.experiments.diffusion import Experiment\n",
 }
 
 
@@ -365,8 +360,8 @@ PLANTED: dict[str, tuple[dict[str, str], str]] = {
         "must not import tools",
     ),
     "library imports the command line": (
-        {"dit/interop/convert.py": "import dit.cli\n"},
-        "must not import cli",
+        {"dit/interop/convert.py": "import dit.commandline.cli\n"},
+        "must not import commandline",
     ),
     "the library imports its own front": (
         {"dit/sample/solve.py": "def f():\n    from dit import load\n"},

@@ -16,7 +16,7 @@ from dit.ranks import early
 
 if __name__ == "__main__":
     early.listen(keep=())  # before seconds of imports
-    from dit.quick import answer
+    from dit.commandline.quick import answer
 
     answer(__file__)  # --help and what is mistyped, before them too
 
@@ -31,12 +31,12 @@ from dit.bench.speed.steppers import StepBench
 from dit.bench.speed.turns import MedianRange, protocol
 from dit.bench.survival import elastic as elastic_bench
 from dit.bench.survival import kills as kills_bench
-from dit.cli import run
-from dit.commandline import Tool
+from dit.commandline.argv import Tool
+from dit.commandline.cli import run
+from dit.commandline.flags import options_as_flags
 from dit.config import from_dict, to_dict
 from dit.errors import UserError
 from dit.files import expand
-from dit.flags import options_as_flags
 from dit.outputs import claim, write_record
 from dit.progress import Bar, say
 

@@ -12,12 +12,12 @@ from dit.ranks import early
 
 if __name__ == "__main__":
     early.listen(keep=())  # before seconds of imports
-    from dit.quick import answer
+    from dit.commandline.quick import answer
 
     answer(__file__)  # --help and what is mistyped, before them too
 
-from dit.cli import run
-from dit.commandline import Tool
+from dit.commandline.argv import Tool
+from dit.commandline.cli import run
 from dit.config import from_dict, to_dict
 from dit.data.codecs.codec import CODECS, parse_codec
 from dit.interop import card

@@ -19,14 +19,15 @@ from dit.ranks import early
 
 if __name__ == "__main__":
     early.listen()  # before seconds of imports
-    from dit.quick import answer
+    from dit.commandline.quick import answer
 
     answer(__file__)  # --help and what is mistyped, before them too
 
 import torch
 
-from dit.cli import run
-from dit.commandline import Tool
+from dit.commandline.argv import Tool
+from dit.commandline.cli import run
+from dit.commandline.flags import options_as_flags
 from dit.config import merge
 from dit.data.codecs.codec import CODECS
 from dit.data.encoding.encode import EncodeOptions
@@ -38,7 +39,6 @@ from dit.data.sources.parquet import Columns
 from dit.errors import Stopped
 from dit.experiments.encoding import EncodeOrder, encode_images
 from dit.files import expand
-from dit.flags import options_as_flags
 from dit.ranks import group
 from dit.ranks.devices import chosen_device
 

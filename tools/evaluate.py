@@ -15,12 +15,13 @@ from dit.ranks import early
 
 if __name__ == "__main__":
     early.listen(keep=())  # before seconds of imports
-    from dit.quick import answer
+    from dit.commandline.quick import answer
 
     answer(__file__)  # --help and what is mistyped, before them too
 
-from dit.cli import UsageError, run
-from dit.commandline import Tool
+from dit.commandline.argv import Tool
+from dit.commandline.cli import UsageError, run
+from dit.commandline.flags import options_as_flags
 from dit.config import ConfigError, from_dict
 from dit.configfile import overridden
 from dit.evals.evaluation import Options, Order, evaluate
@@ -37,7 +38,6 @@ from dit.evals.record import history as history_lines
 from dit.evals.telling import as_json, lines, record
 from dit.evals.telling import save_features as write_features
 from dit.files import expand
-from dit.flags import options_as_flags
 from dit.outputs import claim, write_record
 from dit.ranks import group
 from dit.reports.comparison import Comparison

@@ -13,14 +13,14 @@ from dit.ranks import early
 
 if __name__ == "__main__":
     early.listen(keep=())  # before seconds of imports
-    from dit.quick import answer
+    from dit.commandline.quick import answer
 
     answer(__file__)  # --help and what is mistyped, before them too
 
 import torch
 
-from dit.cli import run
-from dit.commandline import Tool
+from dit.commandline.argv import Tool
+from dit.commandline.cli import run
 from dit.config import ConfigError, from_dict
 from dit.evals.budget_table import BudgetTable
 from dit.evals.budgets import FrechetTo, budgeted

@@ -15,19 +15,19 @@ from dit.ranks import early
 
 if __name__ == "__main__":
     early.listen(keep=())  # before seconds of imports
-    from dit.quick import answer
+    from dit.commandline.quick import answer
 
     answer(__file__)  # --help and what is mistyped, before them too
 
-from dit.cli import UsageError, run
-from dit.commandline import Tool
+from dit.commandline.argv import Tool
+from dit.commandline.cli import UsageError, run
+from dit.commandline.flags import options_as_flags
 from dit.config import ConfigError, Registry, from_dict, to_dict
 from dit.configfile import overridden
 from dit.data.codecs.codec import CODECS
 from dit.experiments.draw_options import DrawOptions
 from dit.experiments.drawing import check_amount, produce
 from dit.experiments.trained import Trained
-from dit.flags import options_as_flags
 from dit.ranks import group
 from dit.sample.generate import SamplerSpec
 from dit.sample.grid import GRIDS

@@ -1,4 +1,4 @@
-"""Write dit/schema.json, from which --help and the check of what is typed come without loading torch."""
+"""Write dit/commandline/schema.json, from which --help and the check of what is typed come without loading torch."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from dit.ranks import early
 if __name__ == "__main__":
     early.listen(keep=())  # before seconds of imports
 
-from dit.cli import run
-from dit.commandline import Tool
+from dit.commandline.argv import Tool
+from dit.commandline.cli import run
+from dit.commandline.schema import FILE, schema_of, text_of
 from dit.files import write_atomically
-from dit.schema import FILE, schema_of, text_of
 
 
 def tools() -> dict[str, Tool]:
@@ -26,7 +26,7 @@ def tools() -> dict[str, Tool]:
 
 
 def main() -> None:
-    """Write dit/schema.json anew from the tools, the config classes and the registries."""
+    """Write dit/commandline/schema.json anew from the tools, the config classes and the registries."""
     write_atomically(FILE, text_of(schema_of(tools())).encode("utf-8"))
     print(f"{FILE} is written")
 

@@ -15,12 +15,13 @@ from dit.ranks import early
 
 if __name__ == "__main__":
     early.listen(keep=())  # before seconds of imports
-    from dit.quick import answer
+    from dit.commandline.quick import answer
 
     answer(__file__)  # --help and what is mistyped, before them too
 
-from dit.cli import run
-from dit.commandline import Tool
+from dit.commandline.argv import Tool
+from dit.commandline.cli import run
+from dit.commandline.flags import options_as_flags
 from dit.config import to_dict
 from dit.data.codecs.codec import CODECS
 from dit.data.foreign.existing import already, refuse_encoded
@@ -35,7 +36,6 @@ from dit.data.shards.verify import check_answers, check_manifest, strays
 from dit.data.shards.verify import verify as find_faults
 from dit.data.sources.decode import count_lines
 from dit.data.sources.labels import read_classes
-from dit.flags import options_as_flags
 from dit.progress import Bar
 
 CLASSES_SHOWN = 20

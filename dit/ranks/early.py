@@ -2,7 +2,7 @@
 
 Every tool calls `listen` before it imports anything heavy: Ctrl-C then ends the process with a word instead of a
 traceback of the import. Schedulers' signals are kept, for tools that save when one comes, until the run hears them
-(`dit.ranks.group.on_signals`); other tools end by them as ever. `dit.cli.run` says when imports are over.
+(`dit.ranks.group.on_signals`); other tools end by them as ever. `dit.commandline.cli.run` says when imports are over.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Take the comment beside or above a field for its description, as `--help` does (dit/helptext.py)."""
+"""Take the comment beside or above a field for its description, as `--help` does (dit/commandline/helptext.py)."""
 
 from __future__ import annotations
 

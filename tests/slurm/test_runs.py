@@ -282,7 +282,7 @@ def test_a_node_without_the_data_is_named_by_preflight_alone(
 LATE = """
 import sys, time
 from dit.ranks import group
-from dit.cli import run
+from dit.commandline.cli import run
 def main(config: str) -> None:
     if group.World.from_env().rank == 1:
         time.sleep(60)

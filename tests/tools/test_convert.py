@@ -11,7 +11,7 @@ import torch
 
 import tools.convert
 import tools.sample
-from dit.cli import run
+from dit.commandline.cli import run
 from dit.experiments.trained import Trained
 from dit.interop import facebook_dit, sit
 from dit.sample.generate import Sampler, SamplerSpec

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import tools.sample
-from dit.cli import run as run_command
+from dit.commandline.cli import run as run_command
 from dit.config import ConfigError
 from dit.evals.features.spaces import EfficientNetLite0, PixelComponents, Timm
 from dit.evals.record import read

@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 import tools.sample
-from dit.cli import run as run_command
+from dit.commandline.cli import run as run_command
 from dit.config import from_dict, to_dict
 from dit.data.codecs.autoencoders import Vae
 from dit.data.encoding.encode import EncodeOptions, encode

@@ -20,9 +20,9 @@ from typing import Annotated, Any, Literal, Union
 
 import pydantic
 
-from dit.commandline import Tool
+from dit.commandline.argv import Tool
+from dit.commandline.helptext import NOTES, Command, describe, summary
 from dit.config import Registry, config, from_dict, one_or_more, to_dict
-from dit.helptext import NOTES, Command, describe, summary
 
 FILE = Path(__file__).with_name("schema.json")
 PLAIN: dict[str, Any] = {
@@ -132,7 +132,7 @@ class _Writer:
             return {word: [self._hint(arg) for arg in args]}
         if dataclasses.is_dataclass(hint):
             return {"class": self._class(typing.cast(type, hint))}
-        raise TypeError(f"dit/schema.py has no word for the type {hint}")
+        raise TypeError(f"dit/commandline/schema.py has no word for the type {hint}")
 
     def _annotated(self, inner: Any, notes: tuple[Any, ...]) -> Any:
         for note in notes:
@@ -144,7 +144,7 @@ class _Writer:
             if before is one_or_more:
                 named = {"one_or_more": named}
             elif not (self._is_read_alike(before) or self._only_limits(note)):
-                raise TypeError(f"dit/schema.py does not know what {note} takes")
+                raise TypeError(f"dit/commandline/schema.py does not know what {note} takes")
         return named
 
     def _is_read_alike(self, before: Any) -> bool:

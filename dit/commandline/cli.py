@@ -29,7 +29,7 @@ from typing import Any
 import fire
 from fire.decorators import SetParseFn, SetParseFns
 
-from dit.commandline import (
+from dit.commandline.argv import (
     Tool,
     choose,
     convert,
@@ -39,9 +39,9 @@ from dit.commandline import (
     speak_in_any_locale,
     where,
 )
+from dit.commandline.helptext import Command, UsageError, help_text
 from dit.config import Registry
 from dit.errors import Interrupted, InterruptTold, Notice, Stopped, UserError
-from dit.helptext import Command, UsageError, help_text
 from dit.progress import say
 from dit.ranks import early
 

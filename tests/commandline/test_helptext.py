@@ -12,8 +12,8 @@ import pytest
 from pydantic import Field
 
 import dit
+from dit.commandline.helptext import describe, help_text
 from dit.config import Registry, config
-from dit.helptext import describe, help_text
 from tests.shapes import SHAPES
 
 # What the program writes by itself and nobody types: formats, whose fields their docstrings and readers explain.

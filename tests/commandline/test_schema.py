@@ -1,4 +1,4 @@
-"""dit/schema.json says what the tools and classes say, and its stand-ins judge keys as the classes do."""
+"""dit/commandline/schema.json says what the tools and classes say, and its stand-ins judge keys as the classes do."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from dit.commandline import Tool
+from dit.commandline.argv import Tool
+from dit.commandline.helptext import help_text
+from dit.commandline.schema import FILE, StandIns, schema_of, stand_ins, text_of
 from dit.config import ConfigError, Registry, annotation_at, class_at, from_dict, keys_of, parts_of, to_dict
 from dit.configfile import overridden
-from dit.helptext import help_text
-from dit.schema import FILE, StandIns, schema_of, stand_ins, text_of
 from tools.schema import tools
 
 TOOLS = tools()
@@ -27,7 +27,7 @@ def commands(tool: Any) -> dict[str, Any]:
 
 def test_the_file_is_what_the_tools_and_classes_say() -> None:
     assert text_of(schema_of(TOOLS)) == FILE.read_text(encoding="utf-8"), (
-        "dit/schema.json is old: run `make schema`"
+        "dit/commandline/schema.json is old: run `make schema`"
     )
 
 

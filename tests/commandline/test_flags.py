@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 
 import pytest
 
-from dit.cli import help_text, parse
+from dit.commandline.cli import help_text, parse
+from dit.commandline.flags import options_as_flags
 from dit.config import ConfigError, config
-from dit.flags import options_as_flags
 from tests.commands import call
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from dit.commandline import parse
+from dit.commandline.argv import parse
+from dit.commandline.quick import answer, check, may_be_new
+from dit.commandline.schema import stand_ins
 from dit.configfile import read_yaml
 from dit.errors import UserError
-from dit.quick import answer, check, may_be_new
-from dit.schema import stand_ins
 from tests.commands import ROOT, environment
 
 # Runs a tool's file as a command several times, and tells what of the slow packages it loaded.
@@ -182,7 +182,7 @@ def test_without_a_good_schema_the_classes_answer(tmp_path: Path, monkeypatch, h
     """Such as one in which a merge has left its marks: `make schema` too has to start."""
     if held is not None:
         (tmp_path / "schema.json").write_text(held)
-    monkeypatch.setattr("dit.schema.FILE", tmp_path / "schema.json")
+    monkeypatch.setattr("dit.commandline.schema.FILE", tmp_path / "schema.json")
     monkeypatch.setattr("sys.argv", ["tools/train.py", "--help"])
     stand_ins.cache_clear()
     try:

@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 
 import pytest
 
-from dit.cli import UsageError, help_text, parse, run
-from dit.commandline import Tool
+from dit.commandline.argv import Tool
+from dit.commandline.cli import UsageError, help_text, parse, run
 from dit.config import ConfigError, config
 from dit.errors import InterruptTold
 from dit.ranks.group import World

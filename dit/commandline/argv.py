@@ -1,6 +1,6 @@
 """The command line as text: which command, is help asked for, is each flag known. Nothing here needs torch.
 
-`dit/cli.py` calls the command afterwards; `dit/quick.py` is done before anything heavy is imported.
+`cli.py` calls the command afterwards; `quick.py` is done before anything heavy is imported.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import Any
 
 import pydantic
 
+from dit.commandline.helptext import Command, UsageError, families, is_row, summary
 from dit.config import NO_TEXT, Registry, did_you_mean
 from dit.errors import UserError
 from dit.files import expand, sought
-from dit.helptext import Command, UsageError, families, is_row, summary
 from dit.ranks.world import World
 from dit.scalars import NULL, Scalar, is_scalar, refusal, typed
 

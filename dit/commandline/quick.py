@@ -18,12 +18,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from dit.commandline import Tool, choose, convert, fail, help_asked, parse, speak_in_any_locale
+from dit.commandline.argv import Tool, choose, convert, fail, help_asked, parse, speak_in_any_locale
+from dit.commandline.helptext import Command, UsageError, families, help_text
+from dit.commandline.schema import FILE, stand_ins
 from dit.config import ConfigError, Registry, config, did_you_mean, from_dict
 from dit.configfile import load, overridden
 from dit.errors import UserError
-from dit.helptext import Command, UsageError, families, help_text
-from dit.schema import FILE, stand_ins
 
 # The word that was refused, in an error's text.
 REFUSED = re.compile(r"(?m)unknown [\w ]+ (?:--)?'?([\w.]+)|^([\w.]+): unknown key")
@@ -67,7 +67,7 @@ def answer(file: str) -> None:
     raise SystemExit(0)
 
 
-def may_be_new(said: str, root: Path = FILE.parents[1]) -> bool:
+def may_be_new(said: str, root: Path = FILE.parents[2]) -> bool:
     """Whether what is refused stands in the source, and the schema is behind it: the classes then decide.
 
     said: the text of the error; root: of the source. Whoever adds a class or a key can use it at once, and may run

@@ -15,8 +15,8 @@ import typing
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
+from dit.commandline.helptext import describe
 from dit.config import from_dict
-from dit.helptext import describe
 
 Command = Callable[..., Any]
 
