@@ -24,7 +24,7 @@ KINDS: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "data set": (("manifest.json",), ("plan.json",)),
     "run directory": (("config.yaml", "checkpoints"), ("config.yaml", "history.jsonl")),
     "folder of checkpoints": (("step-*/COMPLETE",), ("meta.json", "COMPLETE")),
-    "folder of drawn images": (("samples.npz", RECORD),),
+    "folder of drawn images": (("samples.npz", RECORD), ("grid.png", RECORD)),
 }
 
 
@@ -43,6 +43,7 @@ def claim(
     overwrite: bool = False,
     growing: str = "",
     kind: str = "",
+    older: Mapping[str, Any] | None = None,
 ) -> dict[str, Any] | None:
     """Look at where a result will be written: what `record` says of the same result, or None where nothing is there.
 
@@ -50,7 +51,7 @@ def claim(
     none does. spec: JSON values that decide about the result, under the record's keys. growing: the key of a number
     in it of which there may be fewer now than wanted: such a result is returned too, to go on from. kind: what the
     record's folder becomes, one of KINDS; "" for files in a folder of anything. overwrite: what the files hold is not
-    looked at, and None returned.
+    looked at, and None returned. older: what keys mean that records of older versions lack.
 
     Raises OutputError where anything else is there, where a folder above them is none, and where the record's folder
     belongs to something else.
@@ -71,7 +72,7 @@ def claim(
         return None
     if record is None or not record.is_file():
         raise OutputError(f"{there[0]} is there already, and nothing says how it was made: {MENDING}")
-    held = read_record(record)
+    held = {**(older or {}), **read_record(record)}
     rows = differences(held, spec or {}, growing)
     if rows:
         is_other = len(rows) > len(_lacking(held, spec or {}))

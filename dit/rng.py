@@ -45,6 +45,7 @@ class Purpose(IntEnum):
     LIKELIHOOD = 17  # its probes and noisy latents
     CROP = 18  # random crops of images that are encoded
     ROTATION = 19  # at which row of a block an epoch begins
+    LABEL = 20  # classes of images that are drawn
 
 
 def philox(

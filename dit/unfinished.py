@@ -12,7 +12,7 @@ import shutil
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,21 +68,30 @@ class Blocks:
             raise OutputError(f"{self.path(number)} is not of samples {self.samples(number)}: start again")
         return arrays
 
-    def missing(self) -> list[int]:
-        """The blocks that are not there; one that is damaged is removed and said. Collective."""
+    def missing(self, needs: Collection[str] = ()) -> list[int]:
+        """The blocks that are not there; one that is damaged is removed and said. Collective.
+
+        needs: arrays without which a block is none; one begun for something else may lack them.
+        """
         world = group.World.from_env()
-        names = {
-            path.name for path in self.folder.iterdir()
-        }  # not exists(): NFS remembers what was not there
-        mine = [k for k in range(self.number)[world.rank :: world.size] if self.path(k).name in names]
-        good = [k for k in mine if self._is_good(k)]
+        there = self.there()
+        mine = [k for k in range(self.number)[world.rank :: world.size] if k in there]
+        good = [k for k in mine if self._is_good(k, needs)]
         everywhere = {k for part in group.gather_objects(good) for k in part}
         return [k for k in range(self.number) if k not in everywhere]
 
-    def _is_good(self, number: int) -> bool:
+    def there(self) -> set[int]:
+        """The blocks that lie there, good or not."""
+        names = {
+            path.name for path in self.folder.iterdir()
+        }  # not exists(): NFS remembers what was not there
+        return {k for k in range(self.number) if self.path(k).name in names}
+
+    def _is_good(self, number: int, needs: Collection[str]) -> bool:
         """Whether a block is whole; the last one of when fewer samples were wanted is not."""
         try:
-            return bool(self._load(number)["id"].tolist() == list(self.samples(number)))
+            held = self._load(number)
+            return held["id"].tolist() == list(self.samples(number)) and held.keys() >= set(needs)
         except OutputError as error:
             warnings.warn(f"{error}; it is made anew", Notice, stacklevel=4)
             self.path(number).unlink()
@@ -97,6 +106,12 @@ class Blocks:
             raise OutputError(f"{path} is damaged ({type(error).__name__}: {error})") from None
 
 
+def partial_of(out: Path) -> Path:
+    """OUT.partial, the folder of what is not finished of a result."""
+    place = Path(os.path.abspath(out))  # ".." has no name to put anything beside
+    return place.with_name(f"{place.name}.partial")
+
+
 @contextlib.contextmanager
 def unfinished(
     out: Path,
@@ -104,29 +119,33 @@ def unfinished(
     spec: Mapping[str, Any],
     blocks: tuple[int, int],
     overwrite: bool = False,
+    older: Mapping[str, Any] | None = None,
 ) -> Iterator[Blocks]:
     """OUT.partial, held by this job while it works: new, or as a job of the same spec left it. Collective.
 
-    record: what is written down there, `spec` among it. spec: as `claim` has it. blocks: samples in all (in `spec` as
-    num_samples, which may have grown), and in a block. The folder is removed if the body ends well, and kept for the
-    same command to go on if it does not.
+    record: what is written down there, `spec` among it. spec, older: as `claim` has them. blocks: samples in all (in
+    `spec` as num_samples, which may have grown), and in a block. The folder is removed if the body ends well, and kept
+    for the same command to go on if it does not.
 
     Raises OutputError where it is of another spec (overwrite: it is cleared) or in use by another job.
     """
-    place = Path(os.path.abspath(out))  # ".." has no name to put anything beside
-    folder = place.with_name(f"{place.name}.partial")
+    folder = partial_of(out)
     with contextlib.ExitStack() as stack:
-        group.on_main(lambda: stack.enter_context(_held(folder, record, spec, overwrite)))
+        group.on_main(lambda: stack.enter_context(_held(folder, record, spec, overwrite, older or {})))
         yield Blocks(folder, *blocks)
 
 
 @contextlib.contextmanager
 def _held(
-    folder: Path, record: Mapping[str, Any], spec: Mapping[str, Any], overwrite: bool
+    folder: Path,
+    record: Mapping[str, Any],
+    spec: Mapping[str, Any],
+    overwrite: bool,
+    older: Mapping[str, Any],
 ) -> Iterator[None]:
     """Lock the folder, make it or check what is in it; remove it afterwards where nothing in it is of use."""
     with _locked(folder):
-        _go_on(folder, record, spec, overwrite)
+        _go_on(folder, record, spec, overwrite, older)
         try:
             yield
         except BaseException:
@@ -165,7 +184,13 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _go_on(folder: Path, record: Mapping[str, Any], spec: Mapping[str, Any], overwrite: bool) -> None:
+def _go_on(
+    folder: Path,
+    record: Mapping[str, Any],
+    spec: Mapping[str, Any],
+    overwrite: bool,
+    older: Mapping[str, Any],
+) -> None:
     """Check that what is in the folder is of the same spec, or clear it; and write the record down."""
     path, is_empty = folder / RECORD, not any(folder.iterdir())
     if not is_empty and not path.is_file():
@@ -173,7 +198,7 @@ def _go_on(folder: Path, record: Mapping[str, Any], spec: Mapping[str, Any], ove
             f"{folder} exists already and holds something else: remove it or choose another name"
         )
     if not is_empty:
-        held = read_record(path)
+        held = {**older, **read_record(path)}
         rows = differences(held, spec, "num_samples")
         if rows and not overwrite:
             what = [f"{folder} holds unfinished work of another spec:", *rows]

@@ -20,7 +20,8 @@ from dit.outputs import (
     replace_folder,
     write_record,
 )
-from dit.sample.drawing import Pictures
+from dit.sample.formats import FORMATS
+from dit.sample.pictures import Pictures
 from dit.train.run_dir import CONFIG
 
 SPEC = {"seed": 1, "sampler": {"name": "heun", "steps": (1, 2)}, "num_samples": 10}
@@ -120,7 +121,7 @@ FOLDERS = {
     "data set": [[FILE], [PLAN]],
     "run directory": [[CONFIG, "checkpoints/"], [CONFIG, "history.jsonl"]],
     "folder of checkpoints": [["step-00000003/COMPLETE"], ["meta.json", "COMPLETE"]],
-    "folder of drawn images": [[path.name for path in Pictures.files(Path())]],
+    "folder of drawn images": [[p.name for p in Pictures.files(Path(), forms)] for forms in (FORMATS, [])],
 }
 
 
@@ -176,3 +177,15 @@ def test_a_folder_takes_the_place_of_an_earlier_result_and_of_nothing_else(tmp_p
     with pytest.raises(OutputError, match="holds something else"):
         replace_folder(tmp_path / "new", tmp_path / "out")
     assert (tmp_path / "out" / "data").exists()
+
+
+def test_what_older_records_lack_means_what_it_meant(tmp_path: Path) -> None:
+    """A key that came later is compared by what it was before there was a choice."""
+    record = tmp_path / RECORD
+    write_record(record, {"seed": 1})
+    spec, older = {"seed": 1, "order": "balanced"}, {"order": "balanced"}
+    assert claim([record], spec, record=record, older=older) == spec
+    with pytest.raises(OutputError, match="order: not recorded there"):
+        claim([record], spec, record=record)
+    with pytest.raises(OutputError, match="order: 'balanced' there, 'random' now"):
+        claim([record], spec | {"order": "random"}, record=record, older=older)

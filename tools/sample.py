@@ -31,6 +31,8 @@ from dit.ranks import group
 from dit.sample.generate import SamplerSpec
 from dit.sample.grid import GRIDS
 from dit.sample.guide import GUIDANCES
+from dit.sample.labels import LabelOrder
+from dit.sample.pictures import LATENTS, OLD_FORMATS, parse_formats
 from dit.sample.solve import SOLVERS
 
 CHOICES: dict[str, Registry[Any]] = {"solver": SOLVERS, "grid": GRIDS, "guidance": GUIDANCES}
@@ -39,10 +41,18 @@ CHOICES: dict[str, Registry[Any]] = {"solver": SOLVERS, "grid": GRIDS, "guidance
 def main(
     run_or_ckpt: Annotated[str, "a run directory or one checkpoint in it"],
     *,
-    out: Annotated[str | None, "folder for samples.npz, grid.png and spec.json"] = None,
+    out: Annotated[str | None, "folder for the images, grid.png and spec.json"] = None,
+    formats: Annotated[
+        str, "npz, png (a folder of them), webdataset (shards), or several with commas"
+    ] = "npz",
+    save_latents: Annotated[bool, "latents.npz too: float32 (N, C, H, W), as the network sees them"] = False,
+    preview: Annotated[bool, "latents.npz and grid.png in false colours alone: opens no codec"] = False,
     save_pairs: Annotated[str | None, "new folder for noise and latents: the data of a reflow"] = None,
     num_samples: Annotated[int, "images in all"] = 64,
-    classes: Annotated[str, "all, numbers like 0,3 or names; image i is of classes[i mod n]"] = "all",
+    classes: Annotated[str, "all, numbers like 0,3 or names"] = "all",
+    label_order: Annotated[
+        LabelOrder, "image i is of classes[i mod n] (balanced), or of one drawn by (seed, i)"
+    ] = "balanced",
     cfg_scale: Annotated[float | None, "null + scale * (cond - null); none = 1, no guidance"] = None,
     guidance: Annotated[
         str | None, "in turn: '{name: cfg, scale: 2, interval: [0.2, 0.7]}, {name: ...}'"
@@ -54,7 +64,10 @@ def main(
     grid: Annotated[str | None, "times it visits; its fields are --grid.field=value; none = uniform"] = None,
     shift: Annotated[float | None, "time shift of the grid, the same as --grid.shift; 1 = none"] = None,
     seed: Annotated[int, "of the noise; image i has its own"] = 0,
-    batch_size: Annotated[int, "images at a time and rank, and in each block that is kept"] = 64,
+    batch_size: Annotated[
+        int | None,
+        "images at a time and rank, and in each block that is kept; none = 64, or fewer where all are",
+    ] = None,
     weights: Annotated[str, "which weights: ema, model, or another average, as ema_0.999"] = "ema",
     precision: Annotated[Literal["run", "fp32", "bf16"], "of matrix products; run = as in training"] = "run",
     overwrite: Annotated[bool, "replace what another spec has drawn there"] = False,
@@ -62,9 +75,10 @@ def main(
 ) -> None:
     """Draw images: integrate the probability-flow ODE or the SDE, with guidance.
 
-    Writes samples.npz (arr_0: uint8 (N, H, W, 3), arr_1: int64 labels, the ADM suite's format), grid.png and
-    spec.json. Image i depends on the checkpoint, the spec and i alone, not on batch size or number of ranks. Killed, it
-    goes on when the same command is started again, on any number of ranks: what is done lies in OUT.partial.
+    Writes samples.npz (arr_0: uint8 (N, H, W, 3), arr_1: int64 labels, the ADM suite's format) or the images in other
+    --formats, grid.png and spec.json. Image i depends on the checkpoint, the spec and i alone, not on batch size,
+    number of images or of ranks. Killed, it goes on when the same command is started again, on any number of ranks:
+    what is done lies in OUT.partial. More --num_samples or --formats are added to what is there.
     What it draws with is printed, and what of it the pictures during training were drawn with otherwise.
 
     --codec.path=FOLDER says where the VAE is, if not where training had it; --codec.dtype=bfloat16 decodes faster.
@@ -73,12 +87,16 @@ def main(
     given = {"solver": solver, "num_steps": num_steps, "cfg_scale": cfg_scale, "seed": seed, "grid": grid}
     spec, asked, codec_keys = read_spec(given, solver_grid_codec_keys, shift, guidance)
     check_wanted(out, save_pairs, spec)
+    forms = parse_formats(formats) + ((LATENTS,) if save_latents else ())
+    if preview and (forms != OLD_FORMATS or codec_keys):
+        raise UsageError("--preview makes no images: leave out --formats, --save_latents and --codec.*")
     with group.session() as world:
         trained = Trained.load(run_or_ckpt, weights, world.device)
         if world.is_main:
             trained.say_weights()
         made = trained.precision(precision)
         where = {"out": folder(out), "save_pairs": folder(save_pairs), "overwrite": overwrite}
+        where |= {"label_order": label_order, "formats": forms, "preview": preview}
         order = DrawOrder(trained.classes(classes), num_samples, batch_size, made, codec_keys, asked, **where)
         produce(trained, spec, order, world)
 

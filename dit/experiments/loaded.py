@@ -26,10 +26,11 @@ from dit.flow.predict import Endpoints, usable
 from dit.progress import Bar, bars
 from dit.ranks.devices import chosen_device
 from dit.ranks.group import World
-from dit.sample.drawing import Batch, draw_batches, warn_if_far
-from dit.sample.generate import Sampler, SamplerSpec, labels_for
+from dit.sample.drawing import Batch, default_batch, draw_batches, in_batches, warn_if_far
+from dit.sample.generate import Sampler, SamplerSpec
 from dit.sample.grid import Grid
 from dit.sample.guide import Guidance
+from dit.sample.labels import LabelOrder, Labels
 from dit.sample.solve import Solver, time_dtype
 
 Place = str | os.PathLike[str]
@@ -52,7 +53,14 @@ class HowToDraw(TypedDict, total=False):
 @config
 class _Amount:
     num_samples: Annotated[int, Field(ge=1)]  # images in all
-    batch_size: Annotated[int, Field(ge=1)]  # images at a time
+    batch_size: Annotated[int, Field(ge=1)] = 1  # images at a time
+
+
+def _amount(num_samples: int, batch_size: int | None) -> _Amount:
+    """How many in all, and at a time. ConfigError for what is no number from 1 on."""
+    count = from_dict(_Amount, {"num_samples": num_samples}).num_samples
+    size = default_batch(count) if batch_size is None else batch_size
+    return from_dict(_Amount, {"num_samples": count, "batch_size": size})
 
 
 def load(
@@ -158,14 +166,16 @@ class TrainedModel:
         num_samples: int = 64,
         classes: Classes = "all",
         *,
-        batch_size: int = 64,
+        batch_size: int | None = None,
+        label_order: LabelOrder = "balanced",
         shift: float | None = None,
         progress: bool = True,
         **how: Unpack[HowToDraw],
     ) -> np.ndarray:
         """Draw images, (N, H, W, 3) uint8: the pixels that `tools/sample.py` writes for the same options.
 
-        classes: "all", a number, a name, or a list of them, -1 being no class; image i is of classes[i mod n].
+        classes: "all", a number, a name, or a list of them, -1 being no class. label_order: "balanced", image i is of
+        classes[i mod n], or "random", of one drawn by (seed, i).
         batch_size: images at a time. shift: of the grid's times, 1 is none. progress: show a bar. how: solver ("heun",
         or {"name": "sde", ...}), num_steps (50), grid ("uniform"), cfg_scale (1 = no guidance), seed (0; image i has
         its own noise), guidance ([{"name": "cfg", "scale": 2, "interval": [0.2, 0.7]}, ...]), as in SamplerSpec.
@@ -173,18 +183,19 @@ class TrainedModel:
         Raises ConfigError for an option or a class that is none, DataError where the codec cannot be opened,
         NotFiniteError naming the first image that is none. Warns where latents are far from those of data.
         """
-        with self._drawn(True, num_samples, classes, batch_size, shift, progress, how) as (
+        with self._drawn(True, num_samples, classes, batch_size, label_order, shift, progress, how) as (
             sampler,
             drawn,
         ):
-            return np.concatenate([sampler.pictures(b.latents, b.index, b.label) for b in drawn])
+            return np.concatenate([sampler.pictures(b.latents, b.index, b.label, b.wanted) for b in drawn])
 
     def sample_latents(
         self,
         num_samples: int = 64,
         classes: Classes = "all",
         *,
-        batch_size: int = 64,
+        batch_size: int | None = None,
+        label_order: LabelOrder = "balanced",
         shift: float | None = None,
         progress: bool = True,
         **how: Unpack[HowToDraw],
@@ -193,8 +204,11 @@ class TrainedModel:
 
         Arguments and errors as for `sample`; `decode` makes its images of them.
         """
-        with self._drawn(False, num_samples, classes, batch_size, shift, progress, how) as (_, drawn):
-            return torch.cat([batch.latents for batch in drawn])
+        with self._drawn(False, num_samples, classes, batch_size, label_order, shift, progress, how) as (
+            _,
+            drawn,
+        ):
+            return torch.cat([batch.latents[: batch.wanted] for batch in drawn])
 
     @contextlib.contextmanager
     def _drawn(
@@ -202,50 +216,51 @@ class TrainedModel:
         decodes: bool,
         num_samples: int,
         classes: Classes,
-        batch_size: int,
+        batch_size: int | None,
+        label_order: LabelOrder,
         shift: float | None,
         progress: bool,
         how: HowToDraw,
     ) -> Iterator[tuple[Sampler, Iterator[Batch]]]:
         """The sampler, and the batches that it draws while they are taken. A codec is opened after what is cheaper."""
-        amount = from_dict(_Amount, {"num_samples": num_samples, "batch_size": batch_size})
+        amount = _amount(num_samples, batch_size)
         spec, chosen = _spec(how, shift), self.trained.classes(classes)
         check_labelled(spec, chosen, self.trained)
         codec = self.codec if decodes else None
         sampler = self.trained.sampler(spec, codec, self.device, self.precision)
-        index = torch.arange(amount.num_samples)
+        wanted = in_batches(amount.num_samples, amount.batch_size)
+        labels = Labels(chosen, label_order, spec.seed)
         reach = [0.0]
 
-        def looked_at(batches: Iterator[Batch]) -> Iterator[Batch]:
-            for batch in batches:
+        def looked_at() -> Iterator[Batch]:
+            for batch in draw_batches(sampler, labels, wanted, amount.batch_size):
                 reach.append(batch.reach)
                 yield batch
+                bar.update(batch.wanted)
 
-        with (
-            bars(progress),
-            contextlib.closing(
-                draw_batches(sampler, labels_for(index, chosen), index.split(amount.batch_size))
-            ) as drawn,
-        ):
-            yield sampler, looked_at(drawn)
+        with bars(progress), Bar[None](total=amount.num_samples, unit="image", desc="sampling") as bar:
+            yield sampler, looked_at()
         warn_if_far(max(reach))
 
     def decode(
-        self, latents: Tensor | np.ndarray, *, batch_size: int = 64, progress: bool = True
+        self, latents: Tensor | np.ndarray, *, batch_size: int | None = None, progress: bool = True
     ) -> np.ndarray:
         """Make images of latents (N, C, H, W), as `sample_latents` gives them: (N, H, W, 3) uint8.
 
-        batch_size: images at a time. Raises UserError for another shape, DataError where the codec cannot be opened,
-        NotFiniteError naming the first image that is none.
+        batch_size: images at a time, as for `sample`; at an equal one its pixels are those of `sample` to the bit.
+        Raises UserError for another shape, DataError where the codec cannot be opened, NotFiniteError naming the first
+        image that is none.
         """
         x = self._latents(latents)
-        amount = from_dict(_Amount, {"num_samples": len(x), "batch_size": batch_size})
+        amount = _amount(len(x), batch_size)
         sampler = self.trained.sampler(SamplerSpec(), self.codec, self.device, self.precision)
-        images, none = [], torch.full((len(x),), -1)
+        images, none = [], torch.full((amount.batch_size,), -1)
         with bars(progress), Bar[None](total=len(x), unit="image", desc="decoding") as bar:
-            for index in torch.arange(len(x)).split(amount.batch_size):
-                images.append(sampler.pictures(x[index], index, none[index]))
-                bar.update(len(index))
+            for numbers in in_batches(len(x), amount.batch_size):
+                index = torch.arange(numbers.start, numbers.start + amount.batch_size)
+                filled = x[index.clamp(max=len(x) - 1)]  # a whole batch, as `sample` decodes it
+                images.append(sampler.pictures(filled, index, none, len(numbers)))
+                bar.update(len(numbers))
         return np.concatenate(images)
 
     # --- the network ---------------------------------------------------------------------------------------

@@ -134,8 +134,10 @@ class Sampler:
         return Draws(self.spec.seed, 0, index.to(self.device), 1).normal(Purpose.PRIOR, self.shape)
 
     @torch.no_grad()
-    def latents(self, index: Tensor, label: Tensor) -> Tensor:
+    def latents(self, index: Tensor, label: Tensor, wanted: int | None = None) -> Tensor:
         """(B, C, H, W) for images `index` (B,) of classes `label` (B,), both int64; label -1 = no class.
+
+        wanted: so many of them, the first, are looked at; the rest fill the batch up. None: all.
 
         Raises NotFiniteError naming the first image whose latents are not finite, ValueError for labels that the
         model does not know.
@@ -151,16 +153,21 @@ class Sampler:
         times = self.times()
         x = self.path.prior(self.noise(index), float(times[0]))
         drawn = self.spec.solver(self.denoise, x, times, self.path, noise, {"label": label})
-        return check_finite(drawn, index, label, "its latents", self._advice(self.model_advice))
+        check_finite(drawn[:wanted], index, label, "its latents", self._advice(self.model_advice))
+        return drawn
 
     @torch.no_grad()
-    def pictures(self, latents: Tensor, index: Tensor, label: Tensor) -> np.ndarray:
+    def pictures(
+        self, latents: Tensor, index: Tensor, label: Tensor, wanted: int | None = None
+    ) -> np.ndarray:
         """(B, H, W, 3) uint8 of latents (B, C, H, W) that were drawn for images `index` of classes `label`, (B,) each.
+
+        wanted: all are decoded, and so many, the first, are looked at and returned. None: all.
 
         Raises NotFiniteError naming the first image that the codec cannot make of its latents.
         """
-        decoded = self.decode(latents)
-        what = f"its pixels, decoded from latents of up to {float(latents.abs().max()):.3g},"
+        decoded = self.decode(latents)[:wanted]
+        what = f"its pixels, decoded from latents of up to {float(latents[:wanted].abs().max()):.3g},"
         return to_uint8(check_finite(decoded, index, label, what, self._advice(self.codec_advice)))
 
     def images(self, index: Tensor, label: Tensor) -> np.ndarray:

@@ -23,13 +23,16 @@ from dit.data.codecs.autoencoders import Vae
 from dit.data.encoding.encode import EncodeOptions, encode
 from dit.data.sources.images import open_source
 from dit.experiments.autoencoder import AutoencoderExperiment
+from dit.experiments.loaded import load
 from dit.experiments.trained import Trained
-from dit.sample.generate import SamplerSpec
+from dit.sample.generate import Sampler, SamplerSpec
 from dit.sample.grid import GRIDS
 from dit.sample.guide import GUIDANCES
+from dit.sample.pictures import format_of
 from dit.sample.solve import SOLVERS
 from dit.stage1.autoencoder import Kl
 from dit.train.start import train
+from dit.unfinished import unfinished
 from tests.commands import call, command, environment, execute
 from tests.datasets import Digits, first
 from tests.rank_processes import Server
@@ -97,8 +100,38 @@ def test_image_i_is_the_same_whatever_is_drawn_with_it(run: Path, base: Path, tm
         other = draw(tmp_path / str(batch), run, *BASE[:-2], BASE[-1], f"--batch_size={batch}")
         assert np.abs(other - images).max() <= 1, batch
     more = draw(tmp_path / "more", run, "--num_samples=9", *BASE[1:])
-    assert np.abs(more[:7] - images).max() <= 1
-    assert (more[:4] == images[:4]).all()  # a whole batch of four in both: bit for bit
+    assert (more[:7] == images).all()  # whole batches of four in both: bit for bit
+
+
+def test_what_fills_the_last_block_up_is_counted_and_not_looked_at(run: Path, tmp_path: Path) -> None:
+    """As many images as are wanted, and as many calls an image, whatever the last block lacks."""
+    for count in (4, 5):
+        draw(tmp_path / str(count), run, f"--num_samples={count}", *BASE[1:])
+    four, five = (json.loads((tmp_path / n / "spec.json").read_text()) for n in "45")
+    assert (five["nfe"], five["network_evaluations"]) == (four["nfe"], four["network_evaluations"]) == (4, 8)
+
+
+def test_the_batch_is_as_large_as_needed_and_then_stays(run: Path, tmp_path: Path, capsys) -> None:
+    """Eight images are not drawn as 64; and what was begun with a size goes on with it, killed or finished."""
+    out, rest = tmp_path / "out", BASE[1:4] + BASE[5:]
+    draw(out, run, "--num_samples=3", *rest)
+    assert json.loads((out / "spec.json").read_text())["batch_size"] == 3
+    capsys.readouterr()
+    found = draw(out, run, "--num_samples=8", *rest)
+    assert f"3 images at a time, as in {out / 'spec.json'}; --batch_size says otherwise" in (
+        said := capsys.readouterr().out
+    )
+    assert "3 of 8 images are drawn already" in said
+    assert (found == draw(tmp_path / "fresh", run, "--num_samples=8", *rest, "--batch_size=3")).all()
+    assert call(tools.sample.main, run, "--num_samples=8", *rest, "--batch_size=8", f"--out={out}") == 1
+    assert "batch_size: 3 there, 8 now" in capsys.readouterr().err
+    with unfinished(
+        tmp_path / "killed", record := json.loads((out / "spec.json").read_text()), record, (8, 3)
+    ):
+        (tmp_path / "killed.partial" / "block-00000000.npz").touch()
+        shutil.copytree(tmp_path / "killed.partial", tmp_path / "again.partial")
+    draw(tmp_path / "again", run, "--num_samples=8", *rest, "--overwrite")
+    assert json.loads((tmp_path / "again" / "spec.json").read_text())["batch_size"] == 8
 
 
 def test_ranks_change_nothing_and_old_parts_are_not_taken_in(
@@ -199,6 +232,167 @@ def test_another_spec_is_refused_and_can_be_told_to_replace(
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     replaced = draw(out, run, *words, "--overwrite")
     assert (replaced == draw(tmp_path / "fresh", run, *words)).all()
+
+
+def test_random_labels_are_recorded_and_older_records_mean_balanced(
+    run: Path, base: Path, tmp_path: Path, capsys
+) -> None:
+    """Random labels are the same in a larger drawing, on other ranks, and in Python."""
+    out = Path(shutil.copytree(base, tmp_path / "out"))
+    record = json.loads((out / "spec.json").read_text())
+    assert record.pop("label_order") == "balanced"
+    (out / "spec.json").write_text(json.dumps(record))
+    assert (draw(out, run, *BASE) == arrays(base)[0]).all()
+    assert call(tools.sample.main, run, *BASE, "--label_order=random", f"--out={out}") == 1
+    assert "label_order: 'balanced' there, 'random' now" in capsys.readouterr().err
+    few = draw(tmp_path / "few", run, *BASE, "--label_order=random")
+    many = draw(tmp_path / "many", run, "--num_samples=12", *BASE[1:], "--label_order=random")
+    labels = arrays(tmp_path / "many")[1]
+    assert (many[:7] == few).all()
+    assert (labels[:7] == arrays(tmp_path / "few")[1]).all()
+    assert labels.tolist() != [0, 3] * 6
+    how = {"num_steps": 2, "batch_size": 4, "seed": 5, "cfg_scale": 2.0}
+    assert (load(run).sample(7, [0, 3], label_order="random", progress=False, **how) == few).all()
+
+
+# --- forms of result ---------------------------------------------------------------------------------------
+
+
+def forms(out: Path, *names: str) -> list[np.ndarray]:
+    """The images that a folder holds, once for each of its forms."""
+    return [np.stack(list(format_of(name).read(out))) for name in names]
+
+
+def nobody_draws(monkeypatch) -> None:
+    monkeypatch.setattr(Sampler, "latents", lambda *args: pytest.fail("it is there already"))
+
+
+def test_all_forms_hold_the_same_images(run: Path, base: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    """At once, or each made of one that is there, without drawing; and more images are added to all of them."""
+    out, names = tmp_path / "out", ("npz", "png", "webdataset")
+    assert call(tools.sample.main, run, *BASE, "--formats=png,webdataset,npz", f"--out={out}") == 0
+    for images in forms(out, *names):
+        assert (images == arrays(base)[0]).all()
+    assert sorted(p.name for p in out.iterdir()) == [
+        "grid.png", "images", "labels.csv", "samples.npz", "shards", "spec.json",
+    ]  # fmt: skip
+    last = tmp_path / "last"
+    for before, name in (("png", "png"), ("png", "webdataset"), ("webdataset", "npz")):
+        with monkeypatch.context() as patch:
+            if name != before:
+                nobody_draws(patch)
+            assert call(tools.sample.main, run, *BASE, f"--formats={name}", f"--out={last}") == 0
+    assert json.loads((last / "spec.json").read_text())["formats"] == ["png", "webdataset", "npz"]
+    assert arrays(last)[1].tolist() == arrays(base)[1].tolist()
+    specs = [json.loads((f / "spec.json").read_text()) | {"formats": 0} for f in (last, base)]
+    assert specs[0] == specs[1]
+    for images in forms(last, *names):
+        assert (images == arrays(base)[0]).all()
+    capsys.readouterr()
+    assert call(tools.sample.main, run, "--num_samples=9", *BASE[1:], "--formats=png", f"--out={last}") == 0
+    assert "4 of 9 images are drawn already" in capsys.readouterr().out
+    assert [len(images) for images in forms(last, *names)] == [9, 9, 9]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last", "out"]
+
+
+def test_latents_are_what_the_images_are_decoded_from(
+    run: Path, base: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """They cannot be made of images, so they are drawn; images and latents together are then extended."""
+    out = Path(shutil.copytree(base, tmp_path / "out"))
+    assert (draw(out, run, *BASE, "--save_latents") == arrays(base)[0]).all()
+    with np.load(out / "latents.npz") as held:
+        latents, labels = held["arr_0"], held["arr_1"]
+    assert (latents.shape, latents.dtype, labels.tolist()) == (
+        (7, 4, 8, 8),
+        np.float32,
+        [0, 3, 0, 3, 0, 3, 0],
+    )
+    assert (load(run).decode(latents, batch_size=4, progress=False) == arrays(base)[0]).all()
+    assert draw(out, run, "--num_samples=8", *BASE[1:]).shape[0] == 8
+    assert [len(x) for x in forms(out, "latents", "npz")] == [8, 8]
+    with monkeypatch.context() as patch:
+        nobody_draws(patch)
+        draw(out, run, "--num_samples=8", *BASE[1:], "--save_latents", "--formats=npz")
+
+
+def test_a_preview_opens_no_codec(run: Path, base: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("dit.experiments.trained.open_codec", lambda *args: pytest.fail("no codec is needed"))
+        assert call(tools.sample.main, run, *BASE, "--preview", f"--out={out}") == 0
+    assert "7 latents in" in capsys.readouterr().out
+    assert sorted(p.name for p in out.iterdir()) == ["grid.png", "latents.npz", "spec.json"]
+    with np.load(out / "latents.npz") as held:
+        latents = held["arr_0"]
+    drawn = load(run).sample_latents(
+        7, [0, 3], batch_size=4, num_steps=2, seed=5, cfg_scale=2.0, progress=False
+    )
+    assert (drawn.numpy() == latents).all()
+    assert np.asarray(Image.open(out / "grid.png")).std() > 20
+    assert call(tools.sample.main, run, *BASE, f"--out={out}") == 1
+    assert "preview: true there, false now" in capsys.readouterr().err
+    assert call(tools.sample.main, run, *BASE, "--preview", "--formats=png", f"--out={out}") == 2
+
+
+@pytest.mark.parametrize("form", ["npz", "png", "webdataset"])
+def test_a_damaged_result_is_not_made_another_form_of(run: Path, tmp_path: Path, capsys, form: str) -> None:
+    """And nothing of it is taken in by --overwrite."""
+    out, other = tmp_path / "out", "png" if form == "npz" else "npz"
+    assert call(tools.sample.main, run, *BASE, f"--formats={form}", f"--out={out}") == 0
+    (whole,) = forms(out, form)
+    file = max(p for p in out.rglob("*") if p.suffix in (".npz", ".png", ".tar") and p.name != "grid.png")
+    data = bytearray(file.read_bytes())
+    data[data.rfind(b"IDAT") + 10 if form != "npz" else 400] ^= 4
+    file.write_bytes(data)
+    words = (*BASE, f"--formats={other}", f"--out={out}")
+    assert call(tools.sample.main, run, *words) == 1
+    assert "damaged" in (said := capsys.readouterr().err)
+    assert "give --overwrite to draw it anew" in said
+    assert not blocks(out)
+    assert call(tools.sample.main, run, *words, "--overwrite") == 0
+    assert (forms(out, other)[0] == whole).all()
+    assert not any((out / name).exists() for name in format_of(form).names), "of another result, it may be"
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+def test_a_folder_of_images_of_somebody_else_is_never_replaced(
+    run: Path, base: Path, tmp_path: Path, capsys, overwrite: list[str]
+) -> None:
+    out = Path(shutil.copytree(base, tmp_path / "out"))
+    (out / "images").mkdir()
+    (out / "images" / "holiday.png").touch()
+    assert call(tools.sample.main, run, *BASE, "--formats=png", *overwrite, f"--out={out}") == 1
+    assert f"{out / 'images'} is there already, and nothing says" in capsys.readouterr().err
+    assert (out / "images" / "holiday.png").exists()
+    assert call(tools.sample.main, run, *BASE, "--formats=jpg", f"--out={out}") == 1
+    assert "there is no 'jpg'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_stopped_while_files_take_their_places_it_goes_on(
+    run: Path, base: Path, tmp_path: Path, monkeypatch, place: int
+) -> None:
+    """Between any two of the moves of an extension, neither old nor new is whole: the same command makes it so."""
+    out = Path(shutil.copytree(base, tmp_path / "out"))
+    words, moves = (run, "--num_samples=9", *BASE[1:], "--formats=npz,png", f"--out={out}"), [0]
+    replace = Path.replace
+
+    def stop(path: Path, target: Path) -> Path:
+        if path.parent == out.with_name("out.partial") and Path(target).parent == out:
+            moves[0] += 1
+        if moves[0] > place:
+            raise OSError("stopped here")
+        return replace(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", stop)
+        assert call(tools.sample.main, *words) == (1 if place < 4 else 0)
+    assert call(tools.sample.main, *words) == 0
+    fresh = draw(tmp_path / "fresh", run, "--num_samples=9", *BASE[1:])
+    for images in forms(out, "npz", "png"):
+        assert (images == fresh).all()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["fresh", "out"]
 
 
 def test_another_checkpoint_of_the_same_name_is_another_spec(
