@@ -28,6 +28,7 @@ from dit.experiments.drawing import DrawOrder, produce
 from dit.experiments.trained import Trained
 from dit.files import expand
 from dit.ranks import group
+from dit.sample.between import parse_between
 from dit.sample.generate import SamplerSpec
 from dit.sample.grid import GRIDS
 from dit.sample.guide import GUIDANCES
@@ -48,6 +49,10 @@ def main(
     save_latents: Annotated[bool, "latents.npz too: float32 (N, C, H, W), as the network sees them"] = False,
     preview: Annotated[bool, "latents.npz and grid.png in false colours alone: opens no codec"] = False,
     save_pairs: Annotated[str | None, "new folder for noise and latents: the data of a reflow"] = None,
+    trajectory: Annotated[bool, "trajectory.webp too: the solver's way of up to 16 images, animated"] = False,
+    interpolate: Annotated[
+        str | None, "interpolation.png too, rows of 9 images: seeds:0,1 or classes:3,7 (or names)"
+    ] = None,
     num_samples: Annotated[int, "images in all"] = 64,
     classes: Annotated[str, "all, numbers like 0,3 or names"] = "all",
     label_order: Annotated[
@@ -90,6 +95,8 @@ def main(
     forms = parse_formats(formats) + ((LATENTS,) if save_latents else ())
     if preview and (forms != OLD_FORMATS or codec_keys):
         raise UsageError("--preview makes no images: leave out --formats, --save_latents and --codec.*")
+    if (trajectory or interpolate) and (preview or not out):
+        raise UsageError("--trajectory and --interpolate make images in --out: give that, and no --preview")
     with group.session() as world:
         trained = Trained.load(run_or_ckpt, weights, world.device)
         if world.is_main:
@@ -97,6 +104,8 @@ def main(
         made = trained.precision(precision)
         where = {"out": folder(out), "save_pairs": folder(save_pairs), "overwrite": overwrite}
         where |= {"label_order": label_order, "formats": forms, "preview": preview}
+        where["trajectory"] = trajectory
+        where["interpolate"] = parse_between(interpolate, trained.classes) if interpolate else None
         order = DrawOrder(trained.classes(classes), num_samples, batch_size, made, codec_keys, asked, **where)
         produce(trained, spec, order, world)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shlex
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,8 +19,10 @@ from dit.config import ConfigError, to_dict
 from dit.data.shards.pairs import Origin, Pairs
 from dit.experiments.diffusion import SampleConfig
 from dit.experiments.trained import Precision, Trained
+from dit.experiments.views import View, views_of
 from dit.outputs import RECORD, OutputError, claim, read_record
 from dit.ranks import group
+from dit.sample.between import Between
 from dit.sample.drawing import Batch, Product, default_batch, draw
 from dit.sample.generate import Sampler, SamplerSpec
 from dit.sample.labels import LabelOrder, Labels
@@ -33,6 +35,7 @@ from dit.sample.pictures import (
     is_placing,
     refuse_foreign,
 )
+from dit.sample.trajectory import check_followed
 from dit.unfinished import Blocks, partial_of, unfinished
 from dit.version import code_version
 
@@ -45,6 +48,7 @@ NOT_COMPARED = (
 )  # where the checkpoint lies, and what drew: `digest` says what it is
 
 
+ALREADY = ", drawn already by the same spec; give --overwrite to draw them anew"
 OLDER = {"label_order": "balanced", "preview": False}  # what records mean that lack these keys
 
 
@@ -56,7 +60,7 @@ class DrawOrder:
     ...}, over where training had it. asked: fields of the spec that are no defaults, but were asked for. out: folder
     for pictures. save_pairs: folder for a data set of noise and latents. overwrite: what is there is replaced.
     label_order: how images get their classes (`Labels`). formats: of the pictures, names in FORMATS or LATENTS.
-    preview: latents and their false colours alone; no codec is opened.
+    preview: latents and their false colours alone; no codec is opened. trajectory, interpolate: pictures beside them.
     """
 
     classes: list[int]
@@ -71,6 +75,8 @@ class DrawOrder:
     label_order: LabelOrder = "balanced"
     formats: tuple[str, ...] = OLD_FORMATS
     preview: bool = False
+    trajectory: bool = False
+    interpolate: Between | None = None
 
     @property
     def forms(self) -> tuple[str, ...]:
@@ -108,13 +114,23 @@ def produce(trained: Trained, spec: SamplerSpec, order: DrawOrder, world: group.
         "preview": order.preview,
     }
     unmade = group.on_main(lambda: _unmade(order, record))
+    views = views_of(order.trajectory, order.interpolate)
+    if order.trajectory:
+        check_followed(sampler)
+    unseen = group.on_main(lambda: _unseen(views, order, record))
     if unmade:
         if world.is_main:
             print(settings_line(spec, order.asked, trained.experiment.sample))
         _draw(trained, sampler, order, unmade, record, world)
+    labels = Labels(order.classes, order.label_order, sampler.spec.seed)
+    for view in (view for view in views if view.file in unseen):
+        assert order.out is not None
+        group.on_main(partial(view.draw, order.out, sampler, labels, compared(record)))
     if world.is_main:
         for made in filter(None, (order.out, order.save_pairs)):
             print(_line(made, order, made in unmade))
+        for view in views:
+            print(f"{view.files(order.out or Path())[0]}{'' if view.file in unseen else ALREADY}")
 
 
 def _batch_size(order: DrawOrder) -> tuple[int, Path | None]:
@@ -163,6 +179,13 @@ def _claim_pictures(out: Path, order: DrawOrder, spec: Mapping[str, Any]) -> dic
 def _formats(held: Mapping[str, Any] | None) -> tuple[str, ...]:
     """The forms of what a record is of."""
     return () if held is None else tuple(held.get("formats", OLD_FORMATS))
+
+
+def _unseen(views: Sequence[View], order: DrawOrder, record: Mapping[str, Any]) -> list[str]:
+    """The pictures, by their files, that are not there yet. OutputError, as `claim`."""
+    how: dict[str, Any] = {"overwrite": order.overwrite, "kind": Pictures.KIND, "older": OLDER}
+    spec, out = compared(record), order.out
+    return [view.file for view in views if out is not None and not view.is_there(out, spec, **how)]
 
 
 def compared(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -225,7 +248,7 @@ def _draw(
 
 def _line(made: Path, order: DrawOrder, is_new: bool) -> str:
     """What a folder holds now."""
-    already = "" if is_new else ", drawn already by the same spec; give --overwrite to draw them anew"
+    already = "" if is_new else ALREADY
     if made == order.save_pairs:
         return f"{order.num_samples} pairs in {made}: train on them with objective.coupling=reflow{already}"
     forms = [name for form in order.forms for name in format_of(form).names if name != "labels.csv"]

@@ -134,10 +134,19 @@ class Sampler:
         return Draws(self.spec.seed, 0, index.to(self.device), 1).normal(Purpose.PRIOR, self.shape)
 
     @torch.no_grad()
-    def latents(self, index: Tensor, label: Tensor, wanted: int | None = None) -> Tensor:
+    def latents(
+        self,
+        index: Tensor,
+        label: Tensor,
+        wanted: int | None = None,
+        *,
+        noise: Tensor | None = None,
+        denoise: DenoiseFn | None = None,
+    ) -> Tensor:
         """(B, C, H, W) for images `index` (B,) of classes `label` (B,), both int64; label -1 = no class.
 
-        wanted: so many of them, the first, are looked at; the rest fill the batch up. None: all.
+        wanted: so many of them, the first, are looked at; the rest fill the batch up. None: all. noise: (B, C, H, W) to
+        start from in place of the images' own. denoise: what the solver calls in place of the guided denoiser.
 
         Raises NotFiniteError naming the first image whose latents are not finite, ValueError for labels that the
         model does not know.
@@ -146,13 +155,13 @@ class Sampler:
             check_labels(label, self.classes)
         index, label = index.to(self.device), label.to(self.device)
 
-        def noise(draw: int) -> Tensor:
+        def added(draw: int) -> Tensor:
             return Draws(self.spec.seed, draw, index, 1).normal(Purpose.SOLVER, self.shape)
 
         self.tally.images += len(index)
         times = self.times()
-        x = self.path.prior(self.noise(index), float(times[0]))
-        drawn = self.spec.solver(self.denoise, x, times, self.path, noise, {"label": label})
+        x = self.path.prior(self.noise(index) if noise is None else noise, float(times[0]))
+        drawn = self.spec.solver(denoise or self.denoise, x, times, self.path, added, {"label": label})
         check_finite(drawn[:wanted], index, label, "its latents", self._advice(self.model_advice))
         return drawn
 

@@ -190,6 +190,33 @@ def test_killed_it_goes_on_with_any_ranks_and_the_arrays_are_the_same(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "two", "whole"]
 
 
+@pytest.mark.slow
+def test_killed_five_times_on_one_two_and_four_ranks_the_arrays_are_the_same(
+    run: Path, ranks: Server, tmp_path: Path
+) -> None:
+    """SIGKILL to all ranks, each time after some more blocks, and each time on another number of ranks."""
+    words = ("--num_samples=82", "--batch_size=2", "--cfg_scale=2", "--num_steps=20", "--label_order=random")
+    words = (run, *words, "--formats=npz,png")
+    out = tmp_path / "out"
+    for kill, size in enumerate((1, 2, 4, 2, 1), 1):
+        with ranks.start(size, call, tools.sample.main, *words, f"--out={out}") as job:
+            end = time.monotonic() + 120
+            while len(blocks(out)) < 4 * kill and time.monotonic() < end:
+                time.sleep(0.002)
+            job.kill()
+        assert 4 * kill <= len(blocks(out)) < 41, "it ended before it could be killed"
+        assert not out.exists()
+    assert ranks.run(4, call, tools.sample.main, *words, f"--out={out}") == [0] * 4
+    for size in (1, 2, 4):
+        other = tmp_path / f"whole{size}"
+        assert ranks.run(size, call, tools.sample.main, *words, f"--out={other}") == [0] * size
+        for ours, theirs in zip(arrays(out), arrays(other), strict=True):
+            assert (ours == theirs).all()
+        assert (forms(other, "png")[0] == arrays(out)[0]).all()
+        assert (other / "spec.json").read_bytes() == (out / "spec.json").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "whole1", "whole2", "whole4"]
+
+
 def test_the_same_command_finds_it_complete(run: Path, base: Path, capsys) -> None:
     before = {p: p.stat().st_mtime_ns for p in base.iterdir()}
     draw(base, run, *BASE)
@@ -333,6 +360,42 @@ def test_a_preview_opens_no_codec(run: Path, base: Path, tmp_path: Path, monkeyp
     assert call(tools.sample.main, run, *BASE, f"--out={out}") == 1
     assert "preview: true there, false now" in capsys.readouterr().err
     assert call(tools.sample.main, run, *BASE, "--preview", "--formats=png", f"--out={out}") == 2
+
+
+def test_pictures_of_the_way_and_of_what_lies_between(
+    run: Path, base: Path, ranks: Server, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    """They come to a finished drawing, once; their ends are images of it, to rounding in a batch of another size."""
+    out = Path(shutil.copytree(base, tmp_path / "out"))
+    words = (run, *BASE, "--trajectory", "--interpolate=classes:0,3", f"--out={out}")
+    assert ranks.run(2, call, tools.sample.main, *words) == [0, 0]
+    assert (arrays(out)[0] == arrays(base)[0]).all()
+    grid = np.asarray(Image.open(out / "interpolation.png")).astype(int)
+    for row, column in ((0, 0), (1, 8)):  # image 0 is of class 0, image 1 of class 3
+        place = np.s_[2 + 18 * row : 18 + 18 * row, 2 + 18 * column : 18 + 18 * column]
+        assert np.abs(grid[place] - arrays(base)[0][row]).max() <= 1
+    with Image.open(out / "trajectory.webp") as animation:
+        assert animation.n_frames == 3
+        animation.seek(2)
+        last = np.asarray(animation.convert("RGB")).astype(int)[2:18, 2:18]
+    assert np.abs(last - arrays(base)[0][0]).max() <= 1
+    records = [json.loads((out / name).read_text()) for name in ("trajectory.json", "interpolation.json")]
+    assert records[1]["interpolate"] == {"classes": [0, 3]}
+    assert records[0]["num_samples"] == 7
+    with monkeypatch.context() as patch:
+        nobody_draws(patch)
+        assert call(tools.sample.main, *words) == 0
+    said = capsys.readouterr().out
+    assert f"{out / 'trajectory.webp'}, drawn already by the same spec" in said
+    other = [word if "interpolate" not in str(word) else "--interpolate=seeds:0,1" for word in words]
+    assert call(tools.sample.main, *other) == 1
+    assert "interpolate.seeds: null there, [0, 1] now" in capsys.readouterr().err
+    assert (
+        call(tools.sample.main, run, *BASE, "--trajectory", "--solver=dopri5", f"--out={tmp_path / 'b'}") == 1
+    )
+    assert "each image has its own times" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+    assert call(tools.sample.main, run, *BASE, "--trajectory", "--preview", f"--out={tmp_path / 'b'}") == 2
 
 
 @pytest.mark.parametrize("form", ["npz", "png", "webdataset"])
