@@ -24,40 +24,25 @@ from dit.commandline import Tool
 from dit.config import ConfigError, Registry, from_dict, to_dict
 from dit.configfile import overridden
 from dit.data.codecs.codec import CODECS
-from dit.experiments.drawing import DrawOrder, produce
+from dit.experiments.draw_options import DrawOptions
+from dit.experiments.drawing import produce
 from dit.experiments.trained import Trained
-from dit.files import expand
+from dit.flags import options_as_flags
 from dit.ranks import group
-from dit.sample.between import parse_between
 from dit.sample.generate import SamplerSpec
 from dit.sample.grid import GRIDS
 from dit.sample.guide import GUIDANCES
-from dit.sample.labels import LabelOrder
-from dit.sample.pictures import LATENTS, OLD_FORMATS, parse_formats
+from dit.sample.pictures import OLD_FORMATS
 from dit.sample.solve import SOLVERS
 
 CHOICES: dict[str, Registry[Any]] = {"solver": SOLVERS, "grid": GRIDS, "guidance": GUIDANCES}
 
 
+@options_as_flags
 def main(
     run_or_ckpt: Annotated[str, "a run directory or one checkpoint in it"],
     *,
-    out: Annotated[str | None, "folder for the images, grid.png and spec.json"] = None,
-    formats: Annotated[
-        str, "npz, png (a folder of them), webdataset (shards), or several with commas"
-    ] = "npz",
-    save_latents: Annotated[bool, "latents.npz too: float32 (N, C, H, W), as the network sees them"] = False,
-    preview: Annotated[bool, "latents.npz and grid.png in false colours alone: opens no codec"] = False,
-    save_pairs: Annotated[str | None, "new folder for noise and latents: the data of a reflow"] = None,
-    trajectory: Annotated[bool, "trajectory.webp too: the solver's way of up to 16 images, animated"] = False,
-    interpolate: Annotated[
-        str | None, "interpolation.png too, rows of 9 images: seeds:0,1 or classes:3,7 (or names)"
-    ] = None,
-    num_samples: Annotated[int, "images in all"] = 64,
-    classes: Annotated[str, "all, numbers like 0,3 or names"] = "all",
-    label_order: Annotated[
-        LabelOrder, "image i is of classes[i mod n] (balanced), or of one drawn by (seed, i)"
-    ] = "balanced",
+    options: DrawOptions,
     cfg_scale: Annotated[float | None, "null + scale * (cond - null); none = 1, no guidance"] = None,
     guidance: Annotated[
         str | None, "in turn: '{name: cfg, scale: 2, interval: [0.2, 0.7]}, {name: ...}'"
@@ -69,13 +54,8 @@ def main(
     grid: Annotated[str | None, "times it visits; its fields are --grid.field=value; none = uniform"] = None,
     shift: Annotated[float | None, "time shift of the grid, the same as --grid.shift; 1 = none"] = None,
     seed: Annotated[int, "of the noise; image i has its own"] = 0,
-    batch_size: Annotated[
-        int | None,
-        "images at a time and rank, and in each block that is kept; none = 64, or fewer where all are",
-    ] = None,
     weights: Annotated[str, "which weights: ema, model, or another average, as ema_0.999"] = "ema",
     precision: Annotated[Literal["run", "fp32", "bf16"], "of matrix products; run = as in training"] = "run",
-    overwrite: Annotated[bool, "replace what another spec has drawn there"] = False,
     **solver_grid_codec_keys: str,
 ) -> None:
     """Draw images: integrate the probability-flow ODE or the SDE, with guidance.
@@ -91,39 +71,27 @@ def main(
     """
     given = {"solver": solver, "num_steps": num_steps, "cfg_scale": cfg_scale, "seed": seed, "grid": grid}
     spec, asked, codec_keys = read_spec(given, solver_grid_codec_keys, shift, guidance)
-    check_wanted(out, save_pairs, spec)
-    forms = parse_formats(formats) + ((LATENTS,) if save_latents else ())
-    if preview and (forms != OLD_FORMATS or codec_keys):
-        raise UsageError("--preview makes no images: leave out --formats, --save_latents and --codec.*")
-    if (trajectory or interpolate) and (preview or not out):
-        raise UsageError("--trajectory and --interpolate make images in --out: give that, and no --preview")
+    check_wanted(options, spec, codec_keys)
     with group.session() as world:
         trained = Trained.load(run_or_ckpt, weights, world.device)
         if world.is_main:
             trained.say_weights()
-        made = trained.precision(precision)
-        where = {"out": folder(out), "save_pairs": folder(save_pairs), "overwrite": overwrite}
-        where |= {"label_order": label_order, "formats": forms, "preview": preview}
-        where["trajectory"] = trajectory
-        where["interpolate"] = parse_between(interpolate, trained.classes) if interpolate else None
-        order = DrawOrder(trained.classes(classes), num_samples, batch_size, made, codec_keys, asked, **where)
-        produce(trained, spec, order, world)
+        produce(trained, spec, options.order(trained, trained.precision(precision), codec_keys, asked), world)
 
 
-def check_wanted(out: str | None, save_pairs: str | None, spec: SamplerSpec) -> None:
-    """Refuse to draw for nobody, and pairs that belong together only in part."""
-    if not out and not save_pairs:
+def check_wanted(options: DrawOptions, spec: SamplerSpec, codec_keys: Mapping[str, str]) -> None:
+    """Refuse to draw for nobody, what makes no images together with images, and pairs that belong together in part."""
+    if not options.out and not options.save_pairs:
         raise UsageError("missing --out (a folder for pictures) or --save_pairs (one for noise and latents)")
-    if save_pairs and spec.solver.stochastic:
+    if options.preview and (options.forms != OLD_FORMATS or codec_keys):
+        raise UsageError("--preview makes no images: leave out --formats, --save_latents and --codec.*")
+    if (options.trajectory or options.interpolate) and (options.preview or not options.out):
+        raise UsageError("--trajectory and --interpolate make images in --out: give that, and no --preview")
+    if options.save_pairs and spec.solver.stochastic:
         raise ConfigError(
             f"--save_pairs with the solver {SOLVERS.name_of(spec.solver)}: it adds noise on the way, so what it ends "
             "in is not a function of the noise that it starts from; take an ODE solver, such as heun"
         )
-
-
-def folder(name: str | None) -> Path | None:
-    """What was typed, as a place."""
-    return Path(expand(name)) if name else None
 
 
 def read_spec(

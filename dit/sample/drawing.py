@@ -58,7 +58,8 @@ def draw(sampler: Sampler, labels: LabelFn, products: Sequence[Product], world: 
     blocks, todo = products[0].blocks, sorted(set().union(*missing))
     left = sum(len(blocks.samples(number)) for number in todo)
     if world.is_main and left < blocks.count:
-        print(f"{blocks.count - left} of {blocks.count} images are drawn already; going on with the others")
+        rest = "going on with the others" if left else "only their files are to be made"
+        print(f"{blocks.count - left} of {blocks.count} images are drawn already; {rest}")
     mine = todo[world.rank :: world.size]
 
     def keep(number: int, batch: Batch) -> None:

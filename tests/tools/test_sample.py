@@ -309,6 +309,7 @@ def test_all_forms_hold_the_same_images(run: Path, base: Path, tmp_path: Path, c
             if name != before:
                 nobody_draws(patch)
             assert call(tools.sample.main, run, *BASE, f"--formats={name}", f"--out={last}") == 0
+    assert "7 of 7 images are drawn already; only their files are to be made" in capsys.readouterr().out
     assert json.loads((last / "spec.json").read_text())["formats"] == ["png", "webdataset", "npz"]
     assert arrays(last)[1].tolist() == arrays(base)[1].tolist()
     specs = [json.loads((f / "spec.json").read_text()) | {"formats": 0} for f in (last, base)]
