@@ -103,48 +103,32 @@ class _Controls:
         own, has_classes = Setting(), bool(model.classes)
         solvers, grids = fitting(model.trained)
         start = EVERY if has_classes else NO_CLASS
-        most = {"images": min(own.images, limits.max_images), "steps": min(own.steps, limits.max_steps)}
+        most = {"images": limits.max_images, "steps": limits.max_steps}
+        made: dict[str, Any] = {}
 
-        def number(field: str, label: str, **how: Any) -> gr.Number:
-            return gr.Number(
-                most.get(field, getattr(own, field)),
-                label=label,
-                elem_id=f"{field}-{name}",
-                min_width=80,
-                **how,
-            )
+        def number(field: str, label: str, **how: Any) -> None:
+            value = getattr(own, field)
+            how |= {"label": label, "elem_id": f"{field}-{name}", "min_width": 80}
+            made[field] = gr.Number(min(value, most.get(field, value)), **how)
 
-        def choice(field: str, label: str, choices: list[Any], value: str, **how: Any) -> gr.Dropdown:
-            return gr.Dropdown(
-                choices, value=value, label=label, elem_id=f"{field}-{name}", min_width=120, **how
-            )
+        def choice(field: str, label: str, choices: list[Any], value: str, **how: Any) -> None:
+            how |= {"label": label, "elem_id": f"{field}-{name}", "min_width": 120}
+            made[field] = gr.Dropdown(choices, value=value, **how)
 
         with gr.Column(visible=name == "A", elem_id=f"controls-{name}") as self.column:
             with gr.Row():
-                classes = choice(
-                    "classes", "class", class_choices(model.classes), start, visible=has_classes, scale=2
-                )
-                solver = choice("solver", "solver", solvers, _first(own.solver, solvers))
-                grid = choice("grid", "grid of times", grids, _first(own.grid, grids))
+                names = class_choices(model.classes)
+                choice("classes", "class", names, start, visible=has_classes, scale=2)
+                choice("solver", "solver", solvers, _first(own.solver, solvers))
+                choice("grid", "grid of times", grids, _first(own.grid, grids))
             with gr.Row():
-                images = number("images", "images", precision=0)
-                seed = number("seed", "seed", precision=0)
-                steps = number("steps", "steps", precision=0)
-                scale = number("scale", "scale", visible=has_classes)
-                low = number("interval_from", "from t", visible=has_classes)
-                high = number("interval_to", "to t", visible=has_classes)
-        given = {
-            "classes": classes,
-            "scale": scale,
-            "interval_from": low,
-            "interval_to": high,
-            "solver": solver,
-            "grid": grid,
-            "steps": steps,
-            "seed": seed,
-            "images": images,
-        }
-        self.inputs = [given[name] for name in FIELDS]
+                number("images", "images", precision=0)
+                number("seed", "seed", precision=0)
+                number("steps", "steps", precision=0)
+                number("scale", "scale", visible=has_classes)
+                number("interval_from", "from t", visible=has_classes)
+                number("interval_to", "to t", visible=has_classes)
+        self.inputs = [made[field] for field in FIELDS]
 
 
 class _Results:

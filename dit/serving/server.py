@@ -109,11 +109,14 @@ def application(model: TrainedModel, limits: Limits, folder: Path) -> App:
 
 def listening(host: str, port: int) -> socket.socket:
     """A socket that listens there; port 0 is any that is free. Raises UserError where there is none to be had."""
+    if not 0 <= port <= 65535:  # which getaddrinfo would take modulo 2^16
+        raise UserError(f"--port is {port}, expected a number in [0, 65535], 0 being any that is free")
     try:
         family, kind, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         held = socket.socket(family, kind)
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         held.bind(place)
+        held.listen()  # so that a browser that comes before the server runs waits, and is not refused
     except (OSError, OverflowError) as error:
         raise UserError(
             f"cannot listen at {host}, port {port}: {error}; give another --port (0 is any free one)"

@@ -134,8 +134,12 @@ def test_a_place_where_it_cannot_listen_is_named(host: str) -> None:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=rf"cannot listen at {host}, port {port}: .*--port"):
             server.listening(host, port)
-    with pytest.raises(UserError, match="port 70000"):
-        server.listening("127.0.0.1", 70000)
+
+
+@pytest.mark.parametrize("port", [-1, 65536, 70000])
+def test_a_port_that_is_none_is_refused(port: int) -> None:
+    with pytest.raises(UserError, match=rf"--port is {port}, expected a number in \[0, 65535\]"):
+        server.listening("127.0.0.1", port)
 
 
 def test_without_gradio_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
