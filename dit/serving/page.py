@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 from dit.config import from_dict
@@ -30,9 +29,8 @@ CSS = """
 FIELDS = tuple(f.name for f in fields(Setting))
 
 
-def build(model: TrainedModel, limits: Limits, folder: Path) -> gr.Blocks:
-    """The page. folder: for the pictures that browsers fetch; they are removed after an hour."""
-    os.environ["GRADIO_TEMP_DIR"] = str(folder)  # read when components are made
+def build(model: TrainedModel, limits: Limits) -> gr.Blocks:
+    """The page. Its pictures lie in GRADIO_TEMP_DIR, and are removed after an hour."""
     names = ("A", "B")
     with gr.Blocks(
         title="dit", analytics_enabled=False, delete_cache=(KEPT // 6, KEPT), fill_width=True

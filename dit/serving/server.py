@@ -79,6 +79,7 @@ async def _refuse(send: Send, status: int) -> None:
 
 def application(model: TrainedModel, limits: Limits, folder: Path) -> App:
     """The page as an ASGI application, gate included. Raises UserError where the demo's packages are not installed."""
+    os.environ["GRADIO_TEMP_DIR"] = str(folder)  # read when it is imported, and when components are made
     try:
         import fastapi
         import gradio as gr
@@ -88,7 +89,7 @@ def application(model: TrainedModel, limits: Limits, folder: Path) -> App:
         ) from None
     from dit.serving.page import CSS, build
 
-    page = build(model, limits, folder)
+    page = build(model, limits)
     app = gr.mount_gradio_app(
         fastapi.FastAPI(openapi_url=None, docs_url=None, redoc_url=None),
         page,
