@@ -79,16 +79,22 @@ MAY_IMPORT = {
     "experiments": "ambient errors files version progress config rng ranks flow model sample data evals train stage1"
     " outputs unfinished",
     "reports": "errors files scalars progress config configfile model evals train experiments outputs",
+    "serving": "errors config flow sample experiments",
     "interop": "errors files version config configfile ranks flow model data train experiments outputs",
     "bench": "errors files version config rng ranks flow model data train",
     "api": "ambient errors files progress config configfile rng ranks flow model sample data train experiments",
     "tools": "errors files progress config configfile ranks sample data evals train stage1 experiments"
-    " reports interop bench commandline outputs",
+    " reports interop bench serving commandline outputs",
     "outputs": "errors files config",
     "unfinished": "errors files ranks outputs",
 }
 # A third-party package -> the only modules that may name it.
-ONLY_IN = {"deepspeed": {"dit.train.engines.zero_engine"}}
+ONLY_IN = {
+    "deepspeed": {"dit.train.engines.zero_engine"},
+    "gradio": {"dit.serving.page", "dit.serving.server"},
+    "fastapi": {"dit.serving.server"},
+    "uvicorn": {"dit.serving.server"},
+}
 # (from, to): no chain of imports may lead from a module under the first to one under the second.
 OUT_OF_REACH = [
     ("dit.config", "torch"),

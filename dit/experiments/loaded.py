@@ -152,18 +152,16 @@ class TrainedModel:
         """Draw images, (N, H, W, 3) uint8: the pixels that `tools/sample.py` writes for the same options.
 
         classes: "all", a number, a name, or a list of them, -1 being no class. label_order: "balanced", image i is of
-        classes[i mod n], or "random", of one drawn by (seed, i).
-        batch_size: images at a time. shift: of the grid's times, 1 is none. progress: show a bar. how: solver ("heun",
-        or {"name": "sde", ...}), num_steps (50), grid ("uniform"), cfg_scale (1 = no guidance), seed (0; image i has
-        its own noise), guidance ([{"name": "cfg", "scale": 2, "interval": [0.2, 0.7]}, ...]), as in SamplerSpec.
+        classes[i mod n], or "random", of one drawn by (seed, i). batch_size: images at a time. shift: of the grid's
+        times, 1 is none. progress: show a bar. how: solver ("heun", or {"name": "sde", ...}), num_steps (50), grid
+        ("uniform"), cfg_scale (1 = no guidance), seed (0; image i has its own noise), guidance ([{"name": "cfg",
+        "scale": 2, "interval": [0.2, 0.7]}, ...]), as in SamplerSpec.
 
         Raises ConfigError for an option or a class that is none, DataError where the codec cannot be opened,
         NotFiniteError naming the first image that is none. Warns where latents are far from those of data.
         """
-        with self._drawn(True, num_samples, classes, batch_size, label_order, shift, progress, how) as (
-            sampler,
-            drawn,
-        ):
+        given = (num_samples, classes, batch_size, label_order, shift, progress, how)
+        with self._drawn(True, *given) as (sampler, drawn):
             return np.concatenate([sampler.pictures(b.latents, b.index, b.label, b.wanted) for b in drawn])
 
     @plain_numbers()
@@ -182,10 +180,8 @@ class TrainedModel:
 
         Arguments and errors as for `sample`; `decode` makes its images of them.
         """
-        with self._drawn(False, num_samples, classes, batch_size, label_order, shift, progress, how) as (
-            _,
-            drawn,
-        ):
+        given = (num_samples, classes, batch_size, label_order, shift, progress, how)
+        with self._drawn(False, *given) as (_, drawn):
             return torch.cat([batch.latents[: batch.wanted] for batch in drawn])
 
     @contextlib.contextmanager

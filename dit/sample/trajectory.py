@@ -78,8 +78,7 @@ def trajectory(
 @torch.no_grad()
 def write_animation(path: Path, frames: list[Frame], sampler: Sampler) -> int:
     """Write an animated WebP, x in its upper half and the data below it, both decoded; the number of its frames."""
-    chosen = np.unique(np.linspace(0, len(frames) - 1, min(FRAMES, len(frames))).round().astype(int))
-    pictures = [Image.fromarray(_shown(frames[i], sampler)) for i in chosen.tolist()]
+    pictures = [Image.fromarray(pictured(frames[i], sampler)) for i in spaced(len(frames), FRAMES)]
     times = [STEP_MS] * (len(pictures) - 1) + [LAST_MS]
     held = io.BytesIO()
     width, height = pictures[0].size
@@ -90,8 +89,17 @@ def write_animation(path: Path, frames: list[Frame], sampler: Sampler) -> int:
     return len(pictures)
 
 
-def _shown(frame: Frame, sampler: Sampler) -> np.ndarray:
-    """Two grids, one above the other. Noise may decode to anything: what is not finite there is grey."""
+def spaced(count: int, most: int) -> list[int]:
+    """At most so many of range(count), evenly spaced, the first and the last among them."""
+    return [int(i) for i in np.unique(np.linspace(0, count - 1, min(most, count)).round())]
+
+
+@torch.no_grad()
+def pictured(frame: Frame, sampler: Sampler) -> np.ndarray:
+    """A frame as uint8 (H, W, 3): two grids, x above the data, both decoded.
+
+    Noise may decode to anything: what is not finite there is grey.
+    """
     halves = []
     for latents in (frame.x, frame.data):
         decoded = sampler.decode(latents).float()

@@ -221,7 +221,7 @@ def test_a_depth_of_unknown_scale_is_refused(values, words):
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "YCbCr"])
 def test_ordinary_modes_are_what_pillow_makes_of_them(mode):
     image = picture(5, mode=mode)
-    file = saved(image, "TIFF")
+    file = saved(image, "TIFF", compression="tiff_lzw")  # Pillow 12 cannot read its own YCbCr without
     assert np.array_equal(pixels(file), np.asarray(Image.open(io.BytesIO(file)).convert("RGB")))
     assert told(file) == set()
 
