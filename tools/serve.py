@@ -22,6 +22,7 @@ from dit.commandline.cli import run
 from dit.commandline.flags import options_as_flags
 from dit.data.codecs.codec import CODECS
 from dit.experiments.loaded import load
+from dit.ranks import group
 from dit.serving.server import LOOPBACK, serving
 from dit.serving.setting import Limits
 
@@ -45,11 +46,15 @@ def main(
 
     --codec.path=FOLDER says where the VAE is, if not where training had it.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and not at once: its pictures are removed
     model = load(run_or_ckpt, weights, device=device, precision=precision, codec=codec_keys)
-    with serving(model, limits, host, port) as page:
+    with serving(model, limits, host, port) as page, group.on_signals(_end, (signal.SIGTERM,)):
         print(f"{model.trained.weights_line()}\npage at {page.url} (Ctrl-C ends it)", flush=True)
         page.run()
+
+
+def _end(number: int, frame: object) -> None:
+    """Not at once: the page's pictures are removed first."""
+    raise SystemExit(128 + number)
 
 
 TOOL = Tool(main, keys={"codec": [codec for _, codec in CODECS.items()]})

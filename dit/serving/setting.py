@@ -32,17 +32,17 @@ class Limits:
 
 @config
 class Setting:
-    """One drawing as the page asks for it. classes: a number as text, NO_CLASS, or EVERY."""
+    """One drawing as the page asks for it."""
 
-    classes: str = EVERY
-    scale: float = 1.0
-    interval_from: Annotated[float, Field(ge=0, le=1)] = 0.0
-    interval_to: Annotated[float, Field(ge=0, le=1)] = 1.0
-    solver: str = "heun"
-    grid: str = "uniform"
-    steps: Annotated[int, Field(ge=1)] = 50
-    seed: Annotated[int, Field(ge=0)] = 0
-    images: Annotated[int, Field(ge=1)] = 8
+    classes: str = EVERY  # a class's number as text, NO_CLASS, or EVERY
+    scale: float = 1.0  # of the guidance; 1 is none
+    interval_from: Annotated[float, Field(ge=0, le=1)] = 0.0  # time at which guidance ends, near the image
+    interval_to: Annotated[float, Field(ge=0, le=1)] = 1.0  # time at which it begins, near the noise
+    solver: str = "heun"  # name of the method that steps
+    grid: str = "uniform"  # name of the spacing of times
+    steps: Annotated[int, Field(ge=1)] = 50  # steps of the solver
+    seed: Annotated[int, Field(ge=0)] = 0  # of the noise; each image has its own
+    images: Annotated[int, Field(ge=1)] = 8  # images in the grid
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.scale) or self.scale < 0:

@@ -43,6 +43,7 @@ MISTYPED = {
     "quickstart": ("--nmu_steps=3", "did you mean num_steps?"),
     "sample": ("a --out=x --solver=ddim --solver.etta=1", "did you mean eta?"),
     "schema": ("--x=1", "unknown flag --x"),
+    "serve": ("a --max_image=3", "did you mean max_images?"),
     "shards": ("index a b --codec=unknown --codec.chanels=4", "did you mean codec.channels?"),
     "toys": ("--out=x --stesp=3", "did you mean steps?"),
     "train": ("configs/digits.yaml --train.stesp=5", "train.stesp: unknown key; did you mean train.steps?"),
