@@ -82,7 +82,7 @@ MAY_IMPORT = {
     "experiments": "ambient errors files version progress config rng ranks flow model sample data evals train stage1"
     " outputs unfinished",
     "reports": "errors files scalars progress config configfile model evals train experiments outputs",
-    "interop": "errors files version config configfile ranks flow model data train experiments outputs",
+    "interop": "errors files version config configfile ranks flow model data evals train experiments outputs",
     "bench": "errors files version config rng ranks flow model data train",
     "api": "ambient errors files progress config configfile rng ranks flow model sample data train experiments",
     "cli": "errors helptext progress config ranks commandline",
