@@ -61,7 +61,7 @@ class EvaluateConfig(SamplerSpec):
         PixelComponents(),
     )
     metrics: str = "frechet,mind"  # figures or metrics, comma-separated; all = those that can be computed
-    # Share of the run's time; where figures have taken more of it so far, they are put off to a later step.
+    # share of the run's time; where figures have taken more of it so far, they are put off to a later step
     max_share: Annotated[float, Field(gt=0, le=1)] = 0.05
 
     @property
