@@ -297,13 +297,19 @@ def test_a_network_of_photographs_measures_too(digits: Digits, real: str, tmp_pa
     assert [row["features"] for row in record.read(tmp_path)] == ["pixels", "efficientnet_lite0"]
 
 
+@pytest.mark.slow
 def test_a_solver_that_chooses_its_steps_draws_from_a_sharded_model(
     digits: Digits, ranks: Server, real: str, tmp_path: Path
 ) -> None:
     """Ranks would call the model more or less often for images of their own, and wait for each other for ever."""
-    keys = {"solver": {"name": "dopri5", "rtol": 1e-6}, "cfg_scale": 1.0, "num_samples": 6, "batch_size": 1}
+    keys = {
+        "solver": {"name": "dopri5", "rtol": 1e-4, "atol": 1e-4},
+        "cfg_scale": 1.0,
+        "num_samples": 2,
+        "batch_size": 1,
+    }
     optim = {"lr": 0.02, "warmup": 0, "schedule": "constant"}  # a field that bends
-    sections = {"train": {"steps": 6, "hang_timeout": 30}, "optim": optim, "zero": {"stage": 3}}
+    sections = {"train": {"steps": 4}, "optim": optim, "zero": {"stage": 3}}
     given = values(digits, tmp_path, **sections, evaluate={**EVALUATE, **keys, "reference": real})
     ranks.run(2, go, given)
     assert len(record.read(tmp_path)) == 1
