@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import tools.evaluate
+import tools.sample
 from dit.config import ConfigError, merge
 from dit.data.shards.manifest import Manifest
 from dit.errors import Notice, UserError
@@ -28,6 +30,7 @@ from dit.experiments.trained import Trained
 from dit.ranks import group
 from dit.ranks.group import World
 from dit.sample.generate import labels_for
+from tests.commands import call
 from tests.datasets import Digits
 from tests.rank_processes import Server
 from tests.train.runs import STEPS, at_step, built, column, differing, experiment, forked, go, state, values
@@ -279,6 +282,20 @@ def test_a_statistics_file_is_a_reference_too(digits: Digits, real: str, tmp_pat
     assert of_file["figures"] == images["figures"]
     assert of_file["hash"] == images["hash"]
     assert not (tmp_path / "file" / "evaluation").exists()
+
+
+def test_figures_are_comparable_with_those_of_the_tools(digits: Digits, real: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    go(merge(alone(digits, run, real), {"train": {"steps": 1}}))
+    size = ("--num_samples=22", "--batch_size=8")
+    how = ("--num_steps=2", "--solver=euler", "--cfg_scale=2")
+    assert call(tools.sample.main, run, f"--out={tmp_path / 'drawn'}", *size, *how) == 0
+    features = ("--features=pixels", "--features.components=4", "--metrics=frechet,mind")
+    assert call(tools.evaluate.images, tmp_path / "drawn", f"--reference={real}", *features) == 0
+    ours, theirs = record.read(run)
+    assert ours["figures"] == pytest.approx(theirs["figures"], rel=1e-6)
+    assert ours["samples"]["content"] == theirs["samples"]["content"]
+    assert ours["hash"] == theirs["hash"]
 
 
 def test_a_network_of_photographs_measures_too(digits: Digits, real: str, tmp_path: Path) -> None:
