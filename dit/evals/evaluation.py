@@ -126,7 +126,7 @@ def evaluate(order: Order, world: group.World) -> Evaluation | None:
     if not world.is_main:
         return None
     spaces = [
-        _in_space(
+        in_space(
             name, Compared(samples, ours, found.sets[name], side, floor.of(name) if floor else None), order
         )
         for name, side in sides.items()
@@ -225,8 +225,8 @@ def _features(
     return Extracted({name: sink.set(pictures.named) for name, sink in sinks.items()}, content)
 
 
-def _in_space(name: str, what: Compared, order: Order) -> InSpace:
-    """All figures in one space, under the names that they may have there."""
+def in_space(name: str, what: Compared, order: Order) -> InSpace:
+    """All figures in one space, under the names that they may have there; of an order its options and metric keys."""
     is_inception = what.side.network.identity["name"] == "inception"
     names = OF_INCEPTION if is_inception else OF_OTHERS
     options, side = order.options, what.side

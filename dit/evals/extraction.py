@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -125,24 +125,41 @@ def extract(
     sinks see the same whatever the ranks. Gives the hash of the images' content. What fails on a rank is every rank's.
     """
     blocks = np.array_split(index, range(how.batch_size, len(index), how.batch_size))
-    found: list[bytes] = []
-    rounds = math.ceil(len(blocks) / world.size)
     with (
         Bar[None](total=len(index), unit="image", desc=desc, hidden=not world.is_main) as bar,
         ThreadPoolExecutor(how.workers) as pool,
     ):
         loaded = _ahead(pool, pictures, blocks[world.rank :: world.size], how.workers)
-        for number in range(rounds):
-            mine = number * world.size + world.rank < len(blocks)
+        rounds = math.ceil(len(blocks) / world.size)
+        return collect((lambda _: next(loaded, None)), rounds, networks, sinks, how, world, bar)
 
-            def work(is_mine: bool = mine) -> tuple[bytes, dict[str, Arrays]] | None:
-                return _features(next(loaded), networks, how.batch_size) if is_mine else None
 
-            for part in filter(None, group.gather_objects(group.together(work))):
-                found.append(part[0])
-                for name, arrays in part[1].items() if world.is_main else ():
-                    sinks[name].add(arrays)
-                bar.update(len(part[0]) // 16)
+def collect(
+    give: Callable[[int], np.ndarray | None],
+    rounds: int,
+    networks: Mapping[str, FeatureNetwork],
+    sinks: Mapping[str, Sink],
+    how: Pass,
+    world: group.World,
+    bar: Bar[None],
+) -> str:
+    """Compute the features of images that ranks give into rank 0's sinks, round by round, in the order of ranks.
+
+    give: this rank's images of a round, (B, H, W, 3) uint8 of at most how.batch_size, or None; it may be collective.
+    Collective itself; gives the hash of the images' content. What fails on a rank is every rank's.
+    """
+    found: list[bytes] = []
+    for number in range(rounds):
+
+        def work(number: int = number) -> tuple[bytes, dict[str, Arrays]] | None:
+            images = give(number)
+            return None if images is None else _features(images, networks, how.batch_size)
+
+        for part in filter(None, group.gather_objects(group.together(work))):
+            found.append(part[0])
+            for name, arrays in part[1].items() if world.is_main else ():
+                sinks[name].add(arrays)
+            bar.update(len(part[0]) // 16)
     return content(b"".join(found))
 
 

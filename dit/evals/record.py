@@ -5,8 +5,9 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ from dit.errors import Notice, UserError
 from dit.outputs import differences
 
 FILE = "evaluations.jsonl"
+TRAINING = "training"  # what rows say under "by" that training itself measured between two steps
+TAKEN_BACK = (
+    "taken_back"  # of a line that is no row: rows of training above it, of later steps, count no more
+)
 CURVES = (
     "tensorboard/evaluations"  # a folder of its own: training takes back what it wrote itself, and not this
 )
@@ -45,8 +50,22 @@ def append(run: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         os.close(descriptor)
 
 
+def take_back(run: Path, step: int) -> None:
+    """Say that what training itself measured beyond `step` is of weights that training has gone back behind.
+
+    Nothing is cut off: a line is added, by which `read` leaves those rows out, and not those that were measured of a
+    checkpoint. It is added where there is such a row alone.
+    """
+    if any(_is_beyond(row, step) for row in read(run)):
+        append(run, [{TAKEN_BACK: step, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}])
+
+
+def _is_beyond(row: Mapping[str, Any], step: int) -> bool:
+    return row.get("by") == TRAINING and row["step"] > step
+
+
 def read(run: Path) -> list[dict[str, Any]]:
-    """All rows, oldest first; none where nothing was measured. A line that is no row is left out, and said."""
+    """All rows that count, oldest first; none where nothing was measured. What is no row is left out, and said."""
     file = run / FILE
     if not file.is_file():
         return []
@@ -56,12 +75,23 @@ def read(run: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except ValueError:
             row = None
-        if isinstance(row, dict) and "figures" in row:
+        if isinstance(row, dict) and ("figures" in row or TAKEN_BACK in row):
             rows.append(row)
         else:
             warnings.warn(
                 f"{file}: line {number} is not a row of figures, and is left out", Notice, stacklevel=2
             )
+    return counted(rows)
+
+
+def counted(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows among a file's lines that count, without those that training has taken back (`take_back`)."""
+    rows: list[dict[str, Any]] = []
+    for line in lines:
+        if TAKEN_BACK in line:
+            rows = [row for row in rows if not _is_beyond(row, line[TAKEN_BACK])]
+        else:
+            rows.append(line)
     return rows
 
 
@@ -71,8 +101,13 @@ def draw_curves(run: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
     with SummaryWriter(str(run / CURVES)) as writer:
         for row in rows:
-            for name, value in row["figures"].items():
-                writer.add_scalar(f"{row['features']}/{name} ({row['hash']})", value, row["step"])
+            for name, value in curves(row).items():
+                writer.add_scalar(name, value, row["step"])
+
+
+def curves(row: Mapping[str, Any]) -> dict[str, float]:
+    """A row's figures by the names of their curves: unlike protocols have curves of their own."""
+    return {f"{row['features']}/{name} ({row['hash']})": value for name, value in row["figures"].items()}
 
 
 def history(run: Path) -> list[str]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from dit.config import ConfigError, config
+from dit.config import ConfigError, config, one_or_more
 from dit.data.codecs.base import Codec, CodecConfig
 from dit.data.codecs.codec import CODECS
 from dit.data.codecs.norm import LatentNorm, latent_norm
 from dit.data.shards.manifest import Manifest
+from dit.evals.features.network import FeatureSpace
+from dit.evals.features.spaces import FEATURES, PixelComponents
 from dit.experiments.latents import (
     LatentsConfig,
     check_noise,
@@ -39,6 +42,35 @@ class SampleConfig(SamplerSpec):
 
 
 @config
+class EvaluateConfig(SamplerSpec):
+    """The figures of images drawn during training, always of the same noise and labels."""
+
+    every: Annotated[int, Field(ge=0)] = 0  # steps between figures; 0 = never; needs evaluate.reference
+    num_samples: Annotated[int, Field(ge=2)] = (
+        1000  # images that are drawn each time, one class after the other
+    )
+    num_steps: Annotated[int, Field(ge=1)] = 25  # steps of the solver for each image
+    batch_size: Annotated[int, Field(ge=1)] = 64  # images that a rank draws at a time
+    # real images, as tools/evaluate.py takes them, or a statistics file of its `reference`
+    reference: str | None = None
+    image_size: Annotated[int, Field(ge=1)] | None = (
+        None  # pixels a side that the reference's files are cropped and resized to; null = as they are
+    )
+    # networks in whose features images are compared; one alone needs no brackets
+    features: Annotated[tuple[Annotated[FeatureSpace, FEATURES], ...], BeforeValidator(one_or_more)] = (
+        PixelComponents(),
+    )
+    metrics: str = "frechet,mind"  # figures or metrics, comma-separated; all = those that can be computed
+    # share of the run's time; where figures have taken more of it so far, they are put off to a later step
+    max_share: Annotated[float, Field(gt=0, le=1)] = 0.05
+
+    @property
+    def spec(self) -> SamplerSpec:
+        """What decides about the images, without the rest."""
+        return SamplerSpec(**{field.name: getattr(self, field.name) for field in fields(SamplerSpec)})
+
+
+@config
 class DiffusionTrainConfig(TrainConfig):
     """How long, how large, how precise; and what only a conditional model of blocks has."""
 
@@ -57,6 +89,7 @@ class Experiment(RunConfig):
     # where the data's codec is, for pictures; null = as the data say
     codec: Annotated[CodecConfig, CODECS] | None = None
     sample: SampleConfig = SampleConfig()  # grids of images drawn during training
+    evaluate: EvaluateConfig = EvaluateConfig()  # figures of images drawn during training
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,11 +104,17 @@ class Experiment(RunConfig):
                 "objective.auxiliary trains variance channels that the network lacks; "
                 "set model.learn_sigma: true, or leave objective.auxiliary out"
             )
-        if self.sample.every:
-            try:
-                self.sample.check(self.objective.path, self.objective.prediction, self.model.learn_sigma)
-            except ConfigError as error:
-                raise ConfigError(f"sample, the pictures drawn during training: {error}") from None
+        drawn: dict[str, SampleConfig | EvaluateConfig] = {"sample": self.sample, "evaluate": self.evaluate}
+        for name, spec in drawn.items():
+            if spec.every:
+                try:
+                    spec.check(self.objective.path, self.objective.prediction, self.model.learn_sigma)
+                except ConfigError as error:
+                    raise ConfigError(f"{name}, the pictures drawn during training: {error}") from None
+        if self.evaluate.every and self.evaluate.reference is None:
+            raise ConfigError(
+                "evaluate.every is set, but evaluate.reference (real images, or a statistics file) is not"
+            )
 
     def task(self, manifest: Manifest, world: World) -> LatentTask:
         """What is trained on these data; ConfigError where the coupling does not fit them or the micro-batch."""

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dit.data.codecs.codec import CODECS
 from dit.data.codecs.norm import LatentNorm
@@ -16,16 +13,13 @@ from dit.data.shards.manifest import Manifest
 from dit.data.storage.remote import public
 from dit.experiments.about import named
 from dit.experiments.diffusion import Experiment
+from dit.experiments.drawer import Drawer, ShownTally
+from dit.experiments.figures import costs_of, figures_hook
 from dit.experiments.latents import codec_doubts, latent_contract
-from dit.experiments.trained import Checkpoints
-from dit.flow.predict import Cond, Endpoints
 from dit.model.dit import MODELS, DiT
 from dit.progress import Bar
 from dit.ranks.group import World
-from dit.sample.denoise import DenoiseFn
-from dit.sample.generate import Sampler, image_grid, labels_for
-from dit.sample.guide import Context
-from dit.sample.tally import Tally
+from dit.sample.generate import image_grid
 from dit.train.engines.base import Engine
 from dit.train.held_out import held_out_hook
 from dit.train.hooks import Hook, SampleGrid
@@ -39,6 +33,7 @@ def make_parts(cfg: Experiment, manifest: Manifest, world: World) -> Parts:
     ConfigError where the coupling does not fit them or the micro-batch, DataError where their codec cannot be opened.
     """
     norm, task = cfg.norm(manifest), cfg.task(manifest, world)
+    hooks, draws = _hooks(cfg, manifest, norm, task, world), bool(cfg.sample.every or cfg.evaluate.every)
 
     def build() -> DiT:
         module = cfg.model.build(manifest.input_size, manifest.channels, len(manifest.classes))
@@ -53,11 +48,11 @@ def make_parts(cfg: Experiment, manifest: Manifest, world: World) -> Parts:
         task=task,
         flops_per_image=cfg.cost(manifest).training_flops,
         contract=latent_contract(manifest, norm),
-        hooks=_hooks(cfg, manifest, norm, task, world),
+        hooks=hooks,
         leaf_modules=tuple({type(b) for b in blocks}),
         memory=lambda stage, frozen: cfg.memory(manifest, world, stage, frozen),
-        about=_about(cfg, manifest),
-        doubts=codec_doubts(cfg.codec, manifest.codec, cfg.data.name, reads=not cfg.sample.every),
+        about=_about(cfg, manifest) | costs_of(hooks),
+        doubts=codec_doubts(cfg.codec, manifest.codec, cfg.data.name, reads=not draws),
     )
 
 
@@ -85,51 +80,22 @@ def _hooks(
 ) -> list[Hook]:
     hooks = held_out_hook(cfg, manifest, task, world)
     if cfg.sample.every:
-        codec = cfg.open_codec(manifest, world.device)
-        agreed, device = latent_contract(manifest, norm), world.device
-        opener = Checkpoints(cfg.objective.path, agreed, cfg.run_dir, "ema", device, cfg.train.precision)
-        draw = _grid(cfg, manifest, lambda x: codec.decode(norm.invert(x)), opener, codec.advice)
+        draw = _grid(cfg.sample.count, Drawer.of(cfg, cfg.sample, manifest, norm, world))
         hooks.append(SampleGrid(cfg.sample.every, draw, cfg.folder / "samples"))
-    return hooks
+    return hooks + figures_hook(cfg, manifest, norm, world)
 
 
-def _grid(
-    cfg: Experiment, manifest: Manifest, decode: Callable[[Tensor], Tensor], opener: Checkpoints, advice: str
-) -> Callable[[Engine], np.ndarray]:
-    """What draws the pictures during training, a column a class. advice: the codec's."""
-    classes = range(len(manifest.classes)) if manifest.classes else [-1]
-    index = torch.arange(cfg.sample.count)
-    shape = (manifest.channels, *manifest.input_size)
-    path, prediction = cfg.objective.path, cfg.objective.prediction
-    for guidance in cfg.sample.guidance:  # what it names is opened now, and not after hours
-        guidance.check(manifest.channels)
-        guidance(lambda x, t, cond: Endpoints(x, x), Context(path, opener))
+def _grid(count: int, drawer: Drawer) -> Callable[[Engine], np.ndarray]:
+    """What draws the pictures during training, a column a class."""
+    index = torch.arange(count)
 
     def draw(engine: Engine) -> np.ndarray:
         with Bar[None](
             unit="evaluation", desc="pictures", hidden=not engine.world.is_main, leave=False, delay=2
         ) as bar:
-            how = (engine, path, prediction, decode, shape, cfg.sample, opener.device)
-            rest: dict[str, Any] = {"classes": len(manifest.classes), "codec_advice": advice}
-            sampler = Sampler(*how, open=opener, tally=_ShownTally(bar=bar), **rest)
+            sampler = drawer.sampler(engine, ShownTally(bar=bar))
             bar.expect(sampler.nfe)
-            images = sampler.images(index, labels_for(index, classes))
-        return image_grid(images, columns=min(10, len(classes)))
+            images = sampler.images(index, drawer.labels(index))
+        return image_grid(images, columns=min(10, len(drawer.classes)))
 
     return draw
-
-
-@dataclass
-class _ShownTally(Tally):
-    """Counts, and moves a bar on at each call of the guided denoiser."""
-
-    bar: Bar[None] = field(kw_only=True)
-
-    def of_calls(self, denoise: DenoiseFn) -> DenoiseFn:
-        counted = super().of_calls(denoise)
-
-        def shown(x: Tensor, t: Tensor, cond: Cond) -> Endpoints:
-            self.bar.update()
-            return counted(x, t, cond)
-
-        return shown

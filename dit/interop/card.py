@@ -14,6 +14,7 @@ import yaml
 
 from dit.config import to_dict
 from dit.errors import Notice, UserError
+from dit.evals import record
 from dit.experiments.about import named
 from dit.experiments.trained import Trained
 from dit.files import expand, read_text, write_atomically
@@ -103,16 +104,16 @@ def evaluations(trained: Trained) -> list[dict[str, Any]]:
     for number, line in enumerate(read_text(path).splitlines() if path.is_file() else [], 1):
         try:
             row = json.loads(line)
-            row["figures"].items()
-            row["hash"].strip()
+            if record.TAKEN_BACK not in row:
+                row["figures"].items()
+                row["hash"].strip()
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CardError(
                 f"{path}: line {number} is no evaluation ({type(error).__name__}: {error}); expected JSON with "
                 "figures, protocol and hash"
             ) from None
-        if _is_of(row, trained):
-            found.append(row)
-    return found
+        found.append(row)
+    return [row for row in record.counted(found) if _is_of(row, trained)]
 
 
 def _is_of(row: Mapping[str, Any], trained: Trained) -> bool:

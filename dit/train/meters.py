@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from dit.evals import record
 from dit.evals.valloss import QUARTERS, sums_by_quarter
 from dit.files import write_atomically
 from dit.flow.objective import Loss
@@ -226,6 +227,7 @@ class RunLog:
         ):
             if path.is_file():
                 truncate(path, last)
+        record.take_back(self.run_dir, step if hooks_step is None else hooks_step)
         self._writer = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=step + 1)
 
     def cut(self, step: int) -> None:
@@ -255,6 +257,15 @@ class RunLog:
             for name, value in row.items():
                 if isinstance(value, float):
                     self._writer.add_scalar(f"held_out/{name}", value, step)
+
+    def evaluated(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add rows to evaluations.jsonl (`dit.evals.record`), and a point on each curve: a group of its own."""
+        if self._writer is None:
+            return
+        record.append(self.run_dir, rows)
+        for row in rows:
+            for name, value in record.curves(row).items():
+                self._writer.add_scalar(f"evaluation/{name}", value, step)
 
     @staticmethod
     def _append(path: Path, step: int, row: dict[str, Any]) -> None:

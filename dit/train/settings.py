@@ -192,7 +192,7 @@ class RunConfig:
 # data.path, data.mix and codec are here because the identity of the data and of their codec is in the manifests,
 # whose digest checkpoints hold, as they hold the sha256 of perceptual.weights.
 OPERATIONAL = (
-    "run_dir", "engine", "zero", "checkpoint", "faults", "sample", "val", "codec", "data.path",
+    "run_dir", "engine", "zero", "checkpoint", "faults", "sample", "evaluate", "val", "codec", "data.path",
     "data.mix", "data.val", "data.prefetch", "data.readers", "data.max_quarantined", "data.cache",
     "train.steps", "train.micro_batch", "train.log_every", "train.max_skipped", "train.compile", "train.threads",
     "train.hang_timeout", "ema.snapshot_every",

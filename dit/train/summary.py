@@ -80,7 +80,10 @@ def _batch(plan: Plan) -> str:
 def _steps(plan: Plan) -> str:
     cfg = plan.cfg
     every = {"checkpoint": cfg.checkpoint.every, "held-out loss": cfg.val.every}
-    every["pictures"] = getattr(getattr(cfg, "sample", None), "every", 0)
+    every |= {
+        name: getattr(getattr(cfg, section, None), "every", 0)
+        for name, section in (("pictures", "sample"), ("figures", "evaluate"))
+    }
     told = ", ".join(f"{name} every {steps}" for name, steps in every.items() if steps)
     return f"{cfg.train.steps:,}; {told}"
 

@@ -12,11 +12,13 @@ from dit.evals.pictures.pictures import Pictures, PicturesError
 from dit.evals.protocol import protocol_hash
 from dit.rng import Purpose, permutation
 
-# Of a record of drawn images, what does not decide about the kind of images: which weights drew them, how many, where.
+# Of a record of drawn images, what does not decide about the kind of images: which weights drew them, how many, where,
+# at what cost (of a solver that chooses its steps this is another for other weights).
 NOT_PROTOCOL = (
     "checkpoint", "digest", "step", "weights", "guidance_checkpoints", "device", "code", "num_samples", "batch_size",
-    "codec",
+    "codec", "nfe", "network_evaluations",
 )  # fmt: skip
+UNSAID = {"label_order": "balanced", "preview": False}  # what records mean that lack these keys
 
 
 def chosen(pictures: Pictures, count: int | None, flag: str) -> np.ndarray:
@@ -39,7 +41,11 @@ def sampler_hash(spec: Mapping[str, Any] | None) -> str | None:
     """The hash of how images were drawn, whoever's weights drew them and from whichever seed; None of others."""
     if spec is None:
         return None
-    kept = {key: value for key, value in spec.items() if key not in NOT_PROTOCOL}
+    kept = {
+        key: value
+        for key, value in spec.items()
+        if key not in NOT_PROTOCOL and (key not in UNSAID or value != UNSAID[key])
+    }
     sampler = kept.get("sampler")
     if isinstance(sampler, Mapping):
         kept["sampler"] = {key: value for key, value in sampler.items() if key != "seed"}

@@ -49,6 +49,10 @@ class Engine(Protocol):
     skipped: int  # updates skipped because a gradient was not finite
 
     @property
+    def stage(self) -> int:
+        """Of ZeRO; at 3 forward passes are collective, and every rank must make as many."""
+
+    @property
     def about(self) -> str:
         """Which engine and which optimizer really run, in a few words."""
 

@@ -23,6 +23,8 @@ def check_alone(world: World) -> None:
 class LocalEngine:
     """Plain torch: one process, fp32 parameters, optionally bf16 autocast in the forward pass."""
 
+    stage = 0  # nothing is sharded
+
     def __init__(
         self,
         module: nn.Module,
