@@ -16,7 +16,7 @@ from dit.rng import Purpose, permutation
 # at what cost (of a solver that chooses its steps this is another for other weights).
 NOT_PROTOCOL = (
     "checkpoint", "digest", "step", "weights", "guidance_checkpoints", "device", "code", "num_samples", "batch_size",
-    "codec", "nfe", "network_evaluations",
+    "codec", "nfe", "network_evaluations", "formats",
 )  # fmt: skip
 UNSAID = {"label_order": "balanced", "preview": False}  # what records mean that lack these keys
 
