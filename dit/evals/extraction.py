@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +15,8 @@ from dit.evals.metrics.metric import FeatureSet, Statistics
 from dit.evals.pictures.pictures import Pictures, content, digests
 from dit.progress import Bar
 from dit.ranks import group
+
+T = TypeVar("T")
 
 CHUNK = 4096  # rows whose products are summed at once: fixed, so that the sum is the same on any ranks
 Arrays = dict[
@@ -126,24 +127,36 @@ def extract(
     """
     blocks = np.array_split(index, range(how.batch_size, len(index), how.batch_size))
     found: list[bytes] = []
-    rounds = math.ceil(len(blocks) / world.size)
     with (
         Bar[None](total=len(index), unit="image", desc=desc, hidden=not world.is_main) as bar,
         ThreadPoolExecutor(how.workers) as pool,
     ):
         loaded = _ahead(pool, pictures, blocks[world.rank :: world.size], how.workers)
-        for number in range(rounds):
-            mine = number * world.size + world.rank < len(blocks)
 
-            def work(is_mine: bool = mine) -> tuple[bytes, dict[str, Arrays]] | None:
-                return _features(next(loaded), networks, how.batch_size) if is_mine else None
+        def work(_: int) -> tuple[bytes, dict[str, Arrays]]:
+            return block_features(next(loaded), networks, how.batch_size)
 
-            for part in filter(None, group.gather_objects(group.together(work))):
-                found.append(part[0])
-                for name, arrays in part[1].items() if world.is_main else ():
-                    sinks[name].add(arrays)
-                bar.update(len(part[0]) // 16)
+        for part in in_rounds(len(blocks), work, world):
+            found.append(part[0])
+            for name, arrays in part[1].items() if world.is_main else ():
+                sinks[name].add(arrays)
+            bar.update(len(part[0]) // 16)
     return content(b"".join(found))
+
+
+def in_rounds(count: int, work: Callable[[int], T], world: group.World) -> Iterator[T]:
+    """What `work` gives of blocks 0 ... count - 1, in their order, on every rank. Collective.
+
+    Block k is worked on by rank k mod ranks. What fails on a rank is every rank's.
+    """
+    for first in range(0, count, world.size):
+        mine = first + world.rank
+
+        def go(number: int = mine) -> list[T]:
+            return [work(number)] if number < count else []
+
+        for parts in group.gather_objects(group.together(go)):
+            yield from parts
 
 
 def _ahead(
@@ -162,7 +175,7 @@ def _ahead(
         yield np.concatenate([future.result() for future in now])
 
 
-def _features(
+def block_features(
     images: np.ndarray, networks: Mapping[str, FeatureNetwork], batch_size: int
 ) -> tuple[bytes, dict[str, Arrays]]:
     """The images' digests, and their features by each network, in a batch of full size."""
