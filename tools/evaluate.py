@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -23,6 +23,7 @@ from dit.cli import UsageError, run
 from dit.commandline import Tool
 from dit.config import ConfigError, from_dict
 from dit.configfile import overridden
+from dit.data.codecs.codec import CODECS
 from dit.evals.evaluation import Options, Order, evaluate
 from dit.evals.extraction import Pass
 from dit.evals.features.network import FeatureSpace
@@ -34,8 +35,13 @@ from dit.evals.metrics.measuring import choose_metrics, measure
 from dit.evals.metrics.resampling import Resampling
 from dit.evals.record import FILE
 from dit.evals.record import history as history_lines
+from dit.evals.sweep.axes import Axes
+from dit.evals.sweep.table import markdown
 from dit.evals.telling import as_json, lines, record
 from dit.evals.telling import save_features as write_features
+from dit.experiments.sweep_cells import SweepOrder
+from dit.experiments.sweeps import FILES as SWEEP_FILES
+from dit.experiments.sweeps import sweep as run_sweep
 from dit.files import expand
 from dit.flags import options_as_flags
 from dit.outputs import claim, write_record
@@ -149,6 +155,84 @@ def reference(
             )
 
 
+def sweep(
+    runs: Annotated[str, "run directories or checkpoints, comma-separated, each as NAME=PATH or PATH"],
+    *,
+    reference: Annotated[str, "real images, or a statistics file of `reference`, which saves time"],
+    out: Annotated[str, "folder for sweep.csv, sweep.md, sweep.png, sweep.json and cells/"],
+    features: Annotated[
+        str, "feature networks, comma-separated, or '[{name: timm, model: ...}, ...]'"
+    ] = "inception",
+    metrics: Annotated[
+        str, "figures or metrics, comma-separated; all = those that can be computed"
+    ] = "frechet",
+    weights: Annotated[str, "averages, comma-separated: ema, model, ema_0.999"] = "ema",
+    cfg_scale: Annotated[str, "scales of guidance, comma-separated; 1 = none"] = "1",
+    interval: Annotated[str, "of t with guidance, LOW:HIGH, comma-separated"] = "0:1",
+    solver: Annotated[str, "solvers, comma-separated, or '[{name: ddpm, variance: large}, ...]'"] = "heun",
+    num_steps: Annotated[str | None, "steps, comma-separated; none = 50"] = None,
+    nfe: Annotated[
+        str | None, "in place of steps: evaluations an image, of which as many are used up as steps allow"
+    ] = None,
+    seeds: Annotated[str, "of the noise, comma-separated"] = "0",
+    grid: Annotated[str, "times of the steps, or '{name: ..., shift: 3}'"] = "uniform",
+    num_samples: Annotated[int, "images of each cell; image i is of class i modulo all"] = 1000,
+    held_out: Annotated[str | None, "more real images, as many or more: the best to hope for"] = None,
+    splits: Annotated[int, "random splits of real images for that"] = 5,
+    precision: Annotated[Literal["run", "fp32", "bf16"], "of matrix products; run = as in training"] = "run",
+    bootstrap: Annotated[int, "resamples for 95% intervals, 200 are usual; 0 = no intervals"] = 0,
+    num_reference: Annotated[int | None, "reference images that are taken, at random; none = all"] = None,
+    batch_size: Annotated[int, "images at a time and rank"] = 64,
+    overwrite: Annotated[bool, "replace a table there that is no sweep's"] = False,
+    **features_neighbours_mind_inception_codec_keys: str,
+) -> None:
+    """Draw images of runs with every combination of weights, guidance, solver, steps and seed, and compare figures.
+
+    Writes a table (best bold, differences of what is from the same noise), a CSV line for each cell and a picture
+    against scale and evaluations. A finished cell is kept in OUT/cells by the hash of its protocol, and not drawn
+    again: start the same command, or one with more values, to go on. Images are not kept. RUN/evaluations.jsonl gets
+    a row for each cell.
+    """
+    if nfe is not None and num_steps is not None:
+        raise UsageError("--nfe and --num_steps are both given: a budget says how many steps there are")
+    given = {"weights": weights, "cfg_scale": cfg_scale, "interval": interval, "solver": solver, "grid": grid}
+    axes = Axes.read({**given, "num_steps": num_steps, "nfe": nfe, "seeds": seeds})
+    of = _by_family(features_neighbours_mind_inception_codec_keys, "features", "codec")
+    options = from_dict(
+        Options,
+        {
+            "metrics": metrics, "bootstrap": bootstrap, "num_samples": num_samples, "num_reference": num_reference,
+            "held_out": held_out, "batch_size": batch_size,
+        },
+    )  # fmt: skip
+    with group.session() as world:
+        order = SweepOrder(
+            named_runs(runs), reference, Path(expand(out)), axes, read_spaces(features, of["features"]), options,
+            of[""], precision, splits, of["codec"], group.cores(), overwrite,
+        )  # fmt: skip
+        found = run_sweep(order, world)
+        if world.is_main:
+            print(markdown(found), *(f"{order.out / name}" for name in SWEEP_FILES), sep="\n")
+
+
+def _by_family(keys: Mapping[str, str], *families: str) -> dict[str, dict[str, str]]:
+    """Keys by the family that they begin with, the others under ""."""
+    found: dict[str, dict[str, str]] = {family: {} for family in ("", *families)}
+    for key, text in keys.items():
+        family = re.split(r"[._]", key, maxsplit=1)[0]
+        found[family if family in found else ""][key] = text
+    return found
+
+
+def named_runs(runs: str) -> dict[str, str]:
+    """{name: path} of "a=runs/x,runs/y"; without a name the path is one. ConfigError where one comes twice."""
+    words = [word.strip() for word in runs.split(",") if word.strip()]
+    pairs = [(word.partition("=")[0], word.partition("=")[2] or word) for word in words]
+    if len(dict(pairs)) < len(pairs) or not pairs:
+        raise ConfigError(f"two runs have one name, or there is none, in '{runs}': write NAME=PATH")
+    return dict(pairs)
+
+
 def history(run_dir: Annotated[str, "of training, from which the evaluated images were drawn"]) -> None:
     """Print what was measured of a run, figures of one protocol together, and how the protocols differ."""
     print("\n".join(history_lines(Path(expand(run_dir)))))
@@ -177,10 +261,11 @@ def made_place(name: str) -> Path:
 
 
 TOOL = Tool(
-    {"images": images, "features": features, "reference": reference, "history": history},
+    {"images": images, "features": features, "reference": reference, "sweep": sweep, "history": history},
     keys={
         "features": [space for _, space in FEATURES.items()],
         **{name: [METRICS[name]] for name in ("neighbours", "mind", "inception")},
+        "codec": [codec for _, codec in CODECS.items()],
     },
     default="images",
 )

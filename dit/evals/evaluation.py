@@ -233,10 +233,9 @@ def extracted(
 
 def in_space(name: str, what: Compared, order: Order) -> InSpace:
     """All figures in one space, under the names that they may have there."""
-    is_inception = what.side.network.identity["name"] == "inception"
     names = names_in(what.side.network)
     options, side = order.options, what.side
-    metrics, missing = _metrics(order, what, is_inception)
+    metrics, missing = metrics_of(order, what.found, side)
     figures: dict[str, float] = {}
     intervals: dict[str, tuple[float, float]] = {}
     resamples: dict[str, Resampled] = {}
@@ -264,13 +263,12 @@ def in_space(name: str, what: Compared, order: Order) -> InSpace:
     return InSpace(name, figures, intervals, protocol, own, missing, ratio, resamples)
 
 
-def _metrics(order: Order, what: Compared, is_inception: bool) -> tuple[dict[str, Metric], dict[str, str]]:
+def metrics_of(order: Order, found: FeatureSet, side: Sides) -> tuple[dict[str, Metric], dict[str, str]]:
     """The metrics that are asked for, by name; and, of all, the figures that cannot be had, with why."""
-    side = what.side
-    metrics, missing = choose_metrics(order.options.metrics, order.metric_keys, what.found, side.any)
+    metrics, missing = choose_metrics(order.options.metrics, order.metric_keys, found, side.any)
     if order.options.metrics != ALL:
         return metrics, missing
-    if not is_inception:  # a score by another classifier is asked for by its name
+    if side.network.identity["name"] != "inception":  # a score by another classifier is asked for by its name
         metrics = {kind: metric for kind, metric in metrics.items() if metric.needs != "logits"}
         missing = {key: why for key, why in missing.items() if key != "inception_score"}
     lacking = [kind for kind, metric in metrics.items() if not side.can(metric)]
