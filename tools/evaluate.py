@@ -21,7 +21,7 @@ if __name__ == "__main__":
 
 from dit.cli import UsageError, run
 from dit.commandline import Tool
-from dit.config import ConfigError, from_dict
+from dit.config import ConfigError, from_dict, to_dict
 from dit.configfile import overridden
 from dit.data.codecs.codec import CODECS
 from dit.evals.evaluation import Options, Order, evaluate
@@ -35,7 +35,7 @@ from dit.evals.metrics.measuring import choose_metrics, measure
 from dit.evals.metrics.resampling import Resampling
 from dit.evals.record import FILE
 from dit.evals.record import history as history_lines
-from dit.evals.sweep.axes import Axes
+from dit.evals.sweep.axes import Axes, read_intervals
 from dit.evals.sweep.table import markdown
 from dit.evals.telling import as_json, lines, record
 from dit.evals.telling import save_features as write_features
@@ -155,6 +155,7 @@ def reference(
             )
 
 
+@options_as_flags
 def sweep(
     runs: Annotated[str, "run directories or checkpoints, comma-separated, each as NAME=PATH or PATH"],
     *,
@@ -166,23 +167,14 @@ def sweep(
     metrics: Annotated[
         str, "figures or metrics, comma-separated; all = those that can be computed"
     ] = "frechet",
-    weights: Annotated[str, "averages, comma-separated: ema, model, ema_0.999"] = "ema",
-    cfg_scale: Annotated[str, "scales of guidance, comma-separated; 1 = none"] = "1",
-    interval: Annotated[str, "of t with guidance, LOW:HIGH, comma-separated"] = "0:1",
+    axes: Axes,
+    interval: Annotated[str, "of t in which there is guidance, LOW:HIGH, comma-separated"] = "0:1",
     solver: Annotated[str, "solvers, comma-separated, or '[{name: ddpm, variance: large}, ...]'"] = "heun",
-    num_steps: Annotated[str | None, "steps, comma-separated; none = 50"] = None,
-    nfe: Annotated[
-        str | None, "in place of steps: evaluations an image, of which as many are used up as steps allow"
-    ] = None,
-    seeds: Annotated[str, "of the noise, comma-separated"] = "0",
-    grid: Annotated[str, "times of the steps, or '{name: ..., shift: 3}'"] = "uniform",
+    grid: Annotated[str, "which times are visited, or '{name: ..., shift: 3}'"] = "uniform",
     num_samples: Annotated[int, "images of each cell; image i is of class i modulo all"] = 1000,
-    held_out: Annotated[str | None, "more real images, as many or more: the best to hope for"] = None,
-    splits: Annotated[int, "random splits of real images for that"] = 5,
+    options: Options,
+    splits: Annotated[int, "random splits of the held-out images and the reference, for the floor"] = 5,
     precision: Annotated[Literal["run", "fp32", "bf16"], "of matrix products; run = as in training"] = "run",
-    bootstrap: Annotated[int, "resamples for 95% intervals, 200 are usual; 0 = no intervals"] = 0,
-    num_reference: Annotated[int | None, "reference images that are taken, at random; none = all"] = None,
-    batch_size: Annotated[int, "images at a time and rank"] = 64,
     overwrite: Annotated[bool, "replace a table there that is no sweep's"] = False,
     **features_neighbours_mind_inception_codec_keys: str,
 ) -> None:
@@ -191,28 +183,34 @@ def sweep(
     Writes a table (best bold, differences of what is from the same noise), a CSV line for each cell and a picture
     against scale and evaluations. A finished cell is kept in OUT/cells by the hash of its protocol, and not drawn
     again: start the same command, or one with more values, to go on. Images are not kept. RUN/evaluations.jsonl gets
-    a row for each cell.
+    a row for each cell. --held_out gives the floor: real images at the same counts, split at random.
     """
-    if nfe is not None and num_steps is not None:
-        raise UsageError("--nfe and --num_steps are both given: a budget says how many steps there are")
-    given = {"weights": weights, "cfg_scale": cfg_scale, "interval": interval, "solver": solver, "grid": grid}
-    axes = Axes.read({**given, "num_steps": num_steps, "nfe": nfe, "seeds": seeds})
+    chosen = {"interval": read_intervals(interval), "solver": _members(solver), "grid": _members(grid)[0]}
+    axes = from_dict(Axes, to_dict(axes) | chosen)
+    options = dataclasses.replace(options, metrics=metrics, num_samples=num_samples)
     of = _by_family(features_neighbours_mind_inception_codec_keys, "features", "codec")
-    options = from_dict(
-        Options,
-        {
-            "metrics": metrics, "bootstrap": bootstrap, "num_samples": num_samples, "num_reference": num_reference,
-            "held_out": held_out, "batch_size": batch_size,
-        },
-    )  # fmt: skip
+    spaces, place = read_spaces(features, of["features"]), Path(expand(out))
     with group.session() as world:
         order = SweepOrder(
-            named_runs(runs), reference, Path(expand(out)), axes, read_spaces(features, of["features"]), options,
-            of[""], precision, splits, of["codec"], group.cores(), overwrite,
+            named_runs(runs), reference, place, axes, spaces, options, of[""], precision, splits, of["codec"],
+            group.cores(), overwrite,
         )  # fmt: skip
         found = run_sweep(order, world)
         if world.is_main:
-            print(markdown(found), *(f"{order.out / name}" for name in SWEEP_FILES), sep="\n")
+            print(markdown(found), *(f"{place / name}" for name in SWEEP_FILES), sep="\n")
+
+
+def _members(text: str) -> list[Any]:
+    """Members of an axis, from names with commas between them or from a list in YAML. ConfigError for none."""
+    if text.lstrip().startswith(("[", "{")):
+        listed: list[Any] = overridden(
+            Axes, {}, {"solver": text if text.lstrip().startswith("[") else f"[{text}]"}
+        )[0]["solver"]
+    else:
+        listed = [name.strip() for name in text.split(",") if name.strip()]
+    if not listed:
+        raise ConfigError(f"expected names, with commas between them, got '{text}'")
+    return [{"name": one} if isinstance(one, str) else one for one in listed]
 
 
 def _by_family(keys: Mapping[str, str], *families: str) -> dict[str, dict[str, str]]:

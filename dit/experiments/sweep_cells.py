@@ -52,6 +52,12 @@ class SweepOrder:
     def __post_init__(self) -> None:
         check_amount(self.count, self.options.batch_size)
         check_names(self.options.metrics, self.metric_keys)
+        if self.axes.nfe and self.axes.num_steps != Axes().num_steps:
+            raise ConfigError("nfe and num_steps are both given: a budget says how many steps there are")
+        if self.options.class_accuracy:
+            raise ConfigError(
+                "class_accuracy is of ImageNet's classes by the images' folders: draw them, and evaluate"
+            )
         if self.splits < 1:
             raise ConfigError(f"splits is {self.splits}; expected 1 or more")
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from pydantic import Field
 
-from dit.config import ConfigError, config, from_dict, to_dict
-from dit.configfile import overridden
+from dit.config import ConfigError, config, to_dict
 from dit.sample.generate import Sampler, SamplerSpec
 from dit.sample.grid import GRIDS, Grid, UniformGrid
 from dit.sample.guide import ClassifierFree
@@ -46,30 +45,6 @@ class Axes:
         for interval in self.interval:
             ClassifierFree(scale=2.0, interval=interval)  # which checks it
 
-    @classmethod
-    def read(cls, given: Mapping[str, str | None]) -> Axes:
-        """The axes as they are typed, values with commas between; None is the default. ConfigError for what is none.
-
-        An interval is LOW:HIGH. Solvers are names, or '[{name: ..., field: ...}, ...]'; the grid is a name or
-        '{name: ..., field: ...}'.
-        """
-        texts = {key: text for key, text in given.items() if text is not None}
-        values: dict[str, Any] = {}
-        if "interval" in texts:
-            values["interval"] = [_interval(word) for word in texts.pop("interval").split(",")]
-        for key in ("solver", "grid"):
-            if key in texts and not texts[key].lstrip().startswith(("[", "{")):
-                names = [{"name": word.strip()} for word in texts.pop(key).split(",") if word.strip()]
-                values[key] = names if key == "solver" else (names or [{}])[0]
-        if "solver" in texts and not texts["solver"].lstrip().startswith("["):
-            texts["solver"] = f"[{texts['solver']}]"
-        for key in ("cfg_scale", "num_steps", "nfe", "seeds"):
-            if key in texts:
-                texts[key] = f"[{texts[key].strip('[]')}]"
-        found = overridden(cls, values, texts)[0]
-        found["solver"] = [{"name": s} if isinstance(s, str) else s for s in found.get("solver", ["heun"])]
-        return from_dict(cls, found)
-
     def settings(self) -> Iterator[Setting]:
         """Every point but for the seed."""
         guided = [(s, i) for s in self.cfg_scale for i in self.interval if s != 1.0]
@@ -82,13 +57,15 @@ class Axes:
                             yield Setting(weights, scale, interval, solver, steps, bool(self.nfe))
 
 
-def _interval(word: str) -> list[Any]:
-    low, colon, high = word.strip().strip("[]()").partition(":")
-    if not colon:
+def read_intervals(text: str) -> tuple[tuple[float, float], ...]:
+    """The intervals in "0:1,0.2:0.7". ConfigError for anything else."""
+    try:
+        pairs = [word.strip().strip("[]()").split(":") for word in text.split(",")]
+        return tuple((float(low), float(high)) for low, high in pairs)
+    except ValueError:
         raise ConfigError(
-            f"interval: expected LOW:HIGH, such as 0.2:0.7, with commas between several; got {word}"
-        )
-    return [low, high]
+            f"interval: expected LOW:HIGH, such as 0.2:0.7, with commas between several; got {text}"
+        ) from None
 
 
 @dataclass(frozen=True)
