@@ -25,6 +25,7 @@ KINDS: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "run directory": (("config.yaml", "checkpoints"), ("config.yaml", "history.jsonl")),
     "folder of checkpoints": (("step-*/COMPLETE",), ("meta.json", "COMPLETE")),
     "folder of drawn images": (("samples.npz", RECORD), ("grid.png", RECORD)),
+    "folder of a sweep": (("sweep.json", "sweep.csv"),),
     "folder for diffusers": (("model_index.json",), ("transformer/config.json",)),
 }
 

@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -22,8 +22,9 @@ if __name__ == "__main__":
 from dit.commandline.argv import Tool
 from dit.commandline.cli import UsageError, run
 from dit.commandline.flags import options_as_flags
-from dit.config import ConfigError, from_dict
+from dit.config import ConfigError, from_dict, to_dict
 from dit.configfile import overridden
+from dit.data.codecs.codec import CODECS
 from dit.evals.evaluation import Options, Order, evaluate
 from dit.evals.extraction import Pass
 from dit.evals.features.network import FeatureSpace
@@ -35,8 +36,13 @@ from dit.evals.metrics.measuring import choose_metrics, measure
 from dit.evals.metrics.resampling import Resampling
 from dit.evals.record import FILE
 from dit.evals.record import history as history_lines
+from dit.evals.sweep.axes import Axes, read_intervals
+from dit.evals.sweep.table import markdown
 from dit.evals.telling import as_json, lines, record
 from dit.evals.telling import save_features as write_features
+from dit.experiments.sweep_cells import SweepOrder
+from dit.experiments.sweeps import FILES as SWEEP_FILES
+from dit.experiments.sweeps import sweep as run_sweep
 from dit.files import expand
 from dit.outputs import claim, write_record
 from dit.ranks import group
@@ -152,6 +158,82 @@ def reference(
             )
 
 
+@options_as_flags
+def sweep(
+    runs: Annotated[str, "run directories or checkpoints, comma-separated, each as NAME=PATH or PATH"],
+    *,
+    reference: Annotated[str, "real images, or a statistics file of `reference`, which saves time"],
+    out: Annotated[str, "folder for sweep.csv, sweep.md, sweep.png, sweep.json and cells/"],
+    features: Annotated[
+        str, "feature networks, comma-separated, or '[{name: timm, model: ...}, ...]'"
+    ] = "inception",
+    metrics: Annotated[
+        str, "figures or metrics, comma-separated; all = those that can be computed"
+    ] = "frechet",
+    axes: Axes,
+    interval: Annotated[str, "of t in which there is guidance, LOW:HIGH, comma-separated"] = "0:1",
+    solver: Annotated[str, "solvers, comma-separated, or '[{name: ddpm, variance: large}, ...]'"] = "heun",
+    grid: Annotated[str, "which times are visited, or '{name: ..., shift: 3}'"] = "uniform",
+    num_samples: Annotated[int, "images of each cell; image i is of class i modulo all"] = 1000,
+    options: Options,
+    splits: Annotated[int, "random splits of the held-out images and the reference, for the floor"] = 5,
+    precision: Annotated[Literal["run", "fp32", "bf16"], "of matrix products; run = as in training"] = "run",
+    overwrite: Annotated[bool, "replace a table there that is no sweep's"] = False,
+    **features_neighbours_mind_inception_codec_keys: str,
+) -> None:
+    """Draw images of runs with every combination of weights, guidance, solver, steps and seed, and compare figures.
+
+    Writes a table (best bold, differences of what is from the same noise), a CSV line for each cell and a picture
+    against scale and evaluations. A finished cell is kept in OUT/cells by the hash of its protocol, and not drawn
+    again: start the same command, or one with more values, to go on. Images are not kept. RUN/evaluations.jsonl gets
+    a row for each cell. --held_out gives the floor: real images at the same counts, split at random.
+    """
+    chosen = {"interval": read_intervals(interval), "solver": _members(solver), "grid": _members(grid)[0]}
+    axes = from_dict(Axes, to_dict(axes) | chosen)
+    options = dataclasses.replace(options, metrics=metrics, num_samples=num_samples)
+    of = _by_family(features_neighbours_mind_inception_codec_keys, "features", "codec")
+    spaces, place = read_spaces(features, of["features"]), Path(expand(out))
+    with group.session() as world:
+        order = SweepOrder(
+            named_runs(runs), reference, place, axes, spaces, options, of[""], precision, splits, of["codec"],
+            group.cores(), overwrite,
+        )  # fmt: skip
+        found = run_sweep(order, world)
+        if world.is_main:
+            print(markdown(found), *(f"{place / name}" for name in SWEEP_FILES), sep="\n")
+
+
+def _members(text: str) -> list[Any]:
+    """Members of an axis, from names with commas between them or from a list in YAML. ConfigError for none."""
+    if text.lstrip().startswith(("[", "{")):
+        listed: list[Any] = overridden(
+            Axes, {}, {"solver": text if text.lstrip().startswith("[") else f"[{text}]"}
+        )[0]["solver"]
+    else:
+        listed = [name.strip() for name in text.split(",") if name.strip()]
+    if not listed:
+        raise ConfigError(f"expected names, with commas between them, got '{text}'")
+    return [{"name": one} if isinstance(one, str) else one for one in listed]
+
+
+def _by_family(keys: Mapping[str, str], *families: str) -> dict[str, dict[str, str]]:
+    """Keys by the family that they begin with, the others under ""."""
+    found: dict[str, dict[str, str]] = {family: {} for family in ("", *families)}
+    for key, text in keys.items():
+        family = re.split(r"[._]", key, maxsplit=1)[0]
+        found[family if family in found else ""][key] = text
+    return found
+
+
+def named_runs(runs: str) -> dict[str, str]:
+    """{name: path} of "a=runs/x,runs/y"; without a name the path is one. ConfigError where one comes twice."""
+    words = [word.strip() for word in runs.split(",") if word.strip()]
+    pairs = [(word.partition("=")[0], word.partition("=")[2] or word) for word in words]
+    if len(dict(pairs)) < len(pairs) or not pairs:
+        raise ConfigError(f"two runs have one name, or there is none, in '{runs}': write NAME=PATH")
+    return dict(pairs)
+
+
 def history(run_dir: Annotated[str, "of training, from which the evaluated images were drawn"]) -> None:
     """Print what was measured of a run, figures of one protocol together, and how the protocols differ."""
     print("\n".join(history_lines(Path(expand(run_dir)))))
@@ -201,12 +283,14 @@ TOOL = Tool(
         "images": images,
         "features": features,
         "reference": reference,
+        "sweep": sweep,
         "history": history,
         "compare-runs": compare_runs,
     },
     keys={
         "features": [space for _, space in FEATURES.items()],
         **{name: [METRICS[name]] for name in ("neighbours", "mind", "inception")},
+        "codec": [codec for _, codec in CODECS.items()],
     },
     default="images",
 )

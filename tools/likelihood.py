@@ -23,7 +23,7 @@ from dit.commandline.cli import run
 from dit.config import ConfigError, Registry, from_dict
 from dit.configfile import overridden
 from dit.evals.bits import LikelihoodSpec
-from dit.experiments.likelihoods import likelihood_of
+from dit.experiments.likelihoods import LikelihoodDifference, likelihood_of
 from dit.experiments.trained import Trained
 from dit.ranks import group
 from dit.sample.likelihood import LIKELIHOODS
@@ -46,6 +46,7 @@ def main(
     batch_size: Annotated[int, "samples at a time and rank"] = 64,
     weights: Annotated[str, "which weights: ema, model, or another average, as ema_0.999"] = "ema",
     precision: Annotated[Literal["run", "fp32", "bf16"], "of matrix products; run = as in training"] = "fp32",
+    against: Annotated[str | None, "another run: the difference on the same samples, with its error"] = None,
     overwrite: Annotated[bool, "replace other figures there"] = False,
     **method_keys: str,
 ) -> None:
@@ -63,13 +64,19 @@ def main(
     spec = read_spec({"method": method, "count": count, "seed": seed}, unconditional, keys, method_keys)
     if count < 0 or count == 1 or batch_size < 1:
         raise ConfigError(f"count {count} must be 0 or at least 2 and batch_size {batch_size} at least 1")
+    found = []
     with group.session() as world:
-        trained = Trained.load(run_or_ckpt, weights, world.device)
-        made = trained.precision(precision)
-        measured = likelihood_of(trained, data, spec, batch_size, made, world, out, overwrite)
-        if world.is_main:
-            trained.say_weights()
-            print(measured)
+        for named in filter(None, (run_or_ckpt, against)):
+            trained = Trained.load(named, weights, world.device)
+            how, place = trained.precision(precision), None if found else out
+            is_paired = against is not None
+            measured = likelihood_of(trained, data, spec, batch_size, how, world, place, overwrite, is_paired)
+            found.append(measured.figures)
+            if world.is_main:
+                trained.say_weights()
+                print(measured)
+        if world.is_main and len(found) > 1:
+            print(LikelihoodDifference.of(*found))
 
 
 def read_spec(

@@ -19,7 +19,7 @@ from dit.evals.extraction import Kept, Pass, extract
 from dit.evals.features.network import FeatureNetwork, FeatureSpace
 from dit.evals.metrics.measuring import ALL, choose_metrics, measure
 from dit.evals.metrics.metric import METRICS, FeatureSet, Metric
-from dit.evals.metrics.resampling import LEVEL, Resampling
+from dit.evals.metrics.resampling import LEVEL, Resampled, Resampling
 from dit.evals.pictures.choice import chosen, described
 from dit.evals.pictures.opening import open_pictures
 from dit.evals.pictures.pictures import Pictures
@@ -83,6 +83,7 @@ class InSpace:
     metrics: dict[str, Any]
     missing: dict[str, str] = field(default_factory=dict)
     ratio: float | None = None  # distance ÷ held-out images'
+    resamples: dict[str, Resampled] = field(default_factory=dict)
 
     @property
     def hash(self) -> str:
@@ -119,9 +120,9 @@ def evaluate(order: Order, world: group.World) -> Evaluation | None:
     check_names(options.metrics, order.metric_keys)
     samples = group.together(lambda: open_pictures(order.samples, options.image_size))
     ours = group.together(lambda: chosen(samples, options.num_samples, "num_samples"))
-    sides = _sides(order, world)
+    sides = sides_of(order, world)
     networks = {name: side.network for name, side in sides.items()}
-    found = _features(samples, ours, networks, order.how, world, "samples")
+    found = extracted(samples, ours, networks, order.how, world, "samples")
     floor = _floors(order, len(ours), networks, world)
     if not world.is_main:
         return None
@@ -162,7 +163,12 @@ class Compared:
     held_out: tuple[FeatureSet, str] | None = None
 
 
-def _sides(order: Order, world: group.World) -> dict[str, Sides]:
+def names_in(network: FeatureNetwork) -> Mapping[str, str]:
+    """What figures are called in a network's space, where that is not what they are called of given features."""
+    return OF_INCEPTION if network.identity["name"] == "inception" else OF_OTHERS
+
+
+def sides_of(order: Order, world: group.World) -> dict[str, Sides]:
     """The reference in every space."""
     against = group.together(lambda: _reference(order))
     if isinstance(against, ReferenceFile):
@@ -191,7 +197,7 @@ def _floors(
             Notice,
             stacklevel=2,
         )
-    return _features(pictures, index, networks, order.how, world, "held-out")
+    return extracted(pictures, index, networks, order.how, world, "held-out")
 
 
 def check_names(metrics: str, keys: Mapping[str, str]) -> None:
@@ -209,7 +215,7 @@ def _reference(order: Order) -> Pictures | ReferenceFile:
     return load(place)
 
 
-def _features(
+def extracted(
     pictures: Pictures,
     index: np.ndarray,
     networks: Mapping[str, FeatureNetwork],
@@ -227,17 +233,18 @@ def _features(
 
 def in_space(name: str, what: Compared, order: Order) -> InSpace:
     """All figures in one space, under the names that they may have there; of an order its options and metric keys."""
-    is_inception = what.side.network.identity["name"] == "inception"
-    names = OF_INCEPTION if is_inception else OF_OTHERS
+    names = names_in(what.side.network)
     options, side = order.options, what.side
-    metrics, missing = _metrics(order, what, is_inception)
+    metrics, missing = metrics_of(order, what.found, side)
     figures: dict[str, float] = {}
     intervals: dict[str, tuple[float, float]] = {}
+    resamples: dict[str, Resampled] = {}
     resampling = Resampling(options.bootstrap, options.seed)
     for kind, metric in metrics.items():
         measured = measure({kind: metric}, what.found, side.for_metric(metric), resampling)
         figures |= {names.get(key, key): value for key, value in measured.figures.items()}
         intervals |= {names.get(key, key): ends for key, ends in measured.intervals.items()}
+        resamples |= {names.get(key, key): drawn for key, drawn in measured.resamples.items()}
     protocol: dict[str, Any] = {
         "features": dict(side.network.identity),
         "samples": described(what.samples, what.index),
@@ -253,16 +260,15 @@ def in_space(name: str, what: Compared, order: Order) -> InSpace:
         protocol["held_out"] = {"content": what.held_out[1], "images": len(what.held_out[0])}
     own = {kind: to_dict(metric) for kind, metric in metrics.items()}
     protocol["metrics"] = {kind: own[kind] for kind, metric in metrics.items() if metric != type(metric)()}
-    return InSpace(name, figures, intervals, protocol, own, missing, ratio)
+    return InSpace(name, figures, intervals, protocol, own, missing, ratio, resamples)
 
 
-def _metrics(order: Order, what: Compared, is_inception: bool) -> tuple[dict[str, Metric], dict[str, str]]:
+def metrics_of(order: Order, found: FeatureSet, side: Sides) -> tuple[dict[str, Metric], dict[str, str]]:
     """The metrics that are asked for, by name; and, of all, the figures that cannot be had, with why."""
-    side = what.side
-    metrics, missing = choose_metrics(order.options.metrics, order.metric_keys, what.found, side.any)
+    metrics, missing = choose_metrics(order.options.metrics, order.metric_keys, found, side.any)
     if order.options.metrics != ALL:
         return metrics, missing
-    if not is_inception:  # a score by another classifier is asked for by its name
+    if side.network.identity["name"] != "inception":  # a score by another classifier is asked for by its name
         metrics = {kind: metric for kind, metric in metrics.items() if metric.needs != "logits"}
         missing = {key: why for key, why in missing.items() if key != "inception_score"}
     lacking = [kind for kind, metric in metrics.items() if not side.can(metric)]

@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from dit.evals.metrics.metric import FeatureSet, Statistics
 from dit.evals.pictures.pictures import Pictures, content, digests
 from dit.progress import Bar
 from dit.ranks import group
+
+T = TypeVar("T")
 
 CHUNK = 4096  # rows whose products are summed at once: fixed, so that the sum is the same on any ranks
 Arrays = dict[
@@ -148,19 +151,41 @@ def collect(
     give: this rank's images of a round, (B, H, W, 3) uint8 of at most how.batch_size, or None; it may be collective.
     Collective itself; gives the hash of the images' content. What fails on a rank is every rank's.
     """
+
+    def work(number: int) -> tuple[bytes, dict[str, Arrays]] | None:
+        images = give(number)
+        return None if images is None else block_features(images, networks, how.batch_size)
+
     found: list[bytes] = []
-    for number in range(rounds):
-
-        def work(number: int = number) -> tuple[bytes, dict[str, Arrays]] | None:
-            images = give(number)
-            return None if images is None else _features(images, networks, how.batch_size)
-
-        for part in filter(None, group.gather_objects(group.together(work))):
-            found.append(part[0])
-            for name, arrays in part[1].items() if world.is_main else ():
-                sinks[name].add(arrays)
-            bar.update(len(part[0]) // 16)
+    for part in in_turn(rounds, work):
+        found.append(part[0])
+        for name, arrays in part[1].items() if world.is_main else ():
+            sinks[name].add(arrays)
+        bar.update(len(part[0]) // 16)
     return content(b"".join(found))
+
+
+def in_rounds(count: int, work: Callable[[int], T], world: group.World) -> Iterator[T]:
+    """What `work` gives of blocks 0 ... count - 1, in their order, on every rank. Collective.
+
+    Block k is worked on by rank k mod ranks. What fails on a rank is every rank's.
+    """
+
+    def mine(number: int) -> T | None:
+        block = number * world.size + world.rank
+        return work(block) if block < count else None
+
+    yield from in_turn(math.ceil(count / world.size), mine)
+
+
+def in_turn(rounds: int, work: Callable[[int], T | None]) -> Iterator[T]:
+    """What ranks' `work` gives of rounds 0, 1, ..., in the order of ranks, on every rank; what is None is left out.
+
+    Collective: every rank works in every round. What fails on a rank is every rank's.
+    """
+    for number in range(rounds):
+        everywhere = group.gather_objects(group.together(partial(work, number)))
+        yield from (part for part in everywhere if part is not None)
 
 
 def _ahead(
@@ -179,7 +204,7 @@ def _ahead(
         yield np.concatenate([future.result() for future in now])
 
 
-def _features(
+def block_features(
     images: np.ndarray, networks: Mapping[str, FeatureNetwork], batch_size: int
 ) -> tuple[bytes, dict[str, Arrays]]:
     """The images' digests, and their features by each network, in a batch of full size."""

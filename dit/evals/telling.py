@@ -66,10 +66,18 @@ def save_features(found: Evaluation, path: Path) -> None:
 
 def record(found: Evaluation) -> Path | None:
     """Add the figures to the run that drew the samples: the run; None where they are of none that is here."""
-    spec: Mapping[str, Any] = found.samples.spec or {}
-    run = run_of(spec)
+    run = run_of(found.samples.spec)
     if run is None:
         return None
+    rows = rows_of(found)
+    append(run, rows)
+    draw_curves(run, rows)
+    return run
+
+
+def rows_of(found: Evaluation) -> list[dict[str, Any]]:
+    """What is recorded of an evaluation of images that a checkpoint drew: a row for each feature space."""
+    spec: Mapping[str, Any] = found.samples.spec or {}
     beside = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "step": spec.get("step", 0),
@@ -78,7 +86,4 @@ def record(found: Evaluation) -> Path | None:
         "samples": {"named": found.samples.named, "content": found.content},
         "code": code_version(),
     }
-    rows = [{**beside, "bootstrap": found.bootstrap, **space.as_json()} for space in found.spaces]
-    append(run, rows)
-    draw_curves(run, rows)
-    return run
+    return [{**beside, "bootstrap": found.bootstrap, **space.as_json()} for space in found.spaces]

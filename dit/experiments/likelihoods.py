@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from dit.config import ConfigError
 from dit.data.shards.manifest import Manifest
 from dit.evals.bits import LikelihoodOf, LikelihoodSpec
 from dit.evals.protocol import protocol_hash
 from dit.experiments.latents import check_same_data
 from dit.experiments.trained import Precision, Trained
 from dit.files import expand
-from dit.outputs import claim, write_record
+from dit.outputs import claim, differences, write_record
 from dit.ranks import group
+from dit.sample.likelihood import bits_per_dim
 from dit.version import code_version
+
+NATS = "nats_of_samples"  # in a record: of every sample, in the data's order
 
 
 @dataclass(frozen=True)
@@ -43,11 +50,13 @@ def likelihood_of(
     world: group.World,
     out: str | None = None,
     overwrite: bool = False,
+    each: bool = False,
 ) -> MeasuredLikelihood:
     """Measure it and write the figures to `out`, or find them there. Collective.
 
-    out: a JSON file; none = RUN/likelihood/..., named by data, step, weights and protocol. Raises OutputError where
-    other figures are there (overwrite: they are replaced), DataError for data unlike those of the run.
+    each: files of before the nats of every sample were kept are measured anew. out: a JSON file; none =
+    RUN/likelihood/..., named by data, step, weights and protocol. Raises OutputError where other figures are there
+    (overwrite: they are replaced), DataError for data unlike those of the run.
     """
     manifest = Manifest.load(data)
     check_same_data(trained.contract, manifest, str(trained.path), data)
@@ -55,14 +64,50 @@ def likelihood_of(
     record = _identity(trained, of.protocol(precision))
     file = Path(expand(out)) if out else _default_place(trained, manifest, record["protocol_hash"])
     held = group.on_main(lambda: claim([file], record, record=file, overwrite=overwrite))
-    if held is not None:
+    if held is not None and (NATS in held or not each):
         return MeasuredLikelihood(held, file, is_new=False)
-    figures = of.summary(of.measure(batch_size, world)) | record
+    nats = of.measure(batch_size, world)
+    figures = of.summary(nats) | record
     if world.is_main:
         file.parent.mkdir(parents=True, exist_ok=True)
         where = {"checkpoint": str(trained.path), "device": world.device.type, "code": code_version()}
-        write_record(file, {**figures, **where})
-    return MeasuredLikelihood(figures, file, is_new=True)
+        write_record(file, {**figures, **where, NATS: nats.tolist()})
+    return MeasuredLikelihood({**figures, NATS: nats.tolist()}, file, is_new=True)
+
+
+@dataclass(frozen=True)
+class LikelihoodDifference:
+    """Bits per dimension of one model less another's, of the same samples; the standard error is that of the pairs."""
+
+    mean: float
+    standard_error: float
+    samples: int
+
+    @classmethod
+    def of(cls, one: Mapping[str, Any], other: Mapping[str, Any]) -> LikelihoodDifference:
+        """From two records with the nats of each sample. ConfigError where they are not of the same samples.
+
+        Bits are of latents as the codec gives them, so that it does not matter what each model normalises them by.
+        """
+        a, b = one["protocol"], other["protocol"]
+        own = ("norm", "precision")
+        mine, theirs = ({key: value for key, value in p.items() if key not in own} for p in (a, b))
+        rows = differences(mine, theirs)
+        if rows:
+            raise ConfigError("\n".join(["the two likelihoods are not of the same samples:", *rows]))
+        shift = [record["bits_per_dim_stored"] - record["bits_per_dim"] for record in (one, other)]
+        bits = [
+            bits_per_dim(torch.tensor(record[NATS], dtype=torch.float64), record["dimensions"]) + added
+            for record, added in zip((one, other), shift, strict=True)
+        ]
+        pairs = bits[0] - bits[1]
+        return cls(float(pairs.mean()), float(pairs.std()) / math.sqrt(len(pairs)), len(pairs))
+
+    def __str__(self) -> str:
+        return (
+            f"{self.mean:+.4f} +- {self.standard_error:.4f} bits/dim: the first less the second, of the same "
+            f"{self.samples} samples, draws and probes (below 0: the first one finds them likelier)"
+        )
 
 
 def _identity(trained: Trained, protocol: dict[str, Any]) -> dict[str, Any]:

@@ -272,3 +272,30 @@ def test_a_likelihood_that_is_not_finite_is_no_figure(digits: Digits, tmp_path: 
     assert "sample 0 of" in (said := capsys.readouterr().err)
     assert "its log-likelihood is nan" in said
     assert not out.exists()
+
+
+def test_two_runs_are_compared_sample_by_sample(
+    run: Path, digits: Digits, tmp_path: Path, base: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The error is that of the pairs, which share the data, the draws and the probes."""
+    other = train(digits, tmp_path / "other", 0.02)
+    out = tmp_path / "one.json"
+    assert (
+        call(tools.likelihood.main, run, digits.moments_val, *BASE, f"--out={out}", f"--against={other}") == 0
+    )
+    said = capsys.readouterr().out.splitlines()[-1]
+    one = json.loads(out.read_text())
+    (file,) = (other / "likelihood").iterdir()
+    two = json.loads(file.read_text())
+    assert one["bits_per_dim"] == base["bits_per_dim"]
+    pairs = (np.array(two["nats_of_samples"]) - one["nats_of_samples"]) / math.log(2) / 256
+    assert said.startswith(f"{pairs.mean():+.4f} +- {pairs.std(ddof=1) / math.sqrt(5):.4f} bits/dim")
+    assert float(said.split()[0]) == pytest.approx(one["bits_per_dim"] - two["bits_per_dim"], abs=1e-4)
+    held = {key: value for key, value in one.items() if key != "nats_of_samples"}
+    out.write_text(json.dumps(held))  # as it was before they were kept: it is measured anew
+    assert call(tools.likelihood.main, run, digits.moments_val, *BASE, f"--out={out}") == 0
+    assert "nats_of_samples" not in json.loads(out.read_text())
+    assert (
+        call(tools.likelihood.main, run, digits.moments_val, *BASE, f"--out={out}", f"--against={other}") == 0
+    )
+    assert json.loads(out.read_text())["nats_of_samples"] == one["nats_of_samples"]

@@ -9,7 +9,7 @@ from typing import Any
 
 from dit.config import ConfigError, did_you_mean, from_dict, to_dict
 from dit.evals.metrics.metric import METRICS, FeatureSet, Metric, Side, Statistics
-from dit.evals.metrics.resampling import LEVEL, Resampling, interval
+from dit.evals.metrics.resampling import LEVEL, Resampled, Resampling
 from dit.evals.protocol import protocol_hash
 
 ALL = "all"  # figures that the sets suffice for
@@ -25,6 +25,7 @@ class Measured:
     protocol: dict[str, Any]  # JSON values: what has to be the same for two figures to be compared
     resampling: Resampling
     missing: dict[str, str] = field(default_factory=dict)  # figures that there are none of, and why
+    resamples: dict[str, Resampled] = field(default_factory=dict)  # what the intervals come from
 
     @property
     def hash(self) -> str:
@@ -75,12 +76,13 @@ def measure(
         )
     for metric in metrics.values():
         metric.check(generated, reference)
-    figures, intervals = {}, {}
+    figures, resamples = {}, {}
     for metric in metrics.values():
         for name, values in metric.values(generated, reference, drawn).items():
             figures[name] = float(values[0])
             if drawn.count:
-                intervals[name] = interval(values, metric.is_shifted)
+                resamples[name] = Resampled(values, metric.is_shifted)
+    intervals = {name: drawn_of.interval for name, drawn_of in resamples.items()}
     theirs = reference.count if isinstance(reference, Statistics) else len(reference)
     protocol = {
         **(identity or {}),
@@ -88,7 +90,7 @@ def measure(
         "dimensions": generated.features.shape[1],
         "metrics": {name: to_dict(metric) for name, metric in metrics.items()},
     }
-    return Measured(figures, intervals, protocol, drawn)
+    return Measured(figures, intervals, protocol, drawn, resamples=resamples)
 
 
 def choose_metrics(

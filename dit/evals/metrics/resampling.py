@@ -32,6 +32,19 @@ class Resampling:
         return rows
 
 
+@dataclass(frozen=True)
+class Resampled:
+    """values (1 + B,): a figure, and what it is of resamples. is_shifted: as `interval` has it."""
+
+    values: np.ndarray
+    is_shifted: bool
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """(lower, upper) of LEVEL."""
+        return interval(self.values, self.is_shifted)
+
+
 def interval(values: np.ndarray, is_shifted: bool) -> tuple[float, float]:
     """(lower, upper) of LEVEL, from a figure and what it is of resamples, (1 + B,): their quantiles.
 

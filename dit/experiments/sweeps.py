@@ -1,0 +1,270 @@
+"""Figures of trained runs over the settings they are drawn with: each cell is drawn once, and kept. Collective."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dit.config import ConfigError, to_dict
+from dit.evals.evaluation import (
+    Compared,
+    Evaluation,
+    Order,
+    extracted,
+    in_space,
+    metrics_of,
+    names_in,
+    sides_of,
+)
+from dit.evals.extraction import Arrays, Kept, block_features, in_rounds
+from dit.evals.features.network import FeatureNetwork
+from dit.evals.metrics.metric import FeatureSet
+from dit.evals.metrics.resampling import LEVEL
+from dit.evals.pictures.opening import open_pictures
+from dit.evals.pictures.pictures import Pictures, content
+from dit.evals.record import append, run_of
+from dit.evals.sides import Sides
+from dit.evals.sweep.cells import Cell, CellFolder, Measured, space_as_json
+from dit.evals.sweep.floors import Floor, floor_of
+from dit.evals.sweep.picture import draw as draw_picture
+from dit.evals.sweep.results import Results
+from dit.evals.sweep.table import as_csv, markdown
+from dit.evals.telling import rows_of
+from dit.experiments.drawing import described
+from dit.experiments.sweep_cells import Asked, Models, SweepOrder, asked_cells, one_size, shared_protocol
+from dit.files import write_atomically
+from dit.outputs import RECORD, claim, write_record
+from dit.progress import Bar
+from dit.ranks import group
+from dit.sample.drawing import warn_if_far
+from dit.sample.finite import NotFiniteError
+from dit.sample.generate import Sampler, labels_for
+from dit.sample.tally import Tally
+from dit.version import code_version
+
+FILES = ("sweep.csv", "sweep.md", "sweep.png", "sweep.json")  # the last one says what the others are
+MADE = {"made_by": "evaluate.py sweep"}
+
+
+def sweep(order: SweepOrder, world: group.World) -> Results:
+    """Measure what is lacking of a sweep, and write its table, CSV and picture.
+
+    Collective. All that can be wrong with a cell (weights, guidance, solver, codec) is found before the first is drawn.
+    """
+    files = [order.out / name for name in FILES]
+    group.on_main(
+        lambda: claim(files, MADE, record=files[-1], overwrite=order.overwrite, kind="folder of a sweep")
+    )
+    models = Models(order, world.device)
+    asked = group.together(lambda: list(asked_cells(order, models)))
+    size = one_size(asked)
+    compared = _order(order, order.reference, size)
+    sides = sides_of(compared, world)
+    floors = _floors(order, sides, size, world)
+    cells = [a.cell(order, sides) for a in asked]
+    folder = CellFolder(order.out)
+    there = group.on_main(lambda: [_held(folder, cell, order) is not None for cell in cells])
+    todo = [
+        i
+        for i, (cell, done) in enumerate(zip(cells, there, strict=True))
+        if cell.spec is not None and not done
+    ]
+    if world.is_main and any(there):
+        print(f"{sum(there)} of {len(cells)} cells are there already")
+    work = _Work(order, compared, sides, models, folder, world)
+    with Bar[None](
+        total=len(todo) * order.count, unit="image", desc="sweep", hidden=not world.is_main
+    ) as bar:
+        for number, i in enumerate(todo, 1):
+            bar.note(f"cell {number} of {len(todo)}: {cells[i]}")
+            work.do(asked[i], cells[i], bar)
+    return group.on_main(partial(_written, order, cells, sides, floors))
+
+
+def _order(order: SweepOrder, named: str, size: int) -> Order:
+    """What is compared with: files of images at the size that is drawn, arrays as they are."""
+    is_array = Path(named).suffix.lower() == ".npz" or (Path(named) / RECORD).is_file()
+    pixels = order.options.image_size or (None if is_array else size)
+    options = dataclasses.replace(order.options, image_size=pixels, held_out=None)
+    return Order("", named, order.spaces, options, order.metric_keys, order.workers)
+
+
+def _floors(order: SweepOrder, sides: Mapping[str, Sides], size: int, world: group.World) -> dict[str, Floor]:
+    """How far real images are, by feature space; none where there are no held-out images. On rank 0."""
+    named = order.options.held_out
+    if named is None:
+        return {}
+    how = _order(order, named, size)
+    pictures = group.together(lambda: open_pictures(named, how.options.image_size))
+    if len(pictures) < order.count:
+        raise ConfigError(
+            f"held_out: {named} has {len(pictures)} images, and a cell has {order.count}: distances are larger for "
+            f"fewer images, so a floor is of as many; give more, or --num_samples={len(pictures)}"
+        )
+    networks = {name: side.network for name, side in sides.items()}
+    found = extracted(pictures, np.arange(len(pictures)), networks, how.how, world, "held-out")
+    if not world.is_main:
+        return {}
+    floors = {}
+    for name, side in sides.items():
+        held = found.sets[name]
+        metrics, _ = metrics_of(how, held, side)
+        floors[name] = floor_of(held, side, metrics, order.count, order.splits, names_in(side.network))
+    return floors
+
+
+# --- drawing ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _DrawnPictures(Pictures):
+    """Images that were measured as they were drawn, and are not kept."""
+
+    def __len__(self) -> int:
+        return 0 if self.labels is None else len(self.labels)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """What one block of images gave. failed: what was said of an image that is none."""
+
+    digests: bytes = b""
+    features: Mapping[str, Arrays] = field(default_factory=dict)
+    size: tuple[int, int] = (0, 0)
+    tally: Tally = field(default_factory=Tally)
+    reach: float = 0.0
+    failed: str | None = None
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What every cell is drawn and measured with."""
+
+    order: SweepOrder
+    compared: Order
+    sides: Mapping[str, Sides]
+    models: Models
+    folder: CellFolder
+    world: group.World
+
+    def do(self, asked: Asked, cell: Cell, bar: Bar[None]) -> None:
+        """Draw a cell, measure it, keep it and add it to the run's evaluations. Collective."""
+        assert cell.spec is not None
+        trained = group.together(lambda: self.models.get(asked.path, asked.setting.weights))
+        first = self.models.sampler(asked.path, asked.setting.weights)
+        sampler = dataclasses.replace(first, spec=cell.spec, tally=Tally())
+        classes = trained.classes("all")
+        labels = labels_for(torch.arange(self.order.count), classes)
+        networks = {name: side.network for name, side in self.sides.items()}
+        sinks = {name: Kept(self.order.count) for name in networks}
+        blocks = torch.arange(self.order.count).split(self.order.batch)
+        done: list[_Block] = []
+        for block in in_rounds(
+            len(blocks), lambda k: self._block(sampler, blocks[k], labels, networks), self.world
+        ):
+            done.append(dataclasses.replace(block, features={}))
+            for name, arrays in block.features.items() if self.world.is_main else ():
+                sinks[name].add(arrays)
+            if block.failed is not None:  # as every rank sees
+                break
+            bar.update(len(block.digests) // 16)
+        about = described(trained, sampler) | {
+            "codec": dict(self.order.codec_keys), "precision": self.models.precision(trained), "classes": classes,
+            "batch_size": self.order.batch, "num_samples": self.order.count,
+        }  # fmt: skip
+        group.on_main(lambda: self._keep(cell, about, labels, done, sinks))
+
+    def _block(
+        self, sampler: Sampler, numbers: Tensor, labels: Tensor, networks: Mapping[str, FeatureNetwork]
+    ) -> _Block:
+        """Draw images and compute their features; the last block is filled up with images of its own."""
+        index = numbers[torch.arange(self.order.batch) % len(numbers)]
+        drawing = dataclasses.replace(sampler, tally=Tally())
+        try:
+            latents = drawing.latents(index, labels[index])
+            images = drawing.pictures(latents, index, labels[index])[: len(numbers)]
+        except NotFiniteError as error:
+            return _Block(failed=str(error))
+        digests, features = block_features(images, networks, self.order.batch)
+        size = (images.shape[1], images.shape[2])
+        return _Block(digests, features, size, drawing.tally, float(latents.abs().max()))
+
+    def _keep(
+        self,
+        cell: Cell,
+        about: Mapping[str, Any],
+        labels: Tensor,
+        done: Sequence[_Block],
+        sinks: Mapping[str, Kept],
+    ) -> None:
+        """Compute the figures, and write them down. On rank 0."""
+        options = self.order.options
+        failed = next((block.failed for block in done if block.failed), None)
+        drawn = {key: about[key] for key in ("checkpoint", "step", "device", "code", "batch_size")}
+        if failed is not None:
+            self.folder.write(cell, {**drawn, "not_finite": failed, "spaces": {}})
+            return
+        warn_if_far(max(block.reach for block in done))
+        counted = Tally.sum([block.tally for block in done]).per_image()
+        named = f"sweep, not kept: {cell}"
+        spec = {**about, **counted}
+        pictures = _DrawnPictures(named, done[0].size, labels.numpy(), {}, (), "", spec)
+        found = content(b"".join(block.digests for block in done))
+        spaces = []
+        for name, side in self.sides.items():
+            features: FeatureSet = sinks[name].set(named)
+            compared = Compared(pictures, np.arange(self.order.count), features, side)
+            spaces.append(in_space(name, compared, self.compared))
+        how = (
+            {"resamples": options.bootstrap, "seed": options.seed, "level": LEVEL}
+            if options.bootstrap
+            else None
+        )
+        run = run_of(about)
+        if (
+            run is not None
+        ):  # before the cell is finished: killed in between, it is drawn and recorded once more
+            append(run, rows_of(Evaluation(spaces, pictures, found, {}, None, how)))
+        kept = {space.name: space_as_json(space) for space in spaces}
+        self.folder.write(cell, {**drawn, **counted, "content": found, "bootstrap": how, "spaces": kept})
+
+
+# --- and telling -------------------------------------------------------------------------------------------------
+
+
+def _held(folder: CellFolder, cell: Cell, order: SweepOrder) -> Measured | None:
+    return None if cell.spec is None else folder.read(cell, order.resampling)
+
+
+def _written(
+    order: SweepOrder, cells: Sequence[Cell], sides: Mapping[str, Sides], floors: Mapping[str, Floor]
+) -> Results:
+    """Write table, CSV and picture from what is kept of the cells. On rank 0."""
+    folder = CellFolder(order.out)
+    found = [(cell, _held(folder, cell, order)) for cell in cells]
+    shared = {**shared_protocol(order, sides), "precision": order.precision, "grid": to_dict(order.axes.grid)}
+    results = Results.of(found, shared, floors)
+    places = dict(zip(FILES, (order.out / name for name in FILES), strict=True))
+    order.out.mkdir(parents=True, exist_ok=True)
+    write_atomically(places["sweep.csv"], as_csv(results).encode())
+    write_atomically(places["sweep.md"], markdown(results).encode())
+    if results.spaces:
+        draw_picture(results, places["sweep.png"])
+    else:
+        places["sweep.png"].unlink(missing_ok=True)
+    about = {
+        "axes": to_dict(order.axes),
+        "runs": dict(order.runs),
+        "protocol": shared,
+        "code": code_version(),
+    }
+    write_record(places["sweep.json"], {**MADE, **about, **results.as_json()})
+    return results
