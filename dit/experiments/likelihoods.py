@@ -54,9 +54,9 @@ def likelihood_of(
 ) -> MeasuredLikelihood:
     """Measure it and write the figures to `out`, or find them there. Collective.
 
-    each: files of before the nats of every sample were kept are measured anew. out: a JSON file; none =
-    RUN/likelihood/..., named by data, step, weights and protocol. Raises OutputError where other figures are there
-    (overwrite: they are replaced), DataError for data unlike those of the run.
+    each: whether the nats of every sample are wanted, which files of older versions lack: they are measured anew. out:
+    a JSON file; none = RUN/likelihood/..., named by data, step, weights and protocol. Raises OutputError where other
+    figures are there (overwrite: they are replaced), DataError for data unlike those of the run.
     """
     manifest = Manifest.load(data)
     check_same_data(trained.contract, manifest, str(trained.path), data)
@@ -91,8 +91,8 @@ class LikelihoodDifference:
         """
         a, b = one["protocol"], other["protocol"]
         own = ("norm", "precision")
-        mine, theirs = ({key: value for key, value in p.items() if key not in own} for p in (a, b))
-        rows = differences(mine, theirs)
+        shared = [{key: value for key, value in protocol.items() if key not in own} for protocol in (a, b)]
+        rows = differences(shared[0], shared[1])
         if rows:
             raise ConfigError("\n".join(["the two likelihoods are not of the same samples:", *rows]))
         shift = [record["bits_per_dim_stored"] - record["bits_per_dim"] for record in (one, other)]

@@ -188,7 +188,13 @@ TOY: dict[str, dict[str, str]] = {
     "train_vae": {**TRAIN, "engine": "local"},
     "train_classifier": {**TRAIN, "engine": "local"},
     "sample": {"num_samples": "16", "num_steps": "2", "batch_size": "16"},
-    "nfe": {"num_samples": "12", "components": "4", "nfe": "4"},
+    "evaluate sweep": {
+        "num_samples": "12",
+        "nfe": "4",
+        "features.components": "4",
+        "bootstrap": "20",
+        "seeds": "0",
+    },
     "likelihood": {"count": "4", "num_steps": "2"},
     "toys": {"steps": "2"},
 }
@@ -210,7 +216,8 @@ def execute(command: Command) -> int:
     if started is not None and command.words[0] == "python":
         name = Path(started[0]).stem
         function, words = tool(name, started[1:])
-        return call(function, *toy(name, words))
+        own = " ".join([name, *started[1:2]])  # of one of its commands alone
+        return call(function, *toy(own if own in TOY else name, words))
     variables = {**environment(), **command.variables, "PYTHON": sys.executable}
     variables["PATH"] = f"{Path.cwd() / 'bin'}{os.pathsep}{variables['PATH']}"
     if started is None:
