@@ -56,13 +56,19 @@ def read(run: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except ValueError:
             row = None
-        if isinstance(row, dict) and "figures" in row:
+        if is_row(row):
             rows.append(row)
         else:
             warnings.warn(
                 f"{file}: line {number} is not a row of figures, and is left out", Notice, stacklevel=2
             )
     return rows
+
+
+def is_row(row: Any) -> bool:
+    """Whether JSON values are a row of figures, with the step and the protocol that they are of."""
+    kinds = {"figures": dict, "hash": str, "step": int}
+    return isinstance(row, dict) and all(isinstance(row.get(key), kind) for key, kind in kinds.items())
 
 
 def draw_curves(run: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from dit.config import ConfigError, flatten, from_dict, to_dict
 from dit.configfile import read_own
 from dit.errors import UserError
+from dit.evals import record
 from dit.experiments.diffusion import Experiment
 from dit.files import expand
 from dit.model.cost import cost
@@ -22,7 +23,7 @@ from dit.train.checkpoints import checkpoint
 from dit.train.run_dir import CONFIG, HISTORY
 
 Row = Mapping[str, Any]
-METRICS, HELD_OUT, EVALUATIONS = "metrics.jsonl", "held_out.jsonl", "evaluations.jsonl"
+METRICS, HELD_OUT = "metrics.jsonl", "held_out.jsonl"
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ class RunTold:
             raise UserError(
                 f"{folder} has logged no step yet ({METRICS}): wait for train.log_every steps, or leave it out"
             )
-        others = (list(rows_of(folder / file)) for file in (HELD_OUT, EVALUATIONS, HISTORY))
-        return cls(name or folder.name, folder, _config(folder), steps, *others)
+        held_out, starts = (list(rows_of(folder / file)) for file in (HELD_OUT, HISTORY))
+        return cls(name or folder.name, folder, _config(folder), steps, held_out, record.read(folder), starts)
 
     @property
     def last(self) -> Row:
