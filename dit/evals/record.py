@@ -75,7 +75,7 @@ def read(run: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except ValueError:
             row = None
-        if isinstance(row, dict) and ("figures" in row or TAKEN_BACK in row):
+        if is_row(row) or (isinstance(row, dict) and TAKEN_BACK in row):
             rows.append(row)
         else:
             warnings.warn(
@@ -93,6 +93,12 @@ def counted(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         else:
             rows.append(line)
     return rows
+
+
+def is_row(row: Any) -> bool:
+    """Whether JSON values are a row of figures, with the step and the protocol that they are of."""
+    kinds = {"figures": dict, "hash": str, "step": int}
+    return isinstance(row, dict) and all(isinstance(row.get(key), kind) for key, kind in kinds.items())
 
 
 def draw_curves(run: Path, rows: Sequence[Mapping[str, Any]]) -> None:

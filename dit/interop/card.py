@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from dit.config import to_dict
-from dit.errors import Notice, UserError
+from dit.errors import Notice
 from dit.evals import record
 from dit.experiments.about import named
 from dit.experiments.trained import Trained
@@ -22,14 +22,10 @@ from dit.outputs import MENDING
 from dit.train.checkpoints import checkpoint
 from dit.train.checkpoints.nearby import MODEL, kind_of
 
-FILE, EVALUATIONS = "README.md", "evaluations.jsonl"
+FILE = "README.md"
 TASK = "unconditional-image-generation"  # the hub's name for images from nothing, or from a class
 SHOWN = 12  # classes that a card lists
 NAME = "FILE"  # in the code of a `Use`: the file's name
-
-
-class CardError(UserError):
-    """A run's evaluations that are not what they should be."""
 
 
 @dataclass(frozen=True)
@@ -99,26 +95,31 @@ def text(trained: Trained, title: str, use: Use) -> str:
 
 
 def evaluations(trained: Trained) -> list[dict[str, Any]]:
-    """The lines of the run's evaluations that are of these weights. CardError for a line that is none."""
-    path, found = trained.run_dir / EVALUATIONS, []
-    for number, line in enumerate(read_text(path).splitlines() if path.is_file() else [], 1):
-        try:
-            row = json.loads(line)
-            if record.TAKEN_BACK not in row:
-                row["figures"].items()
-                row["hash"].strip()
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CardError(
-                f"{path}: line {number} is no evaluation ({type(error).__name__}: {error}); expected JSON with "
-                "figures, protocol and hash"
-            ) from None
-        found.append(row)
-    return [row for row in record.counted(found) if _is_of(row, trained)]
+    """The rows of the run's evaluations that are of these weights; a line that is none is left out, with a Notice.
+
+    Of the same images measured twice by one protocol, what was measured last.
+    """
+    ours = {"step": trained.step, "digest": trained.digest, "weights": trained.weights}
+    found: dict[str, dict[str, Any]] = {}
+    for row in record.read(trained.run_dir):
+        own = {"digest": trained.digest} if row.get("by") == record.TRAINING else {}  # they name none
+        if all({**own, **row}.get(key) == value for key, value in ours.items()):
+            same = json.dumps([row["hash"], (row.get("samples") or {}).get("content")])
+            found[same] = _joined(found.get(same, {}), row)
+    return list(found.values())
 
 
-def _is_of(row: Mapping[str, Any], trained: Trained) -> bool:
-    ours = {"step": trained.step, "weights": trained.weights, "digest": trained.digest}
-    return all(row.get(key, value) == value for key, value in ours.items())
+def _joined(older: Mapping[str, Any], newer: dict[str, Any]) -> dict[str, Any]:
+    """A row with the figures of an older one of the same images that it lacks."""
+    kept = [key for key in older.get("figures", {}) if key not in newer["figures"]]
+    held = {part: {key: older[part][key] for key in kept if key in (older.get(part) or {})}
+            for part in ("figures", "intervals")}  # fmt: skip
+    return {**newer, **{part: {**held[part], **(newer.get(part) or {})} for part in held}}
+
+
+def _title(row: Mapping[str, Any], name: str) -> str:
+    """A figure with the feature space that it is of, where that is told."""
+    return f"{name} ({row['features']})" if "features" in row else name
 
 
 def _metadata(trained: Trained, title: str, use: Use, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -129,7 +130,7 @@ def _metadata(trained: Trained, title: str, use: Use, rows: Sequence[Mapping[str
         "tags": ["diffusion", "dit", *conditional],
     }
     metrics = [
-        {"type": name, "value": value, "name": f"{name}, protocol {row['hash']}"}
+        {"type": name, "value": value, "name": f"{_title(row, name)}, protocol {row['hash']}"}
         for row in rows
         for name, value in row["figures"].items()
     ]
@@ -188,7 +189,9 @@ def _figures(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         protocols[row["hash"]] = row.get("protocol", {})
         for name, value in row["figures"].items():
-            lines.append(f"| {name} | {_number(value)} | {_interval(row, name)} | `{row['hash']}` |")
+            lines.append(
+                f"| {_title(row, name)} | {_number(value)} | {_interval(row, name)} | `{row['hash']}` |"
+            )
     lines += ["", "Figures of the same protocol compare, and no others."]
     for key, protocol in protocols.items():
         lines += ["", f"`{key}`:", "", "```json", json.dumps(protocol, indent=1), "```"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from dit.config import flatten
 from dit.errors import shown
@@ -26,6 +26,7 @@ HIGHER_IS_BETTER = (
     "class_accuracy",
 )
 HELD_OUT_LOSS = "held-out loss"
+FLOOR = "_held_out"  # ends the names of figures that are of real images, and of no run
 
 
 @dataclass(frozen=True)
@@ -83,11 +84,23 @@ def _apart(a: float | None, b: float | None) -> float:
     return abs(a - b) / max(abs(a), abs(b), 1e-30)
 
 
+class Alike(NamedTuple):
+    """What figures have in common that are put side by side: their name, their protocol's hash, and which weights."""
+
+    figure: str
+    digest: str
+    weights: str | None  # "ema", "model", ...; None where nobody says
+
+    def __str__(self) -> str:
+        """Name the figure, and the weights where they are not the average that is taken unless asked otherwise."""
+        return self.figure if self.weights in (None, "ema") else f"{self.figure} of {self.weights} weights"
+
+
 @dataclass(frozen=True)
 class Measured:
     """A figure of a run at a step. digest: the hash of how it was measured; protocol: that in full, where it is told.
 
-    interval: what the bootstrap gave, lower and upper end, or None.
+    interval: what the bootstrap gave, lower and upper end, or None. weights: which of the run's.
     """
 
     run: RunTold
@@ -97,6 +110,17 @@ class Measured:
     value: float
     interval: tuple[float, float] | None = None
     protocol: Mapping[str, Any] | None = None
+    weights: str | None = None
+
+    @property
+    def alike(self) -> Alike:
+        """What has to be the same in another one that it is compared with."""
+        return Alike(self.figure, self.digest, self.weights)
+
+    @property
+    def samples(self) -> int:
+        """Samples that the run had seen: steps of other batches are other amounts of training."""
+        return self.step * self.run.batch
 
     @property
     def is_low_good(self) -> bool:
@@ -107,45 +131,56 @@ class Measured:
 def measured(run: RunTold) -> Iterator[Measured]:
     """Every figure that a run has on file: of its evaluations, and its losses on held-out data."""
     for row in run.evaluations:
-        intervals = row.get("intervals") or {}
+        intervals, protocol, weights = row.get("intervals") or {}, row.get("protocol"), row.get("weights")
         for name, value in row["figures"].items():
-            if isinstance(value, int | float):
+            if isinstance(value, int | float) and not name.endswith(FLOOR):
                 figure = f"{name} ({row['features']})" if "features" in row else name
                 ends = intervals.get(name)
                 interval = None if ends is None else (float(ends[0]), float(ends[1]))
                 yield Measured(
-                    run, figure, row["hash"], row["step"], float(value), interval, row.get("protocol")
+                    run, figure, row["hash"], row["step"], float(value), interval, protocol, weights
                 )
     for row in run.held_out:
         if isinstance(row.get("loss"), int | float):
-            yield Measured(run, HELD_OUT_LOSS, str(row.get("protocol")), row["step"], float(row["loss"]))
+            digest, weights = str(row.get("protocol")), row.get("weights")
+            yield Measured(run, HELD_OUT_LOSS, digest, row["step"], float(row["loss"]), weights=weights)
 
 
 @dataclass(frozen=True)
 class Contest:
-    """One figure that two runs or more have by the same protocol. standings: the newest of each run, the best first."""
+    """One figure that two runs or more have by the same protocol. standings: one of each run, the best first."""
 
-    figure: str
-    digest: str
+    alike: Alike
     standings: Sequence[Measured]
 
     @classmethod
     def of(cls, found: Sequence[Measured]) -> Contest:
-        """Make one of all there is of a figure, in the order in which it was measured."""
-        newest = {id(one.run): one for one in sorted(found, key=lambda one: one.step)}
+        """Make one of all there is of a figure, in the order in which it was measured.
+
+        Of each run that after as many samples as the others', the most that all have; where there is none, the newest.
+        """
+        by_run: dict[int, dict[int, Measured]] = {}
+        for one in found:
+            by_run.setdefault(id(one.run), {})[one.samples] = one
+        common = set.intersection(*({*each} for each in by_run.values()))
+        taken = [each[max(common or each)] for each in by_run.values()]
         sign = 1 if found[0].is_low_good else -1
-        standings = sorted(newest.values(), key=lambda one: sign * one.value)
-        return cls(found[0].figure, found[0].digest, standings)
+        return cls(found[0].alike, sorted(taken, key=lambda one: sign * one.value))
 
     def __str__(self) -> str:
         """Say which run is best, by how much, and whether that may be chance."""
         best, second = self.standings[:2]
         order = "lower" if best.is_low_good else "higher"
         gap = 100 * abs(best.value - second.value) / max(abs(second.value), 1e-30)
-        words = f"{best.run.name} is best by {self.figure} ({order} is better): {best.value:.4g} against "
+        words = f"{best.run.name} is best by {self.alike} ({order} is better): {best.value:.4g} against "
         words += f"{second.value:.4g} of {second.run.name}, {gap:.2g}% apart"
-        if best.step != second.step:
-            words += f"; at steps {best.step} and {second.step}, which are not the same amount of training"
+        if best.samples != second.samples:
+            batches = (
+                ""
+                if best.run.batch == second.run.batch
+                else f" of {best.run.batch} and {second.run.batch} samples"
+            )
+            words += f"; at steps {best.step} and {second.step}{batches}, which are not the same amount of training"
         if best.interval and second.interval:
             is_clear = best.interval[1] < second.interval[0] or second.interval[1] < best.interval[0]
             words += (
@@ -182,12 +217,12 @@ class Comparison:
         return [row.key for row in self.differences if row.is_identity and f"{row.key}.".startswith(inside)]
 
     @cached_property
-    def figures(self) -> dict[tuple[str, str], list[Measured]]:
-        """All that the runs have on file, by figure and protocol."""
-        found: dict[tuple[str, str], list[Measured]] = {}
+    def figures(self) -> dict[Alike, list[Measured]]:
+        """All that the runs have on file, of one figure, protocol and kind of weights together."""
+        found: dict[Alike, list[Measured]] = {}
         for run in self.runs:
             for one in measured(run):
-                found.setdefault((one.figure, one.digest), []).append(one)
+                found.setdefault(one.alike, []).append(one)
         return found
 
     @cached_property
@@ -199,23 +234,30 @@ class Comparison:
     @cached_property
     def not_comparable(self) -> list[str]:
         """A line for each figure that runs have, but never by one protocol; it says what of their protocols differs."""
-        contested, lines = {contest.figure for contest in self.contests}, []
-        for figure in dict.fromkeys(name for name, _ in self.figures):
-            groups = [ones for (name, _), ones in self.figures.items() if name == figure]
+        contested, lines = {contest.alike.figure for contest in self.contests}, []
+        for figure in dict.fromkeys(alike.figure for alike in self.figures):
+            groups = [ones for alike, ones in self.figures.items() if alike.figure == figure]
             if figure in contested or len({id(one.run) for ones in groups for one in ones}) < 2:
                 continue
-            first, other = groups[0][-1], groups[1][-1]
+            first = groups[0][-1]
+            other = next(ones[-1] for ones in groups if ones[-1].run is not first.run)
             lines.append(
                 f"{figure} of {first.run.name} and of {other.run.name} were measured otherwise "
-                f"(protocols {first.digest} and {other.digest}{_unlike(first, other)})"
+                f"({_unlike(first, other)})"
             )
         return lines
 
 
 def _unlike(a: Measured, b: Measured) -> str:
-    """What of two protocols differs, where both are told."""
+    """What of two protocols differs, where both are told, or else of the weights."""
+    if a.digest == b.digest:
+        return f"of {a.weights} and {b.weights} weights"
+    weights = f"of {a.weights} and {b.weights} weights, " if a.weights != b.weights else ""
+    words = f"{weights}protocols {a.digest} and {b.digest}"
     if a.protocol is None or b.protocol is None:
-        return ""
+        return words
     mine, theirs = flatten(a.protocol), flatten(b.protocol)
     keys = [key for key in sorted({*mine, *theirs}) if mine.get(key) != theirs.get(key)]
-    return ": " + ", ".join(f"{key} {shown(mine.get(key))} and {shown(theirs.get(key))}" for key in keys)
+    return f"{words}: " + ", ".join(
+        f"{key} {shown(mine.get(key))} and {shown(theirs.get(key))}" for key in keys
+    )

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dit.reports.comparison import HELD_OUT_LOSS, Comparison
+from dit.reports.comparison import HELD_OUT_LOSS, Alike, Comparison
 from dit.reports.told import RunTold
 
 POINTS = 300  # of a curve; more are averaged in as many stretches
@@ -40,7 +40,7 @@ class Panel:
 
 def panels(comparison: Comparison) -> list[Panel]:
     """All pictures there are to draw: figures of drawn images, held-out losses, training losses, health, speed."""
-    found = [_of_figure(comparison, figure, digest) for figure, digest in comparison.figures]
+    found = [_of_figure(comparison, alike) for alike in comparison.figures]
     apart = f"not comparable: {', '.join(comparison.unlike)} differ" if comparison.unlike else ""
     for key, title, note in [
         ("loss", "training loss", apart),
@@ -60,18 +60,16 @@ def coloured(runs: Sequence[RunTold]) -> list[tuple[RunTold, str]]:
     return [(run, COLOURS[i % len(COLOURS)]) for i, run in enumerate(runs)]
 
 
-def _of_figure(comparison: Comparison, figure: str, digest: str) -> Panel:
-    """The course of one figure, by one protocol."""
+def _of_figure(comparison: Comparison, alike: Alike) -> Panel:
+    """The course of one figure, by one protocol, of one kind of weights."""
     lines = []
     for run, colour in coloured(comparison.runs):
-        mine = sorted(
-            (one for one in comparison.figures[figure, digest] if one.run is run), key=lambda one: one.step
-        )
+        mine = sorted((one for one in comparison.figures[alike] if one.run is run), key=lambda one: one.step)
         if mine:
             ends = [one.interval for one in mine if one.interval is not None]
             band = ([lo for lo, _ in ends], [hi for _, hi in ends]) if len(ends) == len(mine) else None
             lines.append(Line(run, colour, [one.step for one in mine], [one.value for one in mine], band))
-    return Panel(figure, lines, figure == HELD_OUT_LOSS, f"protocol {digest}")
+    return Panel(str(alike), lines, alike.figure == HELD_OUT_LOSS, f"protocol {alike.digest}")
 
 
 def _of_rows(run: RunTold, colour: str, key: str) -> Line | None:

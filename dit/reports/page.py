@@ -171,8 +171,8 @@ def _contests(comparison: Comparison) -> list[str]:
             value = f'<span class="best">{value}</span>' if one is contest.standings[0] else value
             ends = f"{one.interval[0]:.4g} … {one.interval[1]:.4g}" if one.interval else ""
             rows.append([_named(one.run, colours[id(one.run)]), str(one.step), value, ends])
-        head = ["run", "step", escape(contest.figure), "interval"]
-        found.append(f'{_html_table(head, rows)}<p class="note">protocol {escape(contest.digest)}</p>')
+        head = ["run", "step", escape(str(contest.alike)), "interval"]
+        found.append(f'{_html_table(head, rows)}<p class="note">protocol {escape(contest.alike.digest)}</p>')
     return found
 
 

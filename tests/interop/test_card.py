@@ -13,9 +13,10 @@ import yaml
 from huggingface_hub import ModelCard
 
 from dit.errors import Notice
+from dit.evals import record
 from dit.experiments.trained import Trained
 from dit.interop import card
-from dit.interop.card import CardError, Use
+from dit.interop.card import Use
 from tests.datasets import Digits
 from tests.interop.random_models import DDPM, random_run
 from tests.train.runs import go, values
@@ -33,6 +34,7 @@ def trained(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> Trained
 def evaluated(trained: Trained, **values: Any) -> dict[str, Any]:
     row = {
         "step": trained.step,
+        "digest": trained.digest,
         "weights": "ema",
         "figures": {"frechet": 12.25, "count": 3},
         "intervals": {"frechet": [12.0, 12.5]},
@@ -43,7 +45,7 @@ def evaluated(trained: Trained, **values: Any) -> dict[str, Any]:
 
 
 def write_rows(trained: Trained, *rows: dict[str, Any]) -> Path:
-    path = trained.run_dir / card.EVALUATIONS
+    path = trained.run_dir / record.FILE
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -82,12 +84,36 @@ def test_without_figures_it_says_so(trained: Trained) -> None:
 
 
 @pytest.mark.parametrize("line", ["{", "[]", '{"figures": 3, "hash": "x"}', '{"figures": {}}'])
-def test_a_line_that_is_no_evaluation_is_named(line: str, trained: Trained) -> None:
+def test_a_line_that_is_no_evaluation_is_left_out_and_said(line: str, trained: Trained) -> None:
     path = write_rows(trained, evaluated(trained))
     path.write_text(path.read_text() + line + "\n")
-    with pytest.raises(CardError, match=r"evaluations\.jsonl: line 2 is no evaluation"):
-        card.text(trained, "digits", USE)
+    with pytest.warns(Notice, match=r"evaluations\.jsonl: line 2 is not a row"):
+        assert len(card.evaluations(trained)) == 1
     path.unlink()
+
+
+def test_figures_name_their_features_and_what_was_measured_again_stands_once(trained: Trained) -> None:
+    again = {"figures": {"frechet": 12.5, "kid": 0.5}, "intervals": {}, "hash": "aa", "features": "pixels"}
+    first = {
+        **again,
+        "figures": {"frechet": 12.25, "count": 3},
+        "intervals": {"frechet": [12, 13], "count": [2, 4]},
+    }
+    path = write_rows(
+        trained,
+        evaluated(trained, features="inception"),
+        evaluated(trained, **first),
+        evaluated(trained, **again),
+        evaluated(trained, **again, samples={"content": "of another seed"}),
+    )
+    rows = card.evaluations(trained)
+    said = card.text(trained, "digits", USE)
+    path.unlink()
+    assert len(rows) == 3
+    assert rows[1]["figures"] == {"frechet": 12.5, "kid": 0.5, "count": 3}
+    assert rows[1]["intervals"] == {"count": [2, 4]}
+    assert "| frechet (inception) | 12.25 |" in said
+    assert "| frechet (pixels) | 12.5 |" in said
 
 
 def test_a_card_beside_a_file_stays_where_it_was_written_in(trained: Trained, tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import pytest
 
 from dit.config import merge
 from dit.configfile import write_yaml
-from dit.errors import UserError
+from dit.errors import Notice, UserError
+from dit.evals import record
 from dit.experiments.diffusion import Experiment
 from dit.outputs import OutputError
 from dit.reports.comparison import Comparison, parting
@@ -173,8 +174,53 @@ def test_figures_at_different_steps_are_said_to_be(tmp_path: Path) -> None:
     rows = [[{"step": step, "loss": loss, "protocol": "p"}] for step, loss in ((40, 0.5), (20, 0.6))]
     a, b = (made(tmp_path / name, steps(), held_out=row) for name, row in zip("ab", rows, strict=True))
     (contest,) = Comparison(read_all([str(a), str(b)])).contests
-    assert contest.figure == "held-out loss"
+    assert contest.alike.figure == "held-out loss"
     assert "at steps 40 and 20, which are not the same amount of training" in str(contest)
+
+
+def test_weights_of_another_kind_are_not_put_side_by_side(tmp_path: Path) -> None:
+    ema, model = figure(40, 3.0) | {"weights": "ema"}, figure(40, 1.0) | {"weights": "model"}
+    a = made(tmp_path / "a", steps(), evaluations=[ema, model])
+    b = made(tmp_path / "b", steps(), evaluations=[figure(40, 2.0) | {"weights": "ema"}])
+    c = made(tmp_path / "c", steps(), evaluations=[model])
+    (contest,) = Comparison(read_all([str(a), str(b)])).contests
+    assert "b is best by frechet (lower is better): 2 against 3 of a" in str(contest)
+    (contest,) = Comparison(read_all([str(a), str(c)])).contests
+    assert "best by frechet of model weights" in str(contest)
+    found = Comparison(read_all([str(b), str(c)]))
+    assert (found.contests, len(found.not_comparable)) == ([], 1)
+    assert "of ema and model weights" in found.not_comparable[0]
+
+
+def test_runs_are_compared_after_as_many_samples_where_they_can_be(tmp_path: Path) -> None:
+    a = made(tmp_path / "a", steps(), evaluations=[figure(20, 5.0), figure(40, 1.0)])
+    b = made(tmp_path / "b", steps(), evaluations=[figure(20, 4.0)])
+    double = {"train": {"steps": 100, "global_batch": 16}}
+    c = made(tmp_path / "c", steps(), double, evaluations=[figure(20, 2.0)])
+    (contest,) = Comparison(read_all([str(a), str(b)])).contests
+    assert "b is best by frechet (lower is better): 4 against 5 of a" in str(contest)
+    (contest,) = Comparison(read_all([str(a), str(c)])).contests
+    assert "1 against 2 of c" in str(contest)
+    assert "not the same amount" not in str(contest)
+    (contest,) = Comparison(read_all([str(b), str(c)])).contests
+    assert "at steps 20 and 20 of 16 and 8 samples, which are not the same amount of training" in str(contest)
+
+
+def test_the_distance_of_real_images_is_no_figure_of_a_run(tmp_path: Path) -> None:
+    rows = [figure(40, value) for value in (3.0, 4.0)]
+    for row in rows:
+        row["figures"]["frechet_held_out"] = 2.0
+    a, b = (made(tmp_path / name, steps(), evaluations=[row]) for name, row in zip("ab", rows, strict=True))
+    assert [c.alike.figure for c in Comparison(read_all([str(a), str(b)])).contests] == ["frechet"]
+
+
+def test_evaluations_behind_one_that_a_kill_has_cut_off_are_read(tmp_path: Path) -> None:
+    folder = made(tmp_path / "a", steps(), evaluations=[figure(20, 5.0)])
+    with (folder / record.FILE).open("a") as file:
+        file.write('{"step": 30, "figu')
+    record.append(folder, [figure(40, 3.0)])
+    with pytest.warns(Notice, match="line 2"):
+        assert [row["step"] for row in RunTold.read(folder).evaluations] == [20, 40]
 
 
 def test_thinning_keeps_the_mean_of_every_stretch() -> None:

@@ -143,8 +143,12 @@ def exactly() -> Iterator[None]:
     """No gradients, and float32 products as float32: GPUs otherwise round a convolution's inputs to 10 bits."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
+    cudnn = torch.backends.cudnn  # whose flags() turns it off where nobody says otherwise
     try:
-        with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False, deterministic=True):
+        with (
+            torch.inference_mode(),
+            cudnn.flags(enabled=cudnn.enabled, allow_tf32=False, deterministic=True),
+        ):
             yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before

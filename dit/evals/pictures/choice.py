@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,13 +13,16 @@ from dit.evals.pictures.pictures import Pictures, PicturesError
 from dit.evals.protocol import protocol_hash
 from dit.rng import Purpose, permutation
 
-# Of a record of drawn images, what does not decide about the kind of images: which weights drew them, how many, where,
-# at what cost (of a solver that chooses its steps this is another for other weights).
-NOT_PROTOCOL = (
-    "checkpoint", "digest", "step", "weights", "guidance_checkpoints", "device", "code", "num_samples", "batch_size",
-    "codec", "nfe", "network_evaluations", "formats",
-)  # fmt: skip
-UNSAID = {"label_order": "balanced", "preview": False}  # what records mean that lack these keys
+# Of a record of drawn images, what decides about the kind of images, and what older records mean that lack it. Which
+# weights drew them, how many, on what, into which forms, is no part of it, nor what was counted meanwhile.
+KIND: Mapping[str, Any] = {
+    "sampler": None,
+    "classes": None,
+    "label_order": "balanced",
+    "precision": "fp32",
+    "codec": {},
+}
+PLACES = ("checkpoint", "path")  # of other weights: where these lie on a machine
 
 
 def chosen(pictures: Pictures, count: int | None, flag: str) -> np.ndarray:
@@ -41,15 +45,16 @@ def sampler_hash(spec: Mapping[str, Any] | None) -> str | None:
     """The hash of how images were drawn, whoever's weights drew them and from whichever seed; None of others."""
     if spec is None:
         return None
-    kept = {
-        key: value
-        for key, value in spec.items()
-        if key not in NOT_PROTOCOL and (key not in UNSAID or value != UNSAID[key])
-    }
-    sampler = kept.get("sampler")
-    if isinstance(sampler, Mapping):
-        kept["sampler"] = {key: value for key, value in sampler.items() if key != "seed"}
-    return protocol_hash(kept)
+    kept = {key: spec.get(key, older) for key, older in KIND.items()}
+    kept["sampler"] = {key: value for key, value in (kept["sampler"] or {}).items() if key != "seed"}
+    return protocol_hash(_placeless(kept))
+
+
+def _placeless(value: Any) -> Any:
+    """JSON values without the keys of PLACES, plain or at the end of dotted ones."""
+    if isinstance(value, Mapping):
+        return {k: _placeless(v) for k, v in value.items() if re.split(r"[._]", k)[-1] not in PLACES}
+    return [_placeless(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def described(pictures: Pictures, index: np.ndarray) -> dict[str, Any]:
@@ -61,14 +66,17 @@ def described(pictures: Pictures, index: np.ndarray) -> dict[str, Any]:
         else f"{len(index)} of {len(pictures)} at random, seed 0",
         "size": list(pictures.size),
         "converted": pictures.converted,
-        "labels": _balance(pictures.labels, index),
+        "labels": _balance(pictures, index),
         "sampler": sampler_hash(pictures.spec),
     }
 
 
-def _balance(labels: np.ndarray | None, index: np.ndarray) -> str:
+def _balance(pictures: Pictures, index: np.ndarray) -> str:
     """Whether every class has as many images, which makes distances smaller than labels drawn at random do."""
+    labels, spec = pictures.labels, pictures.spec or {}
     if labels is None or (labels[index] < 0).any():
         return "none" if labels is None else "some missing"
+    if spec.get("label_order") == "random":  # how many of the classes came up is chance, and of the seed
+        return f"random over {len(spec['classes'])} classes"
     counts = np.unique(labels[index], return_counts=True)[1]
     return f"{'balanced' if counts.max() - counts.min() <= 1 else 'uneven'} over {len(counts)} classes"

