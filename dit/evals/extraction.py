@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from dit.data.sources.decode import count_lines, in_order
+from dit.errors import Notice
 from dit.evals.features.network import FeatureNetwork
 from dit.evals.metrics.metric import FeatureSet, Statistics
 from dit.evals.pictures.pictures import Pictures, content, digests
@@ -143,7 +146,20 @@ def extract(
                 for name, arrays in part[1].items() if world.is_main else ():
                     sinks[name].add(arrays)
                 bar.update(len(part[0]) // 16)
+    _tell(pictures, index, world)
     return content(b"".join(found))
+
+
+def _tell(pictures: Pictures, index: np.ndarray, world: group.World) -> None:
+    """Say what was done to files to get their pixels, as encoding does: it is part of what is measured. Collective."""
+    taken = set(index.tolist())
+    done: dict[str, set[int]] = {}
+    for told in group.gather_objects(dict(pictures.told())):
+        for name, numbers in told.items():
+            done.setdefault(name, set()).update(numbers & taken)
+    counts = in_order({name: len(numbers) for name, numbers in done.items()})
+    if counts and world.is_main:
+        warnings.warn(f"{pictures.named}: {', '.join(count_lines(counts))}", Notice, stacklevel=2)
 
 
 def _ahead(

@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from dit.config import ConfigError, did_you_mean, from_dict, to_dict
+from dit.data import DataError
 from dit.evals.metrics.metric import METRICS, FeatureSet, Metric, Side, Statistics
 from dit.evals.metrics.resampling import LEVEL, Resampling, interval
 from dit.evals.protocol import protocol_hash
@@ -69,15 +72,17 @@ def measure(
     as JSON values (the network, the reference's hash).
     """
     drawn = resampling or Resampling()
-    if drawn.count and drawn.count < LEAST:
-        raise ConfigError(
-            f"bootstrap is {drawn.count}; expected 0 (no intervals) or at least {LEAST} resamples"
-        )
+    check_resamples(drawn.count)
     for metric in metrics.values():
         metric.check(generated, reference)
     figures, intervals = {}, {}
     for metric in metrics.values():
         for name, values in metric.values(generated, reference, drawn).items():
+            if not np.isfinite(values).all():
+                raise DataError(
+                    f"{name} of these features is no finite number: they are too large (up to "
+                    f"{largest(generated, reference):.3g}) for float64; divide both sets by one number"
+                )
             figures[name] = float(values[0])
             if drawn.count:
                 intervals[name] = interval(values, metric.is_shifted)
@@ -89,6 +94,18 @@ def measure(
         "metrics": {name: to_dict(metric) for name, metric in metrics.items()},
     }
     return Measured(figures, intervals, protocol, drawn)
+
+
+def check_resamples(count: int) -> None:
+    """ConfigError for fewer resamples than quantiles are taken of."""
+    if count and count < LEAST:
+        raise ConfigError(f"bootstrap is {count}; expected 0 (no intervals) or at least {LEAST} resamples")
+
+
+def largest(generated: FeatureSet, reference: Side) -> float:
+    """The greatest size of a feature, or of a mean of them."""
+    theirs = reference.mean if isinstance(reference, Statistics) else reference.features
+    return float(max(np.abs(generated.features).max(), np.abs(theirs).max()))
 
 
 def choose_metrics(
@@ -105,7 +122,7 @@ def choose_metrics(
         if word not in known:
             raise ConfigError(f"--metrics: unknown figure '{word}'{did_you_mean(word, known)}")
     if not words:
-        raise ConfigError(f"--metrics names no figure; expected some of {', '.join(known)}")
+        raise ConfigError(f"--metrics names no figure; expected some of {', '.join(dict.fromkeys(known))}")
     names = [name for name in METRICS if {ALL, name, *METRICS[name].figures} & set(words)]
     fields: dict[str, dict[str, str]] = {}
     for key, text in keys.items():
