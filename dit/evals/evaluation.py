@@ -18,7 +18,7 @@ from dit.evals.accuracy import class_accuracy
 from dit.evals.extraction import Kept, Pass, extract
 from dit.evals.features.network import FeatureNetwork, FeatureSpace
 from dit.evals.features.spaces import FEATURES
-from dit.evals.metrics.measuring import ALL, check_resamples, choose_metrics, measure
+from dit.evals.metrics.measuring import ALL, check_counts, check_resamples, choose_metrics, measure
 from dit.evals.metrics.metric import METRICS, FeatureSet, Metric
 from dit.evals.metrics.resampling import LEVEL, Resampling
 from dit.evals.pictures.choice import chosen, described
@@ -180,19 +180,6 @@ def _renamed(order: Order) -> Order:
     return replace(order, options=replace(order.options, metrics=metrics))
 
 
-def _check_counts(order: Order, samples: Pictures, count: int, reference: Pictures, theirs: int) -> None:
-    """DataError where a set is smaller than a figure needs: before the images are gone through, which takes hours."""
-    anything = FeatureSet(np.eye(2))
-    for metric in choose_metrics(order.options.metrics, order.metric_keys, anything, anything)[0].values():
-        sides = [(samples, count)] + [(reference, theirs)] * metric.looks_at_reference
-        for pictures, number in sides:
-            if number < metric.at_least:
-                raise DataError(
-                    f"{pictures.named}: {number} image(s), and {metric.figures[0]} needs at least {metric.at_least}: "
-                    "take more, or name the figures that so many suffice for (--metrics=frechet,kid,mind needs 2)"
-                )
-
-
 def _sides(order: Order, samples: Pictures, count: int, world: group.World) -> dict[str, Sides]:
     """The reference in every space, for so many samples."""
     against = group.together(lambda: _reference(order))
@@ -204,7 +191,8 @@ def _sides(order: Order, samples: Pictures, count: int, world: group.World) -> d
         )
     )
     if len(against):
-        group.together(lambda: _check_counts(order, samples, count, against, len(index)))
+        sizes = {samples.named: count}, {against.named: len(index)}
+        group.together(lambda: check_counts(order.options.metrics, order.metric_keys, *sizes))
     return sides_of_images(against, index, order.spaces, order.how, world)
 
 

@@ -102,6 +102,24 @@ def check_resamples(count: int) -> None:
         raise ConfigError(f"bootstrap is {count}; expected 0 (no intervals) or at least {LEAST} resamples")
 
 
+def check_counts(
+    wanted: str, keys: Mapping[str, str], generated: Mapping[str, int], reference: Mapping[str, int]
+) -> None:
+    """DataError where a set, {name: samples}, is smaller than a figure needs: before features are computed, for hours.
+
+    wanted, keys: as `choose_metrics` has them.
+    """
+    anything = FeatureSet(np.eye(2))
+    for metric in choose_metrics(wanted, keys, anything, anything)[0].values():
+        for sizes in (generated, reference) if metric.looks_at_reference else (generated,):
+            for name, count in sizes.items():
+                if count < metric.at_least:
+                    raise DataError(
+                        f"{name}: {count} image(s), and {metric.figures[0]} needs at least {metric.at_least}: take "
+                        "more, or name the figures that so many suffice for (frechet, kid and mind need 2)"
+                    )
+
+
 def largest(generated: FeatureSet, reference: Side) -> float:
     """The greatest size of a feature, or of a mean of them."""
     theirs = reference.mean if isinstance(reference, Statistics) else reference.features

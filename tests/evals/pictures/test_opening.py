@@ -13,6 +13,7 @@ from dit.data import DataError
 from dit.data.sources.source import BadImage
 from dit.evals.pictures.opening import open_pictures
 from dit.evals.pictures.pictures import PicturesError, content, digests
+from dit.sample.formats import FORMATS
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
 
@@ -70,3 +71,46 @@ def test_what_is_not_there_or_damaged_is_named(folder, tmp_path):
     np.savez(tmp_path / "a.npz", IMAGES)
     with pytest.raises(PicturesError, match="--image_size"):
         open_pictures(tmp_path / "a.npz", image_size=4)
+
+
+def drawn(folder: Path, form: str) -> Path:
+    """What tools/sample.py leaves in one form: the images, a grid of them and the record."""
+    folder.mkdir()
+    labels = np.array([3, 0, 11, 2, 10, 3])
+    with FORMATS[form]().writing(folder, 6) as add:
+        add(IMAGES, labels)
+    Image.fromarray(IMAGES[0]).save(folder / "grid.png")
+    (folder / "spec.json").write_text(json.dumps({"step": 3, "num_samples": 6}))
+    return folder
+
+
+@pytest.mark.parametrize("form", list(FORMATS))
+def test_drawn_images_are_the_same_in_any_form(tmp_path, form):
+    out = drawn(tmp_path / "out", form)
+    for place in {out, out / FORMATS[form].names[0]}:
+        found = open_pictures(place)
+        assert np.array_equal(found.block(range(len(found))), IMAGES)
+        assert found.labels.tolist() == [3, 0, 11, 2, 10, 3]
+        assert found.spec["step"] == 3
+
+
+def test_drawn_files_that_are_missing_are_told(tmp_path):
+    out = drawn(tmp_path / "out", "png")
+    (out / "images" / "00000002.png").unlink()
+    with pytest.raises(PicturesError, match="5 images, and 6 were drawn"):
+        open_pictures(out)
+
+
+@pytest.mark.parametrize("damage", ["file,label\n", "a,b\n0,1\n", "file,label\n" + "x,one\n" * 6])
+def test_a_damaged_table_of_labels_is_told(tmp_path, damage):
+    out = drawn(tmp_path / "out", "png")
+    (out / "labels.csv").write_text(damage)
+    with pytest.raises(PicturesError, match=r"labels.csv .*damaged"):
+        open_pictures(out)
+
+
+def test_the_grid_alone_is_no_image(tmp_path):
+    out = drawn(tmp_path / "out", "npz")
+    (out / "samples.npz").unlink()
+    with pytest.raises(PicturesError, match="no images in it"):
+        open_pictures(out)
