@@ -141,6 +141,8 @@ class Contest:
         """Say which run is best, by how much, and whether that may be chance."""
         best, second = self.standings[:2]
         order = "lower" if best.is_low_good else "higher"
+        if best.value == second.value:
+            return f"{best.run.name} and {second.run.name} are equal by {self.figure}: {best.value:.4g}"
         gap = 100 * abs(best.value - second.value) / max(abs(second.value), 1e-30)
         words = f"{best.run.name} is best by {self.figure} ({order} is better): {best.value:.4g} against "
         words += f"{second.value:.4g} of {second.run.name}, {gap:.2g}% apart"

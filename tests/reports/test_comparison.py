@@ -4,6 +4,7 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from dit.configfile import write_yaml
 from dit.errors import UserError
 from dit.experiments.diffusion import Experiment
 from dit.outputs import OutputError
-from dit.reports.comparison import Comparison, parting
+from dit.reports.comparison import Comparison, Contest, Measured, parting
 from dit.reports.curves import AXES, at, panels, thinned
 from dit.reports.page import as_page, as_text, write_page
 from dit.reports.told import RunTold, read_all, told_apart
@@ -258,3 +259,9 @@ def test_a_run_of_an_older_version_is_compared_by_what_its_file_says(tmp_path: P
     names = [row.key for row in Comparison(read_all([str(a), str(b)])).differences]
     assert "from_before" in names
     assert "train.steps" not in names
+
+
+def test_of_equal_figures_none_is_best() -> None:
+    runs = [SimpleNamespace(name=name) for name in "ab"]
+    said = str(Contest.of([Measured(run, "kid (pixels)", "x", 2, 0.5) for run in runs]))  # type: ignore[arg-type]
+    assert said == "a and b are equal by kid (pixels): 0.5"
