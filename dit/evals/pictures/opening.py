@@ -42,9 +42,9 @@ def _drawn(spec: str, image_size: int | None) -> Pictures | None:
 
     The grid beside them is none of the images.
     """
-    folder, forms = Path(spec), (SHARDS, IMAGES)
+    folder, forms = Path(spec), [SHARDS, IMAGES]
     if folder.name in forms and (folder.parent / RECORD).is_file() and not (folder / RECORD).is_file():
-        folder, forms = folder.parent, (folder.name,)
+        folder, forms = folder.parent, [folder.name]
     if not (folder / RECORD).is_file():
         return None
     record = read_record(folder / RECORD)
