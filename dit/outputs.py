@@ -19,6 +19,7 @@ from dit.files import sync, write_atomically
 
 RECORD = "spec.json"  # in a folder of results, and in OUT.partial: how they were, or are being, made
 MENDING = "give --overwrite to replace it, or another place to write to"
+REPORTS = {"figures", "spaces", "protocol"}  # a file of figures has one of these keys
 # What a folder may be, and how that shows: all files of one of these patterns are in it.
 KINDS: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "data set": (("manifest.json",), ("plan.json",)),
@@ -94,6 +95,20 @@ def claim_file(file: Path, is_same: Callable[[], bool], *, overwrite: bool = Fal
     if not is_same():
         raise OutputError(f"{file} is there already, and holds something else: {MENDING}")
     return True
+
+
+def claim_report(file: Path) -> None:
+    """Look at where figures will be written as JSON; earlier ones are replaced. OutputError where anything else is.
+
+    A slip of the shell's completion would cost the samples that figures are of, or the record of a result.
+    """
+    claim([file], overwrite=True)
+    if not file.exists() or not file.stat().st_size:
+        return
+    with file.open("rb") as beginning:
+        is_object = beginning.read(1) == b"{"  # what it is else may be larger than memory
+    if not is_object or not REPORTS & set(read_record(file)):
+        raise OutputError(f"{file} is there and holds no figures: it is kept; give another place to write to")
 
 
 def refuse_other(folder: Path, kind: str) -> None:

@@ -37,7 +37,7 @@ from dit.commandline.flags import options_as_flags
 from dit.config import from_dict, to_dict
 from dit.errors import UserError
 from dit.files import expand
-from dit.outputs import claim, write_record
+from dit.outputs import claim_report, write_record
 from dit.progress import Bar, say
 
 EPOCHS = 80  # the shortest run that is usual on ImageNet: 400,000 steps of 256
@@ -293,7 +293,7 @@ def elastic(
 def _begin(json_file: str | None, **asked: Any) -> dict[str, Any]:
     """How it will be measured; OutputError where the figures could not be written, before they are taken."""
     for file in [Path(expand(json_file))] if json_file else []:
-        claim([file], overwrite=True)
+        claim_report(file)
         file.parent.mkdir(parents=True, exist_ok=True)
     return protocol(**asked)
 

@@ -38,13 +38,13 @@ from dit.evals.record import FILE
 from dit.evals.record import history as history_lines
 from dit.evals.sweep.axes import Axes, read_intervals
 from dit.evals.sweep.table import markdown
-from dit.evals.telling import as_json, lines, record
+from dit.evals.telling import as_json, claim_features, lines, record
 from dit.evals.telling import save_features as write_features
 from dit.experiments.sweep_cells import SweepOrder
 from dit.experiments.sweeps import FILES as SWEEP_FILES
 from dit.experiments.sweeps import sweep as run_sweep
 from dit.files import expand
-from dit.outputs import claim, write_record
+from dit.outputs import claim_report, write_record
 from dit.ranks import group
 from dit.reports.comparison import Comparison
 from dit.reports.page import as_text, write_page
@@ -74,7 +74,7 @@ def features(
     other fields. All of them are part of the protocol, whose hash is printed below the figures.
     """
     if json_file is not None:
-        claim([Path(expand(json_file))], overwrite=True)  # before the work
+        claim_report(Path(expand(json_file)))  # before the work
     ours, theirs = read_features(generated, "generated"), read_features(reference, "reference")
     chosen, missing = choose_metrics(metrics, neighbours_mind_inception_keys, ours, theirs)
     identity = {"features": "given", "reference": digest(theirs.features)}
@@ -113,7 +113,9 @@ def images(
     keys = features_neighbours_mind_inception_keys
     own = {key: text for key, text in keys.items() if not re.match(r"features[._]", key)}
     spaces = read_spaces(features, {key: text for key, text in keys.items() if key not in own})
-    claim([Path(expand(name)) for name in (json_file, save_features) if name is not None], overwrite=True)
+    for name, check in ((json_file, claim_report), (save_features, claim_features)):  # before the work
+        if name is not None:
+            check(Path(expand(name)))
     with group.session() as world:
         found = evaluate(Order(samples, reference, spaces, options, own, group.cores()), world)
         if found is None:
@@ -265,6 +267,10 @@ def read_spaces(features: str, keys: Mapping[str, str]) -> tuple[FeatureSpace, .
     if keys and len(listed) != 1:
         raise ConfigError(
             f"--{next(iter(keys))} is a field of one network; write the fields of several as a list"
+        )
+    if any(not isinstance(one, str | dict) for one in listed):
+        raise ConfigError(
+            f"--features={features}: expected names, or keys and values of networks, in the list"
         )
     fields = {re.sub(r"^features[._]", "", key): text for key, text in keys.items()}
     listed = [{**({"name": one} if isinstance(one, str) else one), **fields} for one in listed]

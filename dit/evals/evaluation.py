@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +17,8 @@ from dit.errors import Notice
 from dit.evals.accuracy import class_accuracy
 from dit.evals.extraction import Kept, Pass, extract
 from dit.evals.features.network import FeatureNetwork, FeatureSpace
-from dit.evals.metrics.measuring import ALL, choose_metrics, measure
+from dit.evals.features.spaces import FEATURES
+from dit.evals.metrics.measuring import ALL, check_counts, check_resamples, choose_metrics, measure
 from dit.evals.metrics.metric import METRICS, FeatureSet, Metric
 from dit.evals.metrics.resampling import LEVEL, Resampled, Resampling
 from dit.evals.pictures.choice import chosen, described
@@ -117,13 +118,16 @@ def evaluate(order: Order, world: group.World) -> Evaluation | None:
     Raises PicturesError, FeatureError, DataError, ConfigError, with what is amiss with which set.
     """
     options = order.options
-    check_names(options.metrics, order.metric_keys)
+    order = _renamed(order)
+    check_names(order.options.metrics, order.metric_keys)
+    check_resamples(options.bootstrap)
     samples = group.together(lambda: open_pictures(order.samples, options.image_size))
     ours = group.together(lambda: chosen(samples, options.num_samples, "num_samples"))
-    sides = sides_of(order, world)
+    held_out = group.together(lambda: _held_out(order))
+    sides = sides_of(order, world, samples.named, len(ours))
     networks = {name: side.network for name, side in sides.items()}
     found = extracted(samples, ours, networks, order.how, world, "samples")
-    floor = _floors(order, len(ours), networks, world)
+    floor = None if held_out is None else _floors(order, held_out, len(ours), networks, world)
     if not world.is_main:
         return None
     spaces = [
@@ -168,8 +172,22 @@ def names_in(network: FeatureNetwork) -> Mapping[str, str]:
     return OF_INCEPTION if network.identity["name"] == "inception" else OF_OTHERS
 
 
-def sides_of(order: Order, world: group.World) -> dict[str, Sides]:
-    """The reference in every space."""
+def _renamed(order: Order) -> Order:
+    """The order with figures by the names that they have in all spaces. ConfigError for a name that one cannot have."""
+    own = {shown: name for name, shown in (OF_INCEPTION | OF_OTHERS).items()}
+    words = [word.strip() for word in order.options.metrics.split(",")]
+    kinds = [FEATURES.name_of(space) for space in order.spaces]
+    for word in set(words) & set(OF_INCEPTION.values()):
+        if other := [kind for kind in kinds if kind != "inception"]:
+            raise ConfigError(
+                f"--metrics: {word} is computed with Inception's features alone; in {other[0]} there is {own[word]}"
+            )
+    metrics = ",".join(own.get(word, word) for word in words)
+    return replace(order, options=replace(order.options, metrics=metrics))
+
+
+def sides_of(order: Order, world: group.World, samples: str, count: int) -> dict[str, Sides]:
+    """The reference in every space, for so many samples of this name."""
     against = group.together(lambda: _reference(order))
     if isinstance(against, ReferenceFile):
         return group.together(lambda: sides_of_file(against, order.spaces, world.device))
@@ -178,17 +196,22 @@ def sides_of(order: Order, world: group.World) -> dict[str, Sides]:
             chosen(against, order.options.num_reference, "num_reference") if len(against) else np.arange(0)
         )
     )
+    if len(against):
+        sizes = {samples: count}, {against.named: len(index)}
+        group.together(lambda: check_counts(order.options.metrics, order.metric_keys, *sizes))
     return sides_of_images(against, index, order.spaces, order.how, world)
 
 
-def _floors(
-    order: Order, count: int, networks: Mapping[str, FeatureNetwork], world: group.World
-) -> Extracted | None:
-    """The features of held-out images, of as many as there are samples where there are as many."""
+def _held_out(order: Order) -> Pictures | None:
     named = order.options.held_out
-    if named is None:
-        return None
-    pictures = group.together(lambda: open_pictures(named, order.options.image_size))
+    return None if named is None else open_pictures(named, order.options.image_size)
+
+
+def _floors(
+    order: Order, pictures: Pictures, count: int, networks: Mapping[str, FeatureNetwork], world: group.World
+) -> Extracted:
+    """The features of held-out images, of as many as there are samples where there are as many."""
+    named = pictures.named
     index = group.together(lambda: chosen(pictures, min(len(pictures), count) or None, "held_out"))
     if len(index) < count and world.is_main:
         warnings.warn(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from typing import Protocol, TypeVar
 import numpy as np
 import torch
 
+from dit.data.sources.decode import count_lines, in_order
+from dit.errors import Notice
 from dit.evals.features.network import FeatureNetwork
 from dit.evals.metrics.metric import FeatureSet, Statistics
 from dit.evals.pictures.pictures import Pictures, content, digests
@@ -134,7 +137,9 @@ def extract(
     ):
         loaded = _ahead(pool, pictures, blocks[world.rank :: world.size], how.workers)
         rounds = math.ceil(len(blocks) / world.size)
-        return collect((lambda _: next(loaded, None)), rounds, networks, sinks, how, world, bar)
+        seen = collect((lambda _: next(loaded, None)), rounds, networks, sinks, how, world, bar)
+    _tell(pictures, index, world)
+    return seen
 
 
 def collect(
@@ -186,6 +191,18 @@ def in_turn(rounds: int, work: Callable[[int], T | None]) -> Iterator[T]:
     for number in range(rounds):
         everywhere = group.gather_objects(group.together(partial(work, number)))
         yield from (part for part in everywhere if part is not None)
+
+
+def _tell(pictures: Pictures, index: np.ndarray, world: group.World) -> None:
+    """Say what was done to files to get their pixels, as encoding does: it is part of what is measured. Collective."""
+    taken = set(index.tolist())
+    done: dict[str, set[int]] = {}
+    for told in group.gather_objects(dict(pictures.told())):
+        for name, numbers in told.items():
+            done.setdefault(name, set()).update(numbers & taken)
+    counts = in_order({name: len(numbers) for name, numbers in done.items()})
+    if counts and world.is_main:
+        warnings.warn(f"{pictures.named}: {', '.join(count_lines(counts))}", Notice, stacklevel=2)
 
 
 def _ahead(

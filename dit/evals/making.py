@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +16,7 @@ from dit.evals.features.network import FeatureNetwork, FeatureSpace
 from dit.evals.pictures.choice import chosen, described
 from dit.evals.pictures.opening import open_pictures
 from dit.evals.pictures.pictures import Pictures
-from dit.evals.reference import SpaceStatistics, read_about, save, space_name
+from dit.evals.reference import SpaceStatistics, is_reference, read_about, save, space_name
 from dit.evals.sides import built
 from dit.outputs import OutputError, claim_file, differences
 from dit.ranks import group
@@ -63,6 +64,10 @@ def make_reference(
     pictures = group.together(lambda: open_pictures(images, taken.image_size))
     index = group.together(lambda: chosen(pictures, taken.num_images, "num_images"))
     networks = {space_name(n.identity): n for n in built(spaces, pictures, world)}
+    if overwrite and out.is_file() and not (zipfile.is_zipfile(out) and is_reference(out)):
+        raise OutputError(
+            f"{out} is there and holds no statistics: it is kept; give another place to write to"
+        )
     spec = _spec(pictures, networks, spaces, taken.keep, described(pictures, index))
     if group.on_main(lambda: claim_file(out, partial(_is_same, out, spec), overwrite=overwrite)):
         return False

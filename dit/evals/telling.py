@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from dit.evals.evaluation import Evaluation, InSpace
+from dit.evals.pictures.archive import Archive
 from dit.evals.record import append, bracket, draw_curves, run_of
+from dit.outputs import OutputError, claim
 from dit.version import code_version
 
 
@@ -50,6 +53,17 @@ def as_json(found: Evaluation) -> dict[str, Any]:
     }
 
 
+def claim_features(path: Path) -> None:
+    """Look at where features will be written; earlier ones are replaced. OutputError where anything else is."""
+    claim([path], overwrite=True)
+    if not path.exists() or not path.stat().st_size:
+        return
+    if not zipfile.is_zipfile(path) or "generated" not in Archive(path):
+        raise OutputError(
+            f"{path} is there and holds no features: it is kept; give another place to write to"
+        )
+
+
 def save_features(found: Evaluation, path: Path) -> None:
     """Write the features of both sets as `evaluate.py features` reads them: generated, reference, logits.
 
@@ -58,6 +72,7 @@ def save_features(found: Evaluation, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     for space, (ours, theirs) in found.sets.items():
         name = path if len(found.sets) == 1 else path.with_name(f"{path.stem}-{space.replace(':', '-')}.npz")
+        claim_features(name)
         held: dict[str, np.ndarray | None] = {"generated": ours.features, "logits": ours.logits}
         held["reference"] = None if theirs is None else theirs.features
         with name.open("wb") as file:

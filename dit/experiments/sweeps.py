@@ -67,7 +67,7 @@ def sweep(order: SweepOrder, world: group.World) -> Results:
     asked = group.together(lambda: list(asked_cells(order, models)))
     size = one_size(asked)
     compared = _order(order, order.reference, size)
-    sides = sides_of(compared, world)
+    sides = sides_of(compared, world, "samples", order.count)
     floors = _floors(order, sides, size, world)
     cells = [a.cell(order, sides) for a in asked]
     folder = CellFolder(order.out)

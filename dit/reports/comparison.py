@@ -171,15 +171,14 @@ class Contest:
         """Say which run is best, by how much, and whether that may be chance."""
         best, second = self.standings[:2]
         order = "lower" if best.is_low_good else "higher"
+        if best.value == second.value:
+            return f"{best.run.name} and {second.run.name} are equal by {self.alike}: {best.value:.4g}"
         gap = 100 * abs(best.value - second.value) / max(abs(second.value), 1e-30)
         words = f"{best.run.name} is best by {self.alike} ({order} is better): {best.value:.4g} against "
         words += f"{second.value:.4g} of {second.run.name}, {gap:.2g}% apart"
         if best.samples != second.samples:
-            batches = (
-                ""
-                if best.run.batch == second.run.batch
-                else f" of {best.run.batch} and {second.run.batch} samples"
-            )
+            same = best.run.batch == second.run.batch
+            batches = "" if same else f" of {best.run.batch} and {second.run.batch} samples"
             words += f"; at steps {best.step} and {second.step}{batches}, which are not the same amount of training"
         if best.interval and second.interval:
             is_clear = best.interval[1] < second.interval[0] or second.interval[1] < best.interval[0]

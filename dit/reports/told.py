@@ -55,8 +55,11 @@ class RunTold:
             raise UserError(
                 f"{folder} has logged no step yet ({METRICS}): wait for train.log_every steps, or leave it out"
             )
+        _check(steps, folder / METRICS, {"step": int, "samples": int})
         held_out, starts = (list(rows_of(folder / file)) for file in (HELD_OUT, HISTORY))
-        return cls(name or folder.name, folder, _config(folder), steps, held_out, record.read(folder), starts)
+        config = _config(folder)
+        _check([config], folder / CONFIG, {"train.steps": int, "train.global_batch": int})
+        return cls(name or folder.name, folder, config, steps, held_out, record.read(folder), starts)
 
     @property
     def last(self) -> Row:
@@ -120,6 +123,17 @@ def rows_of(path: Path) -> Iterator[Row]:
             return
         if isinstance(row, dict):
             yield row
+
+
+def _check(rows: Sequence[Row], path: Path, kinds: Mapping[str, type]) -> None:
+    """UserError for a row that lacks a key, or has another kind of value there: a file of no run, or damaged."""
+    for number, row in enumerate(rows, 1):
+        for key, kind in kinds.items():
+            if not isinstance(row.get(key), kind):
+                raise UserError(
+                    f"{path} has {row.get(key)!r} for {key} in row {number}, expected {kind.__name__}: it is damaged, "
+                    "or of a run that cannot be compared"
+                )
 
 
 def _config(folder: Path) -> dict[str, Any]:

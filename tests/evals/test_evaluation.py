@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dit.config import ConfigError
 from dit.data import DataError
-from dit.errors import Notice
+from dit.data.sources.decode import COUNTED
+from dit.errors import Notice, UserError
 from dit.evals.evaluation import Evaluation, Options, Order, evaluate
 from dit.evals.extraction import Pass
 from dit.evals.features.spaces import EfficientNetLite0, PixelComponents
@@ -212,3 +215,54 @@ def test_adms_statistics_are_compared_with_in_place_of_the_images(tmp_path):
     assert np.array_equal(side.for_metric(METRICS["frechet_spatial"]()).mean, np.ones(2))
     assert len(side.for_metric(METRICS["neighbours"]())) == 20
     assert "statistics" in side.protocol
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"num_samples": 5}, "5 image.*precision needs at least 6: take more"),
+        ({"num_samples": 5, "metrics": "kid,coverage"}, "needs at least 6"),
+        ({"num_reference": 1, "metrics": "kid"}, "1 image.*kid needs at least 2"),
+        ({"bootstrap": 3}, "at least 20 resamples"),
+        ({"held_out": "nowhere"}, "nowhere"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_images_are_gone_through(
+    files: Path, options: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dit.evals.sides.extract", lambda *_: pytest.fail("gone through"))
+    with pytest.raises(UserError, match=words):
+        go(files, **options)
+
+
+def test_so_few_samples_suffice_for_the_figures_that_are_named(files: Path) -> None:
+    found = go(files, num_samples=5, metrics="kid,frechet")
+    assert set(found.spaces[0].figures) == {"frechet", "kid"}
+
+
+def test_names_of_figures_by_their_space(files: Path) -> None:
+    for name, instead in (("fid", "frechet"), ("sfid", "frechet_spatial")):
+        with pytest.raises(
+            ConfigError, match=f"{name} is computed with Inception's.*pixels there is {instead}$"
+        ):
+            go(files, metrics=f"kid,{name}")
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_what_was_done_to_files_is_said(tmp_path: Path, ranks: Server, size: int) -> None:
+    (tmp_path / "seen").mkdir()
+    for number, image in enumerate(images(3, 12)):
+        alpha = np.full_like(image[..., :1], 200)
+        clear = np.concatenate([image, alpha], 2)
+        Image.fromarray(clear if number % 2 else image).save(tmp_path / "seen" / f"{number:02}.png")
+    np.savez(tmp_path / "theirs.npz", images(1, 70))
+    said = ranks.run(size, told_of, tmp_path) if size > 1 else [told_of(tmp_path)]
+    assert said[0] == [f"{tmp_path / 'seen'}: 6 {COUNTED['transparent']}"]
+    assert not any(said[1:])
+
+
+def told_of(folder: Path) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        go(folder, samples="seen", metrics="kid")
+    return [str(one.message) for one in caught if one.category is Notice]

@@ -4,6 +4,7 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from dit.errors import Notice, UserError
 from dit.evals import record
 from dit.experiments.diffusion import Experiment
 from dit.outputs import OutputError
-from dit.reports.comparison import Comparison, parting
+from dit.reports.comparison import Comparison, Contest, Measured, parting
 from dit.reports.curves import AXES, at, panels, thinned
 from dit.reports.page import as_page, as_text, write_page
 from dit.reports.told import RunTold, read_all, told_apart
@@ -186,7 +187,7 @@ def test_weights_of_another_kind_are_not_put_side_by_side(tmp_path: Path) -> Non
     (contest,) = Comparison(read_all([str(a), str(b)])).contests
     assert "b is best by frechet (lower is better): 2 against 3 of a" in str(contest)
     (contest,) = Comparison(read_all([str(a), str(c)])).contests
-    assert "best by frechet of model weights" in str(contest)
+    assert "are equal by frechet of model weights" in str(contest)
     found = Comparison(read_all([str(b), str(c)]))
     assert (found.contests, len(found.not_comparable)) == ([], 1)
     assert "of ema and model weights" in found.not_comparable[0]
@@ -304,3 +305,9 @@ def test_a_run_of_an_older_version_is_compared_by_what_its_file_says(tmp_path: P
     names = [row.key for row in Comparison(read_all([str(a), str(b)])).differences]
     assert "from_before" in names
     assert "train.steps" not in names
+
+
+def test_of_equal_figures_none_is_best() -> None:
+    runs = [SimpleNamespace(name=name, batch=1) for name in "ab"]
+    said = str(Contest.of([Measured(run, "kid (pixels)", "x", 2, 0.5) for run in runs]))  # type: ignore[arg-type]
+    assert said == "a and b are equal by kid (pixels): 0.5"

@@ -7,6 +7,7 @@ import pytest
 
 from dit.config import from_dict
 from dit.data.shards.manifest import Manifest
+from dit.errors import UserError
 from dit.experiments.diffusion import Experiment
 from dit.reports.told import RunTold
 from tests.datasets import Digits
@@ -39,3 +40,21 @@ def test_its_last_step_and_seconds(run: Path) -> None:
     assert told.last["step"] == told.planned == 2
     assert told.last["samples"] == 2 * told.batch
     assert told.seconds[-1] > 0
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "words"),
+    [
+        ("metrics.jsonl", '{"step": 1}\n', "None for samples in row 1"),
+        ("config.yaml", "kind: vae\n", r"None for train\.steps"),
+        ("config.yaml", "", r"None for train\.steps"),
+    ],
+)
+def test_files_that_are_of_no_run_are_named(
+    run: Path, tmp_path: Path, file: str, text: str, words: str
+) -> None:
+    for name in ("metrics.jsonl", "config.yaml"):
+        (tmp_path / name).write_bytes((run / name).read_bytes())
+    (tmp_path / file).write_text(text)
+    with pytest.raises(UserError, match=f"{file} has {words}"):
+        RunTold.read(tmp_path)

@@ -179,3 +179,54 @@ def test_runs_are_compared_in_one_command(
     with pytest.raises(SystemExit):
         run_command(TOOL, argv=["compare-runs", runs[0], f"--out={page}"])
     assert "two runs or more are compared, got 1" in capsys.readouterr().err
+
+
+@pytest.fixture
+def sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two small sets of images and one of features, in the folder that the command runs in."""
+    rng = np.random.default_rng(0)
+    for name, count in (("s.npz", 12), ("r.npz", 14)):
+        np.savez(tmp_path / name, rng.integers(0, 256, (count, 4, 4, 3), np.uint8), np.arange(count))
+    np.savez(tmp_path / "f.npz", rng.normal(size=(12, 3)))
+    (tmp_path / "spec.json").write_text('{"sampler": 1}')
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["s.npz", "--reference=r.npz", "--features=pixels", "--json_file=s.npz"],
+        ["s.npz", "--reference=r.npz", "--features=pixels", "--json_file=spec.json"],
+        ["s.npz", "--reference=r.npz", "--features=pixels", "--save_features=r.npz"],
+        ["features", "f.npz", "f.npz", "--json_file=f.npz"],
+        ["reference", "r.npz", "r.npz", "--features=pixels", "--overwrite"],
+    ],
+)
+def test_what_is_no_earlier_result_is_never_replaced(
+    words: list[str], sets: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {file.name: file.read_bytes() for file in sets.iterdir()}
+    with pytest.raises(SystemExit) as ended:
+        run_command(TOOL, argv=words)
+    assert ended.value.code == 1
+    assert "it is kept" in capsys.readouterr().err
+    assert {file.name: file.read_bytes() for file in sets.iterdir()} == before
+
+
+def test_earlier_figures_and_features_are_replaced(sets: Path) -> None:
+    (sets / "new.json").touch()  # as mktemp makes one
+    words = [
+        *("s.npz", "--reference=r.npz", "--features=pixels", FEW),
+        *("--json_file=new.json", "--save_features=new.npz"),
+    ]
+    for _ in range(2):
+        run_command(TOOL, argv=words)
+    run_command(TOOL, argv=["features", "new.npz", "new.npz", FEW, "--json_file=new.json"])
+    assert "frechet" in json.loads((sets / "new.json").read_text())
+
+
+@pytest.mark.parametrize("text", ["[3, null]", "[[pixels]]"])
+def test_networks_that_are_neither_names_nor_keys(text: str) -> None:
+    with pytest.raises(ConfigError, match="expected names"):
+        read_spaces(text, {})

@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from dit.config import ConfigError, did_you_mean, from_dict, to_dict
+from dit.data import DataError
 from dit.evals.metrics.metric import METRICS, FeatureSet, Metric, Side, Statistics
 from dit.evals.metrics.resampling import LEVEL, Resampled, Resampling
 from dit.evals.protocol import protocol_hash
@@ -70,15 +73,17 @@ def measure(
     as JSON values (the network, the reference's hash).
     """
     drawn = resampling or Resampling()
-    if drawn.count and drawn.count < LEAST:
-        raise ConfigError(
-            f"bootstrap is {drawn.count}; expected 0 (no intervals) or at least {LEAST} resamples"
-        )
+    check_resamples(drawn.count)
     for metric in metrics.values():
         metric.check(generated, reference)
     figures, resamples = {}, {}
     for metric in metrics.values():
         for name, values in metric.values(generated, reference, drawn).items():
+            if not np.isfinite(values).all():
+                raise DataError(
+                    f"{name} of these features is no finite number: they are too large (up to "
+                    f"{largest(generated, reference):.3g}) for float64; divide both sets by one number"
+                )
             figures[name] = float(values[0])
             if drawn.count:
                 resamples[name] = Resampled(values, metric.is_shifted)
@@ -91,6 +96,36 @@ def measure(
         "metrics": {name: to_dict(metric) for name, metric in metrics.items()},
     }
     return Measured(figures, intervals, protocol, drawn, resamples=resamples)
+
+
+def check_resamples(count: int) -> None:
+    """ConfigError for fewer resamples than quantiles are taken of."""
+    if count and count < LEAST:
+        raise ConfigError(f"bootstrap is {count}; expected 0 (no intervals) or at least {LEAST} resamples")
+
+
+def check_counts(
+    wanted: str, keys: Mapping[str, str], generated: Mapping[str, int], reference: Mapping[str, int]
+) -> None:
+    """DataError where a set, {name: samples}, is smaller than a figure needs: before features are computed, for hours.
+
+    wanted, keys: as `choose_metrics` has them.
+    """
+    anything = FeatureSet(np.eye(2))
+    for metric in choose_metrics(wanted, keys, anything, anything)[0].values():
+        for sizes in (generated, reference) if metric.looks_at_reference else (generated,):
+            for name, count in sizes.items():
+                if count < metric.at_least:
+                    raise DataError(
+                        f"{name}: {count} image(s), and {metric.figures[0]} needs at least {metric.at_least}: take "
+                        "more, or name the figures that so many suffice for (frechet, kid and mind need 2)"
+                    )
+
+
+def largest(generated: FeatureSet, reference: Side) -> float:
+    """The greatest size of a feature, or of a mean of them."""
+    theirs = reference.mean if isinstance(reference, Statistics) else reference.features
+    return float(max(np.abs(generated.features).max(), np.abs(theirs).max()))
 
 
 def choose_metrics(
@@ -107,7 +142,7 @@ def choose_metrics(
         if word not in known:
             raise ConfigError(f"--metrics: unknown figure '{word}'{did_you_mean(word, known)}")
     if not words:
-        raise ConfigError(f"--metrics names no figure; expected some of {', '.join(known)}")
+        raise ConfigError(f"--metrics names no figure; expected some of {', '.join(dict.fromkeys(known))}")
     names = [name for name in METRICS if {ALL, name, *METRICS[name].figures} & set(words)]
     fields: dict[str, dict[str, str]] = {}
     for key, text in keys.items():

@@ -25,7 +25,7 @@ class Mind(Metric):
 
     projections: Annotated[int, Field(ge=1)] = 1000  # directions, uniform on the sphere
     seed: Annotated[int, Field(ge=0)] = 0  # of the directions
-    scale: Annotated[float, Field(gt=0)] = (
+    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = (
         3.0  # times D: 3 is the paper's, which brings figures near those of FID
     )
 

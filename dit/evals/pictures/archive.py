@@ -30,6 +30,10 @@ class Archive:
 
     def __init__(self, path: Path):
         self.path = path
+        if path.is_dir():
+            raise PicturesError(
+                f"{path} is a folder: an npz was expected by its name; rename a folder of images"
+            )
         if not path.is_file():
             raise PicturesError(f"{path}: no such file{sought(path)}")
         try:

@@ -104,15 +104,24 @@ def _mending(rows: Rows) -> str:
     if len(bad):
         return f"; image {bad[0]} is not finite: what drew it failed"
     low, high = first.min(), first.max()
-    line = "images.clip(0, 255).round().astype(numpy.uint8)"
-    if rows.dtype.kind == "f" and low >= 0 and high <= 1:
-        line = "(images * 255).round().astype(numpy.uint8)"
-    elif low >= -1.5 and high <= 1.5:
-        line = "((images + 1) * 127.5).round().clip(0, 255).astype(numpy.uint8)"
+    line = _line(rows.dtype, low, high)
     return (
-        f"; its first images are in [{low:.4g}, {high:.4g}]: how they become bytes changes figures, so say it "
-        f"yourself, as by {line}"
+        f"; its first images are in [{low:.4g}, {high:.4g}]: how they become bytes changes figures, so say it yourself"
+        + (f", as by {line}" if line else "")
     )
+
+
+def _line(dtype: np.dtype, low: float, high: float) -> str:
+    """Python that makes uint8 of values in [low, high]; "" where they are in no range that is in use."""
+    if low >= 0 and high <= 1:
+        return "(images * 255.0).round().astype(numpy.uint8)"
+    if dtype == np.uint16 and high > 255:
+        return "(images / 257).round().astype(numpy.uint8)"
+    if dtype.kind == "f" and low >= -1.5 and high <= 1.5:
+        return "((images + 1) * 127.5).round().clip(0, 255).astype(numpy.uint8)"
+    if low >= -8 and high <= 263:  # of an interpolation, or exact
+        return "images.clip(0, 255).round().astype(numpy.uint8)"
+    return ""
 
 
 def _labels(archive: Archive, count: int, named: str) -> np.ndarray | None:
@@ -124,6 +133,8 @@ def _labels(archive: Archive, count: int, named: str) -> np.ndarray | None:
             f"{named}: arr_1 is {labels.shape} {labels.dtype}, expected the labels of {count} images, whole numbers "
             f"({count},)"
         )
+    if count and labels.max() > np.iinfo(np.int64).max:
+        raise PicturesError(f"{named}: arr_1 has the label {labels.max()}, which is no class")
     return labels.astype(np.int64)
 
 

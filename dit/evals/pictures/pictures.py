@@ -44,6 +44,10 @@ class Pictures:
         """Images of these numbers, ascending: (n, H, W, 3) uint8. Raises PicturesError or BadImage naming the image."""
         raise NotImplementedError
 
+    def told(self) -> Mapping[str, set[int]]:
+        """What was done to which of the images that `block` has given, under the names of data.sources' COUNTED."""
+        return {}
+
     def need_labels(self, what: str) -> np.ndarray:
         """The labels; PicturesError where an image has none."""
         if self.labels is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,7 @@ class SourcePictures(Pictures):
 
     source: ImageSource | None = None
     crop: Crop = Centre()  # noqa: RUF009
+    converted_ones: dict[str, set[int]] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
         return 0 if self.source is None else len(self.source)
@@ -53,7 +54,14 @@ class SourcePictures(Pictures):
         """Decode images one after the other."""
         assert self.source is not None
         side = min(self.size)
-        return np.stack([self.source.load_and_tell(i, side, self.crop, 0).pixels for i in index])
+        loaded = [self.source.load_and_tell(i, side, self.crop, 0) for i in index]
+        for number, image in zip(index, loaded, strict=True):
+            for name in image.told:
+                self.converted_ones.setdefault(name, set()).add(int(number))
+        return np.stack([image.pixels for image in loaded])
+
+    def told(self) -> Mapping[str, set[int]]:
+        return self.converted_ones
 
 
 def open_pictures_of(

@@ -191,3 +191,18 @@ def test_intervals_hold_the_expected_figure_about_as_often_as_they_say(name: str
         lower, upper = found.intervals[figure]
         held += lower <= expected <= upper
     assert 48 <= held <= 60
+
+
+def test_features_too_large_for_a_figure_are_refused() -> None:
+    ours, theirs = FeatureSet(made(20, 0, 0).features * 1e150), FeatureSet(made(30, 1, 1).features)
+    with (
+        pytest.raises(DataError, match=r"kid of these features is no finite number.*e\+15"),
+        np.errstate(all="ignore"),
+    ):
+        measure({"kid": METRICS["kid"]()}, ours, theirs)
+
+
+def test_a_scale_is_finite() -> None:
+    ours = made(20, 0, 0)
+    with pytest.raises(ConfigError, match="scale"):
+        choose_metrics("mind", {"mind.scale": "inf"}, ours, ours)
