@@ -68,9 +68,8 @@ def main(
     with group.session() as world:
         for named in filter(None, (run_or_ckpt, against)):
             trained = Trained.load(named, weights, world.device)
-            how, place = trained.precision(precision), None if found else out
-            is_paired = against is not None
-            measured = likelihood_of(trained, data, spec, batch_size, how, world, place, overwrite, is_paired)
+            to = (batch_size, trained.precision(precision), world, None if found else out, overwrite)
+            measured = likelihood_of(trained, data, spec, *to, each=against is not None)
             found.append(measured.figures)
             if world.is_main:
                 trained.say_weights()
