@@ -68,8 +68,8 @@ def main(
     with group.session() as world:
         for named in filter(None, (run_or_ckpt, against)):
             trained = Trained.load(named, weights, world.device)
-            how, place = (batch_size, trained.precision(precision)), None if found else out
-            measured = likelihood_of(trained, data, spec, *how, world, place, overwrite, against is not None)
+            to = (batch_size, trained.precision(precision), world, None if found else out, overwrite)
+            measured = likelihood_of(trained, data, spec, *to, each=against is not None)
             found.append(measured.figures)
             if world.is_main:
                 trained.say_weights()
