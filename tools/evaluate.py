@@ -253,8 +253,8 @@ def compare_runs(
     figures of drawn images by one protocol (tools/sample.py, then tools/evaluate.py), and held-out losses of one task.
     """
     comparison = Comparison(read_all(list(runs)))
+    write_page(comparison, Path(expand(out)), overwrite)  # first: what is printed may be cut short by a pager
     print(as_text(comparison))
-    write_page(comparison, Path(expand(out)), overwrite)
     print(f"\n{out}: the same with curves against samples, FLOPs and seconds; open it in a browser")
 
 
