@@ -133,7 +133,7 @@ class Png(Format):
         shutil.rmtree(images, ignore_errors=True)  # of a start that was killed in here
         images.mkdir()
         numbers = iter(range(count))
-        with (folder / self.names[1]).open("w", newline="") as table, _encoder() as encoded:
+        with (folder / self.names[1]).open("w", newline="", encoding="utf-8") as table, _encoder() as encoded:
             rows = csv.writer(table, lineterminator="\n")
             rows.writerow(("file", "label"))
 

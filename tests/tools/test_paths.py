@@ -12,8 +12,8 @@ import yaml
 
 import tools.convert
 import tools.encode
+import tools.evaluate
 import tools.likelihood
-import tools.nfe
 import tools.sample
 import tools.shards
 import tools.train
@@ -135,13 +135,20 @@ def test_samples_pairs_and_guidance(run: str, home: Path) -> None:
     assert call(tools.sample.main, run, *DRAW, "--out=$DIT_UNSET/drawn") == 1
 
 
-def test_likelihood_nfe_and_export(run: str, home: Path) -> None:
+def test_likelihood_sweep_and_export(run: str, home: Path) -> None:
     words = ("--count=2", "--num_steps=1", "--out=~/figures/like.json")
     assert call(tools.likelihood.main, run, "$DIT_DATA/moments", *words) == 0
     assert (home / "figures" / "like.json").is_file()
-    few = ("--num_samples=4", "--components=2", "--solvers=euler", "--nfe=1", "--reference=~/pictures")
-    assert call(tools.nfe.main, f"mine={run}", *few, "--out=~/figures/nfe") == 0
-    assert (home / "figures" / "nfe.json").is_file()
+    few = (
+        "--num_samples=4",
+        "--features=pixels",
+        "--features.components=2",
+        "--solver=euler",
+        "--num_steps=1",
+    )
+    words = (f"mine={run}", *few, "--reference=~/pictures", "--out=~/figures/sweep")
+    assert call(tools.evaluate.sweep, *words) == 0
+    assert (home / "figures" / "sweep" / "sweep.csv").is_file()
     assert call(tools.convert.export, run, "~/figures/a.safetensors") == 0
     assert call(tools.sample.main, "~/figures/a.safetensors", *DRAW, "--out=~/drawn_a") == 0
 
