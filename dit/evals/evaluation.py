@@ -26,7 +26,7 @@ from dit.evals.pictures.opening import open_pictures
 from dit.evals.pictures.pictures import Pictures
 from dit.evals.protocol import protocol_hash
 from dit.evals.reference import ReferenceFile, is_reference, load
-from dit.evals.sides import Sides, sides_of_file, sides_of_images
+from dit.evals.sides import Sides, check_needs, sides_of_file, sides_of_images
 from dit.files import expand
 from dit.ranks import group
 
@@ -187,19 +187,19 @@ def _renamed(order: Order) -> Order:
 
 
 def sides_of(order: Order, world: group.World, samples: str, count: int) -> dict[str, Sides]:
-    """The reference in every space, for so many samples of this name."""
+    """The reference in every space, for so many samples of this name. PicturesError where figures need more of it."""
     against = group.together(lambda: _reference(order))
     if isinstance(against, ReferenceFile):
-        return group.together(lambda: sides_of_file(against, order.spaces, world.device))
-    index = group.together(
-        lambda: (
-            chosen(against, order.options.num_reference, "num_reference") if len(against) else np.arange(0)
-        )
-    )
-    if len(against):
-        sizes = {samples: count}, {against.named: len(index)}
-        group.together(lambda: check_counts(order.options.metrics, order.metric_keys, *sizes))
-    return sides_of_images(against, index, order.spaces, order.how, world)
+        sides = group.together(lambda: sides_of_file(against, order.spaces, world.device))
+    else:
+        few, is_empty = order.options.num_reference, not len(against)
+        index = group.together(lambda: np.arange(0) if is_empty else chosen(against, few, "num_reference"))
+        if not is_empty:
+            sizes = {samples: count}, {against.named: len(index)}
+            group.together(lambda: check_counts(order.options.metrics, order.metric_keys, *sizes))
+        sides = sides_of_images(against, index, order.spaces, order.how, world)
+    group.on_main(lambda: check_needs(sides, order.options.metrics, order.metric_keys))
+    return sides
 
 
 def _held_out(order: Order) -> Pictures | None:

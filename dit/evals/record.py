@@ -119,6 +119,10 @@ def curves(row: Mapping[str, Any]) -> dict[str, float]:
 def history(run: Path) -> list[str]:
     """Lines to print: the rows of each protocol together, and what distinguishes the protocols from the first one."""
     rows = read(run)
+    if not rows and not (run / "config.yaml").is_file():
+        raise UserError(
+            f"{run} is no run directory: there is no config.yaml in it; give the folder that --run_dir named"
+        )
     if not rows:
         raise UserError(
             f"{run / FILE} is not there: nothing was measured of this run yet. Draw images by tools/sample.py, and "
@@ -148,7 +152,9 @@ def _line(row: Mapping[str, Any]) -> str:
     figures = "  ".join(
         f"{name} {value:.6g}{bracket(row['intervals'].get(name))}" for name, value in row["figures"].items()
     )
-    return f"  {row['time'][:16]}  step {row['step']}, {row['weights']}: {figures}"
+    named = row.get("samples", {}).get("named")
+    of = f"  of {named}" if named else ""
+    return f"  {row['time'][:16]}  step {row['step']}, {row['weights']}: {figures}{of}"
 
 
 def bracket(interval: Sequence[float] | None) -> str:

@@ -15,6 +15,7 @@ from dit.config import to_dict
 from dit.evals.extraction import Kept, Pass, extract
 from dit.evals.features.network import FeatureError, FeatureNetwork, FeatureSpace
 from dit.evals.features.spaces import FEATURES
+from dit.evals.metrics.measuring import ALL, choose_metrics
 from dit.evals.metrics.metric import FeatureSet, Metric, Statistics
 from dit.evals.pictures.choice import described
 from dit.evals.pictures.pictures import Pictures, PicturesError
@@ -65,6 +66,19 @@ class Sides:
         held = self.set if self.set is not None else self.features
         assert held is not None  # on rank 0
         return held
+
+
+def check_needs(sides: Mapping[str, Sides], wanted: str, keys: Mapping[str, str]) -> None:
+    """PicturesError where a figure needs more of the reference than there is: before samples are drawn, for hours.
+
+    wanted, keys: as `choose_metrics` has them; of "all", figures that cannot be had are left out later. On rank 0.
+    """
+    if wanted == ALL:
+        return
+    anything = FeatureSet(np.eye(2))
+    for metric in choose_metrics(wanted, keys, anything, anything)[0].values():
+        for side in sides.values():
+            side.for_metric(metric)
 
 
 def built(

@@ -253,8 +253,10 @@ def _unlike(a: Measured, b: Measured) -> str:
         return f"of {a.weights} and {b.weights} weights"
     weights = f"of {a.weights} and {b.weights} weights, " if a.weights != b.weights else ""
     words = f"{weights}protocols {a.digest} and {b.digest}"
-    if a.protocol is None or b.protocol is None:
-        return words
+    if a.protocol is None or b.protocol is None:  # of held-out losses the hash alone is on file
+        return (
+            f"{words}: other held-out data, val.samples or objective, or an older version's way to take them"
+        )
     mine, theirs = flatten(a.protocol), flatten(b.protocol)
     keys = [key for key in sorted({*mine, *theirs}) if mine.get(key) != theirs.get(key)]
     return f"{words}: " + ", ".join(

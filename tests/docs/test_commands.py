@@ -195,6 +195,7 @@ TOY: dict[str, dict[str, str]] = {
         "bootstrap": "20",
         "seeds": "0",
     },
+    "evaluate runs/drawn_digits": {"image_size": "16"},  # which the toy run draws
     "likelihood": {"count": "4", "num_steps": "2"},
     "toys": {"steps": "2"},
 }

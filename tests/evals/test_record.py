@@ -70,8 +70,16 @@ def test_figures_of_unlike_protocols_stand_apart_and_the_difference_is_named(tmp
 
 
 def test_a_run_of_which_nothing_was_measured_says_how_to(tmp_path):
+    with pytest.raises(UserError, match=r"is no run directory"):
+        record.history(tmp_path)
+    (tmp_path / "config.yaml").touch()
     with pytest.raises(UserError, match=r"tools/sample\.py"):
         record.history(tmp_path)
+
+
+def test_each_figure_says_which_images_it_is_of(tmp_path):
+    record.append(tmp_path, [{**row(1, 5.0), "samples": {"named": "cfg_scale=2, num_steps=4"}}])
+    assert record.history(tmp_path)[-1].endswith("frechet 5 [4, 6]  of cfg_scale=2, num_steps=4")
 
 
 def test_tensorboard_has_a_curve_for_each_protocol(tmp_path):

@@ -149,6 +149,22 @@ def test_what_is_amiss_with_any_cell_is_said_before_the_first(
     assert not (tmp_path / "out" / "cells").exists()
 
 
+def test_figures_that_a_reference_cannot_give_are_refused_before_anything_is_drawn(
+    run: Path, tmp_path: Path, capsys
+) -> None:
+    """By a statistics file without features there is a Fréchet distance, and no figure of single images."""
+    npz, out = tmp_path / "reference.npz", tmp_path / "out"
+    assert call(reference, "digits:test", npz, *PIXELS, "--image_size=16", "--num_images=100") == 0
+    told = (f"--reference={npz}", *PIXELS, "--metrics=frechet,mind")
+    capsys.readouterr()
+    assert call(sweep, run, f"--out={out}", "--num_samples=12", "--num_steps=1", *told) == 1
+    assert not (out / "cells").exists()
+    assert call(images, "digits:train", *told) == 1  # which would fail at its 8 pixels, once gone through
+    said = capsys.readouterr().err
+    assert said.count("mind needs the reference's features") == 2
+    assert "samples:" not in said
+
+
 def test_a_cell_that_is_not_finite_is_kept_as_such(run: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "far"
     words = ("--cfg_scale=1,1e38", "--num_steps=2")

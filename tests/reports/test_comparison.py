@@ -171,6 +171,13 @@ def test_unlike_protocols_are_not_put_side_by_side_but_named(tmp_path: Path) -> 
     assert len([p for p in panels(found) if p.title == "frechet"]) == 2
 
 
+def test_held_out_losses_of_unlike_protocols_say_what_that_may_come_from(tmp_path: Path) -> None:
+    rows = [[{"step": 40, "loss": 0.5, "protocol": protocol}] for protocol in ("p", "q")]
+    a, b = (made(tmp_path / name, steps(), held_out=row) for name, row in zip("ab", rows, strict=True))
+    (line,) = Comparison(read_all([str(a), str(b)])).not_comparable
+    assert "protocols p and q: other held-out data, val.samples or objective, or an older version's" in line
+
+
 def test_figures_at_different_steps_are_said_to_be(tmp_path: Path) -> None:
     rows = [[{"step": step, "loss": loss, "protocol": "p"}] for step, loss in ((40, 0.5), (20, 0.6))]
     a, b = (made(tmp_path / name, steps(), held_out=row) for name, row in zip("ab", rows, strict=True))

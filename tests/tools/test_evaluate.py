@@ -137,7 +137,7 @@ def test_without_a_word_images_are_evaluated_and_what_is_amiss_is_said(
     assert "did you mean pixels?" in capsys.readouterr().err
     assert call(reference, "digits:test", tmp_path / "a.txt", "--features=pixels") == 2
     assert call(history, tmp_path) == 1
-    assert "nothing was measured" in capsys.readouterr().err
+    assert "is no run directory" in capsys.readouterr().err
 
 
 def test_several_feature_spaces_are_named_or_listed() -> None:

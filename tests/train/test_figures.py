@@ -249,7 +249,7 @@ def statistics(real: str, folder: Path) -> str:
         ({"features": "inception"}, r"pt_inception-2015-12-05-6726825d\.pth"),
         ({"features": {"name": "timm", "model": "vit_tiny_patch16_224"}}, "needs --features.weights=FILE"),
         ({"reference": "digits:test"}, r"images of 8x8, and this run draws 16x16: .* evaluate\.image_size"),
-        ({"image_size": 16}, "--image_size is of files of images"),
+        ({"image_size": 8}, "--image_size is of files of images.*16x16 and not 8"),
         (
             {"solver": {"name": "ddpm", "variance": "learned"}},
             "evaluate, the pictures drawn during training: ",

@@ -98,7 +98,8 @@ class PixelNetwork(FeatureNetwork):
             side = round((len(self.pca.mean) / 3) ** 0.5)
             raise FeatureError(
                 f"features=pixels compares images of one size: {images.shape[2]}x{images.shape[1]} came, and it was "
-                f"fitted on {side}x{side}"
+                f"fitted on {side}x{side}; --image_size={images.shape[1]} brings files of images to that size, and a "
+                "statistics file is made with it by `evaluate.py reference`"
             )
         return Extracted(torch.from_numpy((pixels - self.pca.mean) @ self.pca.components.T))
 

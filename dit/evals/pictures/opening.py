@@ -19,9 +19,8 @@ def _npz(spec: str, image_size: int | None) -> Pictures | None:
     """A file that ends in .npz."""
     if Path(spec).suffix.lower() != ".npz":
         return None
-    _refuse_size(spec, image_size)
     record = record_of(Path(spec).parent) if Path(spec).name == NPZ else None
-    return open_npz(Path(spec), spec, record)
+    return _of_size(open_npz(Path(spec), spec, record), image_size)
 
 
 def _drawn(spec: str, image_size: int | None) -> Pictures | None:
@@ -29,9 +28,8 @@ def _drawn(spec: str, image_size: int | None) -> Pictures | None:
     folder, record = Path(spec), record_of(Path(spec))
     if record is None:
         return None
-    if (folder / NPZ).is_file():
-        _refuse_size(spec, image_size)
-    return open_drawn(folder, spec, record, image_size)
+    pictures = open_drawn(folder, spec, record, image_size)
+    return _of_size(pictures, image_size) if (folder / NPZ).is_file() else pictures
 
 
 OPENERS: list[Opener] = [
@@ -44,15 +42,19 @@ OPENERS: list[Opener] = [
 def open_pictures(spec: str | os.PathLike[str], image_size: int | None = None) -> Pictures:
     """Open a set of images: an npz of the ADM suite, a folder of tools/sample.py, or what `open_source` opens.
 
-    image_size: pixels a side to crop and resize to, as encoding does; of files of images alone. Raises PicturesError or
-    DataError for what is missing, broken or no image.
+    image_size: pixels a side to crop and resize files of images to, as encoding does; an npz has to have that size.
+    Raises PicturesError or DataError for what is missing, broken, no image or an npz of another size.
     """
     place = expand(os.fspath(spec))
     return next(found for opener in OPENERS if (found := opener(place, image_size)) is not None)
 
 
-def _refuse_size(spec: str, image_size: int | None) -> None:
-    if image_size is not None:
+def _of_size(pictures: Pictures, image_size: int | None) -> Pictures:
+    """An npz whose images have the size that is asked for: one flag holds for samples and reference alike."""
+    if image_size is not None and pictures.size != (image_size, image_size):
+        height, width = pictures.size
         raise PicturesError(
-            f"{spec}: --image_size is of files of images; those of an npz are evaluated as they are"
+            f"{pictures.named}: --image_size is of files of images; those of an npz are evaluated as they are, which "
+            + (f"is {width}x{height} and not {image_size}" if height else "are no images but statistics")
         )
+    return pictures

@@ -147,3 +147,15 @@ def test_what_is_not_there_or_damaged_is_named(folder, tmp_path):
     np.savez(tmp_path / "a.npz", IMAGES)
     with pytest.raises(PicturesError, match="--image_size"):
         open_pictures(tmp_path / "a.npz", image_size=4)
+
+
+@pytest.mark.parametrize("form", ["file", "folder"])
+def test_an_npz_of_the_size_that_is_asked_for_is_taken_as_it_is(tmp_path, form):
+    np.savez(tmp_path / "samples.npz", IMAGES)
+    if form == "folder":
+        (tmp_path / "spec.json").write_text("{}")
+    place = tmp_path / "samples.npz" if form == "file" else tmp_path
+    asked, as_is = open_pictures(place, image_size=IMAGES.shape[1]), open_pictures(place)
+    assert (asked.size, asked.about, asked.converted) == (as_is.size, as_is.about, as_is.converted)
+    with pytest.raises(PicturesError, match="8x8 and not 4"):
+        open_pictures(place, image_size=4)
