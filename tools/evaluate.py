@@ -50,6 +50,8 @@ from dit.reports.comparison import Comparison
 from dit.reports.page import as_text, write_page
 from dit.reports.told import read_all
 
+Networks = Annotated[str, "feature networks, comma-separated, or '[{name: timm, model: ...}, ...]'"]
+
 
 def features(
     generated: Annotated[str, "npz of the samples' features (N, D), and logits (N, K) where there are any"],
@@ -96,9 +98,7 @@ def images(
     samples: Annotated[str, "npz of the ADM suite, a folder of tools/sample.py or of images, a tar, ..."],
     *,
     reference: Annotated[str, "the same, or a statistics file of `reference`"],
-    features: Annotated[
-        str, "feature networks, comma-separated, or '[{name: timm, model: ...}, ...]'"
-    ] = "inception",
+    features: Networks = "inception",
     options: Options,
     json_file: Annotated[str | None, "write figures, intervals and protocol here too"] = None,
     save_features: Annotated[str | None, "npz for the features, as `features` reads them"] = None,
@@ -133,9 +133,7 @@ def reference(
     images: Annotated[str, "npz, folder, tars, Parquet or digits:test"],
     out: Annotated[str, "npz file of statistics to write"],
     *,
-    features: Annotated[
-        str, "feature networks, comma-separated, or '[{name: timm, model: ...}, ...]'"
-    ] = "inception",
+    features: Networks = "inception",
     keep_features: Annotated[
         bool, "keep every image's features: for kid, precision, recall, mind, ..."
     ] = False,
@@ -166,9 +164,7 @@ def sweep(
     *,
     reference: Annotated[str, "real images, or a statistics file of `reference`, which saves time"],
     out: Annotated[str, "folder for sweep.csv, sweep.md, sweep.png, sweep.json and cells/"],
-    features: Annotated[
-        str, "feature networks, comma-separated, or '[{name: timm, model: ...}, ...]'"
-    ] = "inception",
+    features: Networks = "inception",
     metrics: Annotated[
         str, "figures or metrics, comma-separated; all = those that can be computed"
     ] = "frechet",

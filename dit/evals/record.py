@@ -101,6 +101,11 @@ def is_row(row: Any) -> bool:
     return isinstance(row, dict) and all(isinstance(row.get(key), kind) for key, kind in kinds.items())
 
 
+def titled(row: Mapping[str, Any], name: str) -> str:
+    """A row's figure with the feature space that it is of, where that is told: "frechet (pixels)"."""
+    return f"{name} ({row['features']})" if "features" in row else name
+
+
 def draw_curves(run: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Add the rows' figures to TensorBoard's curves, a curve for each figure and protocol, against the step."""
     from torch.utils.tensorboard import SummaryWriter

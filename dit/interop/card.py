@@ -117,11 +117,6 @@ def _joined(older: Mapping[str, Any], newer: dict[str, Any]) -> dict[str, Any]:
     return {**newer, **{part: {**held[part], **(newer.get(part) or {})} for part in held}}
 
 
-def _title(row: Mapping[str, Any], name: str) -> str:
-    """A figure with the feature space that it is of, where that is told."""
-    return f"{name} ({row['features']})" if "features" in row else name
-
-
 def _metadata(trained: Trained, title: str, use: Use, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     conditional = ["class-conditional"] if trained.contract["classes"] else []
     made: dict[str, Any] = {
@@ -130,7 +125,7 @@ def _metadata(trained: Trained, title: str, use: Use, rows: Sequence[Mapping[str
         "tags": ["diffusion", "dit", *conditional],
     }
     metrics = [
-        {"type": name, "value": value, "name": f"{_title(row, name)}, protocol {row['hash']}"}
+        {"type": name, "value": value, "name": f"{record.titled(row, name)}, protocol {row['hash']}"}
         for row in rows
         for name, value in row["figures"].items()
     ]
@@ -190,7 +185,7 @@ def _figures(rows: Sequence[Mapping[str, Any]]) -> str:
         protocols[row["hash"]] = row.get("protocol", {})
         for name, value in row["figures"].items():
             lines.append(
-                f"| {_title(row, name)} | {_number(value)} | {_interval(row, name)} | `{row['hash']}` |"
+                f"| {record.titled(row, name)} | {_number(value)} | {_interval(row, name)} | `{row['hash']}` |"
             )
     lines += ["", "Figures of the same protocol compare, and no others."]
     for key, protocol in protocols.items():

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from dit.config import flatten
 from dit.errors import shown
+from dit.evals.record import titled
 from dit.reports.told import RunTold
 from dit.train.run_dir import is_operational
 
@@ -134,8 +135,7 @@ def measured(run: RunTold) -> Iterator[Measured]:
         intervals, protocol, weights = row.get("intervals") or {}, row.get("protocol"), row.get("weights")
         for name, value in row["figures"].items():
             if isinstance(value, int | float) and not name.endswith(FLOOR):
-                figure = f"{name} ({row['features']})" if "features" in row else name
-                ends = intervals.get(name)
+                figure, ends = titled(row, name), intervals.get(name)
                 interval = None if ends is None else (float(ends[0]), float(ends[1]))
                 yield Measured(
                     run, figure, row["hash"], row["step"], float(value), interval, protocol, weights

@@ -90,7 +90,7 @@ class HeldOut:
         """What `of` makes of each micro-batch of this rank's share; a bar on rank 0 where it takes long.
 
         Every rank calls `of` as often as the others, as the layers of a sharded model need it: one that has no batch
-        left in the last round takes its first again, and what becomes of that is not given.
+        left in the last round takes another's again, and what becomes of that is not given.
         """
         rank, size = self.world.rank, self.world.size
         rounds = -(-self.steps // size)

@@ -179,8 +179,10 @@ def test_what_stands_in_the_source_alone_is_left_to_the_classes(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("held", [None, "", "<<<<<<< HEAD\n{}", "[]", "{}"])
-def test_without_a_good_schema_the_classes_answer(tmp_path: Path, monkeypatch, held: str | None) -> None:
-    """Such as one in which a merge has left its marks: `make schema` too has to start."""
+def test_without_a_good_schema_the_classes_answer(
+    tmp_path: Path, monkeypatch, capsys, held: str | None
+) -> None:
+    """Such as one in which a merge has left its marks: `make schema` too has to start. Or it would print and exit."""
     if held is not None:
         (tmp_path / "schema.json").write_text(held)
     monkeypatch.setattr("dit.commandline.schema.FILE", tmp_path / "schema.json")
@@ -190,6 +192,7 @@ def test_without_a_good_schema_the_classes_answer(tmp_path: Path, monkeypatch, h
         answer("tools/train.py")
     finally:
         stand_ins.cache_clear()
+    assert capsys.readouterr().out == ""
 
 
 def test_arguments_of_functions_are_no_flags_but_those_of_commands_are(tmp_path: Path) -> None:
