@@ -22,6 +22,7 @@ from dit.progress import Bar
 from dit.ranks import group
 from dit.ranks.group import World
 from dit.sample.denoise import DenoiseFn
+from dit.sample.drawing import draw_batches, in_batches
 from dit.sample.finite import NotFiniteError
 from dit.sample.generate import Sampler, SamplerSpec, labels_for
 from dit.sample.guide import Context
@@ -149,12 +150,12 @@ class Blocks:
 
     def _drawn(self, block: int) -> np.ndarray | str:
         """The images of a block (≤ size, H, W, 3) uint8; in words which one is not finite."""
-        index = torch.arange(block * self.size, (block + 1) * self.size)
+        sampler, numbers = self.drawer.sampler(self.engine), in_batches(self.count, self.size)[block]
         try:
-            images = self.drawer.sampler(self.engine).images(index, self.drawer.labels(index))
+            (batch,) = draw_batches(sampler, self.drawer.labels, [numbers], self.size)
+            return sampler.pictures(batch.latents, batch.index, batch.label, batch.wanted)
         except NotFiniteError as error:
             return str(error)
-        return images[: self.count - block * self.size]
 
 
 @dataclass

@@ -44,9 +44,10 @@ from dit.files import write_atomically
 from dit.outputs import RECORD, claim, write_record
 from dit.progress import Bar
 from dit.ranks import group
-from dit.sample.drawing import warn_if_far
+from dit.sample.drawing import draw_batches, in_batches, warn_if_far
 from dit.sample.finite import NotFiniteError
-from dit.sample.generate import Sampler, labels_for
+from dit.sample.generate import Sampler
+from dit.sample.labels import Labels
 from dit.sample.tally import Tally
 from dit.version import code_version
 
@@ -162,10 +163,10 @@ class _Work:
         first = self.models.sampler(asked.path, asked.setting.weights)
         sampler = dataclasses.replace(first, spec=cell.spec, tally=Tally())
         classes = trained.classes("all")
-        labels = labels_for(torch.arange(self.order.count), classes)
+        labels = Labels(classes)
         networks = {name: side.network for name, side in self.sides.items()}
         sinks = {name: Kept(self.order.count) for name in networks}
-        blocks = torch.arange(self.order.count).split(self.order.batch)
+        blocks = in_batches(self.order.count, self.order.batch)
         done: list[_Block] = []
         for block in in_rounds(
             len(blocks), lambda k: self._block(sampler, blocks[k], labels, networks), self.world
@@ -180,22 +181,22 @@ class _Work:
             "codec": dict(self.order.codec_keys), "precision": self.models.precision(trained), "classes": classes,
             "batch_size": self.order.batch, "num_samples": self.order.count,
         }  # fmt: skip
-        group.on_main(lambda: self._keep(cell, about, labels, done, sinks))
+        shown = labels(torch.arange(self.order.count))
+        group.on_main(lambda: self._keep(cell, about, shown, done, sinks))
 
     def _block(
-        self, sampler: Sampler, numbers: Tensor, labels: Tensor, networks: Mapping[str, FeatureNetwork]
+        self, sampler: Sampler, numbers: range, labels: Labels, networks: Mapping[str, FeatureNetwork]
     ) -> _Block:
-        """Draw images and compute their features; the last block is filled up with images of its own."""
-        index = numbers[torch.arange(self.order.batch) % len(numbers)]
+        """Draw images and compute their features."""
         drawing = dataclasses.replace(sampler, tally=Tally())
         try:
-            latents = drawing.latents(index, labels[index])
-            images = drawing.pictures(latents, index, labels[index])[: len(numbers)]
+            (batch,) = draw_batches(drawing, labels, [numbers], self.order.batch)
+            images = drawing.pictures(batch.latents, batch.index, batch.label, batch.wanted)
         except NotFiniteError as error:
             return _Block(failed=str(error))
         digests, features = block_features(images, networks, self.order.batch)
         size = (images.shape[1], images.shape[2])
-        return _Block(digests, features, size, drawing.tally, float(latents.abs().max()))
+        return _Block(digests, features, size, drawing.tally, batch.reach)
 
     def _keep(
         self,
