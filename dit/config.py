@@ -104,9 +104,12 @@ def _is_config(thing: Any) -> bool:
 class Registry(Generic[T]):
     """The named choices on one axis. As a field type: `path: Annotated[Path, PATHS] = Linear()`."""
 
-    def __init__(self, axis: str, default: str | None = None):
-        """default: the member that a mapping without a name means."""
-        self.axis, self.default = axis, default
+    def __init__(self, axis: str, default: str | None = None, switch: tuple[str, str] | None = None):
+        """default: the member that a mapping without a name means.
+
+        switch: the members that `false` and `true` mean, on an axis that was a switch before there was a choice.
+        """
+        self.axis, self.default, self.switch = axis, default, switch
         self._classes: dict[str, type[T]] = {}
 
     def register(self, name: str) -> Callable[[type[C]], type[C]]:
@@ -145,6 +148,8 @@ class Registry(Generic[T]):
         """An instance from an instance, a name, or {"name": name, field: value, ...}."""
         if isinstance(value, tuple(self._classes.values())):
             return cast(T, value)
+        if self.switch is not None and str(value).lower() in ("false", "true"):
+            value = self.switch[str(value).lower() == "true"]
         if isinstance(value, str):
             value = {"name": value}
         if isinstance(value, Mapping) and self.default is not None:

@@ -116,7 +116,8 @@ class _Writer:
         if axis not in self.data["registries"]:
             self.data["registries"][axis] = {}
             members = {name: self._class(member) for name, member in registry.items()}
-            self.data["registries"][axis] = {"default": registry.default, "members": members}
+            switch = {} if registry.switch is None else {"switch": registry.switch}
+            self.data["registries"][axis] = {"default": registry.default, "members": members, **switch}
         return axis
 
     def _hint(self, hint: Any) -> Any:
@@ -223,7 +224,7 @@ class StandIns:
     def _registry(self, axis: str) -> Registry[Any]:
         if axis not in self._registries:
             data = self._schema["registries"][axis]
-            registry = self._registries[axis] = Registry(axis, data["default"])
+            registry = self._registries[axis] = Registry(axis, data["default"], data.get("switch"))
             for name, member in data["members"].items():
                 registry.register(name)(self._class(member))
         return self._registries[axis]

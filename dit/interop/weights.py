@@ -16,11 +16,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dit.config import ConfigError, config, from_dict, to_dict
-from dit.errors import UserError
+from dit.config import ConfigError, config, flatten, from_dict, to_dict
+from dit.errors import UserError, shown
 from dit.flow.path import NoisePath
 from dit.flow.predict import Cond, Prediction
-from dit.model.block import EPSILON, AdaLNZeroBlock
 from dit.model.dit import SIZES, DiT, DiTConfig, Size
 from dit.model.embed import position_table, wide
 
@@ -42,6 +41,8 @@ PATCHES, POSITION, LABELS = "x_embedder.proj.weight", "pos_embed", "y_embedder.e
 OUTPUT, HIDDEN = ("final_layer.linear.weight", "final_layer.linear.bias"), "blocks.0.mlp.fc1.weight"
 # Heads are not in the weights: those of the paper's widths (arXiv 2212.09748, table 1)
 HEADS = {SIZES[name].width: SIZES[name].heads for name in ("S", "B", "L", "XL")}
+SHAPES = ("size", "width", "depth", "heads", "head_width", "patch", "mlp_ratio", "num_classes", "learn_sigma")
+UNSEEN = ("checkpoint_blocks", "stored_position")  # keys of a model that change none of its numbers
 SAME_TABLE = 1e-6  # up to this a position table is the computed one: float32 rounding of sines
 
 
@@ -208,18 +209,25 @@ def to_theirs(model: DiT) -> dict[str, Tensor]:
 
     WeightsError for a network that the reference does not have.
     """
-    spacing = model.time_embed.spacing
-    epsilons = {block.mlp_epsilon for block in model.blocks if isinstance(block, AdaLNZeroBlock)}
-    if spacing != "adm" or epsilons - {EPSILON}:
-        raise WeightsError(
-            f"the reference has no such network: its time frequencies are adm (these: {spacing}), what is added to the "
-            f"variance before its MLPs {EPSILON:g} (these: {', '.join(f'{e:g}' for e in sorted(epsilons))})"
-        )
     return named_as_theirs(model)
 
 
-def named_as_theirs(model: DiT) -> dict[str, Tensor]:
-    """As `to_theirs`, of names and shapes alone: whatever else it is that is computed with the weights."""
+def check_has_no_more(model: DiT, also: tuple[str, ...] = ()) -> None:
+    """Refuse, by WeightsError, a network whose configuration differs from the reference's in more than shapes.
+
+    also: dotted keys that may differ too.
+    """
+    ours, reference = (flatten(to_dict(cfg)) for cfg in (model.cfg, DiTConfig()))
+    free = {*SHAPES, *UNSEEN, *also}
+    differing = [k for k in sorted({*ours, *reference} - free) if ours.get(k) != reference.get(k)]
+    if differing:
+        rows = (f"{k} {shown(reference.get(k))} there, {shown(ours.get(k))} here" for k in differing)
+        raise WeightsError(f"the reference has no such network; it differs in {'; '.join(rows)}")
+
+
+def named_as_theirs(model: DiT, also: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """As `to_theirs`, of a network whose configuration may differ in the keys `also` too."""
+    check_has_no_more(model, also)
     named = {their_name(name): p.detach() for name, p in model.named_parameters()}
     if unknown := sorted(named.keys() ^ arguments_of(model).shapes().keys() - {POSITION}):
         raise WeightsError(f"the reference has no such network; it differs in {', '.join(unknown[:5])}")
@@ -228,7 +236,7 @@ def named_as_theirs(model: DiT) -> dict[str, Tensor]:
 
 
 def arguments_of(model: DiT) -> Arguments:
-    """The reference's arguments for our network."""
+    """The reference's arguments for our network, whatever blocks that has."""
     d = model.dims
     if d.grid[0] != d.grid[1]:
         raise WeightsError(f"the reference knows square inputs only, this network's is {d.image_size}")

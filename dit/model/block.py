@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 from dit.config import Registry, config
 from dit.model.dims import Dims
-from dit.model.embed import WideLinear, wide
-
-EPSILON = 1e-6  # of every norm, as in the reference
+from dit.model.embed import WideLinear
+from dit.model.mlp import MLPS, GeluMlp, MlpConfig
+from dit.model.modulation import MODULATIONS, FullModulation, FullRows, Modulation, cut, modulate
+from dit.model.norms import EPSILON, NORMS, QK_NORMS, LayerNorm, NoNorm, Norm
+from dit.model.rope import ROPES, Rope, rotate
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,18 @@ class BlockCost:
     multiply_adds: int  # of the forward pass, per image
     saved_narrow: int  # numbers kept for the backward pass, per image, in the dtype of the matrix products
     saved_wide: int  # the same in float32
+    shared_parameters: int = 0  # of what all blocks share, once
+    shared_multiply_adds: int = 0
 
 
 class BlockConfig(ABC):
     """A kind of block: builds it and knows its cost."""
 
     reads_tokens = False  # whether forward takes the conditioners' tokens as a third argument
+    shared_rows = 0  # of D numbers that all blocks get of one modulation layer, as the keyword `shared`
+    carries_value = False  # whether forward takes and gives the first block's values, as the keyword `value`
+    rope: Rope | None = None  # whose table forward takes as the keyword `rotation`
+    norm: Norm = LayerNorm()  # of the tokens, also before the output
 
     @abstractmethod
     def build(self, dims: Dims) -> nn.Module:
@@ -49,7 +57,7 @@ class BlockConfig(ABC):
         """The cost of one such block."""
 
 
-BLOCKS: Registry[BlockConfig] = Registry("block")
+BLOCKS: Registry[BlockConfig] = Registry("block", default="adaln_zero")
 
 
 @BLOCKS.register("adaln_zero")
@@ -57,140 +65,185 @@ BLOCKS: Registry[BlockConfig] = Registry("block")
 class AdaLNZero(BlockConfig):
     """Attention and MLP with shift, scale and gate from the condition, the gates starting at zero."""
 
-    qk_norm: bool = False  # RMSNorm with a gain on queries and keys (arXiv 2302.05442): keeps logits bounded
+    norm: Annotated[Norm, NORMS] = LayerNorm()  # of the tokens, before attention, MLP and output
+    # of queries and keys (arXiv 2302.05442): keeps logits bounded; true = rms, false = none
+    qk_norm: Annotated[Norm, QK_NORMS] = NoNorm()
     # added to the variance in the norm before the MLP; diffusers' DiT has 1e-5
     mlp_epsilon: Annotated[float, Field(gt=0)] = EPSILON
+    mlp: Annotated[MlpConfig, MLPS] = GeluMlp()  # between the tokens' channels
+    rope: Annotated[Rope, ROPES] | None = (
+        None  # positions by which queries and keys turn; null = the table alone
+    )
+    shift: bool = True  # modulate by a shift too, beside scale and gate
+    modulation: Annotated[Modulation, MODULATIONS] = FullModulation()  # how the condition reaches the blocks
+    qkv_bias: bool = True  # learn biases of queries, keys and values
+    # mix the first block's values into those of each (arXiv 2410.17897), by two learned numbers a block
+    value_residual: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Rows of D numbers that modulate a block."""
+        return 6 if self.shift else 4
+
+    @property
+    def shared_rows(self) -> int:  # type: ignore[override]
+        """Those of them that one layer of the network gives to all blocks."""
+        return self.rows if self.modulation.is_shared else 0
+
+    @property
+    def carries_value(self) -> bool:  # type: ignore[override]
+        """Whether the first block's values go to the others."""
+        return self.value_residual
 
     def build(self, dims: Dims) -> nn.Module:
         """The block for these shapes."""
-        return AdaLNZeroBlock(dims.width, dims.heads, dims.mlp_width, self.qk_norm, self.mlp_epsilon)
+        return AdaLNZeroBlock(self, dims)
 
     def cost(self, dims: Dims) -> BlockCost:
         """The cost of one block."""
-        d, m, t = dims.width, dims.mlp_width, dims.tokens
-        linear = (3 * d * d + 3 * d) + (d * d + d) + (2 * d * m + m + d) + (6 * d * d + 6 * d)
-        # narrow: inputs and outputs of qkv, proj, fc1 and fc2 (GELU's input and output), and c
+        d, t, h = dims.width, dims.sequence, dims.head_width
+        mlp, rows = self.mlp.cost(dims), self.modulation.cost(d, self.rows)
+        linear = (3 * d * d + 3 * d * self.qkv_bias) + (d * d + d) + mlp.parameters + rows.linear_parameters
+        # narrow: inputs and outputs of qkv and proj, what the MLP keeps, and c
         # wide: two residuals, their norms with their statistics, attention's log-sum-exp, the modulation
-        narrow = t * (8 * d + 2 * m) + d
-        wide_ = t * (4 * d + dims.heads + 4) + 8 * d
-        if self.qk_norm:  # queries and keys given out; their float32 copies and root mean squares
+        narrow = t * (6 * d + mlp.saved) + d
+        wide_ = t * (4 * d + dims.heads + 2 * self.norm.statistics) + (self.rows + 2) * d
+        if self.qk_norm.statistics:  # queries and keys given out; their float32 copies and statistics
             narrow += t * 2 * d
-            wide_ += t * (2 * d + 2 * dims.heads)
+            wide_ += t * (2 * d + 2 * self.qk_norm.statistics * dims.heads)
+        if self.rope is not None:  # queries and keys given out, and turned in float32
+            narrow += t * 2 * d
+        learned = 2 * self.norm.parameters(d) + 2 * self.qk_norm.parameters(h) + 2 * self.value_residual
         return BlockCost(
-            parameters=linear + (2 * dims.head_width if self.qk_norm else 0),
+            parameters=linear + learned + rows.parameters - rows.linear_parameters,
             linear_parameters=linear,
-            multiply_adds=t * (4 * d * d + 2 * d * m) + 2 * t * t * d + 6 * d * d,
+            multiply_adds=t * (4 * d * d + mlp.multiply_adds) + 2 * t * t * d + rows.multiply_adds,
             saved_narrow=narrow,
             saved_wide=wide_,
+            shared_parameters=rows.shared_parameters,
+            shared_multiply_adds=rows.shared_multiply_adds,
         )
 
 
 class AdaLNZeroBlock(nn.Module):
     """x + gate·attention(modulated norm of x), then the same with the MLP."""
 
-    def __init__(
-        self, width: int, heads: int, mlp_width: int, qk_norm: bool = False, mlp_epsilon: float = EPSILON
-    ):
+    def __init__(self, cfg: AdaLNZero, dims: Dims):
         super().__init__()
-        self.mlp_epsilon = mlp_epsilon
-        self.attention = Attention(width, heads, qk_norm)
-        self.mlp = Mlp(width, mlp_width)
-        self.modulation = nn.Linear(width, 6 * width)
+        self.cfg = cfg
+        self.norm1 = cfg.norm.build(dims.width)
+        self.attention = Attention(dims.width, dims.heads, cfg.qk_norm, cfg.qkv_bias, cfg.value_residual)
+        self.norm2 = cfg.norm.build(dims.width, cfg.mlp_epsilon)
+        self.mlp = cfg.mlp.build(dims)
+        self.modulation = cfg.modulation.build(dims.width, cfg.rows)
 
-    def zero_layers(self) -> list[nn.Linear]:
+    def zero_layers(self) -> list[nn.Module]:
         """Layers that start at zero: with them the block is the identity."""
-        return [self.modulation]
+        layers: list[nn.Module] = self.modulation.zero_layers()  # type: ignore[operator]
+        return layers
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """x (B, T, D) in at least float32, c (B, D) after its SiLU -> (B, T, D)."""
-        rows = modulation(self.modulation, c, 6)  # each (B, 1, D)
-        shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = rows
-        h: Tensor = self.attention(modulate(x, shift_attention, scale_attention))  # (B, T, D)
+    def forward(
+        self,
+        x: Tensor,
+        c: Tensor,
+        *,
+        shared: Tensor | None = None,
+        rotation: Tensor | None = None,
+        value: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """x (B, T, D) in at least float32, c (B, D) or (B, T, D) after its SiLU -> (B, T, D).
+
+        shared: (B, rows·D) of the modulation that all blocks share. rotation: (2, T, d/2) the table of `rope`. value:
+        (B, heads, T, d) the first block's values, None in the first, which gives its own out: (tokens, values).
+        """
+        rows = cut(self.modulation(c, shared), self.cfg.rows)  # each (B, 1 or T, D)
+        if self.cfg.shift:
+            shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = rows
+        else:
+            (scale_attention, gate_attention, scale_mlp, gate_mlp), shift_attention, shift_mlp = (
+                rows,
+                None,
+                None,
+            )
+        h, value = self.attention(modulate(self.norm1(x), shift_attention, scale_attention), rotation, value)
         x = x + gate_attention * h  # (B, T, D), float32 by promotion
-        h = self.mlp(modulate(x, shift_mlp, scale_mlp, self.mlp_epsilon))  # (B, T, D)
-        return x + gate_mlp * h  # (B, T, D)
+        h = self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))  # (B, T, D)
+        x = x + gate_mlp * h  # (B, T, D)
+        return (x, value) if self.cfg.value_residual else x
 
 
 class OutputLayer(nn.Module):
     """Modulated norm and a linear layer to patches, which starts at zero and computes in at least float32."""
 
-    def __init__(self, dims: Dims):
+    def __init__(self, dims: Dims, norm: Norm):
         super().__init__()
-        self.modulation = nn.Linear(dims.width, 2 * dims.width)
+        self.norm = norm.build(dims.width)
+        self.modulation = FullRows(dims.width, 2 * dims.width)
         self.proj = WideLinear(dims.width, dims.patch**2 * dims.out_channels)
 
-    def zero_layers(self) -> list[nn.Linear]:
+    def zero_layers(self) -> list[nn.Module]:
         """Layers that start at zero: with them the network's output is exactly zero."""
         return [self.modulation, self.proj]
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """x (B, T, D), c (B, D) after its SiLU -> (B, T, p·p·C)."""
-        shift, scale = modulation(self.modulation, c, 2)  # each (B, 1, D)
-        out: Tensor = self.proj(modulate(x, shift, scale))  # (B, T, p·p·C)
+        """x (B, T, D), c (B, D) or (B, T, D) after its SiLU -> (B, T, p·p·C)."""
+        shift, scale = cut(self.modulation(c), 2)  # each (B, 1 or T, D)
+        out: Tensor = self.proj(modulate(self.norm(x), shift, scale))  # (B, T, p·p·C)
         return out
-
-
-def modulation(linear: nn.Linear, c: Tensor, count: int) -> tuple[Tensor, ...]:
-    """(B, D) -> `count` tensors (B, 1, D) in at least float32: 1 + scale must not be rounded to bfloat16."""
-    rows = linear(c.to(linear.weight.dtype))  # (B, count·D)
-    return wide(rows).unsqueeze(1).chunk(count, dim=-1)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, epsilon: float = EPSILON) -> Tensor:
-    """LayerNorm(x)·(1 + scale) + shift over the last axis: (B, T, D) with (B, 1, D)."""
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=epsilon), 1 + scale)
 
 
 class Attention(nn.Module):
     """Multi-head self-attention. Rows of `qkv` are (3, heads, head width), as in timm."""
 
-    def __init__(self, width: int, heads: int, qk_norm: bool = False):
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        qk_norm: Norm,
+        qkv_bias: bool = True,
+        value_residual: bool = False,
+    ):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = nn.Linear(width, 3 * width, qkv_bias)
         self.proj = nn.Linear(width, width)
-        self.q_norm = RMSNorm(width // heads) if qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(width // heads) if qk_norm else nn.Identity()
+        self.q_norm = qk_norm.build(width // heads)
+        self.k_norm = qk_norm.build(width // heads)
+        self.mix = ValueMix() if value_residual else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
+    def forward(
+        self, x: Tensor, rotation: Tensor | None = None, first: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(B, T, D), the table of a rope, the first block's values -> (B, T, D) and the values that others get."""
         qkv = self.qkv(x.to(self.qkv.weight.dtype))  # (B, T, 3·D)
         # split before the heads move: the gradient is then one copy and not two
         q, k, v = rearrange(qkv, "b t (n h d) -> b t n h d", n=3, h=self.heads).unbind(2)  # (B, T, heads, d)
-        q, k, v = (a.transpose(1, 2) for a in (self.q_norm(q), self.k_norm(k), v))  # (B, heads, T, d)
+        q, k = (norm(a).to(a.dtype) for norm, a in ((self.q_norm, q), (self.k_norm, k)))
+        q, k, v = (a.transpose(1, 2) for a in (q, k, v))  # (B, heads, T, d)
+        first = v if first is None else first
+        if self.mix is not None:
+            v = self.mix(v, first)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
         out = F.scaled_dot_product_attention(q, k, v)  # (B, heads, T, d)
         mixed: Tensor = self.proj(rearrange(out, "b h t d -> b t (h d)"))  # (B, T, D)
-        return mixed
+        return mixed, first
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) · gain over the last axis, computed in at least float32, given back in x's dtype."""
+class ValueMix(nn.Module):
+    """A block's values and the first one's, added with learned shares that start at one half each."""
 
-    def __init__(self, width: int):
+    def __init__(self) -> None:
         super().__init__()
-        self.gain = nn.Parameter(torch.empty(width))
+        self.shares = nn.Parameter(torch.empty(2))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Gain one."""
-        nn.init.ones_(self.gain)
+        """One half each."""
+        nn.init.constant_(self.shares, 0.5)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., d) -> (..., d)."""
-        full = wide(x)
-        return F.rms_norm(full, x.shape[-1:], self.gain.to(full.dtype), EPSILON).to(x.dtype)
-
-
-class Mlp(nn.Module):
-    """Linear, GELU (tanh form), linear."""
-
-    def __init__(self, width: int, hidden: int):
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
-        h = self.fc1(x.to(self.fc1.weight.dtype))  # (B, T, hidden)
-        out: Tensor = self.fc2(F.gelu(h, approximate="tanh"))  # (B, T, D)
-        return out
+    def forward(self, own: Tensor, first: Tensor) -> Tensor:
+        """(B, heads, T, d) twice -> the same, in its dtype."""
+        a, b = self.shares.to(own.dtype)
+        mixed: Tensor = a * own + b * first.to(own.dtype)
+        return mixed

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from dit.config import ConfigError, config
 from dit.flow.predict import Cond
-from dit.model.block import BLOCKS, AdaLNZero, BlockConfig, modulate, modulation
+from dit.model.block import BLOCKS, AdaLNZero, BlockConfig
 from dit.model.dims import Dims
 from dit.model.dit import DiT, DiTConfig
 from dit.model.embed import WideLinear
+from dit.model.modulation import FullRows, cut, modulate
+from dit.model.norms import Norm
 
 
 @config
@@ -47,25 +49,26 @@ class ClassifierConfig:
         if num_classes < 2:
             raise ConfigError(f"a classifier needs data of at least two classes, these have {num_classes}")
         dims = self._trunk().dims(input_size, channels, num_classes)
-        return Classifier(dims, self.block, (), self.checkpoint_blocks)
+        return Classifier(self._trunk(), dims)
 
 
 class LogitLayer(nn.Module):
     """Modulated norm, mean over the tokens, and a linear layer that starts at zero: all in float32 at least."""
 
-    def __init__(self, dims: Dims):
+    def __init__(self, dims: Dims, norm: Norm):
         super().__init__()
-        self.modulation = nn.Linear(dims.width, 2 * dims.width)
+        self.norm = norm.build(dims.width)
+        self.modulation = FullRows(dims.width, 2 * dims.width)
         self.proj = WideLinear(dims.width, dims.num_classes)
 
-    def zero_layers(self) -> list[nn.Linear]:
+    def zero_layers(self) -> list[nn.Module]:
         """Layers that start at zero: with them every class is as likely, and the loss is ln(classes)."""
         return [self.modulation, self.proj]
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """x (B, T, D), c (B, D) after its SiLU -> (B, classes)."""
-        shift, scale = modulation(self.modulation, c, 2)  # each (B, 1, D)
-        out: Tensor = self.proj(modulate(x, shift, scale).mean(1))  # (B, classes)
+        shift, scale = cut(self.modulation(c), 2)  # each (B, 1, D)
+        out: Tensor = self.proj(modulate(self.norm(x), shift, scale).mean(1))  # (B, classes)
         return out
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from itertools import zip_longest
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from dit.config import Registry, config
@@ -29,6 +30,7 @@ class Injection(NamedTuple):
     tokens: Tensor | None = None  # (B, N, D), for blocks that attend to them
     channels: Tensor | None = None  # (B, C', H, W), put beside the input's channels
     residuals: tuple[Tensor, ...] = ()  # (B, T, D) each, the i-th added after block i
+    context: Tensor | None = None  # (B, N, D), put before the image's tokens
 
 
 def joined(injections: Iterable[Injection]) -> Injection:
@@ -40,6 +42,7 @@ def joined(injections: Iterable[Injection]) -> Injection:
             tokens=_both(total.tokens, given.tokens, _concatenate),
             channels=_both(total.channels, given.channels, _concatenate),
             residuals=tuple(_both(a, b, torch.add) for a, b in zip_longest(total.residuals, given.residuals)),
+            context=_both(total.context, given.context, _concatenate),
         )
     return total
 
@@ -58,6 +61,7 @@ class ConditionerConfig(ABC):
 
     extra_channels = 0  # input channels it adds
     gives_tokens = False
+    context = 0  # tokens that it puts into the sequence
 
     @abstractmethod
     def build(self, dims: Dims) -> nn.Module:
@@ -80,13 +84,16 @@ CONDITIONERS: Registry[ConditionerConfig] = Registry("conditioner")
 class ClassLabel(ConditionerConfig):
     """The class label, `cond["label"]`."""
 
+    # tokens of it in the sequence, beside the vector that modulates; each adds a learned place (arXiv 2511.13720)
+    context: Annotated[int, Field(ge=0)] = 0
+
     def build(self, dims: Dims) -> nn.Module:
         """The conditioner for these shapes."""
-        return ClassConditioner(dims.num_classes, dims.width)
+        return ClassConditioner(dims.num_classes, dims.width, self.context)
 
     def parameters(self, dims: Dims) -> int:
-        """A row for each class and one for the null condition."""
-        return (dims.num_classes + 1) * dims.width
+        """A row for each class and one for the null condition, and one for each token's place."""
+        return (dims.num_classes + 1 + self.context) * dims.width
 
 
 class ClassConditioner(nn.Module):
@@ -96,13 +103,14 @@ class ClassConditioner(nn.Module):
     every rank in every step, whatever labels it draws (ZeRO waits for every parameter).
     """
 
-    def __init__(self, num_classes: int, width: int):
+    def __init__(self, num_classes: int, width: int, context: int = 0):
         super().__init__()
-        self.num_classes = num_classes
+        self.num_classes, self.context = num_classes, context
         self.table = nn.Embedding(num_classes + 1, width)
+        self.places = nn.Embedding(context, width) if context else None
 
     def forward(self, cond: Cond) -> Injection:
-        """label (B,) int64, negative for none, and drop (B,) bool if present -> vector (B, D).
+        """label (B,) int64, negative for none, and drop (B,) bool if present -> vector (B, D), and tokens (B, N, D).
 
         ValueError for labels that are no class, on a CPU. On an accelerator looking at them would wait for the device:
         there the lookup fails, and never reads the null row; who takes labels in (data, samplers) checks them before.
@@ -118,4 +126,8 @@ class ClassConditioner(nn.Module):
         if "drop" in cond:
             absent = absent | cond["drop"]
         beyond = label + (label >= self.num_classes)  # num_classes itself, the null row's index, is no label
-        return Injection(vector=self.table(torch.where(absent, self.num_classes, beyond)))
+        vector = self.table(torch.where(absent, self.num_classes, beyond))  # (B, D)
+        if self.places is None:
+            return Injection(vector=vector)
+        places = self.places(torch.arange(self.context, device=vector.device))  # (N, D)
+        return Injection(vector=vector, context=vector.unsqueeze(1) + places)

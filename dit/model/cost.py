@@ -95,7 +95,7 @@ class Cost:
     """The cost of one model; `cost` makes it."""
 
     dims: Dims
-    block: BlockCost
+    blocks: tuple[BlockCost, ...]
     parameters: Parameters
     multiply_adds: int  # of a forward pass, per image
     checkpoint_blocks: bool
@@ -138,7 +138,7 @@ class Cost:
                 "expected a ZeRO stage of 0 to 3, a world size of 1 or more and a micro-batch of 0 or more, "
                 f"got {zero_stage}, {world_size} and {micro_batch}"
             )
-        linear = self.dims.depth * self.block.linear_parameters
+        linear = sum(block.linear_parameters for block in self.blocks)
         kept = PRECISIONS[precision]
         states = state_memory(self.parameters.trainable, zero_stage, world_size, averages, frozen)
         return replace(
@@ -151,38 +151,41 @@ class Cost:
     def _activations(self, precision: Precision) -> int:
         """Bytes kept for the backward pass, per image."""
         d, t = self.dims.width, self.dims.tokens
-        block = precision.compute * self.block.saved_narrow + 4 * self.block.saved_wide
+        kept = [precision.compute * block.saved_narrow + 4 * block.saved_wide for block in self.blocks]
         patches = t * self.dims.channels * self.dims.patch**2
         # patches; the output layer's input, norm, statistics, modulated norm, modulation; time embedding
         ends = patches + t * (3 * d + 2) + 4 * d + FREQUENCIES + 3 * d
         if self.checkpoint_blocks:  # every block's input, and one block in full while it is computed again
-            return 4 * ends + self.dims.depth * 4 * t * d + block
-        return 4 * ends + self.dims.depth * block
+            return 4 * ends + self.dims.depth * 4 * t * d + max(kept)
+        return 4 * ends + sum(kept)
 
 
 def cost(cfg: DiTConfig, input_size: int | tuple[int, int], channels: int, num_classes: int) -> Cost:
     """The cost of the model that `cfg.build` with the same arguments would give."""
     dims = cfg.dims(input_size, channels, num_classes)
-    block = cfg.block.cost(dims)
+    beside = [cfg.registers + cfg.context * (i >= cfg.context_from) for i in range(dims.depth)]
+    blocks = tuple(cfg.block.cost(replace(dims, beside=count)) for count in beside)
     d, t = dims.width, dims.tokens
     patch_in = dims.channels * dims.patch**2
     extra_in = sum(c.extra_channels for c in cfg.cond) * dims.patch**2
     patch_out = dims.out_channels * dims.patch**2
+    embed = patch_in * d if cfg.bottleneck is None else (patch_in + d) * cfg.bottleneck
     return Cost(
         dims=dims,
-        block=block,
+        blocks=blocks,
         parameters=Parameters(
-            patch_embed=(patch_in + 1 + extra_in) * d,
+            patch_embed=embed + (1 + extra_in) * d,
             time_embed=(FREQUENCIES + 1) * d + (d + 1) * d,
-            conditioners=sum(c.parameters(dims) for c in cfg.cond),
-            blocks=dims.depth * block.parameters,
-            output=(d + 1) * 2 * d + (d + 1) * patch_out,
+            conditioners=sum(c.parameters(dims) for c in cfg.cond) + cfg.registers * d,
+            blocks=sum(block.parameters for block in blocks) + blocks[0].shared_parameters,
+            output=(d + 1) * 2 * d + (d + 1) * patch_out + (cfg.output_norm or cfg.block.norm).parameters(d),
             position=t * d,
         ),
-        multiply_adds=t * (patch_in + extra_in) * d
+        multiply_adds=t * (embed + extra_in * d)
         + (FREQUENCIES + d) * d
         + sum(c.multiply_adds(dims) for c in cfg.cond)
-        + dims.depth * block.multiply_adds
+        + sum(block.multiply_adds for block in blocks)
+        + blocks[0].shared_multiply_adds
         + 2 * d * d
         + t * d * patch_out,
         checkpoint_blocks=cfg.checkpoint_blocks,

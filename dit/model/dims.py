@@ -20,6 +20,7 @@ class Dims:
     channels: int  # of the input
     out_channels: int  # of the prediction: channels, twice that with a learned variance
     num_classes: int  # labels 0..num_classes-1; 0 for data without labels
+    beside: int = 0  # tokens in the sequence that are no patches: registers, conditions
 
     def __post_init__(self) -> None:
         """Refuse shapes that cannot be built."""
@@ -42,6 +43,11 @@ class Dims:
     def tokens(self) -> int:
         """T, image tokens in the sequence."""
         return self.grid[0] * self.grid[1]
+
+    @property
+    def sequence(self) -> int:
+        """Tokens that attend to each other, those beside the image's too."""
+        return self.tokens + self.beside
 
     @property
     def head_width(self) -> int:

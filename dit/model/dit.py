@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -23,7 +24,9 @@ from dit.flow.predict import Cond
 from dit.model.block import BLOCKS, AdaLNZero, BlockConfig, OutputLayer
 from dit.model.cond import CONDITIONERS, ClassLabel, ConditionerConfig, joined
 from dit.model.dims import Dims, grid_of
-from dit.model.embed import PatchEmbed, Spacing, TimeEmbed, position_table, unpatchify, wide
+from dit.model.embed import MAX_PERIOD, PatchEmbed, Spacing, TimeEmbed, position_table, unpatchify, wide
+from dit.model.modulation import FullRows
+from dit.model.norms import NORMS, Norm
 
 
 class Size(NamedTuple):
@@ -66,6 +69,7 @@ class DiTConfig(ModelConfig):
     width: int | None = None  # channels of a token; null = by size
     depth: int | None = None  # blocks of the transformer; null = by size
     heads: int | None = None  # of the attention, divides width; null = by size
+    head_width: int | None = None  # channels of a head, in place of `heads`, also of a size; null = by heads
     mlp_ratio: float = 4.0  # hidden width of the MLPs over width
     num_classes: int | None = None  # of labels; null = as many as the data has
     learn_sigma: bool = False  # twice the output channels: a prediction, then its log-variance
@@ -73,6 +77,17 @@ class DiTConfig(ModelConfig):
     stored_position: bool = False  # keep the position table in checkpoints, as foreign weights do
     # of the sinusoids of time: adm = 10000^(-i/128), as in DiT and SiT; ddpm = 10000^(-i/127), as in diffusers
     time_frequencies: Spacing = "adm"
+    time_period: Annotated[float, Field(gt=0)] = MAX_PERIOD  # of the slowest sinusoid over 2 pi
+    time_scale: Annotated[float, Field(gt=0)] = (
+        1.0  # by which the path's model time is multiplied before them
+    )
+    registers: Annotated[int, Field(ge=0)] = (
+        0  # learned tokens in the sequence that become no patch (arXiv 2309.16588)
+    )
+    # numbers that a patch is pressed into before the width (arXiv 2511.13720); null = none
+    bottleneck: Annotated[int, Field(ge=1)] | None = None
+    context_from: Annotated[int, Field(ge=0)] = 0  # first block whose sequence has the tokens of `cond`
+    output_norm: Annotated[Norm, NORMS] | None = None  # before the output; null = the blocks'
     block: Annotated[BlockConfig, BLOCKS] = AdaLNZero()  # kind of transformer block
     # what is told to the network besides the time, in turn
     cond: tuple[Annotated[ConditionerConfig, CONDITIONERS], ...] = (ClassLabel(),)
@@ -86,8 +101,13 @@ class DiTConfig(ModelConfig):
             raise ConfigError(
                 f"got size '{self.size}' and also {', '.join(given)}; leave out one of the two ways to say it"
             )
-        if given and len(given) < len(Size._fields):
+        if self.heads is not None and self.head_width is not None:
+            raise ConfigError(
+                f"got heads {self.heads} and head_width {self.head_width}; leave out one of the two"
+            )
+        if given and len(given) + (self.head_width is not None) < len(Size._fields):
             raise ConfigError(f"got only {', '.join(given)}; without `size`, give width, depth and heads")
+        self._check_context()
         if any(c.gives_tokens for c in self.cond) and not self.block.reads_tokens:
             raise ConfigError(
                 f"block {BLOCKS.name_of(self.block)} does not read the tokens that `cond` gives"
@@ -96,12 +116,38 @@ class DiTConfig(ModelConfig):
             raise ConfigError(f"mlp_ratio must be finite, got {self.mlp_ratio}")
         self.dims(self.patch, 1, 0)  # refuses wrong shapes now, not when the data are there
 
+    @property
+    def context(self) -> int:
+        """Tokens that `cond` puts into the sequence."""
+        return sum(c.context for c in self.cond)
+
+    def _check_context(self) -> None:
+        """Refuse tokens that would join behind the last block, or a place to join where there are none."""
+        depth = self._size().depth
+        if self.context_from and self.block.carries_value:
+            raise ConfigError(
+                "value_residual needs the same tokens in every block: leave it out, or context_from at 0"
+            )
+        if self.context_from and (not self.context or self.context_from >= depth):
+            raise ConfigError(
+                f"context_from is {self.context_from}: it says which of the {depth} blocks is the first with tokens of "
+                "`cond` in its sequence, and needs some: cond: [{name: class, context: 32}]"
+            )
+
+    def _size(self) -> Size:
+        """Width, depth and heads."""
+        size = SIZES[self.size or "S"]
+        if self.width is not None and self.depth is not None:
+            size = Size(self.width, self.depth, self.heads or 1)
+        if self.head_width is None:
+            return size
+        if self.head_width < 1 or size.width % self.head_width:
+            raise ConfigError(f"head_width {self.head_width} does not divide the width {size.width}")
+        return size._replace(heads=size.width // self.head_width)
+
     def dims(self, input_size: int | tuple[int, int], channels: int, num_classes: int) -> Dims:
         """Every shape, for inputs (B, channels, *input_size) and data with that many classes."""
-        if self.width is not None and self.depth is not None and self.heads is not None:
-            size = Size(self.width, self.depth, self.heads)
-        else:
-            size = SIZES[self.size or "S"]
+        size = self._size()
         classes = num_classes if self.num_classes is None else self.num_classes
         if classes < num_classes:
             raise ConfigError(
@@ -125,38 +171,36 @@ class DiTConfig(ModelConfig):
         generator: torch.Generator | None = None,
     ) -> DiT:
         """The initialised network, on the default device; `generator` None is torch's global one."""
-        dims = self.dims(input_size, channels, num_classes)
-        kept = (self.stored_position, self.time_frequencies)
-        return DiT(dims, self.block, self.cond, self.checkpoint_blocks, generator, *kept)
+        return DiT(self, self.dims(input_size, channels, num_classes), generator)
 
 
 class DiT(nn.Module):
     """The network. `blocks` holds units that ZeRO-3 gathers, and torch.compile compiles, one by one."""
 
     position: Tensor
-    output_layer: type[nn.Module] = (
-        OutputLayer  # built from Dims; (tokens (B, T, D), c (B, D)) -> what comes out
-    )
+    rotation: Tensor | None
+    # built from Dims and a norm; (tokens (B, T, D), c (B, D)) -> what comes out
+    output_layer: type[nn.Module] = OutputLayer
 
-    def __init__(
-        self,
-        dims: Dims,
-        block: BlockConfig,
-        cond: Sequence[ConditionerConfig],
-        checkpoint_blocks: bool = False,
-        generator: torch.Generator | None = None,
-        stored_position: bool = False,
-        time_frequencies: Spacing = "adm",
-    ):
+    def __init__(self, cfg: DiTConfig, dims: Dims, generator: torch.Generator | None = None):
         super().__init__()
-        self.dims, self.checkpoint_blocks = dims, checkpoint_blocks
-        self.patch_embed = PatchEmbed(dims, extra_channels=sum(c.extra_channels for c in cond))
-        self.time_embed = TimeEmbed(dims.width, spacing=time_frequencies)
-        self.conditioners = nn.ModuleList(c.build(dims) for c in cond)
+        block, width = cfg.block, dims.width
+        self.cfg, self.dims, self.checkpoint_blocks = cfg, dims, cfg.checkpoint_blocks
+        extra = sum(c.extra_channels for c in cfg.cond)
+        self.patch_embed = PatchEmbed(dims, extra_channels=extra, bottleneck=cfg.bottleneck)
+        self.time_embed = TimeEmbed(
+            width, max_period=cfg.time_period, spacing=cfg.time_frequencies, scale=cfg.time_scale
+        )
+        self.conditioners = nn.ModuleList(c.build(dims) for c in cfg.cond)
+        self.registers = nn.Embedding(cfg.registers, width) if cfg.registers else None
+        self.modulation = FullRows(width, block.shared_rows * width) if block.shared_rows else None
         self.blocks = nn.ModuleList(block.build(dims) for _ in range(dims.depth))
-        self.output = self.output_layer(dims)
-        # a function of the shapes: not learned, so neither in state_dict nor cast with the parameters of ZeRO
-        self.register_buffer("position", torch.empty(dims.tokens, dims.width), persistent=stored_position)
+        self.output = self.output_layer(dims, cfg.output_norm or block.norm)
+        # functions of the shapes: not learned, so neither in state_dict nor cast with the parameters of ZeRO
+        self.register_buffer("position", torch.empty(dims.tokens, width), persistent=cfg.stored_position)
+        beside = cfg.registers + cfg.context
+        turns = None if block.rope is None else torch.empty(2, beside + dims.tokens, dims.head_width // 2)
+        self.register_buffer("rotation", turns, persistent=False)
         self.reset_parameters(generator)
 
     @torch.no_grad()
@@ -167,6 +211,10 @@ class DiT(nn.Module):
         biases and for what modules list in `zero_layers()`: modulations and output, so the output is zero.
         """
         self.position.copy_(position_table(self.dims.width, self.dims.grid))
+        if self.rotation is not None and self.cfg.block.rope is not None:
+            turns = self.cfg.block.rope.table(self.dims.grid, self.dims.head_width)  # (2, T, d/2)
+            self.rotation[0], self.rotation[1] = 1.0, 0.0  # no patch, no place: not turned
+            self.rotation[:, -self.dims.tokens :] = turns
         in_time = set(self.time_embed.modules())
         for module in self.modules():
             if isinstance(module, nn.Embedding):
@@ -210,14 +258,37 @@ class DiT(nn.Module):
             c = c + given.vector  # (B, D)
         c = F.silu(c)  # (B, D), what every modulation starts with
         tokens = () if given.tokens is None else (given.tokens,)
+        carried: dict[str, Tensor] = {} if self.modulation is None else {"shared": self.modulation(c)}
         for i, block in enumerate(self.blocks):
-            h = self._run(block, h, c, *tokens)  # (B, T, D)
+            h = self._joined_by(given.context, h, i)  # (B, N + T, D): tokens beside the image's come first
+            if self.rotation is not None:
+                carried["rotation"] = self.rotation[
+                    :, self.rotation.shape[1] - h.shape[1] :
+                ]  # (2, N + T, d/2)
+            h = self._run(block, carried, h, c, *tokens)  # (B, N + T, D)
             if i < len(given.residuals):
-                h = h + given.residuals[i]  # (B, T, D)
-        return h, c
+                h = h + F.pad(given.residuals[i], (0, 0, h.shape[1] - self.dims.tokens, 0))  # (B, N + T, D)
+        return h[:, h.shape[1] - self.dims.tokens :], c
 
-    def _run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
-        """One block; its activations are dropped and recomputed in the backward pass if so configured."""
+    def _joined_by(self, context: Tensor | None, h: Tensor, block: int) -> Tensor:
+        """The sequence that a block gets: registers come before the first, the conditioners' tokens at context_from."""
+        if block == 0 and self.registers is not None:
+            rows = self.registers(torch.arange(self.cfg.registers, device=h.device))  # (R, D)
+            h = torch.cat([rows.to(h.dtype).expand(len(h), -1, -1), h], dim=1)  # (B, R + T, D)
+        if block == self.cfg.context_from and context is not None:
+            h = torch.cat([context.to(h.dtype), h], dim=1)  # (B, N + T, D)
+        return h
+
+    def _run(self, block: nn.Module, carried: dict[str, Tensor], *inputs: Tensor) -> Tensor:
+        """One block; its activations are dropped and recomputed in the backward pass if so configured.
+
+        carried: what goes from block to block by name; takes the first block's values.
+        """
         if self.checkpoint_blocks and torch.is_grad_enabled():
-            return cast(Tensor, checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False))
-        return cast(Tensor, block(*inputs))
+            run = partial(block, **carried)
+            out = checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)
+        else:
+            out = block(*inputs, **carried)
+        if self.cfg.block.carries_value:
+            out, carried["value"] = out
+        return cast(Tensor, out)

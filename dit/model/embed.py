@@ -81,18 +81,20 @@ class TimeEmbed(nn.Module):
         frequencies: int = FREQUENCIES,
         max_period: float = MAX_PERIOD,
         spacing: Spacing = "adm",
+        scale: float = 1.0,
     ):
         super().__init__()
         if frequencies % 2:
             raise ValueError(f"frequencies must be even (cosines and sines), got {frequencies}")
-        self.frequencies, self.max_period, self.spacing = frequencies, max_period, spacing
+        self.frequencies, self.max_period, self.spacing, self.scale = frequencies, max_period, spacing, scale
         self.fc1 = WideLinear(frequencies, width)
         self.fc2 = WideLinear(width, width)
 
     def forward(self, model_time: Tensor) -> Tensor:
         """(B,) float32 or float64 -> (B, D) in at least float32."""
         with without_autocast(model_time.device):
-            features = sinusoid(model_time, self.frequencies, self.max_period, self.spacing)
+            scaled = model_time if self.scale == 1.0 else self.scale * model_time
+            features = sinusoid(scaled, self.frequencies, self.max_period, self.spacing)
         out: Tensor = self.fc2(F.silu(self.fc1(features)))  # (B, D)
         return out
 
@@ -102,12 +104,15 @@ class PatchEmbed(nn.Module):
 
     `weight[:, (c p q)]` is the convolution's `weight[:, c, p, q]`. Further channels, given by conditioners,
     have a matrix of their own that starts at zero, so a model without them continues unchanged with them.
+    bottleneck: numbers that a patch is first pressed into (arXiv 2511.13720, section 4.3); None: it is not.
     """
 
-    def __init__(self, dims: Dims, extra_channels: int = 0):
+    def __init__(self, dims: Dims, extra_channels: int = 0, bottleneck: int | None = None):
         super().__init__()
         self.patch, self.channels, self.size = dims.patch, dims.channels, dims.image_size
-        self.proj = WideLinear(dims.channels * dims.patch**2, dims.width)
+        numbers = dims.channels * dims.patch**2
+        self.down = None if bottleneck is None else WideLinear(numbers, bottleneck, bias=False)
+        self.proj = WideLinear(bottleneck or numbers, dims.width)
         extra = extra_channels * dims.patch**2
         self.extra = WideLinear(extra, dims.width, bias=False) if extra else None
 
@@ -122,7 +127,8 @@ class PatchEmbed(nn.Module):
                 f"expected an input of shape (B, {self.channels}, {self.size[0]}, {self.size[1]}), "
                 f"got {tuple(x.shape)}; the model was built for that size"
             )
-        tokens: Tensor = self.proj(patchify(x, self.patch))  # (B, T, D)
+        patches = patchify(x, self.patch)  # (B, T, C·p·p)
+        tokens: Tensor = self.proj(patches if self.down is None else self.down(patches))  # (B, T, D)
         if (self.extra is None) != (extra is None):
             built = "no" if self.extra is None else self.extra.in_features // self.patch**2
             given = "none" if extra is None else extra.shape[1]

@@ -195,8 +195,8 @@ def test_heads_of_an_unknown_width_must_be_said() -> None:
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"block": {"name": "adaln_zero", "qk_norm": True}}, "it differs in blocks.0.attn.k_norm.gain"),
-        ({"cond": []}, "it differs in y_embedder.embedding_table.weight"),
+        ({"block": {"name": "adaln_zero", "qk_norm": True}}, r"it differs in block\.qk_norm"),
+        ({"cond": []}, "it differs in cond"),
     ],
 )
 def test_a_network_that_the_reference_lacks_is_not_given_out(fields: dict, says: str) -> None:
@@ -214,7 +214,7 @@ def test_a_network_that_computes_something_else_with_the_same_weights_is_not_giv
     from dit.config import from_dict
 
     model = from_dict(DiTConfig, {"size": "nano", **fields}).build(8, 4, 10)
-    with pytest.raises(WeightsError, match=r"time frequencies are adm .* before its MLPs 1e-06"):
+    with pytest.raises(WeightsError, match="it differs in (time_frequencies|block.mlp_epsilon)"):
         to_theirs(model)
 
 

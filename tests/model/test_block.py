@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from dit.model.block import BLOCKS, AdaLNZero, AdaLNZeroBlock, Attention, OutputLayer, RMSNorm
+from dit.model.block import BLOCKS, AdaLNZero, AdaLNZeroBlock, Attention, OutputLayer
 from dit.model.dims import Dims
+from dit.model.norms import LayerNorm, RMSNorm
 
 DIMS = Dims(
     width=32, depth=1, heads=4, mlp_width=96, patch=2, grid=(3, 2), channels=4, out_channels=4, num_classes=3
@@ -76,7 +77,7 @@ def reference_block(block: AdaLNZeroBlock, x: Tensor, c: Tensor) -> Tensor:
     shift1, scale1, gate1, shift2, scale2, gate2 = rows.split(x.shape[-1], dim=-1)
     x = x + gate1 * reference_attention(block.attention, layer_norm(x) * (1 + scale1) + shift1)
     h = (
-        layer_norm(x, block.mlp_epsilon) * (1 + scale2) + shift2
+        layer_norm(x, block.cfg.mlp_epsilon) * (1 + scale2) + shift2
     ) @ block.mlp.fc1.weight.T + block.mlp.fc1.bias
     h = 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
     return x + gate2 * (h @ block.mlp.fc2.weight.T + block.mlp.fc2.bias)
@@ -90,7 +91,7 @@ def test_adaln_zero_computes_the_reference(fields):
 
 
 def test_the_output_layer_computes_the_reference():
-    layer = perturbed(OutputLayer(DIMS).double())
+    layer = perturbed(OutputLayer(DIMS, LayerNorm()).double())
     x, c = inputs(torch.float64)
     shift, scale = (c @ layer.modulation.weight.T + layer.modulation.bias)[:, None].chunk(2, dim=-1)
     expected = (layer_norm(x) * (1 + scale) + shift) @ layer.proj.weight.T + layer.proj.bias

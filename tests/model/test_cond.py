@@ -1,5 +1,7 @@
 """Conditioners: the null condition, labels out of range, and branches that start at nothing."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -101,9 +103,10 @@ class EverythingConfig(ConditionerConfig):
         return 4 * dims.width
 
 
-def test_a_new_branch_leaves_a_trained_model_unchanged_and_then_learns():
+def test_a_new_branch_leaves_a_trained_model_unchanged_and_then_learns(monkeypatch):
+    monkeypatch.setitem(CONDITIONERS._classes, "everything", EverythingConfig)
     dims = CFG.dims(8, 4, 10)
-    plain, more = DiT(dims, AdaLNZero(), CFG.cond), DiT(dims, AdaLNZero(), (*CFG.cond, EverythingConfig()))
+    plain, more = DiT(CFG, dims), DiT(replace(CFG, cond=(*CFG.cond, EverythingConfig())), dims)
     perturb(plain)
     missing, unexpected = more.load_state_dict(plain.state_dict(), strict=False)
     assert sorted(missing) == [
@@ -156,10 +159,11 @@ class GivingConfig(TokensConfig):
         return Tokens()
 
 
-def test_tokens_reach_the_blocks_and_residuals_must_have_one_each():
+def test_tokens_reach_the_blocks_and_residuals_must_have_one_each(monkeypatch):
+    monkeypatch.setitem(CONDITIONERS._classes, "giving", GivingConfig)
     torch.manual_seed(0)
     dims = CFG.dims(8, 4, 10)
-    model = DiT(dims, ReadingConfig(), (GivingConfig(), GivingConfig()))
+    model = DiT(replace(CFG, block=ReadingConfig(), cond=(GivingConfig(), GivingConfig())), dims)
     perturb(model)
     x, t = torch.randn(2, 4, 8, 8), torch.rand(2)
     first, second = (

@@ -273,7 +273,8 @@ def test_a_config_survives_its_plain_form():
     cfg = DiTConfig(width=32, depth=1, heads=2, block={"name": "adaln_zero", "qk_norm": True}, num_classes=12)
     plain = to_dict(cfg)
     assert plain["name"] == "dit"
-    assert plain["block"] == {"name": "adaln_zero", "qk_norm": True, "mlp_epsilon": 1e-6}
+    assert plain["block"]["qk_norm"] == {"name": "rms", "gain": True, "epsilon": None}
+    assert plain["block"]["mlp_epsilon"] == 1e-6
     assert MODELS.parse(plain) == cfg
     assert hash(MODELS.parse(plain)) == hash(cfg)
     assert isinstance(MODELS.parse("dit").build(8, 4, 10), DiT)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit.config import ConfigError, from_dict
+from dit.config import ConfigError, flatten, from_dict, to_dict
 from dit.files import read_text
 from dit.interop.convert import read_weights
 from dit.interop.weights import (
@@ -27,10 +27,11 @@ from dit.interop.weights import (
     StateDict,
     WeightsError,
     arguments_of,
+    check_has_no_more,
     mismatches,
     named_as_theirs,
 )
-from dit.model.block import AdaLNZero, AdaLNZeroBlock
+from dit.model.block import AdaLNZero
 from dit.model.dit import DiT, DiTConfig
 from dit.model.embed import position_table, wide
 
@@ -39,6 +40,7 @@ CLASSES = (
     "DiTTransformer2DModel",
     "Transformer2DModel",
 )  # the second, of folders made before 2024, is read as well
+KNOWN = ("time_frequencies", "block.mlp_epsilon")  # keys of a model that diffusers has too
 MLP_RATIO = 4.0  # which its blocks have, whatever is configured
 # What every DiT is configured as; the defaults of the class.
 FIXED = {
@@ -239,13 +241,11 @@ def _read_state(folder: Path) -> dict[str, Tensor]:
 def config_of(model: DiT, num_classes: int) -> dict[str, Any]:
     """The config.json of our network, its label table padded to so many classes. WeightsError where it has none."""
     arguments = arguments_of(model)
-    if unknown := sorted({type(b).__name__ for b in model.blocks if not isinstance(b, AdaLNZeroBlock)}):
-        raise WeightsError(f"diffusers' DiT has no blocks like {', '.join(unknown)}")
+    check_has_no_more(model, KNOWN)
     if arguments.mlp_ratio != MLP_RATIO:
         raise WeightsError(
             f"diffusers' DiT has MLPs of {MLP_RATIO:g} times its width, these are {arguments.mlp_ratio:g} times as wide"
         )
-    epsilon = next(b.mlp_epsilon for b in model.blocks if isinstance(b, AdaLNZeroBlock))
     return {
         "_class_name": CLASSES[0],
         **FIXED,
@@ -260,7 +260,7 @@ def config_of(model: DiT, num_classes: int) -> dict[str, Any]:
         "sample_size": arguments.input_size,
         "patch_size": arguments.patch_size,
         "num_embeds_ada_norm": num_classes,
-        "norm_eps": epsilon,
+        "norm_eps": flatten(to_dict(model.cfg))["block.mlp_epsilon"],
     }
 
 
@@ -270,7 +270,7 @@ def state_of(model: DiT, num_classes: int) -> dict[str, Tensor]:
     WeightsError for a network that diffusers does not have.
     """
     arguments = arguments_of(model)
-    named = named_as_theirs(model)
+    named = named_as_theirs(model, KNOWN)
     table = named[LABELS]
     padding = table.new_zeros(num_classes - arguments.num_classes, table.shape[1])
     named[LABELS] = torch.cat([table[:-1], padding, table[-1:]])
