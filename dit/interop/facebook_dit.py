@@ -59,6 +59,6 @@ def from_state_dict(state_dict: StateDict, **model_arguments: Any) -> Pretrained
     Raises WeightsError naming every entry that does not fit, ConfigError for an unknown argument.
     """
     kind = FacebookDiT()
-    arguments, ours = kind.ours(state_dict, parse_arguments(model_arguments))
+    arguments, ours = kind.ours(state_dict, parse_arguments(model_arguments, Arguments))
     objective = kind.objective(arguments)
     return Pretrained(ReferenceNetwork(network(ours, arguments)), objective.path, objective.prediction)

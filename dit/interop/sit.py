@@ -115,6 +115,6 @@ def from_state_dict(
     prediction.
     """
     kind = from_dict(SiT, {"path": path, "prediction": prediction})
-    arguments, ours = kind.ours(state_dict, parse_arguments(model_arguments))
+    arguments, ours = kind.ours(state_dict, parse_arguments(model_arguments, Arguments))
     objective = kind.objective(arguments)
     return Pretrained(ReferenceNetwork(network(ours, arguments)), objective.path, objective.prediction)

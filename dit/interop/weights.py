@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import torch
 from pydantic import Field
@@ -26,8 +26,9 @@ from dit.model.embed import position_table, wide
 StateDict = Mapping[str, Tensor]
 Count = Annotated[int, Field(ge=1)]
 
+Names = tuple[tuple[str, str], ...]
 # Ours, theirs: parts of parameter names, replaced in this order.
-_NAMES = (
+NAMES: Names = (
     ("patch_embed.", "x_embedder."),
     ("time_embed.fc1.", "t_embedder.mlp.0."),
     ("time_embed.fc2.", "t_embedder.mlp.2."),
@@ -66,6 +67,11 @@ class Arguments:
     num_classes: Annotated[int, Field(ge=0)] = 1000  # classes without the null row
     learn_sigma: bool = True  # twice the output channels
 
+    @property
+    def names(self) -> Names:
+        """Ours, theirs: parts of parameter names, replaced in this order."""
+        return NAMES
+
     def model(self, stored_position: bool = False) -> DiTConfig:
         """Our config of the same network; of a named size where there is one."""
         size = Size(self.hidden_size, self.depth, self.num_heads)
@@ -88,15 +94,15 @@ class Arguments:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The state dict that a reference model of these arguments has: name -> shape."""
         model = self.build()
-        found = {their_name(name): tuple(p.shape) for name, p in model.named_parameters()}
+        found = {their_name(name, self.names): tuple(p.shape) for name, p in model.named_parameters()}
         found[PATCHES] = (self.hidden_size, self.in_channels, self.patch_size, self.patch_size)
         found[LABELS] = (self.num_classes + (self.class_dropout_prob > 0), self.hidden_size)
         return {POSITION: (1, *model.position.shape), **found}
 
 
-def their_name(name: str) -> str:
+def their_name(name: str, names: Names = NAMES) -> str:
     """The reference's name of one of our parameters."""
-    for ours, theirs in _NAMES:
+    for ours, theirs in names:
         name = name.replace(ours, theirs)
     return name
 
@@ -195,8 +201,9 @@ def to_ours(state: StateDict, arguments: Arguments) -> dict[str, Tensor]:
     model = arguments.build()
     found = {}
     for name, parameter in model.named_parameters():
-        weight = wide(state[their_name(name)].detach()).clone()
-        if their_name(name) == LABELS and len(weight) < len(parameter):
+        theirs = their_name(name, arguments.names)
+        weight = wide(state[theirs].detach()).clone()
+        if theirs == LABELS and len(weight) < len(parameter):
             weight = torch.cat([weight, weight.new_zeros(1, weight.shape[1])])
         found[name] = weight.reshape(parameter.shape)
     position = wide(state[POSITION][0].detach()).clone()  # (T, D)
@@ -257,9 +264,9 @@ def network(ours: StateDict, arguments: Arguments) -> DiT:
     """The network with these weights of ours (see `to_ours`), which become its own; for evaluation."""
     model = arguments.build("position" in ours)
     model.load_state_dict(dict(ours), assign=True)
-    if "position" not in ours:
-        table = position_table(arguments.hidden_size, model.dims.grid)
-        model.position = table.to(next(iter(ours.values())).dtype)
+    for name, table in model.tables().items():
+        if name not in ours:
+            setattr(model, name, table.to(next(iter(ours.values())).dtype))
     return model.eval()
 
 
@@ -293,9 +300,12 @@ class ReferenceNetwork(nn.Module):
         return out
 
 
-def parse_arguments(given: Mapping[str, object]) -> Arguments:
+AnyArguments = TypeVar("AnyArguments", bound=Arguments)
+
+
+def parse_arguments(given: Mapping[str, object], kind: type[AnyArguments]) -> AnyArguments:
     """Arguments from keyword arguments; ConfigError names an unknown one and the nearest there is."""
     try:
-        return from_dict(Arguments, given)
+        return from_dict(kind, given)
     except ConfigError as error:
         raise ConfigError(f"model arguments of the reference: {error}") from None

@@ -82,5 +82,6 @@ class Classifier(DiT):
 
         Nothing in cond is read: the network is called as every other one is.
         """
-        logits: Tensor = self.output(*self.hidden(x, model_time, cond))  # (B, classes)
+        h, c, _ = self.hidden(x, model_time, cond)  # (B, T, D), (B, D)
+        logits: Tensor = self.output(h, c)  # (B, classes)
         return logits

@@ -74,6 +74,7 @@ class DiTConfig(ModelConfig):
     num_classes: int | None = None  # of labels; null = as many as the data has
     learn_sigma: bool = False  # twice the output channels: a prediction, then its log-variance
     checkpoint_blocks: bool = False  # recompute blocks in the backward pass: a third more work, less memory
+    position_table: bool = True  # add the table of places to the patches; false: rope alone tells them
     stored_position: bool = False  # keep the position table in checkpoints, as foreign weights do
     # of the sinusoids of time: adm = 10000^(-i/128), as in DiT and SiT; ddpm = 10000^(-i/127), as in diffusers
     time_frequencies: Spacing = "adm"
@@ -210,11 +211,8 @@ class DiT(nn.Module):
         As the reference: Xavier for linear layers, normal(0.02) for embeddings and the time MLP, zero for
         biases and for what modules list in `zero_layers()`: modulations and output, so the output is zero.
         """
-        self.position.copy_(position_table(self.dims.width, self.dims.grid))
-        if self.rotation is not None and self.cfg.block.rope is not None:
-            turns = self.cfg.block.rope.table(self.dims.grid, self.dims.head_width)  # (2, T, d/2)
-            self.rotation[0], self.rotation[1] = 1.0, 0.0  # no patch, no place: not turned
-            self.rotation[:, -self.dims.tokens :] = turns
+        for name, table in self.tables().items():
+            self.get_buffer(name).copy_(table)
         in_time = set(self.time_embed.modules())
         for module in self.modules():
             if isinstance(module, nn.Embedding):
@@ -233,6 +231,21 @@ class DiT(nn.Module):
                 for parameter in layer.parameters():
                     nn.init.zeros_(parameter)
 
+    def tables(self) -> dict[str, Tensor]:
+        """The buffers by name, in float64 on the CPU: functions of the shapes alone."""
+        position = position_table(self.dims.width, self.dims.grid)  # (T, D)
+        found = {"position": position if self.cfg.position_table else torch.zeros_like(position)}
+        rope = self.cfg.block.rope
+        if self.rotation is not None and rope is not None:
+            turns = rope.table(self.dims.grid, self.dims.head_width)  # (2, T, d/2)
+            beside = (
+                self.rotation.shape[1] - self.dims.tokens
+            )  # what is no patch has no place, and is not turned
+            found["rotation"] = torch.stack(
+                [F.pad(turns[i], (0, 0, beside, 0), value=angle) for i, angle in enumerate((1.0, 0.0))]
+            )  # (2, N + T, d/2)
+        return found
+
     def compile_blocks(self, **options: Any) -> None:
         """Compile the blocks in place (options of torch.compile); before the engine wraps the model."""
         for block in self.blocks:
@@ -243,20 +256,20 @@ class DiT(nn.Module):
 
         (B, C, H, W), or (B, 2C, H, W) with `learn_sigma`: the prediction, then the log-variance channels.
         """
-        h, c = self.hidden(x, model_time, cond)  # (B, T, D), (B, D)
+        h, c, _ = self.hidden(x, model_time, cond)  # (B, T, D), (B, D)
         out = unpatchify(self.output(h, c), self.dims.patch, self.dims.grid)  # (B, C or 2C, H, W)
         return out.to(wide(x).dtype)
 
-    def hidden(self, x: Tensor, model_time: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
-        """The tokens after the last block (B, T, D), and c (B, D), what every modulation starts with."""
+    def hidden(self, x: Tensor, model_time: Tensor, cond: Cond) -> tuple[Tensor, Tensor, Tensor]:
+        """The tokens after the last block (B, T, D), c (B, D) of every modulation, and the time's embedding (B, D)."""
         given = joined([conditioner(cond) for conditioner in self.conditioners])
         h = self.patch_embed(x, given.channels) + self.position  # (B, T, D)
         if len(given.residuals) > len(self.blocks):
             raise ValueError(f"got {len(given.residuals)} residuals for {len(self.blocks)} blocks")
-        c = self.time_embed(model_time)  # (B, D)
-        if given.vector is not None:
-            c = c + given.vector  # (B, D)
-        c = F.silu(c)  # (B, D), what every modulation starts with
+        time = self.time_embed(model_time)  # (B, D)
+        c = F.silu(
+            time if given.vector is None else time + given.vector
+        )  # (B, D), where every modulation starts
         tokens = () if given.tokens is None else (given.tokens,)
         carried: dict[str, Tensor] = {} if self.modulation is None else {"shared": self.modulation(c)}
         for i, block in enumerate(self.blocks):
@@ -268,7 +281,7 @@ class DiT(nn.Module):
             h = self._run(block, carried, h, c, *tokens)  # (B, N + T, D)
             if i < len(given.residuals):
                 h = h + F.pad(given.residuals[i], (0, 0, h.shape[1] - self.dims.tokens, 0))  # (B, N + T, D)
-        return h[:, h.shape[1] - self.dims.tokens :], c
+        return h[:, h.shape[1] - self.dims.tokens :], c, time
 
     def _joined_by(self, context: Tensor | None, h: Tensor, block: int) -> Tensor:
         """The sequence that a block gets: registers come before the first, the conditioners' tokens at context_from."""

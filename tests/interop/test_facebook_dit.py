@@ -16,7 +16,7 @@ from dit.flow.path import Linear
 from dit.flow.predict import Eps
 from dit.interop import facebook_dit
 from dit.interop.facebook_dit import FacebookDiT
-from dit.interop.weights import Pretrained, WeightsError
+from dit.interop.weights import Arguments, Pretrained, WeightsError, parse_arguments
 from dit.model.dit import DiTConfig
 from dit.sample.denoise import Denoiser
 from dit.sample.grid import UniformGrid
@@ -124,9 +124,9 @@ def test_the_defaults_are_xl_2() -> None:
 
 
 def test_the_objective_trains_the_variance_if_there_is_one() -> None:
-    arguments = facebook_dit.parse_arguments(TINY)
+    arguments = parse_arguments(TINY, Arguments)
     assert FacebookDiT().objective(arguments).uses_variance
-    without = facebook_dit.parse_arguments({**TINY, "learn_sigma": False})
+    without = parse_arguments({**TINY, "learn_sigma": False}, Arguments)
     assert not FacebookDiT().objective(without).uses_variance
 
 

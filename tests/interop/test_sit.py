@@ -17,7 +17,7 @@ from dit.flow.path import Linear
 from dit.flow.predict import ReverseVelocity
 from dit.interop import sit
 from dit.interop.sit import PATHS, PREDICTIONS, PathName, PredictionName, SiT
-from dit.interop.weights import Pretrained, WeightsError, network, parse_arguments
+from dit.interop.weights import Arguments, Pretrained, WeightsError, network, parse_arguments
 from dit.model.dit import DiTConfig
 from dit.sample.denoise import Denoiser
 from dit.sample.grid import UniformGrid
@@ -121,14 +121,14 @@ def test_an_exact_network_in_sits_terms_samples_its_data(path: PathName, predict
 @pytest.mark.parametrize(("path", "prediction"), KINDS)
 def test_every_kind_is_an_objective_that_trains_and_is_known_again(path: str, prediction: str) -> None:
     kind = SiT(path=path, prediction=prediction)
-    objective = kind.objective(parse_arguments(TINY))
+    objective = kind.objective(parse_arguments(TINY, Arguments))
     objective.check()
     model = DiTConfig(size="nano").build(8, 4, 10)
     assert "pos_embed" in SiT().theirs(model, objective)
 
 
 def test_the_rows_that_sit_discards_are_left_out_and_put_back_as_zeros() -> None:
-    state, arguments = weights(), parse_arguments(TINY)
+    state, arguments = weights(), parse_arguments(TINY, Arguments)
     kept, ours = SiT().ours(state, arguments)
     assert not kept.learn_sigma
     model = network(ours, kept)
@@ -147,7 +147,7 @@ def test_the_rows_that_sit_discards_are_left_out_and_put_back_as_zeros() -> None
 
 
 def test_without_learn_sigma_there_and_back_is_the_same_to_the_bit() -> None:
-    state, arguments = weights(learn_sigma=False), parse_arguments({**TINY, "learn_sigma": False})
+    state, arguments = weights(learn_sigma=False), parse_arguments({**TINY, "learn_sigma": False}, Arguments)
     kept, ours = SiT().ours(state, arguments)
     assert kept == arguments
     back = SiT(learn_sigma=False).theirs(network(ours, kept), SiT().objective(kept))

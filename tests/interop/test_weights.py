@@ -101,7 +101,7 @@ def test_a_model_without_label_dropout_gets_a_null_row_of_zeros() -> None:
 @pytest.mark.parametrize("learn_sigma", [True, False])
 def test_there_and_back_is_the_same_to_the_bit(learn_sigma: bool) -> None:
     state = weights(learn_sigma=learn_sigma)
-    arguments = parse_arguments({**TINY, "learn_sigma": learn_sigma})
+    arguments = parse_arguments({**TINY, "learn_sigma": learn_sigma}, Arguments)
     model = network(to_ours(state, arguments), arguments)
     assert not model.training
     assert all(p.requires_grad for p in model.parameters())
@@ -116,22 +116,22 @@ def test_there_and_back_is_the_same_to_the_bit(learn_sigma: bool) -> None:
 def test_the_weights_are_copies_in_at_least_float32() -> None:
     state = weights()
     before = {name: t.clone() for name, t in state.items()}
-    model = network(to_ours(state, parse_arguments(TINY)), parse_arguments(TINY))
+    model = network(to_ours(state, parse_arguments(TINY, Arguments)), parse_arguments(TINY, Arguments))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
         model.position.zero_()
     assert all(torch.equal(state[name], before[name]) for name in state)
     narrow = {name: t.bfloat16() for name, t in before.items()}
-    ours = to_ours(narrow, parse_arguments(TINY))
+    ours = to_ours(narrow, parse_arguments(TINY, Arguments))
     assert {t.dtype for t in ours.values()} == {torch.float32}
-    wide = to_ours({name: t.double() for name, t in before.items()}, parse_arguments(TINY))
+    wide = to_ours({name: t.double() for name, t in before.items()}, parse_arguments(TINY, Arguments))
     assert {t.dtype for t in wide.values()} == {torch.float64}
 
 
 def test_a_position_table_that_is_not_the_computed_one_is_kept() -> None:
     """The reference's EMA averages the fixed table too, and it drifts by rounding."""
-    state, arguments = weights(), parse_arguments(TINY)
+    state, arguments = weights(), parse_arguments(TINY, Arguments)
     assert "position" not in to_ours(state, arguments)
     drifted = {**state, "pos_embed": state["pos_embed"] * (1 + 1e-4)}
     ours = to_ours(drifted, arguments)
@@ -149,13 +149,13 @@ def test_everything_that_does_not_fit_is_named_at_once() -> None:
     state["blocks.0.attn.q_norm.weight"] = torch.zeros(8)
     state["pos_embed"] = state["pos_embed"][:, :4]
     with pytest.raises(WeightsError) as error:
-        to_ours(state, parse_arguments(TINY))
+        to_ours(state, parse_arguments(TINY, Arguments))
     said = str(error.value)
     assert "missing: blocks.1.attn.proj.bias (32,)" in said
     assert "unexpected: blocks.0.attn.q_norm.weight (8,)" in said
     assert "pos_embed: is (1, 4, 32), expected (1, 16, 32)" in said
     with pytest.raises(WeightsError, match=r"and 58 more like that\nThe shapes speak for depth=9$"):
-        to_ours(weights(depth=9), parse_arguments(TINY))
+        to_ours(weights(depth=9), parse_arguments(TINY, Arguments))
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_everything_that_does_not_fit_is_named_at_once() -> None:
 )
 def test_impossible_arguments_are_refused(change: dict, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
-        parse_arguments({**TINY, **change}).shapes()
+        parse_arguments({**TINY, **change}, Arguments).shapes()
 
 
 @pytest.mark.parametrize(
