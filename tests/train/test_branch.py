@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+import tools.train
 from dit.config import ConfigError, merge
 from dit.errors import UserError
 from dit.evals import record
@@ -22,6 +25,7 @@ from dit.train.checkpoints import checkpoint, linking
 from dit.train.checkpoints.checkpoint import CheckpointError
 from dit.train.meters import SPEEDS
 from dit.train.plan import Plan
+from tests.commands import call
 from tests.datasets import Digits
 from tests.rank_processes import Server
 from tests.train.runs import (
@@ -32,6 +36,7 @@ from tests.train.runs import (
     experiment,
     flip_bit,
     go,
+    go_until,
     metrics,
     state,
     values,
@@ -101,33 +106,31 @@ def inode(folder: Path, step: int) -> int:
 def test_a_branch_is_the_run_that_was_planned_so_from_its_start(
     digits: Digits, ranks: Server, trunks: Callable[[str], Path], tmp_path: Path, layout: str
 ) -> None:
-    """Weights, averages, moments, snapshots and logs; also after a kill in it, and with the trunk gone by then."""
+    """Weights, averages, moments, snapshots, logs; killed before it saves, and resumed with the trunk gone by then."""
     size, sections = LAYOUTS[layout]
     whole, folder = tmp_path / "whole", tmp_path / "branch"
     source = Path(shutil.copytree(trunks(layout), tmp_path / "trunk"))
     ranks.run(size, go, merge(planned(digits, whole, SHORT), sections))
     given = merge(planned(digits, folder, SHORT, init={"branch": str(at_step(source, AT))}), sections)
-    given = merge(given, {"checkpoint": {"every": 4}})  # of step 8 there is one to go on from
-    ranks.run(size, go, given)
-    expected = state(at_step(whole, SHORT))
-
-    def check() -> None:
-        assert differing(expected, state(at_step(folder, SHORT))) == []
-        assert logged(folder) == logged(whole)
-        for step in (3, 6, 9):
-            one, other = (f / "snapshots" / f"step-{step:08d}" for f in (whole, folder))
-            assert differing(state(one), state(other)) == []
-
-    check()
-    assert column(folder, "step") == [4, 8]
+    with ranks.start(size, go_until, given, SHORT - 1, tmp_path / "never") as job:
+        log = folder / "metrics.jsonl"
+        while not log.is_file() or log.read_text().count("\n") != 2:  # of steps 4 and 8
+            assert all(process.is_alive() for process in job.processes), job.output()
+            time.sleep(0.02)
+        job.kill()
+    assert [path.name for path in (folder / "checkpoints").glob("step-????????")] == [
+        at_step(folder, AT).name
+    ]
     assert inode(folder, AT) == inode(source, AT)
-    shutil.rmtree(at_step(folder, SHORT))
     shutil.rmtree(source)
     ranks.run(size, go, given)
-    check()
+    assert differing(state(at_step(whole, SHORT)), state(at_step(folder, SHORT))) == []
+    assert logged(folder) == logged(whole)
+    for step in (3, 6, 9):
+        one, other = (f / "snapshots" / f"step-{step:08d}" for f in (whole, folder))
+        assert differing(state(one), state(other)) == []
     starts = rows(folder, "history.jsonl")
-    assert starts[0]["branch"]["from"] == str(at_step(source, AT))
-    assert starts[0]["branch"]["step"] == AT
+    assert (starts[0]["branch"]["from"], starts[0]["branch"]["step"]) == (str(at_step(source, AT)), AT)
     assert ["branch" in start for start in starts] == [True, False, False]
 
 
@@ -160,6 +163,18 @@ def test_a_run_directory_is_branched_where_it_is_last_what_the_run_would_have_be
     """Not at its newest step, nor within its decay."""
     folder = begun(planned(digits, tmp_path / "run", SHORT, init={"branch": str(trunk)}, engine="local"))
     assert [p.name for p in (folder / "checkpoints").iterdir()] == [at_step(folder, AT).name]
+
+
+@pytest.mark.parametrize("flag", ["--dry_run", "--preflight"])
+def test_what_only_looks_begins_none(
+    digits: Digits, trunk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str
+) -> None:
+    config = tmp_path / "config.yaml"
+    given = planned(digits, tmp_path / "run", SHORT, init={"branch": str(trunk)}, engine="local")
+    config.write_text(yaml.safe_dump(given))
+    assert call(tools.train.main, config, flag) == 0, capsys.readouterr().err
+    assert str(at_step(trunk, AT)) in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
 
 
 def test_logs_go_as_far_as_the_step_and_figures_with_them(
