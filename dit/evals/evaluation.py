@@ -18,6 +18,7 @@ from dit.evals.accuracy import class_accuracy
 from dit.evals.extraction import Kept, Pass, extract
 from dit.evals.features.network import FeatureNetwork, FeatureSpace
 from dit.evals.features.spaces import FEATURES
+from dit.evals.figures import ACCURACY, FLOOR, RATIO, names_in, own_names, protocol_of
 from dit.evals.metrics.measuring import ALL, check_counts, check_resamples, choose_metrics, measure
 from dit.evals.metrics.metric import METRICS, FeatureSet, Metric
 from dit.evals.metrics.resampling import LEVEL, Resampled, Resampling
@@ -29,10 +30,6 @@ from dit.evals.reference import ReferenceFile, is_reference, load
 from dit.evals.sides import Sides, check_needs, sides_of_file, sides_of_images
 from dit.files import expand
 from dit.ranks import group
-
-# Only what is computed with the original Inception weights has these names.
-OF_INCEPTION = {"frechet": "fid", "frechet_spatial": "sfid"}
-OF_OTHERS = {"inception_score": "logits_score"}
 
 
 @config
@@ -75,7 +72,7 @@ class Order:
 
 @dataclass(frozen=True)
 class InSpace:
-    """The figures in one feature space. protocol: JSON values; what has to be the same for figures to be compared."""
+    """The figures in one feature space. protocol: JSON values, of which each figure depends on its part."""
 
     name: str
     figures: dict[str, float]
@@ -91,12 +88,17 @@ class InSpace:
         """12 hexadecimal digits of the protocol."""
         return protocol_hash(self.protocol)
 
+    @property
+    def hashes(self) -> dict[str, str]:
+        """For each figure the hash of what it depends on of the protocol."""
+        return {name: protocol_hash(protocol_of(name, self.protocol)) for name in self.figures}
+
     def as_json(self) -> dict[str, Any]:
         """As it is recorded."""
         intervals = {name: list(ends) for name, ends in self.intervals.items()}
         return {
             "features": self.name, "figures": self.figures, "intervals": intervals, "protocol": self.protocol,
-            "hash": self.hash, "metrics": self.metrics,
+            "hash": self.hash, "hashes": self.hashes, "metrics": self.metrics,
         }  # fmt: skip
 
 
@@ -167,22 +169,9 @@ class Compared:
     held_out: tuple[FeatureSet, str] | None = None
 
 
-def names_in(network: FeatureNetwork) -> Mapping[str, str]:
-    """What figures are called in a network's space, where that is not what they are called of given features."""
-    return OF_INCEPTION if network.identity["name"] == "inception" else OF_OTHERS
-
-
 def _renamed(order: Order) -> Order:
     """The order with figures by the names that they have in all spaces. ConfigError for a name that one cannot have."""
-    own = {shown: name for name, shown in (OF_INCEPTION | OF_OTHERS).items()}
-    words = [word.strip() for word in order.options.metrics.split(",")]
-    kinds = [FEATURES.name_of(space) for space in order.spaces]
-    for word in set(words) & set(OF_INCEPTION.values()):
-        if other := [kind for kind in kinds if kind != "inception"]:
-            raise ConfigError(
-                f"--metrics: {word} is computed with Inception's features alone; in {other[0]} there is {own[word]}"
-            )
-    metrics = ",".join(own.get(word, word) for word in words)
+    metrics = own_names(order.options.metrics, [FEATURES.name_of(space) for space in order.spaces])
     return replace(order, options=replace(order.options, metrics=metrics))
 
 
@@ -274,12 +263,12 @@ def in_space(name: str, what: Compared, order: Order) -> InSpace:
         "reference": dict(side.protocol),
     }
     if options.class_accuracy:
-        figures["class_accuracy"] = class_accuracy(what.found, what.samples, what.index, side.network)
+        figures[ACCURACY] = class_accuracy(what.found, what.samples, what.index, side.network)
     ratio = None
     if what.held_out is not None:
         distance, ratio = _ratio(what, what.held_out[0])
         word = names.get("frechet", "frechet")
-        figures |= {f"{word}_held_out": distance, f"{word}_ratio": ratio}
+        figures |= {f"{word}{FLOOR}": distance, f"{word}{RATIO}": ratio}
         protocol["held_out"] = {"content": what.held_out[1], "images": len(what.held_out[0])}
     own = {kind: to_dict(metric) for kind, metric in metrics.items()}
     protocol["metrics"] = {kind: own[kind] for kind, metric in metrics.items() if metric != type(metric)()}

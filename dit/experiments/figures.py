@@ -149,6 +149,7 @@ class SampleFigures:
             "step": step,
             **used.row,
             "samples": {"named": DRAWN, "content": content},
+            **record.drawn_by(self.record),
             "code": code_version(),
             "bootstrap": None,
         }

@@ -21,11 +21,11 @@ from dit.evals.evaluation import (
     extracted,
     in_space,
     metrics_of,
-    names_in,
     sides_of,
 )
 from dit.evals.extraction import Arrays, Kept, block_features, in_rounds
 from dit.evals.features.network import FeatureNetwork
+from dit.evals.figures import names_in
 from dit.evals.metrics.metric import FeatureSet
 from dit.evals.metrics.resampling import LEVEL
 from dit.evals.pictures.opening import open_pictures

@@ -69,6 +69,22 @@ def test_figures_of_unlike_protocols_stand_apart_and_the_difference_is_named(tmp
     assert "name" not in second  # what is the same is not listed
 
 
+def test_options_of_one_figure_do_not_set_the_others_apart(tmp_path):
+    parts = {"features": {"name": "pixels"}, "samples": {"images": 9}, "reference": {"content": "r"}}
+    rows = []
+    for step, extra in ((1, {}), (2, {"held_out": {"content": "h"}})):
+        made = {**row(step, 5.0 + step, f"hash{step}", **parts, metrics={}, **extra), "seed": step}
+        rows.append(made)
+    rows[1]["figures"] |= {"frechet_ratio": 1.5}
+    record.append(tmp_path, rows)
+    first, second = "\n".join(record.history(tmp_path)).split("pixels, protocol ")[1:]
+    assert "frechet 6 [5, 7]" in first
+    assert "ema, seed 2: frechet 7 [6, 8]" in first
+    assert "frechet_ratio 1.5" in second
+    assert "not to be compared" not in second  # there is no other ratio
+    assert set(record.curves(rows[0])) < set(record.curves(rows[1]))
+
+
 def test_a_run_of_which_nothing_was_measured_says_how_to(tmp_path):
     with pytest.raises(UserError, match=r"is no run directory"):
         record.history(tmp_path)

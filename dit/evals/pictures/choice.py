@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from dit.config import ConfigError
+from dit.config import ConfigError, from_dict, to_dict
 from dit.evals.pictures.pictures import Pictures, PicturesError
 from dit.evals.protocol import protocol_hash
 from dit.rng import Purpose, permutation
+from dit.sample.generate import SamplerSpec
 
 # Of a record of drawn images, what decides about the kind of images, and what older records mean that lack it. Which
 # weights drew them, how many, on what, into which forms, is no part of it, nor what was counted meanwhile.
@@ -41,13 +43,28 @@ def chosen(pictures: Pictures, count: int | None, flag: str) -> np.ndarray:
     return np.sort(permutation(0, Purpose.SUBSET, 0, len(pictures))[:count])
 
 
+def drawn_how(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """How images were drawn, by their record: JSON values, the same ones for settings that are typed otherwise.
+
+    Of whichever weights and seed.
+    """
+    kept = {key: spec.get(key, older) for key, older in KIND.items()}
+    kept["sampler"] = {k: v for k, v in _normal(kept["sampler"] or {}).items() if k != "seed"}
+    return json.loads(json.dumps(_placeless(kept)))  # type: ignore[no-any-return]
+
+
 def sampler_hash(spec: Mapping[str, Any] | None) -> str | None:
     """The hash of how images were drawn, whoever's weights drew them and from whichever seed; None of others."""
-    if spec is None:
-        return None
-    kept = {key: spec.get(key, older) for key, older in KIND.items()}
-    kept["sampler"] = {key: value for key, value in (kept["sampler"] or {}).items() if key != "seed"}
-    return protocol_hash(_placeless(kept))
+    return None if spec is None else protocol_hash(drawn_how(spec))
+
+
+def _normal(sampler: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A sampler's settings in their one form."""
+    try:
+        normal: dict[str, Any] = to_dict(from_dict(SamplerSpec, sampler).normal)
+    except ConfigError:  # another version's, or another program's: they are told as they are
+        return sampler
+    return normal
 
 
 def _placeless(value: Any) -> Any:

@@ -10,12 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
+from dit.config import from_dict, to_dict
 from dit.data import DataError
 from dit.data.sources.source import BadImage
 from dit.evals.pictures.choice import described, sampler_hash
 from dit.evals.pictures.opening import open_pictures
 from dit.evals.pictures.pictures import PicturesError, content, digests
+from dit.evals.protocol import protocol_hash
 from dit.sample.formats import FORMATS
+from dit.sample.generate import SamplerSpec
 from dit.sample.labels import Labels
 from dit.sample.pictures import LATENTS, format_of
 
@@ -118,6 +121,37 @@ def test_where_a_guiding_checkpoint_lies_is_not_in_a_samplers_hash_and_older_rec
     a, b, stronger = (sampler_hash(spec) for spec in guided)
     assert a == b != stronger
     assert sampler_hash({"sampler": {}}) == sampler_hash({"sampler": {}, "label_order": "balanced"})
+
+
+PLAIN = {"name": "cfg", "scale": 1.5, "interval": [0.0, 1.0], "channels": None, "rescale": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "is_same"),
+    [
+        ({"cfg_scale": 1.5}, {"guidance": [PLAIN]}, True),
+        ({"cfg_scale": 1.5}, {"guidance": [{"name": "cfg", "scale": 1.5}]}, True),
+        ({"cfg_scale": 1.5}, {"cfg_scale": 1.5, "guidance": [PLAIN]}, True),
+        ({}, {"guidance": [{**PLAIN, "scale": 1.0, "interval": [0.2, 0.7]}]}, True),
+        ({}, {"cfg_scale": 1}, True),
+        ({"cfg_scale": 1.5}, {"guidance": [{**PLAIN, "interval": [0.2, 0.7]}]}, False),
+        ({"cfg_scale": 1.5}, {"guidance": [{**PLAIN, "channels": 3}]}, False),
+        ({"cfg_scale": 1.5}, {"guidance": [{**PLAIN, "scale": 2.0}]}, False),
+        ({}, {"solver": "heun"}, True),
+        ({}, {"num_steps": 51}, False),
+    ],
+)
+def test_settings_that_draw_the_same_images_have_one_hash_however_they_are_typed(one, other, is_same):
+    a, b = ({"sampler": to_dict(from_dict(SamplerSpec, typed))} for typed in (one, other))
+    assert (sampler_hash(a) == sampler_hash(b)) == is_same
+
+
+def test_the_hash_of_plain_settings_is_that_of_older_versions():
+    """Rows on file have it: the record's own values, without the seed."""
+    for spec in (SamplerSpec(), SamplerSpec(cfg_scale=2.0, num_steps=8, seed=4)):
+        own = {key: value for key, value in to_dict(spec).items() if key != "seed"}
+        kept = {"sampler": own, "classes": [1], "label_order": "balanced", "precision": "fp32", "codec": {}}
+        assert sampler_hash({"sampler": to_dict(spec), "classes": [1]}) == protocol_hash(kept)
 
 
 def test_mixed_sizes_are_refused_and_cropped_when_asked(folder):
