@@ -28,9 +28,10 @@ PLACES = ("checkpoint", "path")  # of other weights: where these lie on a machin
 
 
 def chosen(pictures: Pictures, count: int | None, flag: str) -> np.ndarray:
-    """Numbers of the images that are taken, ascending: all, or `count` of them at random, always the same ones.
+    """Numbers of the images that are taken, ascending: all, or `count` of them, always the same ones.
 
-    flag: that says the count, for messages. ConfigError where there are not as many.
+    Of drawn images the first ones, which are those of a drawing of so many; of others at random. flag: that says the
+    count, for messages. ConfigError where there are not as many.
     """
     if not len(pictures):
         raise PicturesError(f"{pictures.named}: no images in it")
@@ -40,7 +41,14 @@ def chosen(pictures: Pictures, count: int | None, flag: str) -> np.ndarray:
         raise ConfigError(
             f"--{flag}={count}: {pictures.named} has {len(pictures)} images; expected 1 to that many"
         )
+    if _is_drawn(pictures):
+        return np.arange(count)
     return np.sort(permutation(0, Purpose.SUBSET, 0, len(pictures))[:count])
+
+
+def _is_drawn(pictures: Pictures) -> bool:
+    """Whether image i is what the record's seed and i make, whatever the number of images."""
+    return ((pictures.spec or {}).get("sampler") or {}).get("seed") is not None
 
 
 def drawn_how(spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,6 +68,8 @@ def sampler_hash(spec: Mapping[str, Any] | None) -> str | None:
 
 def _normal(sampler: Mapping[str, Any]) -> Mapping[str, Any]:
     """A sampler's settings in their one form."""
+    if not sampler:  # none are on file
+        return {}
     try:
         normal: dict[str, Any] = to_dict(from_dict(SamplerSpec, sampler).normal)
     except ConfigError:  # another version's, or another program's: they are told as they are
@@ -78,14 +88,20 @@ def described(pictures: Pictures, index: np.ndarray) -> dict[str, Any]:
     """What of a set's kind belongs to a protocol: counts, size, conversion, balance of labels, how it was drawn."""
     return {
         "images": len(index),
-        "chosen": "all"
-        if len(index) == len(pictures)
-        else f"{len(index)} of {len(pictures)} at random, seed 0",
+        "chosen": _chosen_words(pictures, index),
         "size": list(pictures.size),
         "converted": pictures.converted,
         "labels": _balance(pictures, index),
         "sampler": sampler_hash(pictures.spec),
     }
+
+
+def _chosen_words(pictures: Pictures, index: np.ndarray) -> str:
+    """Which images are taken; the first of a drawing are all of a smaller one."""
+    is_beginning = len(index) > 0 and int(index[-1]) + 1 == len(index)
+    if len(index) == len(pictures) or (is_beginning and _is_drawn(pictures)):
+        return "all"
+    return f"{len(index)} of {len(pictures)} at random, seed 0"
 
 
 def _balance(pictures: Pictures, index: np.ndarray) -> str:

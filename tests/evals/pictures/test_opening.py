@@ -13,7 +13,7 @@ from PIL import Image
 from dit.config import from_dict, to_dict
 from dit.data import DataError
 from dit.data.sources.source import BadImage
-from dit.evals.pictures.choice import described, sampler_hash
+from dit.evals.pictures.choice import chosen, described, sampler_hash
 from dit.evals.pictures.opening import open_pictures
 from dit.evals.pictures.pictures import PicturesError, content, digests
 from dit.evals.protocol import protocol_hash
@@ -81,6 +81,42 @@ def test_drawn_images_are_the_same_set_in_every_form(tmp_path):
     assert len(told) > 2
     assert all(one == told[0] for one in told)
     assert told[0][1]["labels"] == "random over 2 classes"
+
+
+@pytest.mark.parametrize("form", ["png", "webdataset"])
+def test_a_folder_in_a_drawing_is_opened_with_the_drawings_record(tmp_path, monkeypatch, form):
+    out = drawn(tmp_path / "a", "npz", form)
+    whole, part = open_pictures(out), open_pictures(out / FORMATS[form].names[0])
+    assert part.spec == whole.spec
+    assert part.labels.tolist() == whole.labels.tolist()
+    assert part.named.endswith(FORMATS[form].names[0])
+    assert described(part, np.arange(6)) == described(whole, np.arange(6))
+    assert not hasattr(part, "rows")  # it is the folder that was named, and not the npz beside it
+    monkeypatch.chdir(out / FORMATS[form].names[0])
+    assert open_pictures(".").spec == whole.spec
+    (out / "other").mkdir()
+    Image.fromarray(IMAGES[0]).save(out / "other" / "a.png")
+    assert open_pictures(out / "other").spec is None
+
+
+def test_the_first_of_a_drawing_are_those_of_a_smaller_one(tmp_path):
+    record = {**SPEC, "formats": ["npz"]}
+    for name, count in (("all", 6), ("few", 4)):
+        (tmp_path / name).mkdir()
+        np.savez(
+            tmp_path / name / "samples.npz", IMAGES[:count], Labels([4, 7], "random", 5)(torch.arange(count))
+        )
+        (tmp_path / name / "spec.json").write_text(json.dumps({**record, "num_samples": count}))
+    larger, smaller = (open_pictures(tmp_path / name) for name in ("all", "few"))
+    index = chosen(larger, 4, "num_samples")
+    assert index.tolist() == [0, 1, 2, 3]
+    assert described(larger, index) == described(smaller, chosen(smaller, None, "num_samples"))
+    assert described(larger, index)["chosen"] == "all"
+    (tmp_path / "all" / "spec.json").unlink()
+    plain = open_pictures(tmp_path / "all" / "samples.npz")
+    index = chosen(plain, 4, "num_samples")
+    assert index.tolist() != [0, 1, 2, 3]
+    assert described(plain, index)["chosen"] == "4 of 6 at random, seed 0"
 
 
 def test_a_drawn_folder_without_images_or_with_another_number_of_them_says_so(tmp_path):
