@@ -17,6 +17,9 @@ from dit.evals.pictures.choice import drawn_how
 from dit.evals.protocol import Told
 
 FILE = "evaluations.jsonl"
+CONFIG = "config.yaml"  # which makes a folder a run directory
+DEPTH = 3  # folders below one that is none, in which runs are looked for
+SHOWN = 10  # of them, in a message
 TRAINING = "training"  # what rows say under "by" that training itself measured between two steps
 TAKEN_BACK = (
     "taken_back"  # of a line that is no row: rows of training above it, of later steps, count no more
@@ -32,7 +35,33 @@ def run_of(record: Mapping[str, Any] | None) -> Path | None:
     if not isinstance(place, str):
         return None
     folder = Path(place)
-    return next((up for up in (folder, *folder.parents) if (up / "config.yaml").is_file()), None)
+    return next((up for up in (folder, *folder.parents) if (up / CONFIG).is_file()), None)
+
+
+def check_run(folder: Path) -> None:
+    """UserError where a folder is no run directory; it names the runs below it, where there are some."""
+    if (folder / CONFIG).is_file():
+        return
+    below = [
+        place.parent for depth in range(1, DEPTH + 1) for place in sorted(folder.glob("*/" * depth + CONFIG))
+    ]
+    if not below:
+        raise UserError(
+            f"{folder} is no run directory: there is no {CONFIG} in it; give the folder that --run_dir named"
+        )
+    named = [
+        f"  {run}{'' if (run / FILE).is_file() else ' (nothing was measured of it)'}" for run in below[:SHOWN]
+    ]
+    more = [f"  and {len(below) - SHOWN} more"] if len(below) > SHOWN else []
+    raise UserError(
+        "\n".join(
+            [
+                f"{folder} is no run directory: there is no {CONFIG} in it; give one of those below:",
+                *named,
+                *more,
+            ]
+        )
+    )
 
 
 def append(run: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -140,10 +169,8 @@ def told(row: Mapping[str, Any], figure: str) -> Told:
 def history(run: Path) -> list[str]:
     """Lines to print: the rows of each protocol together, and what distinguishes the protocols from the first one."""
     rows = read(run)
-    if not rows and not (run / "config.yaml").is_file():
-        raise UserError(
-            f"{run} is no run directory: there is no config.yaml in it; give the folder that --run_dir named"
-        )
+    if not rows:
+        check_run(run)
     if not rows:
         raise UserError(
             f"{run / FILE} is not there: nothing was measured of this run yet. Draw images by tools/sample.py, and "

@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dit.errors import Notice, UserError
 from dit.evals import record
+from dit.reports.told import RunTold
 
 
 def row(step: int, value: float, hash_: str = "aa", **protocol: object) -> dict[str, object]:
@@ -91,6 +92,18 @@ def test_a_run_of_which_nothing_was_measured_says_how_to(tmp_path):
     (tmp_path / "config.yaml").touch()
     with pytest.raises(UserError, match=r"tools/sample\.py"):
         record.history(tmp_path)
+
+
+@pytest.mark.parametrize("ask", [record.history, RunTold.read])
+def test_a_folder_above_runs_names_them(tmp_path, ask):
+    for name in ("a", "more/b"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.yaml").touch()
+    record.append(tmp_path / "a", [row(1, 5.0)])
+    with pytest.raises(UserError, match="give one of those below") as caught:
+        ask(tmp_path)
+    lines = str(caught.value).splitlines()[1:]
+    assert lines == [f"  {tmp_path / 'a'}", f"  {tmp_path / 'more/b'} (nothing was measured of it)"]
 
 
 def test_each_figure_says_which_images_it_is_of(tmp_path):
