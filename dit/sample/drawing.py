@@ -82,7 +82,9 @@ def draw(sampler: Sampler, labels: LabelFn, products: Sequence[Product], world: 
         # a rank that fails alone would leave the others waiting for it, for as long as the backend likes
         reach = group.together(partial(draw_mine, bar))
         bar.update(left - bar.n)
-    warn_if_far(reach)
+    furthest = max(group.gather_objects(reach))
+    if world.is_main:  # for all of them, once
+        warn_if_far(furthest)
 
 
 def _lacking(products: Sequence[Product], missing: Sequence[set[int]]) -> int:
