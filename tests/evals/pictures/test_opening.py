@@ -15,9 +15,8 @@ from dit.data.sources.source import BadImage
 from dit.evals.pictures.choice import described, sampler_hash
 from dit.evals.pictures.opening import open_pictures
 from dit.evals.pictures.pictures import PicturesError, content, digests
-from dit.sample.formats import FORMATS
+from dit.sample.formats import FORMATS, LATENTS, format_of
 from dit.sample.labels import Labels
-from dit.sample.pictures import LATENTS, format_of
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
 
