@@ -13,6 +13,9 @@ from dit.sample.formats import LATENTS
 from dit.sample.labels import LabelOrder
 from dit.sample.pictures import OLD_FORMATS
 
+MOST = 10**8  # images: their names have eight digits
+MOST_AT_A_TIME = 2**20  # images: beyond it their noise alone is gigabytes
+
 
 @dataclass(frozen=True)
 class DrawOrder:
@@ -53,6 +56,10 @@ class DrawOrder:
 
 def check_amount(num_samples: int, batch_size: int | None) -> None:
     """ConfigError for numbers of images that are none."""
-    for name, number in (("num_samples", num_samples), ("batch_size", batch_size)):
-        if number is not None and number < 1:
-            raise ConfigError(f"{name}: expected 1 or more, got {number}")
+    for name, number, most in (
+        ("num_samples", num_samples, MOST),
+        ("batch_size", batch_size, MOST_AT_A_TIME),
+    ):
+        if number is not None and not 1 <= number <= most:
+            expected = "1 or more" if number < 1 else f"{most} or fewer"
+            raise ConfigError(f"{name}: expected {expected}, got {number}")

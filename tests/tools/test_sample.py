@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -185,6 +186,33 @@ def test_a_signal_to_any_rank_stops_all_of_them_and_the_same_command_goes_on(
         assert "error" not in job.output() + job.output(1)
     draw(out, run, *words)
     assert f"{done} of 40 images are drawn already; going on with the others" in capsys.readouterr().out
+
+
+def test_on_a_full_disk_it_says_where_and_goes_on_when_there_is_room(
+    run: Path, base: Path, tmp_path: Path, capsys
+) -> None:
+    """Full while a block is written, and then while the files are put together."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=12k", "tmpfs", disk], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("nothing can be mounted here")
+    try:
+        for size in ("16k", "24k"):
+            assert call(tools.sample.main, run, *BASE, f"--out={disk / 'out'}") == 1
+            said = capsys.readouterr().err
+            assert "No space left on device: " in said
+            assert f"{disk / 'out.partial'}" in said
+            assert "start the same command again" in said
+            assert not (disk / "out").exists()
+            subprocess.run(["mount", "-o", f"remount,size={size}", disk], check=True)
+        subprocess.run(["mount", "-o", "remount,size=1m", disk], check=True)
+        assert (draw(disk / "out", run, *BASE) == arrays(base)[0]).all()
+        assert "7 of 7 images are drawn already" in capsys.readouterr().out
+    finally:
+        subprocess.run(["umount", disk], check=True)
 
 
 @pytest.mark.slow
@@ -814,6 +842,11 @@ def test_all_classes_and_no_class(run: Path, tmp_path: Path) -> None:
         (["--classes=zero"], 1, "no class is named 'zero'"),
         (["--num_samples=0"], 1, "num_samples: expected 1 or more, got 0"),
         (["--batch_size=0"], 1, "batch_size: expected 1 or more, got 0"),
+        (["--batch_size=100000000000000"], 1, "batch_size: expected 1048576 or fewer, got 100000000000000"),
+        (["--num_samples=9999999999"], 1, "num_samples: expected 100000000 or fewer, got 9999999999"),
+        (["--interpolate=seeds:1,99999999999999999999"], 1, "expected seeds between -2^63 and 2^63"),
+        (["--interpolate=classes:3,3"], 1, "expected two different classes"),
+        (["--interpolate=classes:3"], 1, "expected two different classes"),
         (["--num_steps=0"], 1, "num_steps"),
         (["--cfg_scale=-1"], 1, "cfg_scale"),
         (["--solver=hune"], 1, "did you mean heun?"),
