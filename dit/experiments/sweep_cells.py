@@ -18,7 +18,8 @@ from dit.evals.protocol import protocol_hash
 from dit.evals.sides import Sides
 from dit.evals.sweep.axes import Axes, Setting, most_steps
 from dit.evals.sweep.cells import Cell
-from dit.experiments.drawing import check_amount, check_labelled
+from dit.experiments.draw_order import check_amount
+from dit.experiments.drawing import check_labelled
 from dit.experiments.trained import Precision, Trained
 from dit.sample.generate import Sampler
 from dit.sample.tally import Tally

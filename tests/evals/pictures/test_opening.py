@@ -17,10 +17,9 @@ from dit.evals.pictures.choice import chosen, described, sampler_hash
 from dit.evals.pictures.opening import open_pictures
 from dit.evals.pictures.pictures import PicturesError, content, digests
 from dit.evals.protocol import protocol_hash
-from dit.sample.formats import FORMATS
+from dit.sample.formats import FORMATS, LATENTS, format_of
 from dit.sample.generate import SamplerSpec
 from dit.sample.labels import Labels
-from dit.sample.pictures import LATENTS, format_of
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
 
