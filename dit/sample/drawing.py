@@ -96,8 +96,13 @@ def draw(
         reach, stopped = group.together(partial(draw_mine, bar))
         bar.update(0 if stopped else left - bar.n)
     stop_all(stopped, lambda: _kept(blocks, _lacking(products, missing)))
+    _warn_once(reach, world)
+
+
+def _warn_once(reach: float, world: group.World) -> None:
+    """Warn, on rank 0 for all, where the latents of any rank reach far. Collective."""
     furthest = max(group.gather_objects(reach))
-    if world.is_main:  # for all of them, once
+    if world.is_main:
         warn_if_far(furthest)
 
 
