@@ -203,7 +203,7 @@ class DiT(nn.Module):
                     nn.init.zeros_(parameter)
 
     def initial_std(self, module: nn.Module) -> float:
-        """Give the standard deviation of a linear layer's or an embedding's weights as `reset_parameters` draws them."""
+        """Give the standard deviation with which `reset_parameters` draws a linear layer or an embedding."""
         if isinstance(module, nn.Linear) and module not in set(self.time_embed.modules()):
             return math.sqrt(2 / (module.in_features + module.out_features))
         return EMBEDDING_STD
