@@ -1,1 +1,1 @@
-"""Experiments over sizes: laws of scale, and parametrizations whose best rate does not depend on the width."""
+"""Scaling-law experiments: a ladder of sizes and budgets as one file, its plan, its runs and its table of results."""
