@@ -31,6 +31,7 @@ from dit.scaling.coordinates import Check, Setting, measure
 from dit.scaling.planned import as_table, opened, spec_of
 from dit.scaling.running import Orders, run_plan
 from dit.scaling.status import status as status_table
+from dit.scaling.transfer import Grid, Study, run_study
 
 Where = Annotated[
     str, "spec, a YAML file as in configs/scaling, or the folder of an experiment that is planned"
@@ -131,6 +132,23 @@ def coordinates(
     print(*(f"{place / name}" for name in telling.FILES), sep="\n")
 
 
+@options_as_flags
+def transfer(
+    config: Annotated[str, "a YAML file, see configs/; with data.val"],
+    *,
+    out: Annotated[str, "folder of the study: its runs, transfer.md, transfer.csv and transfer.png"],
+    grid: Grid,
+    jobs: Annotated[int, "runs at a time, each a process"] = 1,
+    **overrides: str,
+) -> None:
+    """Train every width at every learning rate and seed, and say whether the best rate of the least is that of all.
+
+    What counts is the held-out loss at the last step. Each run is one of tools/train.py, in OUT/runs; the same command
+    again goes on, also with more rates, seeds or widths. docs/scaling.md says how to read the verdict.
+    """
+    print(run_study(Study(load(Experiment, config, overrides), grid, Path(expand(out))), jobs))
+
+
 TOOL = Tool(
     {
         "plan": plan,
@@ -138,6 +156,7 @@ TOOL = Tool(
         "status": status,
         "collect": collect,
         "coordinates": coordinates,
+        "transfer": transfer,
     },
     config=Experiment,
 )

@@ -37,7 +37,7 @@ from dit.train.optim import ConstantRate, OptimConfig
 from dit.train.task import LatentTask, Samples, Task, batch_samples, synthetic_samples
 
 FLAT, GROWS = 0.2, 0.4  # slopes up to which a layer is flat, and from which on it grows
-SHAPE, CLASSES = (1, 4, 8, 8), 10  # of the made-up latents: (moments, C, H, W)
+SHAPE, CLASSES = (4, 8, 8), 10  # of the made-up latents: (C, H, W)
 
 
 @config
@@ -69,7 +69,7 @@ class Setting:
     optim: OptimConfig
     task: Task
     samples: Samples
-    shape: tuple[int, ...]  # (C, H, W) of a latent
+    shape: tuple[int, int, int]  # (C, H, W) of a latent
     classes: int
     world: World
     data: str  # what the samples are of
@@ -78,12 +78,12 @@ class Setting:
     def synthetic(check: Check) -> Setting:
         """Give a nano DiT on normal random latents."""
         world = World.from_env()
-        norm = LatentNorm(mean=(0.0,) * SHAPE[1], std=(1.0,) * SHAPE[1])
+        norm = LatentNorm(mean=(0.0,) * SHAPE[0], std=(1.0,) * SHAPE[0])
         task = LatentTask(Objective(), norm, label_drop=0.1, has_unit_variance=True)
-        samples = synthetic_samples(SHAPE, CLASSES, world.device, check.batch)
+        samples = synthetic_samples((1, *SHAPE), CLASSES, world.device, check.batch)
         optim = OptimConfig(lr=check.lr or 0.003)
         return Setting(
-            DiTConfig(size="nano"), optim, task.uncoupled(), samples, SHAPE[1:], CLASSES, world, "random"
+            DiTConfig(size="nano"), optim, task.uncoupled(), samples, SHAPE, CLASSES, world, "random"
         )
 
     @staticmethod
@@ -209,11 +209,12 @@ def measure(setting: Setting, check: Check) -> Coordinates:
         for name in check.parametrizations
         for width in widths
     }
+    channels, height, breadth = setting.shape
     sizes: list[Size] = []
     with Bar[None](total=len(cells), unit="model", desc="coordinates") as bar:
         for name, width, seed in cells:
             torch.manual_seed(seed)
-            module = models[name, width].build(setting.shape[1:], setting.shape[0], setting.classes)
+            module = models[name, width].build((height, breadth), channels, setting.classes)
             for step, found in _trained(module, setting, check.steps):
                 sizes += [Size(name, width, seed, step, layer, *both) for layer, both in found.items()]
             bar.update()
