@@ -146,7 +146,7 @@ def transfer(
     What counts is the held-out loss at the last step. Each run is one of tools/train.py, in OUT/runs; the same command
     again goes on, also with more rates, seeds or widths. docs/scaling.md says how to read the verdict.
     """
-    print(run_study(Study(load(Experiment, config, overrides), grid, Path(expand(out))), jobs))
+    print(run_study(Study(load(Experiment, config, overrides), grid, Path(expand(out))), Orders(jobs)))
 
 
 TOOL = Tool(

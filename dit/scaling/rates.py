@@ -170,12 +170,15 @@ def verdict(curves: Sequence[Curve]) -> str:
 
 def _claim(mup: Carried, standard: Carried) -> str:
     claim = "that the best rate carries over by maximal updates and not in the standard parametrization"
-    edges = any(curve.is_at_edge for one in (mup, standard) for curve in (one.narrow, one.wide))
+    if any(
+        one.outcome != "another" and (one.narrow.is_at_edge or one.wide.is_at_edge) for one in (mup, standard)
+    ):
+        return f"Verdict: not decided, {claim}: a best rate is at the edge of the rates; widen them"
     if mup.outcome == "another":
         return f"Verdict: not shown, {claim}: it does not carry over by maximal updates either"
     if standard.outcome == "another":
         sure = "" if mup.outcome == "the same" else ", within the seeds' spread"
-        return f"Verdict: shown{sure}{' (but see the edges)' if edges else ''}, {claim}"
+        return f"Verdict: shown{sure}, {claim}"
     return (
         f"Verdict: not shown, {claim}: in the standard one too it is the best, or not distinguishable from it"
     )

@@ -169,15 +169,15 @@ class Study:
         ]
 
 
-def run_study(study: Study, jobs: int) -> str:
-    """Run what is not complete, `jobs` at a time, and write table, CSV, picture and record; give what is to be said.
+def run_study(study: Study, orders: Orders) -> str:
+    """Run what is not complete, and write table, CSV, picture and record; give what is to be said.
 
     A run that fails counts as a rate that is too high, and is named. Raises ScalingError where nothing was measured,
     ConfigError where every rate of a width failed; Stopped where a signal ended it: the same command goes on.
     """
     plan, failed = study.plan(), ""
     try:
-        run_plan(study.out, plan, Orders(jobs))
+        run_plan(study.out, plan, orders)
     except ScalingError as error:
         failed = str(error)
     found = collect(study.out, plan)
