@@ -47,9 +47,7 @@ def submit(out: Path, plan: Plan, options: str, only: Sequence[str] = ()) -> lis
     then = [run for run in left if run.trunk in names or (run.trunk and states[run.name].can_begin)]
     for run in left:
         if run not in first and run not in then:
-            say(
-                f"{run.name} is not submitted: its trunk {run.trunk} runs now, and has not saved step {run.branch_step}"
-            )
+            say(f"{run.name} is left out: {run.trunk} runs now, and has not saved step {run.branch_step} yet")
     if not first and not then:
         say("there is nothing to submit: every run is complete, or running")
         return []

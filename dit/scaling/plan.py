@@ -8,6 +8,7 @@ pass, attention and modulation included (dit/model/cost.py).
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -300,7 +301,7 @@ class _Sized:
 
 def _budget_name(spec: ScalingSpec, point: float) -> str:
     """As c4e11 of FLOPs, r20 of samples over N."""
-    return ("c" if spec.budgets else "r") + f"{point:.6g}".replace("e+", "e")
+    return ("c" if spec.budgets else "r") + re.sub(r"e\+?(-?)0*", r"e\1", f"{point:.6g}")
 
 
 def _family(sized: _Sized, seed: int) -> tuple[list[PlannedRun], list[LeftOut]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dit.config import ConfigError, from_dict
@@ -178,7 +178,7 @@ def _hours(hours: float) -> str:
     return f"{hours:.3g} hours" if hours >= 1 else f"{60 * hours:.3g} minutes"
 
 
-def aligned(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+def aligned(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
     """Lines of a table: the first column to the left, others to the right, but for words."""
     widths = [max(len(cell) for cell in column) for column in zip(head, *rows, strict=True)]
     words = [i == 0 or not any(row[i][:1].isdigit() for row in rows) for i in range(len(head))]
