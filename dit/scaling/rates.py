@@ -1,7 +1,9 @@
 """What a grid of runs says of the best learning rate at each width: curves, and whether the rate carries over.
 
 A rate is compared with the best one by the differences of their held-out losses at the same seed: seeds move all
-rates alike, and what is left decides (Student's t, 95 %).
+rates alike, and what is left decides (Student's t). As the best is chosen among all rates, it is the luckiest of those
+that are as good: a rate counts as worse where it would by chance in 5 % of studies at most, all rates together
+(Bonferroni's bound, one-sided).
 """
 
 from __future__ import annotations
@@ -17,20 +19,20 @@ from scipy import stats
 
 from dit.config import ConfigError
 
-LEVEL = 0.95  # of the intervals
+ERROR = 0.05  # of studies in which chance alone makes a rate clearly worse than the best
 Outcome = Literal["the same", "not distinguishable", "another"]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean over seeds of differences, and half its 95 % interval; infinite with one seed."""
+    """A mean over seeds of differences, and how far chance may move it down; infinite with one seed."""
 
     mean: float
     half: float
 
     @property
     def is_clear(self) -> bool:
-        """Whether the interval is above 0."""
+        """Whether it is above 0 whatever chance does."""
         return self.mean - self.half > 0
 
     def __str__(self) -> str:
@@ -77,7 +79,8 @@ class Curve:
         if count < 2:
             return Difference(float(differences.mean()), math.inf)
         spread = float(differences.std(ddof=1)) / math.sqrt(count)
-        return Difference(float(differences.mean()), float(stats.t.ppf(0.5 + LEVEL / 2, count - 1)) * spread)
+        quantile = float(stats.t.ppf(1 - ERROR / (len(self.rates) - 1), count - 1))
+        return Difference(float(differences.mean()), quantile * spread)
 
     @property
     def spread(self) -> float:
@@ -194,7 +197,10 @@ def table(curves: Sequence[Curve]) -> str:
     ]
     spreads = " | ".join(f"{curve.spread:.4f}" for curve in curves)
     lines.append(f"| std over seeds, at the best | {spreads} |")
-    return "\n".join(lines) + "\n\n\\* not distinguishable from the best (paired by seed, 95 %)"
+    return (
+        "\n".join(lines)
+        + "\n\n\\* not distinguishable from the best (paired by seed; 95 % for all rates together)"
+    )
 
 
 def _cell(curve: Curve, place: int) -> str:

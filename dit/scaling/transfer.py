@@ -200,7 +200,7 @@ def _protocol(study: Study, losses: str) -> str:
     cfg = study.cfg
     return (
         f"Held-out losses (protocol {losses}) after {cfg.train.steps} steps of {cfg.train.global_batch} samples, "
-        f"{len(study.grid.seeds)} seeds, EMA weights; base width of mup: {study.base_width}, where both are the same runs."
+        f"{len(study.grid.seeds)} seeds, EMA weights; base width of mup: {study.base_width} (the same runs)."
     )
 
 

@@ -33,11 +33,21 @@ def test_the_best_is_that_of_the_least_mean_and_seeds_in_common_do_not_count() -
 
 
 def test_an_interval_is_students_over_the_seeds_differences() -> None:
-    """By hand: differences 1, 2, 3 are 2 ± 4.303 · 1 / √3."""
+    """By hand: differences 1, 2, 3 of three rates are 2 ± t · 1 / √3, with t(0.975; 2) = 4.303: 5 % among two rates."""
     losses = np.array([[0.0, 0.0, 0.0], [1.0, 2.0, 3.0], [9.0, 9.0, 9.0]])
     found = Curve("mup", 64, (1.0, 2.0, 4.0), losses).behind(1)
     assert (found.mean, found.half) == (2.0, pytest.approx(4.302653 / math.sqrt(3)))
     assert not found.is_clear
+
+
+def test_chance_alone_seldom_makes_a_rate_worse() -> None:
+    """Of 400 studies in which every rate is as good, 5 % at most tell the middle rate from the best."""
+    generator = np.random.default_rng(0)
+    clear = 0
+    for _ in range(400):
+        found = Curve("mup", 64, RATES, generator.normal(size=(len(RATES), 3)))
+        clear += found.behind(2).is_clear
+    assert clear <= 20
 
 
 @pytest.mark.parametrize("best", [0.0025, 0.004, 0.0055])
@@ -62,7 +72,7 @@ def test_at_the_edge_there_is_no_vertex() -> None:
     ],
 )
 def test_a_rate_carries_over_or_not(wide: float, bend: float, noise: float, outcome: str) -> None:
-    found = Carried(curve("mup", 64, 0.004), curve("mup", 256, wide, bend, noise))
+    found = Carried(curve("mup", 64, 0.004), curve("mup", 512, wide, bend, noise))
     assert found.outcome == outcome
     assert ("costs" in str(found)) == (outcome == "another")
 
