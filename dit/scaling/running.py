@@ -192,15 +192,9 @@ class _Runner:
     def _start(self, run: PlannedRun, lock: int) -> None:
         failure_file(self.out, run.name).unlink(missing_ok=True)
         slot = min(set(range(self.orders.jobs)) - {active.slot for active in self.active})
+        env = environment(slot, self.orders.jobs, self.orders.ranks)
         with log_file(self.out, run.name).open("ab") as log:
-            start = Start(
-                run,
-                config_file(self.out, run.name),
-                log,
-                lock,
-                self.orders.ranks,
-                environment(slot, self.orders.jobs, self.orders.ranks),
-            )
+            start = Start(run, config_file(self.out, run.name), log, lock, self.orders.ranks, env)
             self.active.append(_Active(run, self.orders.starter(start), lock, slot))
 
     # --- ending --------------------------------------------------------------------------------------------

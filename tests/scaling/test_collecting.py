@@ -128,7 +128,7 @@ def test_figures_of_two_protocols_have_to_be_chosen_from(copy: Done) -> None:
     for place in range(4):
         measured(copy, place, 1.0, "abc")
         measured(copy, place, 2.0, "def")
-    with pytest.raises(ScalingError, match="of several protocols.*--protocol=HASH"):
+    with pytest.raises(ScalingError, match=r"of several protocols.*--protocol=HASH"):
         collect(copy.out, copy.plan, "frechet")
     assert {row["loss"] for row in collect(copy.out, copy.plan, "frechet", "def").rows} == {2.0}
 

@@ -13,7 +13,8 @@ import torch
 from dit.config import ConfigError
 from dit.data import DataError
 from dit.model.dit import DiTConfig
-from dit.scaling.plan import Plan, make_plan
+from dit.scaling.plan import Plan
+from dit.scaling.planning import make_plan
 from tests.datasets import SAMPLES, Digits
 from tests.scaling.experiments import spec
 
@@ -131,7 +132,7 @@ def test_data_that_are_not_there_may_be_described(digits: Digits, tmp_path: Path
     assert planned(digits, training=absent, data=said).runs == planned(digits).runs
     with pytest.raises(DataError, match="`data` of the spec says what they will be"):
         planned(digits, training=absent)
-    with pytest.raises(ConfigError, match="in the spec, .* in "):
+    with pytest.raises(ConfigError, match=r"in the spec, .* in "):
         planned(digits, data={**said, "channels": 3})
 
 

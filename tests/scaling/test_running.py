@@ -72,6 +72,7 @@ def test_a_branch_has_the_loss_of_a_run_from_its_start(digits: Digits, done: Don
 # --- the order ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # four more runs
 def test_two_at_a_time_and_trunks_first(digits: Digits, done: Done, tmp_path: Path) -> None:
     """A branch begins as soon as its checkpoint is there; the losses are those of one after the other."""
     plan, started, most = plan_into(spec(digits, tmp_path)), list[str](), [0]
@@ -268,12 +269,7 @@ def test_two_runners_never_run_the_same_thing(digits: Digits, done: Done, tmp_pa
         return ForkedRun(start, release)
 
     def release(run: ForkedRun) -> None:
-        if (
-            run.start.run.name == ours
-            and _ended(run)
-            and theirs not in started
-            and is_held(claim_file(tmp_path, theirs))
-        ):
+        if run.start.run.name == ours and _ended(run) and is_held(claim_file(tmp_path, theirs)):
             assert "starting" in status(tmp_path, plan, 1e9)
             claimed.__exit__(None, None, None)
 
