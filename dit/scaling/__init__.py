@@ -1,0 +1,1 @@
+"""Scaling experiments: ladders of runs, and the laws that are fitted to them."""
