@@ -1,1 +1,1 @@
-"""Scaling experiments: ladders of runs, and the laws that are fitted to them."""
+"""Scaling-law experiments: a ladder of sizes and budgets as one file, its plan, its runs and its table of results."""
