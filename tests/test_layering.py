@@ -79,7 +79,7 @@ MAY_IMPORT = {
     "experiments": "ambient errors files version progress config rng ranks flow model sample data evals train stage1"
     " outputs unfinished",
     "reports": "errors files scalars progress config configfile model evals train experiments outputs",
-    "scaling": "",
+    "scaling": "files progress config rng ranks flow model data train experiments outputs",
     "scaling.laws": "errors files progress config rng outputs",
     "serving": "errors config flow sample experiments",
     "interop": "errors files version config configfile ranks flow model data evals train experiments outputs",
