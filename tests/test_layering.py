@@ -82,6 +82,8 @@ MAY_IMPORT = {
     " outputs unfinished",
     "scaling": "errors files progress config configfile ranks model data evals train experiments outputs",
     "reports": "errors files scalars progress config configfile model evals train experiments outputs",
+    "scaling": "files progress config rng ranks flow model data train experiments outputs",
+    "scaling.laws": "errors files progress config rng outputs",
     "serving": "errors config flow sample experiments",
     "interop": "errors files version config configfile ranks flow model data evals train experiments outputs",
     "bench": "errors files version config rng ranks flow model data train",
