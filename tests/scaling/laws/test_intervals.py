@@ -33,9 +33,7 @@ def test_a_resample_with_whole_weights_is_a_table_with_rows_repeated() -> None:
     own = points(HOFFMANN, Grid(6, 5), 5e-3)
     counts = np.random.default_rng(3).multinomial(len(own), np.full(len(own), 1 / len(own)))
     theta = refit(fit(own).theta, own, counts[None].astype(float), own.basis)[0]
-    np.testing.assert_allclose(
-        theta, fit(own.chosen(np.repeat(np.arange(len(own)), counts))).theta, rtol=1e-6
-    )
+    np.testing.assert_allclose(theta, fit(own.chosen(np.repeat(np.arange(len(own)), counts))).theta, rtol=1e-6)
 
 
 def test_weights_are_a_function_of_the_seed() -> None:
@@ -69,29 +67,18 @@ def test_profiles_are_where_the_sum_has_risen_as_much_above_and_below() -> None:
     own = points(HOFFMANN, Grid(8, 6), 1e-4, seed=5)
     fitted = fit(own)
     found = profile(own, fitted, Floor())
-    shares = np.stack(
-        [HOFFMANN.A * np.exp(-HOFFMANN.alpha * own.params), HOFFMANN.B * np.exp(-HOFFMANN.beta * own.tokens)]
-    )
+    shares = np.stack([HOFFMANN.A * np.exp(-HOFFMANN.alpha * own.params), HOFFMANN.B * np.exp(-HOFFMANN.beta * own.tokens)])
     loss = np.exp(own.loss)
-    slopes = (
-        np.stack(
-            [shares[0], shares[1], np.full(len(own), 1.69), -shares[0] * own.params, -shares[1] * own.tokens]
-        )
-        / loss
-    )
+    slopes = np.stack([shares[0], shares[1], np.full(len(own), 1.69), -shares[0] * own.params, -shares[1] * own.tokens]) / loss
     errors = 1e-4 * np.sqrt(np.diag(np.linalg.inv(slopes @ slopes.T)))
     for name, error, centre in (("alpha", errors[3], fitted.theta[3]), ("beta", errors[4], fitted.theta[4])):
         low, high = found[name]
         assert low is not None
         assert high is not None
         assert low < centre < high
-        assert (high - low) / (2 * 1.96 * error) == pytest.approx(
-            1, abs=0.35
-        )  # the noise's own estimate is off too
+        assert (high - low) / (2 * 1.96 * error) == pytest.approx(1, abs=0.35)  # the noise's own estimate is off too
         assert (high - centre) / (centre - low) == pytest.approx(1, abs=0.1)
-    assert found["d_opt_exponent"] == tuple(
-        1 - end for end in found["n_opt_exponent"][::-1] if end is not None
-    )
+    assert found["d_opt_exponent"] == tuple(1 - end for end in found["n_opt_exponent"][::-1] if end is not None)
 
 
 def test_a_floor_that_is_given_has_no_interval() -> None:

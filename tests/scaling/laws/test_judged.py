@@ -38,6 +38,7 @@ def proportional() -> Rows:
     return [{"params": n, "flops": 6 * n * 20 * n, "loss": float(HOFFMANN.loss(n, 20 * n))} for n in sizes]
 
 
+
 CASES: dict[str, tuple[Callable[[], Rows], str]] = {
     "few sizes": (lambda: [
         {"params": n, "flops": 6 * n * d, "loss": float(HOFFMANN.loss(n, d))}
