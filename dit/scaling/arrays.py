@@ -13,7 +13,8 @@ from dit.progress import say
 from dit.scaling.configs import config_file, run_folder
 from dit.scaling.plan import Plan, PlannedRun
 from dit.scaling.planned import ScalingError
-from dit.scaling.running import ROOT, chosen, no_runner
+from dit.scaling.running import chosen
+from dit.scaling.starting import ROOT, no_runner
 from dit.scaling.states import RunState
 
 TRUNKS, BRANCHES = "sweep-trunks.txt", "sweep-branches.txt"

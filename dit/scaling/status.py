@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from dit.scaling.plan import Plan
 from dit.scaling.planned import aligned
-from dit.scaling.running import claim_file
+from dit.scaling.starting import claim_file
 from dit.scaling.states import RunState, is_held, states_of
 
 HEAD = ("run", "kind", "step", "of", "FLOPs", "left", "state")
