@@ -28,6 +28,7 @@ def wide(digits: Digits, run_dir: Path, base: int | None = 32, **sections: Any) 
     return {**given, "checkpoint": {"every": 2, "keep": 0}, **sections}
 
 
+@pytest.mark.slow
 def test_at_every_stage_the_weights_are_plain_torchs(digits: Digits, ranks: Server, tmp_path: Path) -> None:
     alone = [wide(digits, tmp_path / f"alone{base}", base, engine="local") for base in (32, None)]
     sharded = [wide(digits, tmp_path / f"stage{stage}", zero={"stage": stage}) for stage in STAGES]
