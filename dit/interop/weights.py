@@ -230,6 +230,11 @@ def named_as_theirs(model: DiT) -> dict[str, Tensor]:
 def arguments_of(model: DiT) -> Arguments:
     """The reference's arguments for our network."""
     d = model.dims
+    if d.attention_scale is not None:
+        raise WeightsError(
+            f"the reference scales attention's logits by 1/√(head width), this network by {d.attention_scale:.4g} "
+            "(model.parametrization.base_head_width)"
+        )
     if d.grid[0] != d.grid[1]:
         raise WeightsError(f"the reference knows square inputs only, this network's is {d.image_size}")
     return Arguments(

@@ -63,7 +63,9 @@ class AdaLNZero(BlockConfig):
 
     def build(self, dims: Dims) -> nn.Module:
         """The block for these shapes."""
-        return AdaLNZeroBlock(dims.width, dims.heads, dims.mlp_width, self.qk_norm, self.mlp_epsilon)
+        return AdaLNZeroBlock(
+            dims.width, dims.heads, dims.mlp_width, self.qk_norm, self.mlp_epsilon, dims.attention_scale
+        )
 
     def cost(self, dims: Dims) -> BlockCost:
         """The cost of one block."""
@@ -89,11 +91,17 @@ class AdaLNZeroBlock(nn.Module):
     """x + gate·attention(modulated norm of x), then the same with the MLP."""
 
     def __init__(
-        self, width: int, heads: int, mlp_width: int, qk_norm: bool = False, mlp_epsilon: float = EPSILON
+        self,
+        width: int,
+        heads: int,
+        mlp_width: int,
+        qk_norm: bool = False,
+        mlp_epsilon: float = EPSILON,
+        attention_scale: float | None = None,
     ):
         super().__init__()
         self.mlp_epsilon = mlp_epsilon
-        self.attention = Attention(width, heads, qk_norm)
+        self.attention = Attention(width, heads, qk_norm, attention_scale)
         self.mlp = Mlp(width, mlp_width)
         self.modulation = nn.Linear(width, 6 * width)
 
@@ -142,11 +150,14 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, epsilon: float = EPSILON) 
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention. Rows of `qkv` are (3, heads, head width), as in timm."""
+    """Multi-head self-attention. Rows of `qkv` are (3, heads, head width), as in timm.
 
-    def __init__(self, width: int, heads: int, qk_norm: bool = False):
+    scale: the factor of the logits; None is 1/√(head width).
+    """
+
+    def __init__(self, width: int, heads: int, qk_norm: bool = False, scale: float | None = None):
         super().__init__()
-        self.heads = heads
+        self.heads, self.scale = heads, scale
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
         self.q_norm = RMSNorm(width // heads) if qk_norm else nn.Identity()
@@ -158,7 +169,7 @@ class Attention(nn.Module):
         # split before the heads move: the gradient is then one copy and not two
         q, k, v = rearrange(qkv, "b t (n h d) -> b t n h d", n=3, h=self.heads).unbind(2)  # (B, T, heads, d)
         q, k, v = (a.transpose(1, 2) for a in (self.q_norm(q), self.k_norm(k), v))  # (B, heads, T, d)
-        out = F.scaled_dot_product_attention(q, k, v)  # (B, heads, T, d)
+        out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)  # (B, heads, T, d)
         mixed: Tensor = self.proj(rearrange(out, "b h t d -> b t (h d)"))  # (B, T, D)
         return mixed
 

@@ -20,6 +20,7 @@ class Dims:
     channels: int  # of the input
     out_channels: int  # of the prediction: channels, twice that with a learned variance
     num_classes: int  # labels 0..num_classes-1; 0 for data without labels
+    attention_scale: float | None = None  # factor of attention's logits; None = 1/√(head width)
 
     def __post_init__(self) -> None:
         """Refuse shapes that cannot be built."""

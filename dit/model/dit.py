@@ -24,6 +24,9 @@ from dit.model.block import BLOCKS, AdaLNZero, BlockConfig, OutputLayer
 from dit.model.cond import CONDITIONERS, ClassLabel, ConditionerConfig, joined
 from dit.model.dims import Dims, grid_of
 from dit.model.embed import PatchEmbed, Spacing, TimeEmbed, position_table, unpatchify, wide
+from dit.model.parametrization import PARAMETRIZATIONS, Parametrization, Standard, scale
+
+EMBEDDING_STD = 0.02  # of the initial weights of embeddings and the time MLP, as in the reference
 
 
 class Size(NamedTuple):
@@ -76,6 +79,8 @@ class DiTConfig(ModelConfig):
     block: Annotated[BlockConfig, BLOCKS] = AdaLNZero()  # kind of transformer block
     # what is told to the network besides the time, in turn
     cond: tuple[Annotated[ConditionerConfig, CONDITIONERS], ...] = (ClassLabel(),)
+    # how initial weights and rates follow the width; mup: the best rate of base_width is that of this width
+    parametrization: Annotated[Parametrization, PARAMETRIZATIONS] = Standard()
 
     def __post_init__(self) -> None:
         """Refuse an unknown size, and a size given in two ways or in half of one."""
@@ -94,7 +99,8 @@ class DiTConfig(ModelConfig):
             )
         if not math.isfinite(self.mlp_ratio):
             raise ConfigError(f"mlp_ratio must be finite, got {self.mlp_ratio}")
-        self.dims(self.patch, 1, 0)  # refuses wrong shapes now, not when the data are there
+        dims = self.dims(self.patch, 1, 0)  # refuses wrong shapes now, not when the data are there
+        self.parametrization.base(dims)
 
     def dims(self, input_size: int | tuple[int, int], channels: int, num_classes: int) -> Dims:
         """Every shape, for inputs (B, channels, *input_size) and data with that many classes."""
@@ -115,6 +121,7 @@ class DiTConfig(ModelConfig):
             channels=channels,
             out_channels=2 * channels if self.learn_sigma else channels,
             num_classes=classes,
+            attention_scale=self.parametrization.attention_scale(size.width // size.heads),
         )
 
     def build(
@@ -126,6 +133,16 @@ class DiTConfig(ModelConfig):
     ) -> DiT:
         """The initialised network, on the default device; `generator` None is torch's global one."""
         dims = self.dims(input_size, channels, num_classes)
+        model = self._network(dims, generator)
+        base = self.parametrization.base(dims)
+        if base is not None:
+            with torch.device("meta"):
+                like = self._network(base)
+            scale(model, like)
+        return model
+
+    def _network(self, dims: Dims, generator: torch.Generator | None = None) -> DiT:
+        """The network of these shapes, initialised in the standard way."""
         kept = (self.stored_position, self.time_frequencies)
         return DiT(dims, self.block, self.cond, self.checkpoint_blocks, generator, *kept)
 
@@ -161,7 +178,7 @@ class DiT(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Initialise every parameter and the position table: the one place that does.
+        """Initialise every parameter and the position table: the one place that does, but for `parametrization`.
 
         As the reference: Xavier for linear layers, normal(0.02) for embeddings and the time MLP, zero for
         biases and for what modules list in `zero_layers()`: modulations and output, so the output is zero.
@@ -170,10 +187,10 @@ class DiT(nn.Module):
         in_time = set(self.time_embed.modules())
         for module in self.modules():
             if isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02, generator=generator)
+                nn.init.normal_(module.weight, std=EMBEDDING_STD, generator=generator)
             elif isinstance(module, nn.Linear):
                 if module in in_time:
-                    nn.init.normal_(module.weight, std=0.02, generator=generator)
+                    nn.init.normal_(module.weight, std=EMBEDDING_STD, generator=generator)
                 else:
                     nn.init.xavier_uniform_(module.weight, generator=generator)
                 if module.bias is not None:
@@ -184,6 +201,12 @@ class DiT(nn.Module):
             for layer in cast(Any, module).zero_layers() if hasattr(module, "zero_layers") else ():
                 for parameter in layer.parameters():
                     nn.init.zeros_(parameter)
+
+    def initial_std(self, module: nn.Module) -> float:
+        """Give the standard deviation with which `reset_parameters` draws a linear layer or an embedding."""
+        if isinstance(module, nn.Linear) and module not in set(self.time_embed.modules()):
+            return math.sqrt(2 / (module.in_features + module.out_features))
+        return EMBEDDING_STD
 
     def compile_blocks(self, **options: Any) -> None:
         """Compile the blocks in place (options of torch.compile); before the engine wraps the model."""

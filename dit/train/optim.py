@@ -176,24 +176,31 @@ def _nearest(pattern: str, names: Iterable[str]) -> str:
     return did_you_mean(pattern, near or {name.partition(".")[0] + ".*" for name in names})
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    module: nn.Module, weight_decay: float, eps: float = OptimConfig.eps
+) -> list[dict[str, Any]]:
     """Split into decayed matrices and undecayed vectors, by the whole parameters' shapes, also under ZeRO-3.
 
-    Parameters that have an attribute lr_factor are in groups of their own, which train at that times the rate.
+    Parameters that have an attribute lr_factor, decay_factor or eps_factor are in groups of their own, which train at
+    that times the rate, the decay and Adam's eps. A decay factor is of `weight_decay`, which AdamW multiplies by the
+    group's rate.
     """
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, float, float, float], list[nn.Parameter]] = {}
     for p in module.parameters():
         if p.requires_grad:
             plain = not weight_decay or len(getattr(p, "ds_shape", p.shape)) <= 1
-            groups.setdefault((plain, getattr(p, "lr_factor", 1.0)), []).append(p)
+            lr, decay, own_eps = (getattr(p, f"{name}_factor", 1.0) for name in ("lr", "decay", "eps"))
+            groups.setdefault((plain, lr, 0.0 if plain else decay, own_eps), []).append(p)
     return [
         {
-            "params": groups[plain, factor],
-            "weight_decay": 0.0 if plain else weight_decay,
+            "params": groups[key],
+            "weight_decay": weight_decay * decay,
             "name": "plain" if plain else "decayed",
-            "lr_factor": factor,
+            "lr_factor": lr,
+            **({"eps": eps * own_eps} if own_eps != 1.0 else {}),
         }
-        for plain, factor in sorted(groups)
+        for key in sorted(groups)
+        for plain, lr, decay, own_eps in (key,)
     ]
 
 

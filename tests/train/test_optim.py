@@ -185,6 +185,22 @@ def test_parameters_with_a_factor_train_at_that_times_the_rate(weight_decay: flo
             assert decays[id(p)] == (weight_decay if p.ndim > 1 else 0.0)
 
 
+def test_decay_and_eps_have_factors_of_their_own_and_vectors_do_not_decay() -> None:
+    net = Net()
+    for p in net.linear.parameters():
+        p.decay_factor, p.eps_factor = 4.0, 0.5  # type: ignore[attr-defined]
+    optimizer = torch.optim.AdamW(parameter_groups(net, 0.1, eps=1e-4), eps=1e-4)
+    found = {
+        id(p): (g["weight_decay"], g["eps"], g["lr_factor"])
+        for g in optimizer.param_groups
+        for p in g["params"]
+    }
+    assert found[id(net.linear.weight)] == (0.4, 5e-5, 1.0)
+    assert found[id(net.linear.bias)] == (0.0, 5e-5, 1.0)
+    assert found[id(net.table.weight)] == (0.1, 1e-4, 1.0)
+    assert len(optimizer.param_groups) == 4
+
+
 def test_the_shape_that_counts_is_the_whole_parameters() -> None:
     """ZeRO-3 leaves empty one-dimensional tensors and keeps the shape aside."""
     net = Net()
