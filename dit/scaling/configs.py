@@ -7,6 +7,7 @@ from typing import Any
 
 from dit.experiments.diffusion import Experiment
 from dit.scaling.plan import Plan, PlannedRun
+from dit.scaling.planning import decay_begins
 from dit.scaling.spec import ScalingSpec, shared_config
 from dit.train.checkpoints import checkpoint
 from dit.train.checkpoints.archive import checkpoints_of
@@ -29,6 +30,14 @@ def branch_point(out: Path, run: PlannedRun) -> Path:
     return checkpoint.path_of(checkpoints_of(run_folder(out, run.trunk)), run.branch_step)
 
 
+def _branch_steps(spec: ScalingSpec, plan: Plan, run: PlannedRun) -> list[int]:
+    """The steps of a run that others branch from, or will where the experiment gets longer runs: before its decay."""
+    steps = {branch.branch_step for branch in plan.branches(run.name)}
+    if spec.branching and spec.decay is not None and run.trunk is None:
+        steps.add(decay_begins(run.steps, spec.decay))
+    return sorted(step for step in steps if step is not None)
+
+
 def run_config(spec: ScalingSpec, plan: Plan, run: PlannedRun) -> Experiment:
     """Give a run's config. Raises ConfigError where the rules make a wrong one."""
     base, out = shared_config(spec), Path(spec.out)
@@ -43,7 +52,7 @@ def run_config(spec: ScalingSpec, plan: Plan, run: PlannedRun) -> Experiment:
         "train.global_batch": run.batch,
         "optim.lr": run.lr,
         "val.every": base.val.every or run.steps,  # at the last step in any case
-        "checkpoint.at": [branch.branch_step for branch in reversed(plan.branches(run.name))],
+        "checkpoint.at": _branch_steps(spec, plan, run),
     }
     for rule in (spec.batch, spec.lr):
         keys |= {} if rule is None else rule.overrides()

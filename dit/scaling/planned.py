@@ -33,12 +33,13 @@ def plan_into(spec: ScalingSpec) -> Plan:
     """Plan an experiment and write the plan; runs that have begun must stay what they are. Raises ScalingError."""
     out = spec.folder
     refuse_other(out, KIND)
-    plan = make_plan(spec)
-    configs = {run.name: run_config(spec, plan, run) for run in plan.runs}
     before = read_plan(out) if (out / PLAN).is_file() else None
+    held = [] if before is None else [run.name for run in before.runs if _has_begun(out, run.name)]
+    plan = make_plan(spec, [name for name in held if before is not None and before[name].trunk is None])
+    configs = {run.name: run_config(spec, plan, run) for run in plan.runs}
     problems = [line for run in plan.runs for line in _changed(out, run, configs[run.name])]
     gone = [] if before is None else [run.name for run in before.runs if run.name not in plan]
-    problems += [f"{name} has begun, and is not planned any more" for name in gone if _has_begun(out, name)]
+    problems += [f"{name} has begun, and is not planned any more" for name in gone if name in held]
     if problems:
         raise ScalingError(
             f"{out} holds runs of another plan:\n"

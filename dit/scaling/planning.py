@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from dit.config import ConfigError, to_dict
 from dit.data import DataError
@@ -22,8 +22,11 @@ def decay_begins(steps: int, decay: float) -> int:
     return WarmupStableDecay(decay=decay).stable(steps)
 
 
-def make_plan(spec: ScalingSpec) -> Plan:
-    """Work out every run of a spec. Raises ConfigError and DataError for what is wrong of all of them."""
+def make_plan(spec: ScalingSpec, trunks: Collection[str] = ()) -> Plan:
+    """Work out every run of a spec. Raises ConfigError and DataError for what is wrong of all of them.
+
+    trunks: names of runs that have begun as no branch, and so stay what others branch from, be they longer.
+    """
     base = shared_config(spec)
     if not base.data.val:
         raise ConfigError(
@@ -36,7 +39,7 @@ def make_plan(spec: ScalingSpec) -> Plan:
         sized = _Sized(spec, rung, shape)
         seeds = dict.fromkeys(seed for point in spec.points for seed in spec.seeds_at(rung.name, point))
         for seed in seeds:
-            found, lacking = _family(sized, seed)
+            found, lacking = _family(sized, seed, trunks)
             runs += found
             left_out += lacking
     if not runs:
@@ -171,8 +174,8 @@ def _budget_name(spec: ScalingSpec, point: float) -> str:
     return ("c" if spec.budgets else "r") + re.sub(r"e\+?(-?)0*", r"e\1", f"{point:.6g}")
 
 
-def _family(sized: _Sized, seed: int) -> tuple[list[PlannedRun], list[LeftOut]]:
-    """The runs of one size and seed: the longest first, which the others branch from."""
+def _family(sized: _Sized, seed: int, trunks: Collection[str]) -> tuple[list[PlannedRun], list[LeftOut]]:
+    """The runs of one size and seed: first that which the others branch from, the longest if none has begun."""
     spec = sized.spec
     points = [point for point in spec.points if seed in spec.seeds_at(sized.rung.name, point)]
     runs: list[PlannedRun] = []
@@ -189,13 +192,14 @@ def _family(sized: _Sized, seed: int) -> tuple[list[PlannedRun], list[LeftOut]]:
             left_out.append(LeftOut(run.name, why))
     if not spec.branching or len(runs) < 2:
         return runs, left_out
-    trunk, *others = runs
-    return [dataclasses.replace(trunk, kind=TRUNK), *(_branch(sized, run, trunk) for run in others)], left_out
+    trunk = next((run for run in runs if run.name in trunks), runs[0])
+    others = [_branch(sized, run, trunk) for run in runs if run is not trunk]
+    return [dataclasses.replace(trunk, kind=TRUNK), *others], left_out
 
 
 def _branch(sized: _Sized, run: PlannedRun, trunk: PlannedRun) -> PlannedRun:
     assert sized.spec.decay is not None  # branching asks for it
-    step = decay_begins(run.steps, sized.spec.decay)
+    step = decay_begins(min(run.steps, trunk.steps), sized.spec.decay)  # behind its own decay it is no trunk
     own = float((run.steps - step) * run.batch * sized.cost.training_flops)
     return dataclasses.replace(
         run, kind=BRANCH, trunk=trunk.name, branch_step=step, own_flops=own, hours=sized.hours(own)

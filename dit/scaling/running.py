@@ -138,7 +138,7 @@ class _Runner:
     def _note(self) -> str:
         if self.active:
             return ", ".join(active.run.name for active in self.active)
-        return "waiting for runs that others are at"
+        return "waiting for runs that others are at" if self.open else ""
 
     def _done(self) -> float:
         return sum(RunState(self.out, run).flops_done for run in self.runs)

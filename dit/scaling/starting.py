@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -59,9 +60,18 @@ class Start:
         return [sys.executable, str(ROOT / "tools" / "train.py"), str(self.config)]
 
 
+class Session(subprocess.Popen[bytes]):
+    """A process in a session of its own, which is killed with all that it has started."""
+
+    def kill(self) -> None:
+        """End all of them at once."""
+        if self.poll() is None:
+            os.killpg(self.pid, signal.SIGKILL)
+
+
 def start_process(start: Start) -> Process:
     """Start a run in a session of its own: a Ctrl-C reaches it through the runner alone."""
-    return subprocess.Popen(
+    return Session(
         start.command,
         stdin=subprocess.DEVNULL,
         stdout=start.log,
