@@ -24,9 +24,11 @@ import torch
 
 from dit.bench.speed import draws as draws_bench
 from dit.bench.speed import loader as loader_bench
+from dit.bench.speed import loader_table, zero_table
 from dit.bench.speed import saving as saving_bench
 from dit.bench.speed import step as step_bench
 from dit.bench.speed import zero as zero_bench
+from dit.bench.speed.bounds import bound_line
 from dit.bench.speed.steppers import StepBench
 from dit.bench.speed.turns import MedianRange, protocol
 from dit.bench.survival import elastic as elastic_bench
@@ -40,10 +42,7 @@ from dit.files import expand
 from dit.outputs import claim_report, write_record
 from dit.progress import Bar, say
 
-EPOCHS = 80  # the shortest run that is usual on ImageNet: 400,000 steps of 256
 SHOWN = 20  # of the problems that a benchmark finds
-LEAST_RATE = 200_000  # samples/s of a process; an H100 at 100% MFU eats 27,000 of S/2
-MOST_CPU = 5  # microseconds a sample
 ENOUGH = {"repeats": 5, "samples": 100_000}  # for which the bounds are stated
 
 
@@ -82,7 +81,7 @@ def loader(
     ):
         figures = loader_bench.run(Path(expand(folder or temporary)), cfg, bar.update)
     enough = repeats >= ENOUGH["repeats"] and samples >= ENOUGH["samples"]
-    _print_loader(figures, enough)
+    print(*loader_table.lines(figures, enough), sep="\n")
     if not enough:
         print(
             f"too few to judge the bounds: {repeats} turns of {samples:,} samples; take at least "
@@ -91,46 +90,6 @@ def loader(
     print(json.dumps(how))
     if json_file:
         _write_json(json_file, how, figures)
-
-
-def _print_bound(name: str, figure: dict[str, float], bound: float, enough: bool, most: bool = False) -> None:
-    """Print a figure, its bound and, where enough was measured, whether its median meets it."""
-    spread = MedianRange(**figure)
-    met = spread.median <= bound if most else spread.median >= bound
-    verdict = f": {'met' if met else 'missed'}" if enough else ""
-    print(f"{name:28s} {spread} (at {'most' if most else 'least'} {bound:g}{verdict})")
-
-
-def _shares(checksums: dict[str, float]) -> dict[str, float]:
-    """Tell what the checks of the first epoch take of the loader's time over EPOCHS epochs."""
-    of = {"median": "median", "low": "high", "high": "low"}  # the quicker the first epoch, the less they take
-    return {name: (1 / checksums[value] - 1) / EPOCHS for name, value in of.items()}
-
-
-def _print_loader(figures: dict[str, Any], enough: bool) -> None:
-    print(f"{'':28s} {'samples/s':>32s} {'CPU us/sample':>26s}")
-    for name, rate in figures["rates"].items():
-        print(f"{name:28s} {MedianRange(**rate)!s:>32s} {MedianRange(**figures['cpu_us'][name])!s:>26s}")
-    _print_bound("samples/s", figures["rates"]["ours"], LEAST_RATE, enough)
-    _print_bound("CPU us a sample", figures["cpu_us"]["ours"], MOST_CPU, enough, most=True)
-    print(f"{'ours / memory map':28s} {MedianRange(**figures['of memory map'])} (a yardstick: no bound)")
-    _print_bound("ours / plain webdataset", figures["of plain webdataset"], 20, enough)
-    print(
-        f"{'first epoch / ours':28s} {MedianRange(**figures['checksums'])} (every block is checked, once a run)"
-    )
-    _print_bound(f"checks over {EPOCHS} epochs", _shares(figures["checksums"]), 0.03, enough, most=True)
-    first = figures["first_batch"]
-    print(
-        f"first batch, ms              {MedianRange(**first['fresh'])} fresh, {MedianRange(**first['resume'])} resumed"
-    )
-    _print_bound("resumed / fresh", first["ratio"], 2, enough, most=True)
-    for size, found in figures["ranks"].items():
-        print(
-            f"{size} rank(s), all together     {found['rate']:.4g} samples/s, {found['cpu_us']:.2f} us a sample"
-        )
-    print(
-        f"memory                       {figures['memory_bytes'] / 2**20:.0f} MiB of batches at most, as stated"
-    )
 
 
 def checkpoint(
@@ -152,8 +111,8 @@ def checkpoint(
     print(f"{found['bytes'] / 2**20:.0f} MiB, seconds")
     for name, seconds in found["seconds"].items():
         print(f"{name:28s} {MedianRange(**seconds)}")
-    _print_bound("save / plain write", found["save / plain write"], 1.5, enough, most=True)
-    _print_bound("stall / save", found["stall / save"], 0.2, enough, most=True)
+    print(bound_line("save / plain write", found["save / plain write"], 1.5, enough, most=True))
+    print(bound_line("stall / save", found["stall / save"], 0.2, enough, most=True))
     _conclude(how, found, json_file)
 
 
@@ -174,7 +133,8 @@ def draws(
     for name, ms in found["ms"].items():
         print(f"{name:28s} {MedianRange(**ms)} ms a step")
     bound = 0.01 if torch.cuda.is_available() else 0.03
-    _print_bound("draws / step", found["draws / step"], bound, repeats >= ENOUGH["repeats"], most=True)
+    enough = repeats >= ENOUGH["repeats"]
+    print(bound_line("draws / step", found["draws / step"], bound, enough, most=True))
     _conclude(how, found, json_file)
 
 
@@ -225,17 +185,7 @@ def zero(
     how = _begin(json_file, **to_dict(cfg))
     with Bar[None](total=len(cfg.ranks), unit="size") as bar:
         figures = zero_bench.run(cfg, bar.update)
-    for size, rows in figures.items():
-        print(
-            f"{size} ranks   {'sent, MB':>9s} {'formula':>9s} {'ratio':>6s} {'ms a step':>26s} {'of DDP':>22s}"
-        )
-        for name, row in rows.items():
-            sent, expected = row["sent_bytes"], row["formula_bytes"]
-            ms = MedianRange(*(1e3 * row["step_seconds"][key] for key in ("median", "low", "high")))
-            print(
-                f"{name:9s} {sent / 1e6:9.2f} {expected / 1e6:9.2f} {sent / expected:6.3f} {ms!s:>26s} "
-                f"{MedianRange(**row['of_ddp'])!s:>22s}"
-            )
+    print(*zero_table.lines(figures), sep="\n")
     _conclude(how, figures, json_file)
 
 
