@@ -22,6 +22,11 @@ if __name__ == "__main__":
 
 import torch
 
+from dit.bench.plan import planner
+from dit.bench.plan import table as plan_table
+from dit.bench.plan import validate as validation
+from dit.bench.plan.job import Asked
+from dit.bench.plan.measured import read_points
 from dit.bench.speed import draws as draws_bench
 from dit.bench.speed import loader as loader_bench
 from dit.bench.speed import loader_table, zero_table
@@ -37,11 +42,14 @@ from dit.commandline.argv import Tool
 from dit.commandline.cli import run
 from dit.commandline.flags import options_as_flags
 from dit.config import from_dict, to_dict
+from dit.configfile import load
 from dit.errors import UserError
+from dit.experiments.diffusion import Experiment
 from dit.files import expand
 from dit.outputs import claim_report, write_record
 from dit.progress import Bar, say
 
+FIGURES = Path(__file__).resolve().parents[1] / "benchmarks"
 SHOWN = 20  # of the problems that a benchmark finds
 ENOUGH = {"repeats": 5, "samples": 100_000}  # for which the bounds are stated
 
@@ -189,6 +197,39 @@ def zero(
     _conclude(how, figures, json_file)
 
 
+@options_as_flags
+def plan(
+    config: Annotated[str, "a YAML file, see configs/"],
+    *,
+    asked: Asked,
+    validate: Annotated[
+        bool, "compare estimates with all files, and with a short training here (minutes)"
+    ] = False,
+    json_file: Annotated[str | None, "write the plan here too"] = None,
+    **overrides: str,
+) -> None:
+    """Estimate whether a run fits on devices that are not here, at which stage, how quick it is and what it costs.
+
+    Keys of the configuration can be set as in training (--model.size=XL). The data need not be there: where they are,
+    their manifest says the shape. An estimate: a roofline, corrected by what was measured on that device, rings and
+    trees for what is sent; all that it assumes is printed.
+    """
+    cfg, how = (
+        load(Experiment, config, overrides),
+        _begin(json_file, config=config, **to_dict(asked), **overrides),
+    )
+    points = read_points(FIGURES, asked.measured)
+    found = planner.plan(cfg, asked, points)
+    print(*plan_table.lines(found), sep="\n", flush=True)
+    if validate:
+        with Bar[None](total=len(validation.HERE.ranks), unit="size") as bar:
+            rows = [*validation.of_files(points), *validation.of_this_machine(points, progress=bar.update)]
+        print(*plan_table.validation_lines(rows), sep="\n")
+        found["validation"] = rows
+    if json_file:
+        write_record(Path(expand(json_file)), {"protocol": how, **found})
+
+
 def kills(
     *,
     kills: Annotated[int, "SIGKILLs, each followed by the same command again"] = 100,
@@ -263,7 +304,14 @@ def _conclude(how: dict[str, Any], found: dict[str, Any], json_file: str | None)
         raise UserError("this is not as promised:\n" + "\n".join(f"  {row}" for row in rows))
 
 
-COMMANDS = {"loader": loader, "checkpoint": checkpoint, "draws": draws, "step": step, "zero": zero}
+COMMANDS = {
+    "loader": loader,
+    "checkpoint": checkpoint,
+    "draws": draws,
+    "step": step,
+    "zero": zero,
+    "plan": plan,
+}
 TOOL = Tool({**COMMANDS, "kills": kills, "elastic": elastic})
 
 if __name__ == "__main__":
