@@ -38,15 +38,18 @@ from dit.bench.speed.steppers import StepBench
 from dit.bench.speed.turns import MedianRange, protocol
 from dit.bench.survival import elastic as elastic_bench
 from dit.bench.survival import kills as kills_bench
+from dit.bench.trace import record as trace_bench
+from dit.bench.trace import table as trace_table
+from dit.bench.trace.record import TraceBench
 from dit.commandline.argv import Tool
 from dit.commandline.cli import run
 from dit.commandline.flags import options_as_flags
-from dit.config import from_dict, to_dict
+from dit.config import to_dict
 from dit.configfile import load
 from dit.errors import UserError
 from dit.experiments.diffusion import Experiment
 from dit.files import expand
-from dit.outputs import claim_report, write_record
+from dit.outputs import claim, claim_report, write_record
 from dit.progress import Bar, say
 
 FIGURES = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -54,17 +57,13 @@ SHOWN = 20  # of the problems that a benchmark finds
 ENOUGH = {"repeats": 5, "samples": 100_000}  # for which the bounds are stated
 
 
+@options_as_flags
 def loader(
     *,
+    cfg: loader_bench.LoaderBench,
     folder: Annotated[
         str | None, "where the data lie, 2 GB; kept for the next time; a temporary one if not given"
     ] = None,
-    samples: Annotated[int, "latents of 8 KiB"] = 100_000,
-    plain: Annotated[int, "of them in per-sample shards"] = 20_000,
-    batch: Annotated[int, "samples a batch"] = 256,
-    repeats: Annotated[int, "turns of each contender"] = 5,
-    readers: Annotated[int, "threads that read blocks"] = 2,
-    lanes: Annotated[int, "data sequences, as data.lanes"] = 64,
     json_file: Annotated[str | None, "write the figures here too"] = None,
 ) -> None:
     """Samples a second of one process: our shards, a memory map's fancy indexing, plain webdataset.
@@ -72,15 +71,6 @@ def loader(
     Also CPU time a sample, the first batch of a fresh start and of a resume, the first epoch (which checks), several
     ranks on one node, memory. Warm page cache: run it with more free memory than the data take.
     """
-    sizes = {
-        "samples": samples,
-        "plain": plain,
-        "batch": batch,
-        "repeats": repeats,
-        "readers": readers,
-        "lanes": lanes,
-    }
-    cfg = from_dict(loader_bench.LoaderBench, sizes)
     torch.set_num_threads(1)
     how = _begin(json_file, **to_dict(cfg))
     with (
@@ -88,11 +78,11 @@ def loader(
         Bar[None](total=loader_bench.turns(cfg), unit="turn") as bar,
     ):
         figures = loader_bench.run(Path(expand(folder or temporary)), cfg, bar.update)
-    enough = repeats >= ENOUGH["repeats"] and samples >= ENOUGH["samples"]
+    enough = cfg.repeats >= ENOUGH["repeats"] and cfg.samples >= ENOUGH["samples"]
     print(*loader_table.lines(figures, enough), sep="\n")
     if not enough:
         print(
-            f"too few to judge the bounds: {repeats} turns of {samples:,} samples; take at least "
+            f"too few to judge the bounds: {cfg.repeats} turns of {cfg.samples:,} samples; take at least "
             f"--repeats={ENOUGH['repeats']} --samples={ENOUGH['samples']}"
         )
     print(json.dumps(how))
@@ -100,22 +90,21 @@ def loader(
         _write_json(json_file, how, figures)
 
 
+@options_as_flags
 def checkpoint(
     *,
-    parameters: Annotated[int, "of the model; 16 bytes each in a checkpoint"] = 33_000_000,
-    repeats: Annotated[int, "turns of each contender"] = 5,
+    cfg: saving_bench.SavingBench,
     folder: Annotated[str | None, "the disk to write to; a temporary folder if not given"] = None,
     json_file: Annotated[str | None, "write the figures here too"] = None,
 ) -> None:
     """Seconds to save and load a checkpoint beside a plain write of as many bytes; how long training stands still."""
-    cfg = from_dict(saving_bench.SavingBench, {"parameters": parameters, "repeats": repeats})
     how = _begin(json_file, **to_dict(cfg))
     with (
         tempfile.TemporaryDirectory(dir=folder and expand(folder)) as place,
         Bar[None](total=saving_bench.turns(cfg), unit="turn") as bar,
     ):
         found = saving_bench.run(Path(place), cfg, bar.update)
-    enough = repeats >= ENOUGH["repeats"]
+    enough = cfg.repeats >= ENOUGH["repeats"]
     print(f"{found['bytes'] / 2**20:.0f} MiB, seconds")
     for name, seconds in found["seconds"].items():
         print(f"{name:28s} {MedianRange(**seconds)}")
@@ -124,24 +113,20 @@ def checkpoint(
     _conclude(how, found, json_file)
 
 
+@options_as_flags
 def draws(
     *,
-    size: Annotated[str, "of the model: S, B, L, XL"] = "S",
-    batch: Annotated[int, "samples a step"] = 8,
-    repeats: Annotated[int, "turns of each contender"] = 5,
-    precision: Annotated[str, "of the step: fp32 or bf16"] = "fp32",
+    cfg: draws_bench.DrawsBench,
     json_file: Annotated[str | None, "write the figures here too"] = None,
 ) -> None:
     """The random numbers of a training step (posterior, eps, t, label drop, fingerprint) as a share of the step."""
-    sizes = {"size": size, "batch": batch, "repeats": repeats, "precision": precision}
-    cfg = from_dict(draws_bench.DrawsBench, sizes)
     how = _begin(json_file, **to_dict(cfg))
     with Bar[None](total=draws_bench.turns(cfg), unit="turn") as bar:
         found = draws_bench.run(cfg, bar.update)
     for name, ms in found["ms"].items():
         print(f"{name:28s} {MedianRange(**ms)} ms a step")
     bound = 0.01 if torch.cuda.is_available() else 0.03
-    enough = repeats >= ENOUGH["repeats"]
+    enough = cfg.repeats >= ENOUGH["repeats"]
     print(bound_line("draws / step", found["draws / step"], bound, enough, most=True))
     _conclude(how, found, json_file)
 
@@ -160,27 +145,40 @@ def step(
     `x plain` is its time over ours. The table and the figures are written as they come, so that a time limit loses
     nothing. On a GPU: --size=XL,S --batch=256 --precision=bf16 --compile --steps=10 --stages=0,2.
     """
-    if device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("there is no CUDA device here; take --device=cpu")
-    if not torch.cuda.is_available():
-        torch.set_num_threads(threads)
-    how = _begin(json_file, **to_dict(options), threads=torch.get_num_threads())
+    how = _begin_on(device, threads, json_file, **to_dict(options))
     print(json.dumps(how), flush=True)
     with Bar[None](total=step_bench.turns(options), unit="turn") as bar:
         step_bench.run(options, step_bench.Report(say, partial(_write_json, json_file, how), bar.update))
 
 
+@options_as_flags
+def trace(
+    *,
+    device: Annotated[Literal["cpu", "cuda"] | None, "where; cuda if there is one"] = None,
+    options: TraceBench,
+    out: Annotated[
+        str | None, "a folder for trace.json.gz, which ui.perfetto.dev and chrome://tracing show"
+    ] = None,
+    overwrite: Annotated[bool, "replace a trace that is there"] = False,
+    json_file: Annotated[str | None, "write the figures here too"] = None,
+) -> None:
+    """Where a training step's time goes: matrix products, attention, elementwise, optimizer, average, sent, idle.
+
+    The step that `step` times, under torch's profiler. The parts add up to the step: on a CPU the innermost operation
+    of the training thread, on a GPU the kernel that runs, communication only where nothing hides it.
+    """
+    how = _begin_on(device, 1, json_file, **to_dict(options))
+    folder = Path(expand(out)) if out else None
+    claim([folder / trace_bench.FILE] if folder else [], overwrite=overwrite)
+    found = trace_bench.run(options, folder)
+    print(*trace_table.lines(found), sep="\n")
+    _conclude(how, found, json_file)
+
+
+@options_as_flags
 def zero(
     *,
-    width: Annotated[int, "of the DiT"] = 192,
-    depth: Annotated[int, "blocks of the DiT"] = 12,
-    heads: Annotated[int, "of the attention"] = 3,
-    batch: Annotated[int, "samples a step, over all ranks"] = 32,
-    accumulation: Annotated[int, "micro-batches a rank and step"] = 1,
-    steps: Annotated[int, "steps a turn"] = 4,
-    repeats: Annotated[int, "turns of each contender"] = 5,
+    cfg: zero_bench.ZeroBench,
     json_file: Annotated[str | None, "write the figures here too"] = None,
 ) -> None:
     """ZeRO stages 0-3 against torch's DistributedDataParallel, on 2 and 4 gloo ranks of this machine's CPU, in fp32.
@@ -188,8 +186,6 @@ def zero(
     Bytes that each rank sends a step, by the ring's formula for the collectives that were seen, beside those of the
     ZeRO paper; seconds a step, and their ratio to DDP's in the same turn.
     """
-    sizes = {"width": width, "depth": depth, "heads": heads, "batch": batch, "accumulation": accumulation}
-    cfg = from_dict(zero_bench.ZeroBench, {**sizes, "steps": steps, "repeats": repeats})
     how = _begin(json_file, **to_dict(cfg))
     with Bar[None](total=len(cfg.ranks), unit="size") as bar:
         figures = zero_bench.run(cfg, bar.update)
@@ -230,14 +226,10 @@ def plan(
         write_record(Path(expand(json_file)), {"protocol": how, **found})
 
 
+@options_as_flags
 def kills(
     *,
-    kills: Annotated[int, "SIGKILLs, each followed by the same command again"] = 100,
-    steps: Annotated[int, "of the run"] = 300,
-    every: Annotated[int, "steps between checkpoints"] = 5,
-    ranks: Annotated[int, "processes, on the CPU"] = 2,
-    stage: Annotated[int, "of ZeRO, 0 to 3"] = 2,
-    seed: Annotated[int, "of the moments, and of who is hit"] = 0,
+    cfg: kills_bench.SurvivalBench,
     folder: Annotated[
         str | None, "where it works; the same command goes on there; a temporary one if not given"
     ] = None,
@@ -248,8 +240,6 @@ def kills(
     Weights, average and optimizer bit for bit, every step logged once with the same batch_hash and loss, and after
     every kill a checkpoint that can be loaded. 8 to 12 s a kill; exit status 1 where anything differs.
     """
-    sizes = {"kills": kills, "steps": steps, "every": every, "ranks": ranks, "stage": stage, "seed": seed}
-    cfg = from_dict(kills_bench.SurvivalBench, sizes)
     how = _begin(json_file, **to_dict(cfg))
     with tempfile.TemporaryDirectory() as temporary, Bar[None](total=cfg.kills, unit="kill") as bar:
         found = kills_bench.Bench(Path(expand(folder or temporary)), cfg).run(bar.update)
@@ -257,12 +247,10 @@ def kills(
     _conclude(how, found, json_file)
 
 
+@options_as_flags
 def elastic(
     *,
-    steps: Annotated[int, "of the run"] = 50,
-    ranks: Annotated[tuple[int, ...], "of each link"] = (1, 2, 4, 2),
-    stages: Annotated[tuple[int, ...], "of ZeRO, of each link"] = (1, 3, 2, 0),
-    lr: Annotated[float, "peak learning rate of the run"] = 1e-4,
+    cfg: elastic_bench.ElasticBench,
     folder: Annotated[
         str | None, "where it works; the same command goes on there; a temporary one if not given"
     ] = None,
@@ -272,8 +260,6 @@ def elastic(
 
     The same batch_hash at every step and losses within 1e-5 relative, or exit status 1.
     """
-    sizes = {"steps": steps, "ranks": ranks, "stages": stages, "lr": lr}
-    cfg = from_dict(elastic_bench.ElasticBench, sizes)
     how = _begin(json_file, **to_dict(cfg))
     with tempfile.TemporaryDirectory() as temporary, Bar[None](total=1 + len(cfg.ranks), unit="start") as bar:
         found = elastic_bench.run(Path(expand(folder or temporary)), cfg, bar.update)
@@ -287,6 +273,17 @@ def _begin(json_file: str | None, **asked: Any) -> dict[str, Any]:
         claim_report(file)
         file.parent.mkdir(parents=True, exist_ok=True)
     return protocol(**asked)
+
+
+def _begin_on(device: str | None, threads: int, json_file: str | None, **asked: Any) -> dict[str, Any]:
+    """The same, on a CPU (with so many threads) or a GPU; UserError where there is none."""
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("there is no CUDA device here; take --device=cpu")
+    if not torch.cuda.is_available():
+        torch.set_num_threads(threads)
+    return _begin(json_file, **asked, threads=torch.get_num_threads())
 
 
 def _write_json(json_file: str | None, how: dict[str, Any], figures: dict[str, Any]) -> None:
@@ -311,6 +308,7 @@ COMMANDS = {
     "step": step,
     "zero": zero,
     "plan": plan,
+    "trace": trace,
 }
 TOOL = Tool({**COMMANDS, "kills": kills, "elastic": elastic})
 
