@@ -47,7 +47,7 @@ def leg_seconds(size: float, messages: int, ranks: int, device: DeviceFacts) -> 
     is_near = ranks <= device.node
     rate = device.link if is_near else min(device.link, device.node * device.network)
     latency = device.latency if is_near else device.network_latency
-    bandwidth = rate * device.wire_share / device.contention
+    bandwidth = rate * device.wire_share
     ring = (ranks - 1) / ranks * size / bandwidth + messages * (ranks - 1) * latency
     tree = size / bandwidth + messages * math.ceil(math.log2(ranks)) * latency
     return min(ring, tree)

@@ -77,7 +77,7 @@ def launch_seconds(job: Job, work: Work, device: DeviceFacts) -> float:
 def step_seconds(job: Job, work: Work, device: DeviceFacts) -> float:
     """The device's own work of a step, by the roofline alone."""
     passes = work.accumulation * pass_seconds(job, work.micro, device)
-    return device.contention * (passes + update_seconds(job, work, device))
+    return passes + update_seconds(job, work, device)
 
 
 def words(job: Job) -> dict[str, str]:

@@ -23,8 +23,7 @@ class DeviceFacts:
     memory: bytes. memory_rate: of its memory. node: devices in a machine. link: of a device to the others in its
     machine. network: of a device's share of the machine's network. latency, network_latency: of a message. host: to
     the host's memory. launch: of an operation, on the host. peak: FLOP/s of dense matrix products.
-    gemm_share, memory_share, wire_share: what of peak, memory_rate and link or network a program reaches. contention:
-    ranks that share what one of them is stated to have; 1 where each has its own.
+    gemm_share, memory_share, wire_share: what of peak, memory_rate and link or network a program reaches.
     """
 
     name: str
@@ -41,7 +40,6 @@ class DeviceFacts:
     gemm_share: float
     memory_share: float
     wire_share: float
-    contention: float = 1.0
 
     @property
     def on_host(self) -> bool:
@@ -129,6 +127,6 @@ def core(peak: float, memory: int | None = None, cores: int | None = None) -> De
     )
 
 
-def crowded(facts: DeviceFacts, ranks: int) -> DeviceFacts:
-    """So many ranks in one machine: where it has fewer cores, they take turns on them."""
-    return replace(facts, node=max(ranks, facts.node), contention=max(1.0, ranks / facts.node))
+def together(facts: DeviceFacts, ranks: int) -> DeviceFacts:
+    """So many ranks in one machine, though it may have fewer cores: in CPU time that makes no difference."""
+    return replace(facts, node=max(ranks, facts.node))

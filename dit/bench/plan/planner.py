@@ -97,12 +97,12 @@ def estimate(job: Job, device: DeviceFacts, ranks: int, curve: Curve | None = No
     Where all would be slower, for what they send each other, the job is planned on fewer and the others idle. Memory
     that more ranks free would allow larger micro-batches; that gain is not counted on.
     """
-    found = _alone(job, device, ranks, curve or Curve())
+    found = on_all(job, device, ranks, curve or Curve())
     if found.way is None:
         return found
     counts = [n for n in _divisors(job.batch) if n < ranks]
     best, each = found, float("inf")
-    for one in (*(_alone(job, device, n, found.curve) for n in counts), found):
+    for one in (*(on_all(job, device, n, found.curve) for n in counts), found):
         if one.way is not None:
             each = min(each, one.rate / one.ranks)
             lowered = replace(one, rate=each * one.ranks)
@@ -123,8 +123,8 @@ def _limit(found: Estimate, best: Estimate) -> str:
     return ""
 
 
-def _alone(job: Job, device: DeviceFacts, ranks: int, curve: Curve) -> Estimate:
-    """Plan for this number of ranks, without a look at others."""
+def on_all(job: Job, device: DeviceFacts, ranks: int, curve: Curve) -> Estimate:
+    """Plan for this number of ranks, without a look at how fewer would do."""
     found = Estimate(job, device, ranks, curve, None)
     if job.batch < ranks:
         reason = (
@@ -174,7 +174,7 @@ def _timed(found: Estimate, way: Way) -> Way:
     job, device, ranks = found.job, found.device, found.ranks
     share = 1 / ranks if way.stage else 1.0
     work = Work(way.micro, way.accumulation, way.stage, share)
-    factor = device.contention * found.curve.factor(way.stage, way.micro * job.cost.training_flops)
+    factor = found.curve.factor(way.stage, way.micro * job.cost.training_flops)
     passes = factor * way.accumulation * compute.pass_seconds(job, way.micro, device)
     update = factor * compute.update_seconds(job, work, device)
     trained = job.cost.parameters.trainable - job.frozen

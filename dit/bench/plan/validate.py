@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from dit.bench.plan.compute import Work, step_seconds
-from dit.bench.plan.devices import CPU, DeviceFacts, core, crowded
+from dit.bench.plan.devices import CPU, DeviceFacts, core, together
 from dit.bench.plan.job import Job
 from dit.bench.plan.measured import Curve, Point, curve_for, held_out
-from dit.bench.plan.planner import estimate
+from dit.bench.plan.planner import on_all
 from dit.bench.speed import zero as zero_bench
 from dit.bench.speed.step import product_rate
 from dit.bench.speed.zero import CHANNELS, CLASSES, SIDE, ZeroBench
@@ -32,8 +32,9 @@ def of_files(points: Sequence[Point]) -> Iterator[dict[str, Any]]:
 def of_this_machine(
     points: Sequence[Point], cfg: ZeroBench = HERE, progress: Callable[[], object] = lambda: None
 ) -> Iterator[dict[str, Any]]:
-    """Train here for some steps at every ZeRO stage on gloo ranks, in wall time, and compare each with its estimate.
+    """Train here for some steps at every ZeRO stage on gloo ranks, and compare the CPU time of each with its estimate.
 
+    CPU time, of rank 0, is what other work on the machine lengthens least; waiting for others is not in it.
     One rank is estimated from the files; several from the one rank's measured step at the same stage, so that what
     sharing and sending cost is compared.
     """
@@ -44,7 +45,7 @@ def of_this_machine(
         for ranks in cfg.ranks:
             job, seconds = _job(cfg, stage, ranks), _seconds(measured, ranks, stage)
             known = curve or curve_for(points, here, job)
-            found = estimate(job, crowded(here, ranks), ranks, known)
+            found = on_all(job, together(here, ranks), ranks, known)
             name = f"here: stage {stage} on {ranks} rank(s)"
             words = "one rank here" if curve else "files" if known.points else "nothing: the roofline"
             yield _row(name, job.batch / found.rate, seconds, words)
@@ -58,14 +59,14 @@ def _job(cfg: ZeroBench, stage: Stage, ranks: int) -> Job:
 
 
 def _seconds(measured: dict[str, Any], ranks: int, stage: int) -> float:
-    return float(measured[str(ranks)][f"stage {stage}"]["step_seconds"]["median"])
+    return float(measured[str(ranks)][f"stage {stage}"]["cpu_seconds"]["median"])
 
 
 def _point(job: Job, stage: int, ranks: int, seconds: float, device: DeviceFacts) -> Point:
     """The step on the fewest ranks, from which those on more are estimated."""
     micro = job.cap or job.batch
     work = Work(micro, job.batch // (micro * ranks), stage, 1 / ranks if stage else 1.0)
-    roofline = step_seconds(job, work, crowded(device, ranks))
+    roofline = step_seconds(job, work, together(device, ranks))
     name = f"stage {stage} on {ranks} rank(s)"
     return Point("this machine", name, CPU, job, stage, micro * job.cost.training_flops, seconds, roofline)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -25,6 +26,7 @@ from dit.rng import Draws
 from dit.train.engines.zero_config import Stage
 
 FILE = "trace.json.gz"
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's library writes to stderr where there is no GPU
 
 
 @config

@@ -13,7 +13,7 @@ import pytest
 
 from dit.bench.plan import communication, compute
 from dit.bench.plan.compute import Work
-from dit.bench.plan.devices import GPUS, NAMES, DeviceFacts, core, crowded, device_facts
+from dit.bench.plan.devices import GPUS, NAMES, DeviceFacts, core, device_facts, together
 from dit.bench.plan.job import Asked, Job, job_of
 from dit.bench.plan.measured import Curve, curve_for, held_out, known_name, read_points
 from dit.bench.plan.planner import Estimate, as_json, estimate, plan
@@ -329,12 +329,12 @@ def test_devices_are_known_by_what_torch_calls_them(said: str, name: str | None)
     assert known_name(said) == name
 
 
-def test_ranks_share_the_cores_that_there_are() -> None:
-    assert crowded(CORE, 2).contention == 1
-    four = crowded(CORE, 4)
-    assert (four.contention, four.node) == (2, 4)
-    its = small(precision="fp32")
-    assert estimate(its, four, 4).rate == pytest.approx(estimate(its, CORE, 2).rate, rel=0.2)
+def test_ranks_here_are_in_one_machine() -> None:
+    assert together(CORE, 1).node == CORE.node == 2
+    assert together(CORE, 4).node == 4
+    near, far = (estimate(small(), facts, 4).way for facts in (together(CORE, 4), CORE))
+    assert near is not None and far is not None  # noqa: PT018
+    assert near.sent < far.sent
 
 
 # --- the data -------------------------------------------------------------------------------------------------
