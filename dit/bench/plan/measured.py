@@ -127,7 +127,8 @@ def _points(path: Path, record: dict[str, Any]) -> Iterator[Point]:
     if device is None:
         return
     for size, its in figures.items():
-        for name, row in its["rows"].items():
+        rows = its.get("rows", {}) if isinstance(its, dict) else {}  # else figures of another bench
+        for name, row in rows.items():
             if match := ROW.match(name):
                 yield _point(path, how, (size, name, int(match[1])), (its, row), device)
 

@@ -26,7 +26,8 @@ from dit.rng import Draws
 from dit.train.engines.zero_config import Stage
 
 FILE = "trace.json.gz"
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's library writes to stderr where there is no GPU
+# The profiler's library writes to stderr where there is no GPU.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
 @config
@@ -38,7 +39,7 @@ class TraceBench:
     batch: int = 8  # samples a step
     micro_batch: int | None = None  # samples a forward pass; null = the batch
     precision: Literal["fp32", "bf16"] = "fp32"  # of the forward pass
-    compile: bool = False  # compiled blocks
+    compile: bool = False  # the blocks, with torch.compile
     stage: Stage | None = 0  # of ZeRO; null = without DeepSpeed
     steps: int = 3  # training steps that are traced
     warmup: int = 3  # training steps before, which are not

@@ -290,6 +290,10 @@ def test_a_file_without_steps_is_refused(tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
         read_points(None, str(tmp_path / "broken.json"))
+    traced = {"protocol": {"size": "S", "patch": 2, "compile": False, "device": "x86_64"}}
+    (tmp_path / "trace.json").write_text(json.dumps({**traced, "figures": {"step_ms": 1.0, "parts_ms": {}}}))
+    with pytest.raises(UserError, match="expected figures"):
+        read_points(None, str(tmp_path / "trace.json"))
     step_file(tmp_path / "unknown.json", 1.0, device="NVIDIA T4")
     with pytest.raises(UserError, match="device that is known"):
         read_points(None, str(tmp_path / "unknown.json"))
