@@ -41,6 +41,7 @@ OPERATIONS = (
     (COPIES, r"aten::(copy_|_to_copy|to|clone|contiguous|cat|stack|fill_|zero_|zeros\w*|ones\w*|full\w*|"
              r"empty\w*|new_\w+|resize_|pin_memory|lift_fresh|detach_?|(un)?flatten_dense_tensors|narrow|chunk|"
              r"split|split_with_sizes|set_|alias|_reshape_alias|repeat|scalar_tensor)$"),
+    (ELEMENTWISE, r"CompiledFxGraph"),  # its own time: the loops that the compiler fused, which are no operations
     (HOST, r"^(autograd::|torch::autograd|Optimizer\.|ProfilerStep|torch/|PyTorch|TorchDynamo|CompiledFunction)"
            r"|Backward\d*>?$|Guard|^<|\.py|DeepSpeed|deepspeed|^aten::(t|transpose|permute|view|_unsafe_view|reshape|expand"
            r"|expand_as|as_strided|unsqueeze|squeeze|select|slice|unbind|resolve_conj|resolve_neg|numel|item"

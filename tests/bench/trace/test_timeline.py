@@ -157,6 +157,28 @@ def test_kernels_are_known_by_their_names(name: str, part: str) -> None:
     assert classify(name, is_kernel=True) == part
 
 
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("aten::addmm", GEMM),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu_backward", ATTENTION),
+        ("aten::native_layer_norm_backward", ELEMENTWISE),
+        ("aten::addcmul", ELEMENTWISE),
+        ("aten::sum", ELEMENTWISE),
+        ("## Call CompiledFxGraph fkdf7hamr2ne ##", ELEMENTWISE),
+        ("aten::_fused_adamw_", OPTIMIZER),
+        ("aten::copy_", COPIES),
+        ("aten::t", HOST),
+        ("autograd::engine::evaluate_function: AddmmBackward0", HOST),
+        ("c10d::_reduce_scatter_base_", COMMUNICATION),
+        ("gloo:all_reduce", COMMUNICATION),
+        ("vendor::mystery", OTHER),
+    ],
+)
+def test_operations_are_known_by_their_names(name: str, part: str) -> None:
+    assert classify(name, is_kernel=False) == part
+
+
 def test_marks_are_taken_away_again() -> None:
     class Thing:
         def work(self) -> int:
