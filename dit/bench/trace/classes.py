@@ -43,7 +43,7 @@ OPERATIONS = (
              r"split|split_with_sizes|set_|alias|_reshape_alias|repeat|scalar_tensor)$"),
     (ELEMENTWISE, r"CompiledFxGraph"),  # its own time: the loops that the compiler fused, which are no operations
     (HOST, r"^(autograd::|torch::autograd|Optimizer\.|ProfilerStep|torch/|PyTorch|TorchDynamo|CompiledFunction)"
-           r"|Backward\d*>?$|Guard|^<|\.py|DeepSpeed|deepspeed|^aten::(t|transpose|permute|view|_unsafe_view|reshape|expand"
+           r"|Backward\d+>?$|Guard|^<|\.py|DeepSpeed|deepspeed|^aten::(t|transpose|permute|view|_unsafe_view|reshape|expand"
            r"|expand_as|as_strided|unsqueeze|squeeze|select|slice|unbind|resolve_conj|resolve_neg|numel|item"
            r"|_local_scalar_dense|is_nonzero|result_type|can_cast|unflatten|flatten|movedim|numpy_T|swapaxes|size|stride"
            r"|view_as|lift)$"),
