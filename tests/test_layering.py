@@ -79,14 +79,14 @@ MAY_IMPORT = {
     "experiments": "ambient errors files version progress config rng ranks flow model sample data evals train stage1"
     " outputs unfinished",
     "reports": "errors files scalars progress config configfile model evals train experiments outputs",
-    "scaling": "files progress config rng ranks flow model data train experiments outputs",
+    "scaling": "errors files progress config configfile ranks model data evals train scaling.laws experiments outputs",
     "scaling.laws": "errors files progress config rng outputs",
     "serving": "errors config flow sample experiments",
     "interop": "errors files version config configfile ranks flow model data evals train experiments outputs",
     "bench": "errors files version config rng ranks flow model data train",
     "api": "ambient errors files progress config configfile rng ranks flow model sample data train experiments",
     "tools": "errors files progress config configfile ranks sample data evals train stage1 experiments"
-    " reports interop bench serving commandline outputs",
+    " model scaling reports interop bench serving commandline outputs",
     "outputs": "errors files config",
     "unfinished": "errors files ranks outputs",
 }
