@@ -1,0 +1,1 @@
+"""Scaling-law experiments: planned, run, collected, fitted and reported."""
