@@ -91,7 +91,8 @@ class Mixture:
         """Draw points (n, D) from uniform numbers (n, 1 + D) in (0, 1)."""
         chosen = torch.searchsorted(self.shares.cumsum(0), u[:, :1].contiguous())[:, 0]
         chosen = chosen.clamp(max=len(self.means) - 1)  # sums of shares may end below 1 by rounding
-        return self.means[chosen] + self.stds[chosen, None] * torch.special.ndtri(u[:, 1:])
+        noise: Tensor = torch.special.ndtri(u[:, 1:])
+        return self.means[chosen] + self.stds[chosen, None] * noise
 
     def target_variance(self, eps: Mixture, coeffs: Coeffs, row: Row, x: Tensor) -> Tensor:
         """Compute var(a·data + b·eps | x), (n,), a mean over elements.
@@ -173,7 +174,9 @@ def truncated_normal(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]
     below, above = torch.special.log_ndtr(low), torch.special.log_ndtr(high)
     log_mass = above + torch.log(-torch.expm1(below - above))
     at_low, at_high = (
-        torch.exp(-0.5 * end.square() - 0.5 * math.log(2 * math.pi) - log_mass) for end in (low, high)
+        # far out, where nothing is weighed, the exponents are differences of huge numbers: kept finite
+        torch.exp((-0.5 * end.square() - 0.5 * math.log(2 * math.pi) - log_mass).clamp(max=60.0))
+        for end in (low, high)
     )
     mean = at_low - at_high
     width = high - low

@@ -159,6 +159,17 @@ def test_a_truncated_normal_against_sums() -> None:
         assert float(variance[i]) == pytest.approx(spread, rel=1e-3)
 
 
+def test_boxes_at_hardly_any_noise_leave_the_noise_unknown() -> None:
+    """There data are known to within sigma, and eps is as unknown as ever."""
+    data, _ = PLANE["checkerboard"]
+    u = even(2, 2**10, 1)
+    for sigma in (1e-12, 1e-6, 1e-3):
+        coeffs = Linear().coeffs(torch.full((2**10,), sigma, dtype=torch.float64))
+        x = coeffs.mix(data.draw(u[:, 1:4]), torch.special.ndtri(u[:, 5:]))
+        found = data.target_variance(Mixture.gaussian(2), coeffs, Eps().row(coeffs), x)
+        assert float(found.mean()) == pytest.approx(1, abs=0.01)
+
+
 def test_boxes_are_like_the_points_that_fill_them() -> None:
     """At noise that is wider than the points' distance."""
     corners = torch.tensor([[-1.0, 0.0], [1.0, -1.0]], dtype=torch.float64)
