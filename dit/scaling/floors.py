@@ -147,8 +147,9 @@ def checkerboard() -> Boxes:
     return Boxes(torch.tensor(corners, dtype=torch.float64) - 2, 1.0)
 
 
-# Of the problems of dit.evals.plane: the distributions of target (data) and source (eps).
+# Problems in the plane: the distributions of target (data) and source (eps), as in dit.evals.plane.
 PLANE: dict[str, tuple[Known, Mixture]] = {
+    "eight_gaussians": (eight_gaussians(), Mixture.gaussian(2)),
     "moons": (moons(), eight_gaussians()),
     "checkerboard": (checkerboard(), Mixture.gaussian(2)),
 }
