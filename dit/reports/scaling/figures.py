@@ -14,6 +14,7 @@ from dit.reports.scaling.material import Material, residuals
 from dit.scaling.laws.published import DIT_LAW, DIT_POINTS, PUBLISHED, power
 
 SIZE = (4.8, 3.5)  # inches
+SHOWN = 8  # budgets of a picture at equal FLOPs: more cover each other
 OURS, MARK = COLOURS[0], COLOURS[1]
 COMPUTE = "training FLOPs $C$"
 PARAMS = "parameters $N$"
@@ -39,9 +40,11 @@ def _all(material: Material) -> Iterator[tuple[Figure, bool]]:
     """Each figure, and whether there is what it shows."""
     metric = material.fit.metric or "loss"
     interval = "Band: 95% of the bootstrap's laws."
+    budgets = len(material.groups)
+    shown = f"{SHOWN} of {budgets} budgets are shown. " if budgets > SHOWN else ""
     yield Figure(
         "isoflop", "Equal training FLOPs",
-        f"Each colour is a budget: runs (dots), the law at that budget (line) and its optimum (cross). {metric}.",
+        f"Each colour is a budget: runs (dots), the law at that budget (line) and its optimum (cross). {shown}Figure: {metric}.",
         _isoflop,
     ), bool(material.groups)  # fmt: skip
     yield Figure(
@@ -94,6 +97,8 @@ def drawn(figure: Figure, material: Material) -> tuple[str, bytes]:
     with mpl.rc_context(style):
         canvas, axes = plt.subplots(figsize=SIZE, layout="constrained")
         figure.draw(axes, material)
+        if axes.get_xscale() == "log":
+            _few(axes.xaxis)
         axes.set_title(figure.title)
         axes.grid(alpha=0.2, linewidth=0.6)
         vector, pixels = io.StringIO(), io.BytesIO()
@@ -107,17 +112,49 @@ def drawn(figure: Figure, material: Material) -> tuple[str, bytes]:
 # --- parts -------------------------------------------------------------------------------------------------
 
 
-def _plain(axis: Any, count: int = 6) -> None:
-    """A logarithmic axis of loss, which spans less than a decade or so, with plain numbers that do not overlap."""
+def _plain(axis: Any) -> None:
+    """A logarithmic axis of loss, which seldom spans a decade, with plain numbers that do not overlap."""
     import matplotlib as mpl
 
     low, high = sorted(axis.get_view_interval())
-    if high / low > 30:
-        return
-    step = mpl.ticker.MaxNLocator(count, steps=[1, 2, 2.5, 5, 10])
-    axis.set_major_locator(mpl.ticker.FixedLocator([v for v in step.tick_values(low, high) if low <= v <= high]))
-    axis.set_major_formatter(mpl.ticker.FormatStrFormatter("%.4g"))
-    axis.set_minor_locator(mpl.ticker.NullLocator())
+    step = mpl.ticker.MaxNLocator(6, steps=[1, 2, 2.5, 5, 10])
+    places = [v for v in step.tick_values(low, high) if low <= v <= high and v > 0]
+    _ticks(axis, places if high / low < 4 else _round(low, high), mpl.ticker.FormatStrFormatter("%.4g"))
+
+
+def _few(axis: Any) -> None:
+    """A logarithmic axis of whatever span with few labels: 1, 2 and 5 where it is short, powers of 10 where long."""
+    import matplotlib as mpl
+
+    low, high = sorted(axis.get_view_interval())
+    places = _round(low, high)
+    _ticks(axis, places, mpl.ticker.FuncFormatter(lambda value, _: _scientific(value)))
+
+
+def _round(low: float, high: float, most: int = 7) -> list[float]:
+    """Round numbers from low to high: 1, 2 and 5 of each decade, or 1 alone, or every second or third power."""
+    decades = np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
+    for parts, every in (((1, 2, 5), 1), ((1, 3), 1), ((1,), 1), ((1,), 2), ((1,), 3)):
+        powers = [power for power in decades if power % every == 0]
+        found = [part * 10.0**power for power in powers for part in parts if low <= part * 10.0**power <= high]
+        if len(found) <= most:
+            break
+    return found
+
+
+def _scientific(value: float) -> str:
+    """2·10⁵ as matplotlib writes it; powers of 10 without the 1."""
+    power = int(np.floor(np.log10(value) + 1e-9))
+    part = round(value / 10.0**power, 6)
+    return f"$10^{{{power}}}$" if part == 1 else f"${part:g}{{\\cdot}}10^{{{power}}}$"
+
+
+def _ticks(axis: Any, places: list[float], formatter: Any) -> None:
+    import matplotlib as mpl
+
+    axis.set_major_locator(mpl.ticker.FixedLocator(places))
+    axis.set_major_formatter(formatter)
+    axis.set_minor_formatter(mpl.ticker.NullFormatter())
 
 
 def _loss_axis(axes: Any, material: Material) -> None:
@@ -137,7 +174,8 @@ def _shades(values: np.ndarray) -> tuple[Any, Any]:
 
 
 def _bar(axes: Any, mapped: Any, label: str) -> None:
-    axes.figure.colorbar(mapped, ax=axes, label=label, pad=0.02)
+    bar = axes.figure.colorbar(mapped, ax=axes, label=label, pad=0.02)
+    _few(bar.ax.yaxis)
 
 
 def _budget_mark(axes: Any, material: Material, at: float | None) -> None:
@@ -150,7 +188,7 @@ def _budget_mark(axes: Any, material: Material, at: float | None) -> None:
 
 
 def _isoflop(axes: Any, material: Material) -> None:
-    fit, groups = material.fit, material.groups
+    fit, groups = material.fit, _spread(material.groups)
     params, loss = fit.column("params"), fit.column("loss")
     middle = np.array([np.exp(np.log(fit.column("flops")[own]).mean()) for own in groups])
     colour, mapped = _shades(middle)
@@ -166,6 +204,12 @@ def _isoflop(axes: Any, material: Material) -> None:
     axes.set(xscale="log", xlabel=PARAMS)
     _loss_axis(axes, material)
     _bar(axes, mapped, COMPUTE)
+
+
+def _spread(groups: list[np.ndarray]) -> list[np.ndarray]:
+    """At most SHOWN of the budgets, evenly chosen."""
+    chosen = np.unique(np.linspace(0, len(groups) - 1, min(len(groups), SHOWN)).round().astype(int))
+    return [groups[i] for i in chosen]
 
 
 def _frontier(axes: Any, material: Material) -> None:
@@ -215,6 +259,7 @@ def _optimum(axes: Any, material: Material, name: str, at: int, label: str) -> N
     if material.budget is not None:
         _budget_mark(axes, material, float(getattr(material.band(np.array([material.budget])), name)[0, 0]))
     axes.set(xscale="log", yscale="log", xlabel=COMPUTE, ylabel=label)
+    _few(axes.yaxis)
     axes.legend(loc="upper left")
 
 
@@ -227,7 +272,7 @@ def _residuals(axes: Any, material: Material) -> None:
     axes.axhline(0, color="#666", linewidth=0.9)
     axes.scatter(fit.column("flops"), residuals(fit), s=13, c=colour(params), linewidth=0)
     axes.set(xscale="log", xlabel=COMPUTE, ylabel="measured / predicted − 1")
-    axes.yaxis.set_major_formatter(mpl.ticker.PercentFormatter(1.0))
+    axes.yaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
     _bar(axes, mapped, PARAMS)
 
 
@@ -254,7 +299,7 @@ def _drift(axes: Any, material: Material) -> None:
         axes.legend()
     axes.set(xscale="log", yscale="log", xlabel=PARAMS, ylabel="best learning rate")
     axes.set_ylim(best.min() / 2, best.max() * 2)
-    _plain(axes.yaxis)
+    _few(axes.yaxis)
 
 
 def _published(axes: Any, material: Material) -> None:
@@ -267,6 +312,7 @@ def _published(axes: Any, material: Material) -> None:
             label = f"{law.name}: {law.n_opt[1]:.3f}"
             axes.plot(flops, power(law.n_opt, flops), "--", color=colour, linewidth=1.2, label=label)
     axes.set(xscale="log", yscale="log", xlabel=COMPUTE, ylabel=f"best {PARAMS}")
+    _few(axes.yaxis)
     axes.legend(loc="upper left", title="exponent of $N_{opt}$", title_fontsize=7.5)
 
 
