@@ -78,10 +78,11 @@ MAY_IMPORT = {
     "stage1": "files progress config rng ranks flow data evals train",
     "experiments": "ambient errors files version progress config rng ranks flow model sample data evals train stage1"
     " outputs unfinished",
-    "reports": "errors files scalars progress config configfile model evals train experiments outputs",
-    "scaling": "",
+    "reports": "errors files scalars progress config configfile model evals train experiments scaling.laws outputs",
+    "scaling": "files progress config rng ranks flow model data train experiments outputs",
     "scaling.known": "config flow",
     "scaling.floors": "config flow scaling.known",
+    "scaling.toy": "files progress config flow evals sample outputs scaling.floors scaling.laws",
     "scaling.laws": "errors files progress config rng outputs",
     "serving": "errors config flow sample experiments",
     "interop": "errors files version config configfile ranks flow model data evals train experiments outputs",

@@ -18,6 +18,7 @@ from dit.data import DataError
 from dit.experiments.diffusion import Experiment
 from dit.model.cost import Cost, cost
 from dit.scaling.ladder import Rung, rungs
+from dit.scaling.recipes import batch_at, lr_at
 from dit.scaling.spec import DataShape, ScalingSpec, shared_config
 from dit.train.optim import WarmupStableDecay
 
@@ -208,15 +209,8 @@ class _Sized:
         self.cost: Cost = cost(base.model, shape.input_size, shape.channels, shape.classes)
         self.params = self.cost.parameters.blocks + self.cost.parameters.output
         self.experiment, self.optim = base, base.optim
-        self.batch = (
-            base.train.global_batch if spec.batch is None else self._batch(spec.batch.value(self.params))
-        )
-        # 4 digits: what is in the table is what is trained with
-        self.lr = base.optim.lr if spec.lr is None else float(f"{spec.lr.value(self.params):.4g}")
-
-    def _batch(self, wanted: float) -> int:
-        multiple = self.spec.batch_multiple
-        return max(1, round(wanted / multiple)) * multiple
+        self.batch = batch_at(spec, self.params, base.train.global_batch)
+        self.lr = lr_at(spec, self.params, base.optim.lr)
 
     def steps(self, point: float) -> int:
         """Steps that come nearest to a budget, or to so many samples over N."""

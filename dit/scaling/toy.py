@@ -32,7 +32,19 @@ FLOOR_SAMPLES = 2**15
 FLOPS = 6  # of training by parameter and point: 2 a multiply-add, forward and twice that backward
 RECORD, TABLE, CELLS = "toy.json", "runs.csv", "runs"
 KINDS = ("fit", "exact")  # of floors that are compared
-COLUMNS = ("run", "params", "samples", "tokens", "flops", "loss", "metric", "seed", "complete", "protocol", "floor")
+COLUMNS = (
+    "run",
+    "params",
+    "samples",
+    "tokens",
+    "flops",
+    "loss",
+    "metric",
+    "seed",
+    "complete",
+    "protocol",
+    "floor",
+)
 PROBLEMS = {
     "eight_gaussians": plane.PlaneProblem(
         "Gaussian noise to eight Gaussians", plane.normal, plane.eight_gaussians, 5.2, 5.2
@@ -62,7 +74,9 @@ class ToyLadder:
         for name in ("widths", "steps"):
             values = getattr(self, name)
             if len(set(values)) < 3 or min(values) < 1:
-                raise ConfigError(f"{name}={list(values)}: at least three numbers above 0 are needed, one is held out")
+                raise ConfigError(
+                    f"{name}={list(values)}: at least three numbers above 0 are needed, one is held out"
+                )
 
     @property
     def cells(self) -> dict[str, plane.Budget]:
@@ -120,7 +134,10 @@ def _trained(ladder: ToyLadder, folder: Path, digest: str) -> dict[str, float]:
             file = folder / f"{name}.json"
             held = read_record(file) if file.is_file() else {}
             if held.get("protocol") != digest:
-                held = {"loss": _loss(ladder.problem, _network(ladder.problem, budget, bar)), "protocol": digest}
+                held = {
+                    "loss": _loss(ladder.problem, _network(ladder.problem, budget, bar)),
+                    "protocol": digest,
+                }
                 write_record(file, held)
             else:
                 bar.update(budget.steps)
@@ -152,7 +169,19 @@ def _row(name: str, ladder: ToyLadder, loss: float, digest: str, known: float) -
     return dict(
         zip(
             COLUMNS,
-            (name, params, points, points, FLOPS * params * points, loss, "loss", budget.seed, True, digest, known),
+            (
+                name,
+                params,
+                points,
+                points,
+                FLOPS * params * points,
+                loss,
+                "loss",
+                budget.seed,
+                True,
+                digest,
+                known,
+            ),
             strict=True,
         )
     )
@@ -162,7 +191,9 @@ def _as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
-    writer.writerows({name: str(value).lower() if value is True else value for name, value in row.items()} for row in rows)
+    writer.writerows(
+        {name: str(value).lower() if value is True else value for name, value in row.items()} for row in rows
+    )
     return text.getvalue()
 
 
@@ -185,7 +216,12 @@ def predictions(runs: Runs) -> list[dict[str, Any]]:
         small = runs.chosen((runs.params < sizes[-left]) & (runs.tokens < counts[-left]))
         points = Points.of(small.params, small.tokens, small.loss)
         beyond = float(top.flops[0] / small.flops.max())
-        row: dict[str, Any] = {"runs": len(small), "beyond": beyond, "measured": measured, "seeds_std": spread}
+        row: dict[str, Any] = {
+            "runs": len(small),
+            "beyond": beyond,
+            "measured": measured,
+            "seeds_std": spread,
+        }
         for kind, held in zip(KINDS, (Floor(), Floor(exact)), strict=True):
             row[kind] = _prediction(fit(points, held).law, top, exact)
         found.append(row)

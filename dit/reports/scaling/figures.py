@@ -44,8 +44,8 @@ def _all(material: Material) -> Iterator[tuple[Figure, bool]]:
     shown = f"{SHOWN} of {budgets} budgets are shown. " if budgets > SHOWN else ""
     yield Figure(
         "isoflop", "Equal training FLOPs",
-        f"Each colour is a budget: runs (dots), the law at that budget (line) and its optimum (cross). {shown}Figure: {metric}.",
-        _isoflop,
+        f"Each colour is a budget: runs (dots), the law at that budget (line) and its optimum (cross). {shown}"
+        f"Figure: {metric}.", _isoflop,
     ), bool(material.groups)  # fmt: skip
     yield Figure(
         "frontier", "Loss against compute",
@@ -55,11 +55,13 @@ def _all(material: Material) -> Iterator[tuple[Figure, bool]]:
     yield Figure("d_opt", "The best number of tokens at a budget", interval, _d_opt), True
     yield Figure(
         "residuals", "What the law misses",
-        "Measured over predicted loss, less 1. A slope or a bend here is what the law's shape cannot follow.", _residuals,
+        "Measured over predicted loss, less 1. A slope or a bend here is what the law's shape cannot follow.",
+        _residuals,
     ), True  # fmt: skip
     yield Figure(
         "rates", "Loss against the learning rate",
-        "Each line is a size at one number of tokens; its best rate (cross) by a parabola through three points.", _rates,
+        "Each line is a size at one number of tokens; its best rate (cross) by a parabola through three points.",
+        _rates,
     ), bool(material.rates)  # fmt: skip
     yield Figure(
         "rate_drift", "The best learning rate against size",
@@ -78,7 +80,8 @@ def _all(material: Material) -> Iterator[tuple[Figure, bool]]:
     ), material.forward_flops is not None  # fmt: skip
     yield Figure(
         "dit", "DiT: FID against forward FLOPs",
-        "The 12 models of arXiv 2212.09748, table 4, after 400,000 steps; FID of 50,000 samples without guidance.", _dit,
+        "The 12 models of arXiv 2212.09748, table 4, after 400,000 steps; FID of 50,000 samples without guidance.",
+        _dit,
     ), True  # fmt: skip
 
 
@@ -89,7 +92,7 @@ def drawn(figure: Figure, material: Material) -> tuple[str, bytes]:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    style = {
+    style: Any = {
         "svg.fonttype": "none", "svg.hashsalt": "dit", "font.size": 9, "axes.spines.top": False,
         "axes.spines.right": False, "axes.titlesize": 10, "legend.fontsize": 7.5, "legend.frameon": False,
         "mathtext.fontset": "dejavusans",
@@ -136,7 +139,9 @@ def _round(low: float, high: float, most: int = 7) -> list[float]:
     decades = np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
     for parts, every in (((1, 2, 5), 1), ((1, 3), 1), ((1,), 1), ((1,), 2), ((1,), 3)):
         powers = [power for power in decades if power % every == 0]
-        found = [part * 10.0**power for power in powers for part in parts if low <= part * 10.0**power <= high]
+        found = [
+            part * 10.0**power for power in powers for part in parts if low <= part * 10.0**power <= high
+        ]
         if len(found) <= most:
             break
     return found
@@ -181,7 +186,9 @@ def _bar(axes: Any, mapped: Any, label: str) -> None:
 def _budget_mark(axes: Any, material: Material, at: float | None) -> None:
     """A mark at the budget that was asked for."""
     if material.budget is not None and at is not None:
-        axes.plot(material.budget, at, "*", color=MARK, markersize=10, zorder=5, label="at the budget asked for")
+        axes.plot(
+            material.budget, at, "*", color=MARK, markersize=10, zorder=5, label="at the budget asked for"
+        )
 
 
 # --- figures -----------------------------------------------------------------------------------------------
@@ -195,7 +202,10 @@ def _isoflop(axes: Any, material: Material) -> None:
     for own, flops in zip(groups, middle, strict=True):
         sizes = np.geomspace(params[own].min() / 1.15, params[own].max() * 1.15, 80)
         axes.plot(
-            sizes, fit.law.loss(sizes, flops / fit.flops_per_param_token / sizes), color=colour(flops), linewidth=1
+            sizes,
+            fit.law.loss(sizes, flops / fit.flops_per_param_token / sizes),
+            color=colour(flops),
+            linewidth=1,
         )
         axes.plot(params[own], loss[own], "o", color=colour(flops), markersize=3.5)
         best, _, least = fit.law.optimum(flops, fit.flops_per_param_token)
@@ -245,7 +255,11 @@ def _optimum(axes: Any, material: Material, name: str, at: int, label: str) -> N
     letter = "N" if name == "params" else "D"
     axes.fill_between(band.flops, values[1], values[2], color=OURS, alpha=0.18, linewidth=0)
     axes.plot(
-        band.flops, values[0], color=OURS, linewidth=1.4, label=f"law: ${letter} \\propto C^{{{exponent:.3f}}}$"
+        band.flops,
+        values[0],
+        color=OURS,
+        linewidth=1.4,
+        label=f"law: ${letter} \\propto C^{{{exponent:.3f}}}$",
     )
     for way, marker, title in (("isoflop", "o", "parabolas"), ("envelope", "^", "envelope")):
         points = fit.approaches[way]["points"]
@@ -282,7 +296,13 @@ def _rates(axes: Any, material: Material) -> None:
     for one in found:
         axes.plot(one.lr, one.loss, "o-", color=colour(one.params), markersize=3.5, linewidth=1)
         if one.best is not None:
-            axes.plot(one.best, np.interp(np.log(one.best), np.log(one.lr), one.loss), "x", color="#222", markersize=6)
+            axes.plot(
+                one.best,
+                np.interp(np.log(one.best), np.log(one.lr), one.loss),
+                "x",
+                color="#222",
+                markersize=6,
+            )
     axes.set(xscale="log", xlabel="learning rate")
     _loss_axis(axes, material)
     _bar(axes, mapped, PARAMS)
@@ -306,7 +326,9 @@ def _published(axes: Any, material: Material) -> None:
     flops = material.span
     band = material.band(flops)
     axes.fill_between(flops, band.params[1], band.params[2], color=OURS, alpha=0.18, linewidth=0)
-    axes.plot(flops, band.params[0], color=OURS, linewidth=1.6, label=f"ours: {material.fit.law.n_opt_exponent:.3f}")
+    axes.plot(
+        flops, band.params[0], color=OURS, linewidth=1.6, label=f"ours: {material.fit.law.n_opt_exponent:.3f}"
+    )
     for law, colour in zip(PUBLISHED, COLOURS[1:], strict=False):
         if law.n_opt is not None:
             label = f"{law.name}: {law.n_opt[1]:.3f}"
@@ -322,14 +344,21 @@ def _sampling(axes: Any, material: Material) -> None:
     evaluations = material.more.get("evaluations")
     cost = forward if evaluations is None else forward * evaluations
     loss, params, flops = (fit.column(name) for name in ("loss", "params", "flops"))
-    joined = material.groups if evaluations is None else [np.flatnonzero(params == one) for one in np.unique(params)]
+    joined = (
+        material.groups
+        if evaluations is None
+        else [np.flatnonzero(params == one) for one in np.unique(params)]
+    )
     shade = flops if evaluations is None else params
     colour, mapped = _shades(shade)
     for own in joined:
         order = own[np.argsort(cost[own], kind="stable")]
         axes.plot(cost[order], loss[order], "-", color=colour(float(shade[order].mean())), linewidth=0.9)
     axes.scatter(cost, loss, s=11, c=colour(shade), linewidth=0, zorder=2)
-    axes.set(xscale="log", xlabel="sampling FLOPs of an image" + (", each evaluation" if evaluations is None else ""))
+    axes.set(
+        xscale="log",
+        xlabel="sampling FLOPs of an image" + (", each evaluation" if evaluations is None else ""),
+    )
     _loss_axis(axes, material)
     _bar(axes, mapped, COMPUTE if evaluations is None else PARAMS)
 
@@ -344,6 +373,8 @@ def _dit(axes: Any, material: Material) -> None:
     work = np.geomspace(0.3, 150, 50)
     label = f"FID = {DIT_LAW[0]:g} · G$^{{{DIT_LAW[1]}}}$"
     axes.plot(2e9 * work, power(DIT_LAW, work), color="#666", linewidth=1.1, label=label)
-    axes.set(xscale="log", yscale="log", xlabel="FLOPs of a forward pass (2 · multiply-adds)", ylabel="FID-50K")
+    axes.set(
+        xscale="log", yscale="log", xlabel="FLOPs of a forward pass (2 · multiply-adds)", ylabel="FID-50K"
+    )
     _plain(axes.yaxis)
     axes.legend()

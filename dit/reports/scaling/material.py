@@ -29,7 +29,7 @@ class ReportError(UserError):
 
 @dataclass(frozen=True)
 class Band:
-    """Optima at budgets flops (n,): params, tokens and loss, each (3, n): the law's, and 95% of the bootstrap's laws."""
+    """Optima at budgets flops (n,): params, tokens and loss, each (3, n): the law's, and 95% of the bootstrap's."""
 
     flops: np.ndarray
     params: np.ndarray
@@ -50,7 +50,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Material:
-    """A fit, and more of its runs. more: numbers by column of the CSV, one a run of the fit, NaN where there is none."""
+    """A fit, and more of its runs. more: numbers by column of the CSV, one a run of the fit, NaN where none is."""
 
     fit: FitRecord
     source: str
@@ -98,7 +98,9 @@ class Material:
             if len(different) >= RATES:
                 means = np.array([loss[own][rate[own] == one].mean() for one in different])
                 first = self.fit.runs[own[0]]
-                found.append(Rates(first["params"], first["tokens"], different, means, vertex(different, means)))
+                found.append(
+                    Rates(first["params"], first["tokens"], different, means, vertex(different, means))
+                )
         return sorted(found, key=lambda one: (one.tokens, one.params))
 
 
@@ -112,7 +114,9 @@ def vertex(lr: np.ndarray, loss: np.ndarray) -> float | None:
     return float(lr[at] * np.exp(-slope / (2 * bend)))
 
 
-def read_material(fit: FitRecord, source: str, table: Path | None = None, budget: float | None = None) -> Material:
+def read_material(
+    fit: FitRecord, source: str, table: Path | None = None, budget: float | None = None
+) -> Material:
     """A fit and, where it is given, the CSV that it is of. ReportError for a CSV of other runs, or a budget of none.
 
     Whatever numbers the CSV has are taken: samples, lr, evaluations (of the network for a sample that is drawn).
@@ -128,7 +132,8 @@ def _columns(fit: FitRecord, place: Path) -> dict[str, np.ndarray]:
     checked = Runs.read(place, fit.metric or None, fit.protocol or None)
     _check_same(fit, checked, place)
     reader = csv.reader(io.StringIO(read_text(place)))
-    lines = {reader.line_num: cells for cells in reader if cells and not cells[0].lstrip().startswith("#")}
+    numbered = [(reader.line_num, cells) for cells in reader]
+    lines = {line: cells for line, cells in numbered if cells and not cells[0].lstrip().startswith("#")}
     header, at = lines[min(lines)], dict(zip(checked.run, checked.lines, strict=True))
     cells = [lines[at[str(row["run"])]] for row in fit.runs]
     own = {name: np.array([_number(row[i]) for row in cells]) for i, name in enumerate(header)}

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from dit.reports.scaling.material import Material, smaller
+from dit.scaling.laws.predicting import FAR
 from dit.scaling.laws.published import DIT_LAW, MEI, PUBLISHED
 from dit.scaling.laws.record import NUMBERS
 
 UNKNOWN = "–"
-BEYOND = 100.0  # times the largest run's FLOPs, from which on a prediction is called far
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,13 @@ class Table:
 
 def tables(material: Material) -> list[Table]:
     """All tables, in the order in which they are read."""
-    return [_predictions(material), _numbers(material), _optima(material), _smaller(material), _published(material)]
+    return [
+        _predictions(material),
+        _numbers(material),
+        _optima(material),
+        _smaller(material),
+        _published(material),
+    ]
 
 
 def equation(material: Material) -> str:
@@ -41,10 +47,14 @@ def protocol(material: Material) -> str:
     fit = material.fit
     flops, params = fit.column("flops"), fit.column("params")
     floor = fit.floor
-    told = {"fit": "fitted", "exact": f"held at the exact floor, {floor['value']}", "value": f"held at {floor['value']}"}
+    told = {
+        "fit": "fitted",
+        "exact": f"held at the exact floor, {floor['value']}",
+        "value": f"held at {floor['value']}",
+    }
     parts = [
-        f"{len(fit.runs)} runs of {fit.source or material.source}: {params.min():.3g} to {params.max():.3g} parameters, "
-        f"{flops.min():.3g} to {flops.max():.3g} training FLOPs",
+        f"{len(fit.runs)} runs of {fit.source or material.source}: {params.min():.3g} to {params.max():.3g} "
+        f"parameters, {flops.min():.3g} to {flops.max():.3g} training FLOPs",
         f"{fit.metric or 'loss'}{f', protocol {fit.protocol}' if fit.protocol else ''}",
         f"summed Huber loss of log L {fit.huber:.5g} (delta {fit.delta:g}), E {told[floor['kind']]}",
         f"FLOPs = {fit.flops_per_param_token:.4g} · N · D",
@@ -68,7 +78,8 @@ def held_out(material: Material) -> str:
     )
 
 
-def _between(low: float, high: float, digits: int = 3) -> str:
+def _between(ends: Sequence[float] | np.ndarray, digits: int = 3) -> str:
+    low, high = ends
     return f"{low:.{digits}g} … {high:.{digits}g}"
 
 
@@ -80,27 +91,29 @@ def _predictions(material: Material) -> Table:
     names = ["the largest run's", "ten times that", *("asked for" for _ in asked)]
     rows = [
         [
-            f"{names[i]}: {flops:.3g}", f"{band.params[0, i]:.4g}", _between(*band.params[1:, i]),
-            f"{band.tokens[0, i]:.4g}", _between(*band.tokens[1:, i]),
-            f"{band.loss[0, i]:.5g}", _between(*band.loss[1:, i], 5),
+            f"{names[i]}: {flops:.3g}", f"{band.params[0, i]:.4g}", _between(band.params[1:, i]),
+            f"{band.tokens[0, i]:.4g}", _between(band.tokens[1:, i]),
+            f"{band.loss[0, i]:.5g}", _between(band.loss[1:, i], 5),
         ]
         for i, flops in enumerate(band.flops)
     ]  # fmt: skip
     note = "An interval is of the law's numbers alone: that the law holds so far out is an assumption."
-    if asked and asked[0] > BEYOND * largest:
-        note += f" The budget asked for is {asked[0] / largest:.3g} times the largest run's: far beyond what was measured."
+    if asked and asked[0] > FAR * largest:
+        note += f" The budget asked for is {asked[0] / largest:.3g} times the largest run's: so far out it is a guess."
     head = ["training FLOPs", "N", "95%", "D (tokens)", "95%", "loss", "95%"]
     return Table("What the law predicts", head, rows, note)
 
 
 def _numbers(material: Material) -> Table:
     fit = material.fit
-    estimates = {name: float(getattr(fit.law, name)) for name in (*NUMBERS, "n_opt_exponent", "d_opt_exponent")}
+    estimates = {
+        name: float(getattr(fit.law, name)) for name in (*NUMBERS, "n_opt_exponent", "d_opt_exponent")
+    }
     rows = []
     for name, value in estimates.items():
         low, high = fit.profile.get(name, (None, None))
         ends = " … ".join("open" if end is None else f"{end:.4g}" for end in (low, high))
-        rows.append([name, f"{value:.5g}", _between(*fit.ci[name], 4) if name in fit.ci else UNKNOWN, ends])
+        rows.append([name, f"{value:.5g}", _between(fit.ci[name], 4) if name in fit.ci else UNKNOWN, ends])
     note = "N_opt ∝ C^n_opt_exponent. A and B belong to their exponents: alone they say little."
     return Table("The law's numbers", ["", "estimate", "bootstrap 95%", "profile 95%"], rows, note)
 
@@ -142,7 +155,10 @@ def _smaller(material: Material) -> Table:
     ]  # fmt: skip
     note = f"At {budget:.3g} training FLOPs, by the law: what a smaller model takes to come to the same loss. {MEI}"
     return Table(
-        "Cheaper sampling by longer training", ["size", "FLOPs an evaluation", "tokens", "training FLOPs"], rows, note
+        "Cheaper sampling by longer training",
+        ["size", "FLOPs an evaluation", "tokens", "training FLOPs"],
+        rows,
+        note,
     )
 
 

@@ -10,11 +10,12 @@ import numpy as np
 from dit.scaling.laws.approaches import WINDOW, budgets, distinct
 from dit.scaling.laws.fit import Fitted, Floor, fit
 from dit.scaling.laws.law import LawError
-from dit.scaling.laws.solver import Points
+from dit.scaling.laws.solver import DELTA, Points
 from dit.scaling.laws.table import Runs
 
 SIZES, DECADES = 4, 1.0  # fewer carry no law
 TOGETHER = 0.98  # correlation of log N and log D from which their terms can hardly be told apart
+OUTLYING = 6.0  # standard deviations of a run that something else than noise has moved
 SHARE = 1e-3  # of the loss, below which a term is as good as not there
 
 
@@ -106,6 +107,13 @@ def _of_fit(runs: Runs, fitted: Fitted, floor: Floor) -> Iterator[str]:
             yield f"{name} is below {SHARE:g} of the loss in every run: the runs say nothing of it"
     spread = seeds_spread(runs)
     residuals = np.log(law.loss(runs.params, runs.tokens)) - np.log(runs.loss)
+    robust = 1.4826 * float(np.median(np.abs(residuals)))
+    off = np.abs(residuals) > max(OUTLYING * robust, 2 * DELTA)
+    if off.any():
+        yield (
+            f"{off.sum()} runs lie more than {OUTLYING:g} (robust) standard deviations off the law: "
+            f"{', '.join(np.array(runs.run)[off][:8])}; a fit without them may differ by more than the intervals say"
+        )
     typical = float(np.sqrt((residuals**2).sum() / max(len(runs) - len(floor.free), 1)))
     if spread is not None and spread > typical * 1.5:
         yield (
