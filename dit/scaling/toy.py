@@ -73,9 +73,9 @@ class ToyLadder:
             raise ConfigError(f"problem '{self.problem}': expected one of {', '.join(PLANE)}")
         for name in ("widths", "steps"):
             values = getattr(self, name)
-            if len(set(values)) < 3 or min(values) < 1:
+            if len(set(values)) < 4 or min(values) < 1:
                 raise ConfigError(
-                    f"{name}={list(values)}: at least three numbers above 0 are needed, one is held out"
+                    f"{name}={list(values)}: at least four numbers above 0 are needed, as the largest is held out"
                 )
 
     @property

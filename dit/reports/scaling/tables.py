@@ -55,7 +55,7 @@ def protocol(material: Material) -> str:
     parts = [
         f"{len(fit.runs)} runs of {fit.source or material.source}: {params.min():.3g} to {params.max():.3g} "
         f"parameters, {flops.min():.3g} to {flops.max():.3g} training FLOPs",
-        f"{fit.metric or 'loss'}{f', protocol {fit.protocol}' if fit.protocol else ''}",
+        f"Figure: {fit.metric or 'loss'}{f', protocol {fit.protocol}' if fit.protocol else ''}",
         f"summed Huber loss of log L {fit.huber:.5g} (delta {fit.delta:g}), E {told[floor['kind']]}",
         f"FLOPs = {fit.flops_per_param_token:.4g} · N · D",
         f"intervals: 95% of {len(fit.draws)} laws of a bootstrap over runs (seed {fit.seed})",
@@ -87,8 +87,12 @@ def _predictions(material: Material) -> Table:
     """Budgets: the largest run's, ten times that, and the one that was asked for."""
     largest = float(material.fit.column("flops").max())
     asked = [] if material.budget is None else [material.budget]
-    band = material.band(np.array([largest, 10 * largest, *asked]))
-    names = ["the largest run's", "ten times that", *("asked for" for _ in asked)]
+    named = {
+        largest: "the largest run's",
+        10 * largest: "ten times that",
+        **dict.fromkeys(asked, "asked for"),
+    }
+    band, names = material.band(list(named)), list(named.values())
     rows = [
         [
             f"{names[i]}: {flops:.3g}", f"{band.params[0, i]:.4g}", _between(band.params[1:, i]),
