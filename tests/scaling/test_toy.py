@@ -19,7 +19,7 @@ from dit.scaling.laws.table import Runs
 from dit.scaling.toy import ToyLadder, predictions, run_toy
 from tests.commands import call
 
-SMALL = ("--widths=4,6,8,12", "--steps=8,16,32,64", "--seeds=0")
+SMALL = ("--widths=4,6,8,12", "--steps=2,4,8,16", "--seeds=0")
 
 
 @pytest.fixture
@@ -30,18 +30,20 @@ def quick(monkeypatch):
 
 def test_a_ladder_goes_on_and_its_table_is_fitted(quick, tmp_path, capsys, monkeypatch) -> None:
     words = (f"--out={tmp_path}", *SMALL)
-    trained = []
-    fit = plane.fit
-    monkeypatch.setattr(
-        toy.plane, "fit", lambda pairs, budget, step: trained.append(budget) or fit(pairs, budget, step)
-    )
+    trained, fit = [], plane.fit
+
+    def counted(pairs, budget, progress):
+        trained.append(budget)
+        return fit(pairs, budget, progress)
+
+    monkeypatch.setattr(toy.plane, "fit", counted)
     assert call(tools.scaling.toy, *words) == 0
     assert len(trained) == 16
     first = (tmp_path / "runs.csv").read_bytes()
     found = json.loads((tmp_path / "toy.json").read_text())
     assert found["best"] > found["floor"]["loss"]
     assert "| fit |" in capsys.readouterr().out
-    (tmp_path / "runs" / "w6-n16-s0.json").unlink()  # as if it had been stopped there
+    (tmp_path / "runs" / "w6-n8-s0.json").unlink()  # as if it had been stopped there
     (tmp_path / "toy.json").unlink()
     (tmp_path / "runs.csv").unlink()
     assert call(tools.scaling.toy, *words) == 0

@@ -104,6 +104,8 @@ def drawn(figure: Figure, material: Material) -> tuple[str, bytes]:
             _few(axes.xaxis)
         axes.set_title(figure.title)
         axes.grid(alpha=0.2, linewidth=0.6)
+        canvas.draw_without_rendering()
+        canvas.set_layout_engine("none")  # laid out once, for both
         vector, pixels = io.StringIO(), io.BytesIO()
         canvas.savefig(vector, format="svg", metadata={"Date": None})
         canvas.savefig(pixels, format="png", dpi=200)
