@@ -13,7 +13,8 @@ from dit.progress import say
 from dit.scaling.configs import config_file, run_folder
 from dit.scaling.plan import Plan, PlannedRun
 from dit.scaling.planned import ScalingError
-from dit.scaling.running import ROOT, chosen, no_runner
+from dit.scaling.running import chosen
+from dit.scaling.starting import ROOT, no_runner
 from dit.scaling.states import RunState
 
 TRUNKS, BRANCHES = "sweep-trunks.txt", "sweep-branches.txt"
@@ -47,9 +48,7 @@ def submit(out: Path, plan: Plan, options: str, only: Sequence[str] = ()) -> lis
     then = [run for run in left if run.trunk in names or (run.trunk and states[run.name].can_begin)]
     for run in left:
         if run not in first and run not in then:
-            say(
-                f"{run.name} is not submitted: its trunk {run.trunk} runs now, and has not saved step {run.branch_step}"
-            )
+            say(f"{run.name} is left out: {run.trunk} runs now, and has not saved step {run.branch_step} yet")
     if not first and not then:
         say("there is nothing to submit: every run is complete, or running")
         return []

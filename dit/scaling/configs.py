@@ -24,7 +24,8 @@ def config_file(out: Path, name: str) -> Path:
 
 def branch_point(out: Path, run: PlannedRun) -> Path:
     """Name the checkpoint that a branch begins from."""
-    assert run.trunk is not None and run.branch_step is not None
+    assert run.trunk is not None
+    assert run.branch_step is not None
     return checkpoint.path_of(checkpoints_of(run_folder(out, run.trunk)), run.branch_step)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-from collections.abc import Iterator
+import operator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dit.config import ConfigError, from_dict
@@ -15,7 +16,8 @@ from dit.experiments.diffusion import Experiment
 from dit.files import expand, write_atomically
 from dit.outputs import OutputError, read_record, refuse_other, write_record
 from dit.scaling.configs import branch_point, config_file, run_config, run_folder
-from dit.scaling.plan import Plan, PlannedRun, make_plan
+from dit.scaling.plan import Plan, PlannedRun
+from dit.scaling.planning import make_plan
 from dit.scaling.spec import ScalingSpec, load_spec
 from dit.scaling.states import last_step
 from dit.train.run_dir import begun_with, differences
@@ -100,8 +102,8 @@ def _changed(out: Path, run: PlannedRun, cfg: Experiment) -> Iterator[str]:
             rows = [line for line in str(error).splitlines() if line.startswith("  ")]
             yield "\n".join([f"{run.name}:", *rows])
             return
-        for key in ("train.steps", "init.branch"):
-            if key in operational:
+        for key, is_same in (("train.steps", operator.eq), ("init.branch", _same_point)):
+            if key in operational and not is_same(*operational[key]):
                 was, now = operational[key]
                 yield f"{run.name}:\n  {key}: {shown(was)} there, {shown(now)} now"
     elif run.trunk is not None and run.branch_step is not None:
@@ -111,6 +113,11 @@ def _changed(out: Path, run: PlannedRun, cfg: Experiment) -> Iterator[str]:
                 f"{run.name} would branch from {run.trunk} at step {run.branch_step}, which that has passed (step "
                 f"{passed}) without keeping a checkpoint"
             )
+
+
+def _same_point(was: str | None, now: str | None) -> bool:
+    """Whether two places of a checkpoint are of one run and step: an experiment's folder may be moved."""
+    return was is not None and now is not None and Path(was).parts[-3:] == Path(now).parts[-3:]
 
 
 # --- told ------------------------------------------------------------------------------------------------------
@@ -178,7 +185,7 @@ def _hours(hours: float) -> str:
     return f"{hours:.3g} hours" if hours >= 1 else f"{60 * hours:.3g} minutes"
 
 
-def aligned(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+def aligned(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
     """Lines of a table: the first column to the left, others to the right, but for words."""
     widths = [max(len(cell) for cell in column) for column in zip(head, *rows, strict=True)]
     words = [i == 0 or not any(row[i][:1].isdigit() for row in rows) for i in range(len(head))]

@@ -54,7 +54,7 @@ class PowerRule(Rule):
 
     def value(self, params: int) -> float:
         """Give the number at N."""
-        return self.at * float(params / self.params) ** self.exponent
+        return float(self.at * (params / self.params) ** self.exponent)
 
 
 @RATES.register("mup")

@@ -1,86 +1,28 @@
-"""Running a plan here: each run a process of tools/train.py, trunks before their branches, several at a time.
-
-A run is claimed by a lock on OUT/locks/NAME, which its process holds too: whoever else runs the same plan leaves it
-alone until that process has ended, even where the one who started it was killed. The run directory's own lock keeps
-out whoever starts the run by other means.
-"""
+"""Running a plan here: each run a process of tools/train.py, trunks before their branches, several at a time."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import IO, Protocol
-
-import torch
 
 from dit.errors import Interrupted, Stopped
-from dit.files import try_lock
 from dit.progress import Bar, say
 from dit.ranks import group
 from dit.scaling.configs import config_file
 from dit.scaling.plan import Plan, PlannedRun
 from dit.scaling.planned import ScalingError
+from dit.scaling.starting import LOCKS, Process, Start, claim_file, claimed, environment, start_process
 from dit.scaling.states import LOGS, RunState, failure_file, log_file
 
-ROOT = Path(__file__).resolve().parents[2]
-LOCKS = "locks"
 POLL = 0.2  # seconds between two looks at the processes
 LOOK = 2.0  # seconds between two looks at how far they are
 TOLD = 15  # lines of a failed run's log that are shown
 ENDED_EARLY = (Stopped.status, Interrupted.status)
-
-
-class Process(Protocol):
-    """What `subprocess.Popen` is, as far as it is used here."""
-
-    def poll(self) -> int | None:
-        """Give the exit status; None while it runs."""
-
-    def send_signal(self, number: int) -> None:
-        """Send it a signal."""
-
-    def kill(self) -> None:
-        """End it at once."""
-
-
-@dataclass(frozen=True)
-class Start:
-    """What a run is started with. lock: an open file that its process keeps open; env: over that of this process."""
-
-    run: PlannedRun
-    config: Path
-    log: IO[bytes]
-    lock: int
-    ranks: int
-    env: Mapping[str, str]
-
-    @property
-    def command(self) -> list[str]:
-        """The command that trains it."""
-        if self.ranks > 1:
-            return [str(ROOT / "launch" / "local.sh"), str(self.config)]
-        return [sys.executable, str(ROOT / "tools" / "train.py"), str(self.config)]
-
-
-def start_process(start: Start) -> Process:
-    """Start a run in a session of its own: a Ctrl-C reaches it through the runner alone."""
-    return subprocess.Popen(
-        start.command,
-        stdin=subprocess.DEVNULL,
-        stdout=start.log,
-        stderr=subprocess.STDOUT,
-        env={**os.environ, **start.env},
-        pass_fds=(start.lock,),
-        start_new_session=True,
-    )
 
 
 @dataclass(frozen=True)
@@ -114,11 +56,6 @@ def run_plan(out: Path, plan: Plan, orders: Orders) -> None:
         runner.go()
 
 
-def claim_file(out: Path, name: str) -> Path:
-    """Name the file whose lock says that somebody here is at a run."""
-    return out / LOCKS / name
-
-
 def chosen(out: Path, plan: Plan, only: Sequence[str]) -> list[PlannedRun]:
     """Give the runs of these names, in the order of the plan, trunks first; all of them where none is named."""
     if other := [name for name in only if name not in plan]:
@@ -145,7 +82,6 @@ class _Runner:
         self.failed: dict[str, str] = {}
         self.active: list[_Active] = []
         self.asked: int | None = None  # the signal by which an end was asked for
-        self._devices = _devices()
 
     def hear(self, number: int, frame: FrameType | None) -> None:
         """Take note of a signal; a second Ctrl-C ends the runs at once."""
@@ -236,7 +172,7 @@ class _Runner:
             del self.open[run.name]
         elif not state.can_begin:
             self._give_up_without_trunk(run)
-        elif not state.is_running and (lock := _claimed(claim_file(self.out, run.name))) is not None:
+        elif not state.is_running and (lock := claimed(claim_file(self.out, run.name))) is not None:
             if RunState(self.out, run).is_complete:  # between the two looks
                 os.close(lock)
                 del self.open[run.name]
@@ -256,24 +192,10 @@ class _Runner:
     def _start(self, run: PlannedRun, lock: int) -> None:
         failure_file(self.out, run.name).unlink(missing_ok=True)
         slot = min(set(range(self.orders.jobs)) - {active.slot for active in self.active})
+        env = environment(slot, self.orders.jobs, self.orders.ranks)
         with log_file(self.out, run.name).open("ab") as log:
-            start = Start(
-                run, config_file(self.out, run.name), log, lock, self.orders.ranks, self._environment(slot)
-            )
+            start = Start(run, config_file(self.out, run.name), log, lock, self.orders.ranks, env)
             self.active.append(_Active(run, self.orders.starter(start), lock, slot))
-
-    def _environment(self, slot: int) -> dict[str, str]:
-        """Share the machine's cores and GPUs out among the runs at a time."""
-        jobs, ranks = self.orders.jobs, self.orders.ranks
-        env = {"PYTHON": sys.executable} if ranks > 1 else {}
-        if ranks > 1:
-            env["NPROC"] = str(ranks)
-        if "OMP_NUM_THREADS" not in os.environ:
-            env["OMP_NUM_THREADS"] = str(max(1, group.cores() // (jobs * ranks)))
-        if self._devices and jobs > 1:
-            mine = [self._devices[(slot * ranks + i) % len(self._devices)] for i in range(ranks)]
-            env["CUDA_VISIBLE_DEVICES"] = ",".join(dict.fromkeys(mine))
-        return env
 
     # --- ending --------------------------------------------------------------------------------------------
 
@@ -306,37 +228,3 @@ class _Runner:
         del self.open[run.name]
         failure_file(self.out, run.name).write_text(why, encoding="utf-8")
         say(f"{run.name}: {why}")
-
-
-def _claimed(path: Path) -> int | None:
-    """Lock a file: its descriptor; None where somebody else holds it. Without locks, the run directory's must do."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    if try_lock(descriptor) is False:
-        os.close(descriptor)
-        return None
-    return descriptor
-
-
-def _devices() -> list[str]:
-    """Name the GPUs that may be used here."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [word for word in visible.split(",") if word]
-    return [str(i) for i in range(torch.cuda.device_count())]
-
-
-@contextlib.contextmanager
-def no_runner(out: Path, names: Sequence[str]) -> Iterator[None]:
-    """Hold the claims of runs, so that no runner here starts them meanwhile. ScalingError where one is at them."""
-    held: list[int] = []
-    (out / LOCKS).mkdir(parents=True, exist_ok=True)
-    try:
-        for name in names:
-            lock = _claimed(claim_file(out, name))
-            if lock is None:
-                raise ScalingError(f"{name} is being run here now: wait for its end, or stop that")
-            held.append(lock)
-        yield
-    finally:
-        for lock in held:
-            os.close(lock)

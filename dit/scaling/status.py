@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from dit.scaling.plan import Plan
 from dit.scaling.planned import aligned
-from dit.scaling.running import claim_file
+from dit.scaling.starting import claim_file
 from dit.scaling.states import RunState, is_held, states_of
 
 HEAD = ("run", "kind", "step", "of", "FLOPs", "left", "state")
@@ -30,7 +30,7 @@ def status(out: Path, plan: Plan, default_speed: float) -> str:
             str(state.step),
             str(state.run.steps),
             f"{state.flops_done / state.run.own_flops:.0%}",
-            "" if state.is_complete else tqdm.format_interval(left[state.run.name]),
+            "" if state.is_complete else str(tqdm.format_interval(left[state.run.name])),
             _words(state, states),
         )
         for state in states

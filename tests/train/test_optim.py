@@ -92,7 +92,9 @@ def test_the_share_is_the_decimal_number_that_was_written() -> None:
 def test_a_decay_within_the_warm_up_is_refused() -> None:
     schedule = WarmupStableDecay(decay=0.5)
     schedule.check(warmup=5, total=10)
-    with pytest.raises(ConfigError, match=r"decay = 0.5 of train.steps = 10 begins after 5 .* optim.warmup = 6"):
+    with pytest.raises(
+        ConfigError, match=r"decay = 0.5 of train.steps = 10 begins after 5 .* optim.warmup = 6"
+    ):
         schedule.check(warmup=6, total=10)
 
 

@@ -16,7 +16,8 @@ import tools.scaling
 from dit.errors import UserError
 from dit.outputs import OutputError
 from dit.reports.scaling import page
-from dit.reports.scaling.figures import _round, figures
+from dit.reports.scaling.axes import round_numbers
+from dit.reports.scaling.figures import figures
 from dit.reports.scaling.material import ReportError, read_material, smaller, vertex
 from dit.reports.scaling.page import as_text, write_report
 from dit.reports.scaling.tables import tables
@@ -175,7 +176,7 @@ def test_a_smaller_model_takes_longer_to_the_same_loss(made) -> None:
 
 def test_labels_of_axes_are_few_and_round() -> None:
     for low, high in ((1.5e5, 7e6), (1e15, 2e19), (3e18, 4e30), (2e-4, 5e-3), (20, 200)):
-        found = _round(low, high)
+        found = round_numbers(low, high)
         assert 2 <= len(found) <= 7
         assert all(low <= value <= high for value in found)
 
