@@ -82,7 +82,10 @@ MAY_IMPORT = {
     " outputs unfinished",
     "scaling": "errors files progress config configfile rng ranks flow model data evals train experiments outputs"
     " scaling.laws",
-    "reports": "errors files scalars progress config configfile model evals train experiments outputs",
+    "scaling.known": "config flow",
+    "scaling.floors": "config flow scaling.known",
+    "scaling.toy": "files progress config flow evals sample outputs scaling.floors scaling.laws",
+    "reports": "errors files scalars progress config configfile model evals train experiments scaling.laws outputs",
     "scaling.laws": "errors files progress config rng outputs",
     "serving": "errors config flow sample experiments",
     "interop": "errors files version config configfile ranks flow model data evals train experiments outputs",

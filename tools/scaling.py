@@ -26,11 +26,15 @@ from dit.experiments.diffusion import Experiment
 from dit.files import expand
 from dit.model.cost import PEAK_FLOPS, peak_flops
 from dit.outputs import claim_report, write_record
+from dit.reports.scaling.material import read_material
+from dit.reports.scaling.page import as_text as report_text
+from dit.reports.scaling.page import write_report
 from dit.scaling import telling
 from dit.scaling.arrays import submit
 from dit.scaling.collecting import collect as collect_figures
 from dit.scaling.collecting import warn_of_missing, write_table
 from dit.scaling.coordinates import Check, Setting, measure
+from dit.scaling.floors import PLANE
 from dit.scaling.laws import telling as laws_telling
 from dit.scaling.laws.fitting import Order, fit_file
 from dit.scaling.laws.predicting import Device
@@ -41,6 +45,8 @@ from dit.scaling.recipes import with_recipe
 from dit.scaling.running import Orders, run_plan
 from dit.scaling.spec import load_spec
 from dit.scaling.status import status as status_table
+from dit.scaling.toy import ToyLadder, run_toy
+from dit.scaling.toy import as_text as toy_text
 from dit.scaling.transfer import Grid, Study, run_study
 
 Where = Annotated[
@@ -143,6 +149,27 @@ def fit(
     print(f"{folder / FILE}, {folder / laws_telling.PICTURE}")
 
 
+def report(
+    fitted: Annotated[str, "fit.json, or its folder"],
+    *,
+    out: Annotated[str, "folder for report.html and a PNG of each figure"],
+    runs: Annotated[
+        str | None, "the CSV that was fitted: its lr, samples and evaluations give more figures"
+    ] = None,
+    flops: Annotated[float | None, "training FLOPs for which a prediction is wanted, such as 1e21"] = None,
+    overwrite: Annotated[bool, "replace the report of another fit there"] = False,
+) -> None:
+    """Write a fit's report: one HTML page with figures and tables, PNG files, and the tables on the terminal.
+
+    Equal FLOPs, the frontier, N_opt and D_opt with bands, residuals, learning rates, published laws beside it, and
+    loss against sampling FLOPs. The page needs no network. docs/scaling.md says how each figure is read.
+    """
+    material = read_material(FitRecord.load(fitted), fitted, None if runs is None else Path(runs), flops)
+    files = write_report(material, Path(expand(out)), overwrite)
+    print(report_text(material))
+    print(f"\n{files[0]}: the same with {len(files) - 1} figures, which are PNG files beside it too")
+
+
 def predict(
     fitted: Annotated[str, "fit.json, or its folder"],
     *,
@@ -172,6 +199,24 @@ def predict(
         place = Path(expand(json_file))
         place.parent.mkdir(parents=True, exist_ok=True)
         write_record(place, found.as_json())
+
+
+def toy(
+    *,
+    out: Annotated[str, "folder for runs.csv, toy.json and runs/; the same command goes on there"],
+    problem: Annotated[str, f"whose floor is known: {', '.join(PLANE)}"] = "eight_gaussians",
+    widths: Annotated[tuple[int, ...], "of the networks, comma-separated"] = ToyLadder.widths,
+    steps: Annotated[tuple[int, ...], "of training, comma-separated"] = ToyLadder.steps,
+    seeds: Annotated[tuple[int, ...], "of each, comma-separated"] = ToyLadder.seeds,
+    overwrite: Annotated[bool, "replace another ladder there"] = False,
+) -> None:
+    """Train tiny networks on toy data whose irreducible loss is known, and compare laws with E fitted and E exact.
+
+    The largest rung is predicted from the smaller ones, from all of them and from ever fewer. Takes ten minutes on a
+    core; runs.csv has the exact floor as a column, so that `fit --floor=exact` takes it.
+    """
+    ladder = ToyLadder(problem, tuple(widths), tuple(steps), tuple(seeds))
+    print(toy_text(run_toy(ladder, Path(expand(out)), overwrite)))
 
 
 @options_as_flags
@@ -225,7 +270,9 @@ TOOL = Tool(
         "status": status,
         "collect": collect,
         "fit": fit,
+        "report": report,
         "predict": predict,
+        "toy": toy,
         "coordinates": coordinates,
         "transfer": transfer,
     },

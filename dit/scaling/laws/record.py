@@ -103,6 +103,11 @@ class FitRecord:
             raise LawError(
                 f"{place} is not a fit of `scaling.py fit`: expected a JSON object of kind '{KIND}'"
             )
+        if held.get("version") != VERSION:
+            raise LawError(
+                f"{place} is of version {held.get('version')} of a fit, and this reads version {VERSION}: fit the runs "
+                "again"
+            )
         try:
             return cls._of(held)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
