@@ -89,7 +89,7 @@ MAY_IMPORT = {
     "bench": "errors files version config rng ranks flow model data train",
     "api": "ambient errors files progress config configfile rng ranks flow model sample data train experiments",
     "tools": "errors files progress config configfile ranks sample data evals train stage1 experiments"
-    " scaling reports interop bench serving commandline outputs",
+    " model scaling reports interop bench serving commandline outputs",
     "outputs": "errors files config",
     "unfinished": "errors files ranks outputs",
 }

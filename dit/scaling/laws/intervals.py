@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
+from scipy.special import gammaincinv
 
 from dit.progress import Bar
 from dit.rng import Draws, Purpose
@@ -16,11 +19,7 @@ CHI2 = 3.841458820694124  # 0.95 quantile of chi² with one degree of freedom
 BLOCK = 250  # resamples at a time, so that the bar moves and memory stays small
 NAMES = ("E", "A", "B", "alpha", "beta", "n_opt_exponent", "d_opt_exponent")
 PROFILED = NAMES[:6]  # the last is 1 − the one before
-FIRST, REACH, HALVINGS = (
-    1e-4,
-    18,
-    30,
-)  # of a profile's search: the first step, how often it is doubled, then halved
+FIRST, REACH, HALVINGS = 1e-4, 18, 14  # of a profile's search: first step, doublings, halvings after
 PLACES = {"A": A, "B": B, "E": E, "alpha": ALPHA, "beta": BETA}  # in theta
 
 
@@ -33,36 +32,45 @@ def figures(law: Law) -> np.ndarray:
 # --- bootstrap ---------------------------------------------------------------------------------------------
 
 
-def weights(draws: int, runs: int, seed: int) -> np.ndarray:
-    """(draws, runs): how much each run weighs in each resample, exponential with mean 1, a function of the seed.
+def weights(draws: int, spreads: np.ndarray, seed: int) -> np.ndarray:
+    """(draws, n): how much each run weighs in each resample, of mean 1 and standard deviations (n,).
 
-    This is the Bayesian bootstrap (Rubin 1981). Where runs are counted whole, a resample may lack a size or a budget,
-    and its law may be anything; here every run keeps some weight.
+    Gamma variables, a function of the seed; with spreads of 1 this is the Bayesian bootstrap (Rubin 1981). Where runs
+    are counted whole, a resample may lack a size or a budget, and its law may be anything; here each keeps some weight.
     """
-    bits = Draws(seed, 0, torch.arange(draws), max(draws, 1)).bits(Purpose.RESAMPLE, runs).numpy()
-    drawn: np.ndarray = -np.log((bits + 0.5) * 2.0**-32)
+    bits = Draws(seed, 0, torch.arange(draws), max(draws, 1)).bits(Purpose.RESAMPLE, len(spreads)).numpy()
+    shape = spreads**-2.0
+    drawn: np.ndarray = gammaincinv(shape, (bits + 0.5) * 2.0**-32) / shape
     return drawn
 
 
-def bootstrap(points: Points, fitted: Fitted, floor: Floor, draws: int, seed: int = 0) -> np.ndarray:
-    """(draws, 5) thetas: the law fitted to resamples of the runs, from the optimum of all of them.
+def spreads(points: Points, fitted: Fitted, floor: Floor) -> np.ndarray:
+    """(n,): by how much a run's weight is to vary, (1 − h)^(−q²), so that intervals cover as much as they say.
 
-    Distances from that optimum are stretched by √(n / (n − k)): residuals of n runs to which k numbers were fitted are
-    too small by that much, and resamples of them lie too close together.
+    A run with leverage h draws the fit to itself, and its residual is too small by 1 − h (MacKinnon and White 1985,
+    HC3). That matters to residuals within delta alone, a share q of them: the slope of the Huber loss has the same
+    size at all others. With q² intervals of known laws cover nearest to 95% (docs/scaling.md).
     """
-    free, own = floor.free, weights(draws, len(points), seed)
+    log_loss, (shares,) = predicted(fitted.theta[None], points)
+    first, second, third = shares
+    rows = np.stack([first, second, third, -first * points.params, -second * points.tokens], 1) @ points.basis
+    own = rows[:, [way for way in floor.free if np.abs(rows[:, way]).max() > 0]]
+    frame, _ = np.linalg.qr(own / np.linalg.norm(own, axis=0))
+    within = float((np.abs(log_loss[0] - points.loss) <= DELTA).mean())
+    left: np.ndarray = np.maximum(1 - (frame**2).sum(1), 1 / len(points))
+    return left ** -(within**2)
+
+
+def bootstrap(points: Points, fitted: Fitted, floor: Floor, draws: int, seed: int = 0) -> np.ndarray:
+    """(draws, 5) thetas: the law fitted to resamples of the runs, from the optimum of all of them."""
+    own = weights(draws, spreads(points, fitted, floor), seed)
     start = _with_some_floor(fitted, points)
     found = np.empty((draws, 5))
-    bar: Bar[None] = Bar(total=draws, unit="resample", desc="bootstrap", delay=2.0)
-    with bar:
+    with Bar[None](total=draws, unit="resample", desc="bootstrap", delay=2.0) as bar:
         for begin in range(0, draws, BLOCK):
             rows = slice(begin, min(begin + BLOCK, draws))
-            found[rows] = refit(start, points, own[rows], points.basis[:, free])
+            found[rows] = refit(start, points, own[rows], points.basis[:, floor.free])
             bar.update(rows.stop - rows.start)
-    stretch = np.sqrt(len(points) / (len(points) - len(free)))
-    known = np.isfinite(fitted.theta)  # log E is not where the best E is 0
-    found[:, known] = fitted.theta[known] + stretch * (found[:, known] - fitted.theta[known])
-    found[:, [ALPHA, BETA]] = np.maximum(found[:, [ALPHA, BETA]], EXPONENTS[0])
     return found
 
 
@@ -103,9 +111,7 @@ def profile(points: Points, fitted: Fitted, floor: Floor) -> dict[str, tuple[flo
     found: dict[str, tuple[float | None, float | None]] = {name: (law[name], law[name]) for name in PROFILED}
     if np.isfinite(kappa):
         start = _with_some_floor(fitted, points)
-        for name in names:
-            ends = _ends(name, start, points, floor, fitted.huber + 0.5 * CHI2 / kappa)
-            found[name] = ends[0], ends[1]
+        found |= _ends(names, start, points, floor, fitted.huber + 0.5 * CHI2 / kappa)
         if fitted.has_bound_e and floor.fixed is None:
             found["E"] = 0.0, found["E"][1]
     low, high = found["n_opt_exponent"]
@@ -128,26 +134,30 @@ def _kappa(points: Points, theta: np.ndarray, free: int) -> float:
 
 
 def _ends(
-    name: str, start: np.ndarray, points: Points, floor: Floor, most: float
-) -> tuple[float | None, float | None]:
-    """Where the Huber sum comes to `most`, below and above the optimum; E and scales are moved by factors."""
-    middle, limits = _coordinate(name, start)
-    offsets = np.stack([-FIRST * 2.0 ** np.arange(REACH), FIRST * 2.0 ** np.arange(REACH)])  # (2, REACH)
-    values = np.clip(middle + offsets, *limits)
-    is_over = _sums(name, values.ravel(), start, points, floor).reshape(values.shape) > most
-    first = np.where(is_over.any(1), is_over.argmax(1), REACH - 1)
-    sides = np.arange(2)
-    near = np.where(first > 0, values[sides, np.maximum(first - 1, 0)], middle)
-    far = values[sides, first]
+    names: Sequence[str], start: np.ndarray, points: Points, floor: Floor, most: float
+) -> dict[str, tuple[float | None, float | None]]:
+    """Where the Huber sum comes to `most`, below and above the optimum, by name; E and scales are moved by factors."""
+    middles, limits = zip(*(_coordinate(name, start) for name in names), strict=True)
+    offsets = FIRST * 2.0 ** np.arange(REACH) * np.array([[-1.0], [1.0]])  # (2, REACH)
+    lowest, highest = np.array(limits).T[:, :, None, None]
+    values = np.clip(np.array(middles)[:, None, None] + offsets, lowest, highest)  # (names, 2, REACH)
+    is_over = _sums(names, values, start, points, floor) > most
+    last = np.where(is_over.any(2), is_over.argmax(2), REACH - 1)[..., None]
+    before = np.take_along_axis(values, np.maximum(last - 1, 0), 2)
+    near = np.where(last > 0, before, np.array(middles)[:, None, None])
+    far = np.take_along_axis(values, last, 2)
     for _ in range(HALVINGS):
         between = 0.5 * (near + far)
-        beyond = _sums(name, between, start, points, floor) > most
+        beyond = _sums(names, between, start, points, floor) > most
         near, far = np.where(beyond, near, between), np.where(beyond, between, far)
-    ends = np.exp(far) if name in ("E", "A", "B") else far
-    if name == "E" and not is_over[0].any():
-        return 0.0, float(ends[1]) if is_over[1].any() else None
-    lower, upper = (float(end) if is_so.any() else None for end, is_so in zip(ends, is_over, strict=True))
-    return lower, upper
+    found: dict[str, tuple[float | None, float | None]] = {}
+    for name, ends, over in zip(names, far[..., 0], np.asarray(is_over.any(2)), strict=True):
+        scaled = np.exp(ends) if name in ("E", "A", "B") else ends
+        low, high = (
+            float(end) if is_so else None for end, is_so in zip(scaled, np.asarray(over), strict=True)
+        )
+        found[name] = (0.0 if name == "E" and low is None else low), high
+    return found
 
 
 def _coordinate(name: str, theta: np.ndarray) -> tuple[float, tuple[float, float]]:
@@ -158,8 +168,19 @@ def _coordinate(name: str, theta: np.ndarray) -> tuple[float, tuple[float, float
     return float(theta[PLACES[name]]), inside
 
 
-def _sums(name: str, values: np.ndarray, start: np.ndarray, points: Points, floor: Floor) -> np.ndarray:
-    """(R,): the lowest Huber sums with a figure held at each of R values."""
+def _sums(
+    names: Sequence[str], values: np.ndarray, start: np.ndarray, points: Points, floor: Floor
+) -> np.ndarray:
+    """The lowest Huber sums with each of the figures held at values (names, ...): as many numbers."""
+    held = [_held(name, own.ravel(), start, points, floor) for name, own in zip(names, values, strict=True)]
+    theta, ways = (np.concatenate(parts) for parts in zip(*held, strict=True))
+    return solve(theta, points, basis=ways).huber.reshape(values.shape)
+
+
+def _held(
+    name: str, values: np.ndarray, start: np.ndarray, points: Points, floor: Floor
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where a fit with a figure held at each of R values begins, (R, 5), and the ways that are left, (R, 5, k − 1)."""
     theta = np.tile(start, (len(values), 1))
     ways = np.tile(points.basis, (len(values), 1, 1))
     if name == "n_opt_exponent":
@@ -169,7 +190,7 @@ def _sums(name: str, values: np.ndarray, start: np.ndarray, points: Points, floo
         theta[:, [ALPHA, BETA]] = moved
         both = (ways[:, :, [ALPHA, BETA]] * shares[:, None]).sum(2, keepdims=True)
         kept = [way for way in floor.free if way not in (ALPHA, BETA)]
-        return solve(theta, points, basis=np.concatenate([ways[:, :, kept], both], 2)).huber
+        return theta, np.concatenate([ways[:, :, kept], both], 2)
     at = PLACES[name]
     theta[:, at] = values
     if at in (ALPHA, BETA):  # the term stays as it is in the middle of the runs
@@ -180,5 +201,4 @@ def _sums(name: str, values: np.ndarray, start: np.ndarray, points: Points, floo
         theta[:, exponent] += (values - start[at]) / points.basis[at, exponent]
         theta[:, exponent] = np.clip(theta[:, exponent], *EXPONENTS)
         ways[:, at, exponent] = 0.0
-    kept = [way for way in floor.free if way != at]
-    return solve(theta, points, basis=ways[:, :, kept]).huber
+    return theta, ways[:, :, [way for way in floor.free if way != at]]

@@ -133,7 +133,7 @@ class Prediction:
                 ("GPU-hours", f"{hours:.4g} of {self.device.name} at an assumed MFU of {self.device.mfu:.0%}")
             )
             if self.device.count > 1:
-                rows.append(("hours", f"{hours / self.device.count:.4g} on {self.device.count}"))
+                rows.append(("hours", f"{hours / self.device.count:.4g} on {self.device.count} of them"))
         return [
             *(f"{name:10s} {text}" for name, text in rows),
             f"Intervals are 95% of the bootstrap. FLOPs = {self.flops_per_param_token:.4g} · N · D, as the runs' mean.",

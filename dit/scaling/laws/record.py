@@ -105,7 +105,7 @@ class FitRecord:
             )
         try:
             return cls._of(held)
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise LawError(f"{place} is damaged ({error!r}): fit the runs again") from None
 
     @classmethod

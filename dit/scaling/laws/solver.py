@@ -8,11 +8,12 @@ import numpy as np
 
 DELTA = 1e-3  # of the Huber loss on log L (arXiv 2203.15556, D.3)
 A, B, E, ALPHA, BETA = range(5)  # of theta = (log A, log B, log E, α, β)
-STEPS = 200  # of Newton's method at one delta, at most
+STEPS, FEW = 100, 20  # of Newton's method at the last delta, and at each before it, at most
 WIDE = (
     1e-1,
     1e-2,
 )  # deltas that come first: far from the optimum a Huber loss of 1e-3 has next to no curvature
+DONE, NEAR = 1e-12, 1e-3  # relative gain of a step from which it ends, at the last delta, and at those before
 EXPONENTS = (1e-6, 8.0)  # that α and β may have
 
 
@@ -132,7 +133,8 @@ def solve(
     ways = np.broadcast_to(ways, (len(theta), *ways.shape[-2:]))
     converged = np.zeros(len(theta), bool)
     for delta in deltas:
-        theta, sums, converged = _at_delta(theta, points, times, ways, delta)
+        how = (STEPS, DONE) if delta == deltas[-1] else (FEW, NEAR)
+        theta, sums, converged = _at_delta(theta, points, times, ways, delta, *how)
     return Solved(theta, sums, converged)
 
 
@@ -142,13 +144,15 @@ def _at_delta(
     weights: np.ndarray,
     ways: np.ndarray,
     delta: float,
+    steps: int,
+    done: float,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """theta, its sums, whether they are at a minimum; rows that are done are left out of further steps."""
     theta = theta.copy()
     sums = objective(theta, points, weights, delta)
     damping = np.full(len(theta), 1e-2)
     converged = np.zeros(len(theta), bool)
-    for _ in range(STEPS):
+    for _ in range(steps):
         busy = np.flatnonzero(~converged)
         if not len(busy):
             break
@@ -160,7 +164,7 @@ def _at_delta(
         theta[busy[better]], size = after[better], sums[busy]
         sums[busy[better]] = now[better]
         damping[busy] = np.clip(np.where(better, damping[busy] / 5, damping[busy] * 4), 1e-12, 1e12)
-        converged[busy] = gain <= 1e-12 * size + 1e-28
+        converged[busy] = gain <= done * size + 1e-28
     return theta, sums, converged
 
 

@@ -75,7 +75,7 @@ def _approaches(record: FitRecord) -> list[str]:
         if own["n_opt_exponent"] is None:
             found.append(f"{words[name]}: {own['why']}")
             continue
-        bias = "" if own["bias"] is None else f", of which {own['bias']:+.4f} is its own bias on this grid"
+        bias = "" if own["bias"] is None else f"; off by {own['bias']:+.4f} on exact losses of the law"
         found.append(
             f"{words[name]}: N_opt ∝ C^{own['n_opt_exponent']:.4f} ({len(own['points'])} points{bias})"
         )

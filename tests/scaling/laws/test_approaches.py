@@ -33,7 +33,10 @@ def test_parabolas_are_off_where_it_is_not_and_their_bias_says_by_how_much(tmp_p
     """arXiv 2603.22339: coefficients are off where alpha and beta differ; exponents where the grid drifts too."""
     law = LAWS["steep"]
     wide, narrow = (runs(tmp_path, law, Grid(9, 5, wide=width)) for width in (16.0, 1.5))
-    off = [abs(np.log(approaches(own, law)["isoflop"]["points"][0][1] / law.optimum(1e18)[0])) for own in (wide, narrow)]
+    off = [
+        abs(np.log(approaches(own, law)["isoflop"]["points"][0][1] / law.optimum(1e18)[0]))
+        for own in (wide, narrow)
+    ]
     assert off[0] > 0.1 > 0.01 > off[1]
     drifting = wide.chosen(~((wide.flops < 2e19) & (wide.params > np.exp(1.5) * law.optimum(1e18)[0])))
     found = approaches(drifting, law)["isoflop"]
@@ -64,7 +67,10 @@ def test_where_there_are_too_few_points_it_says_why(tmp_path: Path) -> None:
     assert found["isoflop"]["n_opt_exponent"] is None
     assert "0 budgets have at least 4 sizes" in found["isoflop"]["why"]
     off = approaches(runs(tmp_path, HOFFMANN, Grid(7, 4, off=-4.0)), HOFFMANN)
-    assert "4 budgets have at least 4 sizes within 25% of FLOPs, 4 of them without an optimum" in off["isoflop"]["why"]
+    assert (
+        "4 budgets have at least 4 sizes within 25% of FLOPs, 4 of them without an optimum"
+        in off["isoflop"]["why"]
+    )
 
 
 def test_the_published_runs_have_budgets_though_their_flops_scatter() -> None:

@@ -74,7 +74,9 @@ def test_another_optimizer_finds_nothing_lower() -> None:
     rng = np.random.default_rng(0)
     for _ in range(5):
         near = found.theta + rng.normal(size=5) * [0.5, 0.5, 0.1, 0.03, 0.03]
-        ended = minimize(sum_of, near, method="Nelder-Mead", options={"maxfev": 2000, "xatol": 1e-9, "fatol": 1e-13})
+        ended = minimize(
+            sum_of, near, method="Nelder-Mead", options={"maxfev": 2000, "xatol": 1e-9, "fatol": 1e-13}
+        )
         assert ended.fun >= found.huber * (1 - 1e-9)
 
 
@@ -106,8 +108,8 @@ def test_shares_and_the_huber_loss() -> None:
 
 def test_a_floor_that_is_given_stays() -> None:
     free, fixed = (fit(points(HOFFMANN, noise=5e-3), floor) for floor in (Floor(), Floor(1.69)))
-    assert fixed.law.E == pytest.approx(1.69, rel=1e-12)
-    assert free.law.E != pytest.approx(1.69, rel=1e-6)
+    assert abs(fixed.law.E - 1.69) < 1e-12
+    assert abs(free.law.E - 1.69) > 1e-6
     assert fixed.huber > free.huber
     exact = fit(points(HOFFMANN), Floor(1.69)).law
     np.testing.assert_allclose(exact.rows, HOFFMANN.rows, rtol=1e-7)
@@ -129,7 +131,11 @@ def test_a_law_without_e_has_e_zero() -> None:
     ("own", "floor", "said"),
     [
         (points(HOFFMANN, Grid(5, 1)), Floor(), "5 runs, and the law has 5 numbers to fit: at least 6 runs"),
-        (points(HOFFMANN, Grid(2, 2)), Floor(1.0), "4 runs, and the law has 4 numbers to fit: at least 5 runs"),
+        (
+            points(HOFFMANN, Grid(2, 2)),
+            Floor(1.0),
+            "4 runs, and the law has 4 numbers to fit: at least 5 runs",
+        ),
         (points(HOFFMANN, Grid(1, 9)), Floor(), None),
         (points(HOFFMANN), Floor(5.0), "a floor of 5 is not below the lowest loss"),
         (points(HOFFMANN), Floor(-1.0), "give one from 0"),

@@ -5,8 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dit.scaling.laws.fit import Floor, fit
-from dit.scaling.laws.intervals import NAMES, bootstrap, figures, percentiles, profile, refit, weights
+from dit.scaling.laws.fit import Fitted, Floor, fit
+from dit.scaling.laws.intervals import (
+    NAMES,
+    bootstrap,
+    figures,
+    percentiles,
+    profile,
+    refit,
+    spreads,
+    weights,
+)
 from dit.scaling.laws.law import Law
 from dit.scaling.laws.solver import Points, solve
 from tests.scaling.laws.surfaces import HOFFMANN, Grid, points
@@ -19,7 +28,7 @@ def test_resamples_are_fits_of_their_own() -> None:
     """Each resample alone, from many starts, ends where it ended among all others."""
     own = points(HOFFMANN, Grid(6, 5), 5e-3)
     fitted = fit(own)
-    drawn = weights(40, len(own), 7)
+    drawn = weights(40, np.ones(len(own)), 7)
     together = refit(fitted.theta, own, drawn, own.basis)
     rng = np.random.default_rng(0)
     for theta, weight in zip(together[:8], drawn, strict=False):
@@ -33,15 +42,30 @@ def test_a_resample_with_whole_weights_is_a_table_with_rows_repeated() -> None:
     own = points(HOFFMANN, Grid(6, 5), 5e-3)
     counts = np.random.default_rng(3).multinomial(len(own), np.full(len(own), 1 / len(own)))
     theta = refit(fit(own).theta, own, counts[None].astype(float), own.basis)[0]
-    np.testing.assert_allclose(theta, fit(own.chosen(np.repeat(np.arange(len(own)), counts))).theta, rtol=1e-6)
+    np.testing.assert_allclose(
+        theta, fit(own.chosen(np.repeat(np.arange(len(own)), counts))).theta, rtol=1e-6
+    )
 
 
 def test_weights_are_a_function_of_the_seed() -> None:
-    first, again, other = weights(300, 50, 1), weights(300, 50, 1), weights(300, 50, 2)
+    wanted = np.linspace(0.7, 1.6, 50)
+    first, again, other = (weights(2000, wanted, seed) for seed in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
     assert not (first == other).any()
     assert (first > 0).all()
-    assert first.mean() == pytest.approx(1, abs=0.03)
+    np.testing.assert_allclose(first.mean(0), 1, atol=0.15)
+    np.testing.assert_allclose(first.std(0), wanted, rtol=0.2)
+
+
+def test_weights_vary_as_residuals_are_shrunk() -> None:
+    """HC3 where all residuals are within delta, and the plain bootstrap where hardly any is."""
+    small, large = (points(HOFFMANN, Grid(5, 5), noise, seed=2) for noise in (1e-5, 0.3))
+    theta = np.log([406.4, 410.7, 1.69, np.exp(0.34), np.exp(0.28)])
+    at = Fitted(theta, 0.0, True, 1, 1)
+    leverages = 1 - 1 / spreads(small, at, Floor())
+    assert leverages.sum() == pytest.approx(5)
+    assert (1 - 1 / spreads(small, at, Floor(1.69))).sum() == pytest.approx(4)
+    np.testing.assert_allclose(spreads(large, at, Floor()), 1, atol=0.05)
 
 
 def test_without_noise_there_is_no_interval() -> None:
@@ -67,18 +91,29 @@ def test_profiles_are_where_the_sum_has_risen_as_much_above_and_below() -> None:
     own = points(HOFFMANN, Grid(8, 6), 1e-4, seed=5)
     fitted = fit(own)
     found = profile(own, fitted, Floor())
-    shares = np.stack([HOFFMANN.A * np.exp(-HOFFMANN.alpha * own.params), HOFFMANN.B * np.exp(-HOFFMANN.beta * own.tokens)])
+    shares = np.stack(
+        [HOFFMANN.A * np.exp(-HOFFMANN.alpha * own.params), HOFFMANN.B * np.exp(-HOFFMANN.beta * own.tokens)]
+    )
     loss = np.exp(own.loss)
-    slopes = np.stack([shares[0], shares[1], np.full(len(own), 1.69), -shares[0] * own.params, -shares[1] * own.tokens]) / loss
+    slopes = (
+        np.stack(
+            [shares[0], shares[1], np.full(len(own), 1.69), -shares[0] * own.params, -shares[1] * own.tokens]
+        )
+        / loss
+    )
     errors = 1e-4 * np.sqrt(np.diag(np.linalg.inv(slopes @ slopes.T)))
     for name, error, centre in (("alpha", errors[3], fitted.theta[3]), ("beta", errors[4], fitted.theta[4])):
         low, high = found[name]
         assert low is not None
         assert high is not None
         assert low < centre < high
-        assert (high - low) / (2 * 1.96 * error) == pytest.approx(1, abs=0.35)  # the noise's own estimate is off too
+        assert (high - low) / (2 * 1.96 * error) == pytest.approx(
+            1, abs=0.35
+        )  # the noise's own estimate is off too
         assert (high - centre) / (centre - low) == pytest.approx(1, abs=0.1)
-    assert found["d_opt_exponent"] == tuple(1 - end for end in found["n_opt_exponent"][::-1] if end is not None)
+    assert found["d_opt_exponent"] == tuple(
+        1 - end for end in found["n_opt_exponent"][::-1] if end is not None
+    )
 
 
 def test_a_floor_that_is_given_has_no_interval() -> None:

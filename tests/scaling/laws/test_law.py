@@ -17,8 +17,11 @@ def test_the_optimum_is_the_lowest_loss_at_its_budget(law: Law, k: float) -> Non
     params, tokens, loss = law.optimum(flops, k)
     assert k * params * tokens == pytest.approx(flops)
     found = minimize_scalar(
-        lambda x: law.loss(np.exp(x), flops / k / np.exp(x)), bounds=(5.0, 40.0), method="bounded", options={"xatol": 1e-9}
-    )  # fmt: skip
+        lambda x: law.loss(np.exp(x), flops / k / np.exp(x)),
+        bounds=(5.0, 40.0),
+        method="bounded",
+        options={"xatol": 1e-9},
+    )
     assert loss == pytest.approx(found.fun, rel=1e-12)
     assert np.log(params) == pytest.approx(found.x, abs=1e-4)
 

@@ -21,7 +21,12 @@ def rows(**more: Any) -> Rows:
     """Eight runs of a law, as `collect` writes them."""
     made = table(HOFFMANN, Grid(4, 2))
     for number, row in enumerate(made):
-        row |= {"run": f"r{number}", "tokens": row["flops"] / 6 / row["params"], "seed": 0, "complete": "true"}
+        row |= {
+            "run": f"r{number}",
+            "tokens": row["flops"] / 6 / row["params"],
+            "seed": 0,
+            "complete": "true",
+        }
         row |= {"samples": row["tokens"] / TOKENS, "metric": "loss", "protocol": "p1", **more}
     return made
 
@@ -73,9 +78,13 @@ def test_one_of_several_metrics_and_protocols_is_chosen(tmp_path: Path) -> None:
     runs = Runs.read(file, "loss", "p1")
     np.testing.assert_array_equal(runs.loss, [row["loss"] for row in rows()])
     assert Runs.read(file, "fid").choice == {"metric": "fid", "protocol": "p1"}
-    with pytest.raises(UserError, match=r"2 metrics.*'loss' \(16 rows\), 'fid' \(8 rows\)\. Choose with --metric="):
+    with pytest.raises(
+        UserError, match=r"2 metrics.*'loss' \(16 rows\), 'fid' \(8 rows\)\. Choose with --metric="
+    ):
         Runs.read(file)
-    with pytest.raises(UserError, match=r"2 protocols.*'p1' \(8 rows\), 'p2' \(8 rows\)\. Choose with --protocol="):
+    with pytest.raises(
+        UserError, match=r"2 protocols.*'p1' \(8 rows\), 'p2' \(8 rows\)\. Choose with --protocol="
+    ):
         Runs.read(file, "loss")
     with pytest.raises(UserError, match=r"has no protocol 'p3': there are 'p1'"):
         Runs.read(file, "loss", "p3")
@@ -126,9 +135,7 @@ FAULTS: dict[str, tuple[Callable[[Rows], Rows], str]] = {
 
 
 @pytest.mark.parametrize(("spoil", "said"), FAULTS.values(), ids=FAULTS)
-def test_what_cannot_be_used_is_named(
-    spoil: Callable[[Rows], Rows], said: str, tmp_path: Path
-) -> None:
+def test_what_cannot_be_used_is_named(spoil: Callable[[Rows], Rows], said: str, tmp_path: Path) -> None:
     file = write(tmp_path / "runs.csv", spoil(rows()))
     with pytest.raises(UserError, match=said):
         Runs.read(file)
