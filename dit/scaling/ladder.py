@@ -20,7 +20,7 @@ class Size:
     """One size of the network."""
 
     width: Whole  # channels of a token
-    depth: Whole  # blocks
+    depth: Whole  # blocks of the transformer
     heads: Whole  # of the attention, divides width
 
 

@@ -35,7 +35,7 @@ RATES: Registry[Rule] = Registry("rule of rate")
 class FixedRule(Rule):
     """The same at every size."""
 
-    value_: Positive  # the number
+    value_: Positive  # the same number at every size
 
     def value(self, params: int) -> float:
         """Give the number."""

@@ -77,7 +77,7 @@ class ScalingSpec:
 
     out: str  # folder of the experiment: its plan, runs, logs and table
     training: dict[str, Any]  # what all runs share: a training config, `base: FILE` and keys over it
-    ladder: Annotated[Ladder, LADDERS]  # which sizes
+    ladder: Annotated[Ladder, LADDERS]  # the sizes of the network that are trained
     budgets: tuple[Positive, ...] = ()  # training FLOPs of a run, each at every size: isoFLOP
     samples_per_param: tuple[Positive, ...] = ()  # or samples over N at every size
     batch: Annotated[Rule, BATCHES] | None = None  # train.global_batch by size; null = as `training` says

@@ -109,8 +109,7 @@ class InitConfig:
 
     from_: str | None = None  # run directory or checkpoint whose weights a new run starts from; null = none
     weights: str = "ema"  # which of its weights: ema, model, or another average, as ema_0.999
-    # run directory or checkpoint in one: the new run begins as that one was at that step, with its logs, optimizer and
-    # averages, and is the run of this train.steps to the bit; a run directory: its newest step that fits; null = none
+    # run or checkpoint as which a new run begins, its logs and optimizer too (docs/training.md); null = none
     branch: str | None = None
 
 
