@@ -85,7 +85,7 @@ class ScalingSpec:
     lr: Annotated[Rule, RATES] | None = None  # optim.lr by size; null = as `training` says
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = (0,)  # at every point
     more_seeds: tuple[MoreSeeds, ...] = ()  # at some points: [{seeds: [1], sizes: [w64d4], budgets: [1e12]}]
-    # share of a run's steps in which the rate decays, at its end (schedule wsd); null = optim.schedule of `training`
+    # share of the steps, at the end, in which the rate decays (wsd); null = as `training` says
     decay: Annotated[float, Field(gt=0, lt=1)] | None = 0.2
     branching: bool = (
         True  # one stable run of each size and seed, from which shorter ones branch off to decay
