@@ -138,6 +138,22 @@ def overridden(
     return merged, alone
 
 
+def listed(cls: type, key: str, text: str) -> list[dict[str, Any]]:
+    """Members of a key that takes several, {name: ..., field: ...} each, as they are typed on a command line.
+
+    That is names with commas between them, or a list in YAML, whose brackets may be left out. ConfigError for neither.
+    """
+    bare = text.strip()
+    members: list[Any] = [name.strip() for name in bare.split(",") if name.strip()]
+    if bare.startswith(("[", "{")):
+        members = overridden(cls, {}, {key: bare if bare.startswith("[") else f"[{bare}]"})[0][key]
+    if not members or any(not isinstance(one, str | dict) for one in members):
+        raise ConfigError(
+            f"{key}: expected names with commas between them, or '[{{name: ..., ...}}, ...]', got '{text}'"
+        )
+    return [{"name": one} if isinstance(one, str) else one for one in members]
+
+
 def load(
     cls: type[C],
     source: str | Path | Mapping[str, Any],

@@ -22,6 +22,7 @@ MENDING = "give --overwrite to replace it, or another place to write to"
 REPORTS = {"figures", "spaces", "protocol"}  # a file of figures has one of these keys
 # What a folder may be, and how that shows: all files of one of these patterns are in it.
 KINDS: Mapping[str, tuple[tuple[str, ...], ...]] = {
+    "folder of a scaling experiment": (("plan.json", "plan.csv"),),
     "data set": (("manifest.json",), ("plan.json",)),
     "run directory": (("config.yaml", "checkpoints"), ("config.yaml", "history.jsonl")),
     "folder of checkpoints": (("step-*/COMPLETE",), ("meta.json", "COMPLETE")),

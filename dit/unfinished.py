@@ -132,7 +132,12 @@ def unfinished(
     folder = partial_of(out)
     with contextlib.ExitStack() as stack:
         group.on_main(lambda: stack.enter_context(_held(folder, record, spec, overwrite, older or {})))
-        yield Blocks(folder, *blocks)
+        try:
+            yield Blocks(folder, *blocks)
+        except OSError as error:
+            if error.filename is None:  # a full disk says no name
+                raise type(error)(error.errno, error.strerror, str(folder)) from error
+            raise
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ usage() {
     cat <<'USAGE'
 sbatch [SBATCH OPTIONS] launch/multinode.sh CONFIG.yaml [--key.sub=value ...]
 sbatch [SBATCH OPTIONS] launch/multinode.sh tools/encode.py IMAGES OUT [--flag=value ...]
+sbatch [SBATCH OPTIONS] launch/multinode.sh tools/sample.py RUN --out=OUT [--flag=value ...]
 sbatch --array=1-N [SBATCH OPTIONS] launch/multinode.sh @FILE
 
 Starts tools/train.py, or the program that comes first (*.py, from the checkout), with the given arguments, one

@@ -65,26 +65,36 @@ MAY_IMPORT = {
     " train.hooks train.meters",
     "train.run_dir": "errors files version scalars config configfile ranks train.settings train.checkpoints"
     " outputs",
-    "train.plan": "version config ranks model data train.optim train.engines train.settings train.task"
-    " train.hooks train.run_dir train.checkpoints",
+    "train.branch": "errors files version config ranks evals train.engines train.meters train.run_dir"
+    " train.settings train.checkpoints",
+    "train.plan": "errors version config ranks model data train.optim train.engines train.settings train.task"
+    " train.hooks train.run_dir train.branch train.checkpoints",
     "train.checkpoints": "errors files progress config ranks train.posthoc train.engines train.ema"
     " train.settings train.task outputs",
-    "train.preflight": "errors version config ranks data train.settings train.run_dir train.plan"
+    "train.preflight": "errors version config ranks data train.settings train.run_dir train.branch train.plan"
     " train.checkpoints",
     "train": "errors progress config rng ranks flow data train.optim train.faults train.engines train.ema"
-    " train.settings train.task train.meters train.run_dir train.plan train.checkpoints"
+    " train.settings train.task train.meters train.run_dir train.branch train.plan train.checkpoints"
     " train.preflight",
     # the autoencoder is trained by the same engine and checkpoints
     "stage1": "files progress config rng ranks flow data evals train",
     "experiments": "ambient errors files version progress config rng ranks flow model sample data evals train stage1"
     " outputs unfinished",
-    "reports": "errors files scalars progress config configfile model evals train experiments outputs",
+    "scaling": "errors files progress config configfile rng ranks flow model data evals train experiments outputs"
+    " scaling.laws",
+    "scaling.known": "config flow",
+    "scaling.floors": "config flow scaling.known",
+    "scaling.toy": "files progress config flow evals sample outputs scaling.floors scaling.laws",
+    "reports": "errors files scalars progress config configfile model evals train experiments scaling.laws outputs",
+    "scaling.laws": "errors files progress config rng outputs",
     "serving": "errors config flow sample experiments",
     "interop": "errors files version config configfile ranks flow model data evals train experiments outputs",
+    "bench.plan": "errors files config ranks model data.codecs data.loading data.shards train.engines train.optim"
+    " train.plan train.settings experiments bench",
     "bench": "errors files version config rng ranks flow model data train",
     "api": "ambient errors files progress config configfile rng ranks flow model sample data train experiments",
     "tools": "errors files progress config configfile ranks sample data evals train stage1 experiments"
-    " reports interop bench serving commandline outputs",
+    " model scaling reports interop bench serving commandline outputs",
     "outputs": "errors files config",
     "unfinished": "errors files ranks outputs",
 }

@@ -22,42 +22,48 @@ if __name__ == "__main__":
 
 import torch
 
+from dit.bench.plan import planner
+from dit.bench.plan import table as plan_table
+from dit.bench.plan import validate as validation
+from dit.bench.plan.job import Asked
+from dit.bench.plan.measured import read_points
 from dit.bench.speed import draws as draws_bench
 from dit.bench.speed import loader as loader_bench
+from dit.bench.speed import loader_table, zero_table
 from dit.bench.speed import saving as saving_bench
 from dit.bench.speed import step as step_bench
 from dit.bench.speed import zero as zero_bench
+from dit.bench.speed.bounds import bound_line
 from dit.bench.speed.steppers import StepBench
 from dit.bench.speed.turns import MedianRange, protocol
 from dit.bench.survival import elastic as elastic_bench
 from dit.bench.survival import kills as kills_bench
+from dit.bench.trace import record as trace_bench
+from dit.bench.trace import table as trace_table
+from dit.bench.trace.record import TraceBench
 from dit.commandline.argv import Tool
 from dit.commandline.cli import run
 from dit.commandline.flags import options_as_flags
-from dit.config import from_dict, to_dict
+from dit.config import to_dict
+from dit.configfile import load
 from dit.errors import UserError
+from dit.experiments.diffusion import Experiment
 from dit.files import expand
-from dit.outputs import claim_report, write_record
+from dit.outputs import claim, claim_report, write_record
 from dit.progress import Bar, say
 
-EPOCHS = 80  # the shortest run that is usual on ImageNet: 400,000 steps of 256
+FIGURES = Path(__file__).resolve().parents[1] / "benchmarks"
 SHOWN = 20  # of the problems that a benchmark finds
-LEAST_RATE = 200_000  # samples/s of a process; an H100 at 100% MFU eats 27,000 of S/2
-MOST_CPU = 5  # microseconds a sample
 ENOUGH = {"repeats": 5, "samples": 100_000}  # for which the bounds are stated
 
 
+@options_as_flags
 def loader(
     *,
+    cfg: loader_bench.LoaderBench,
     folder: Annotated[
         str | None, "where the data lie, 2 GB; kept for the next time; a temporary one if not given"
     ] = None,
-    samples: Annotated[int, "latents of 8 KiB"] = 100_000,
-    plain: Annotated[int, "of them in per-sample shards"] = 20_000,
-    batch: Annotated[int, "samples a batch"] = 256,
-    repeats: Annotated[int, "turns of each contender"] = 5,
-    readers: Annotated[int, "threads that read blocks"] = 2,
-    lanes: Annotated[int, "data sequences, as data.lanes"] = 64,
     json_file: Annotated[str | None, "write the figures here too"] = None,
 ) -> None:
     """Samples a second of one process: our shards, a memory map's fancy indexing, plain webdataset.
@@ -65,15 +71,6 @@ def loader(
     Also CPU time a sample, the first batch of a fresh start and of a resume, the first epoch (which checks), several
     ranks on one node, memory. Warm page cache: run it with more free memory than the data take.
     """
-    sizes = {
-        "samples": samples,
-        "plain": plain,
-        "batch": batch,
-        "repeats": repeats,
-        "readers": readers,
-        "lanes": lanes,
-    }
-    cfg = from_dict(loader_bench.LoaderBench, sizes)
     torch.set_num_threads(1)
     how = _begin(json_file, **to_dict(cfg))
     with (
@@ -81,11 +78,11 @@ def loader(
         Bar[None](total=loader_bench.turns(cfg), unit="turn") as bar,
     ):
         figures = loader_bench.run(Path(expand(folder or temporary)), cfg, bar.update)
-    enough = repeats >= ENOUGH["repeats"] and samples >= ENOUGH["samples"]
-    _print_loader(figures, enough)
+    enough = cfg.repeats >= ENOUGH["repeats"] and cfg.samples >= ENOUGH["samples"]
+    print(*loader_table.lines(figures, enough), sep="\n")
     if not enough:
         print(
-            f"too few to judge the bounds: {repeats} turns of {samples:,} samples; take at least "
+            f"too few to judge the bounds: {cfg.repeats} turns of {cfg.samples:,} samples; take at least "
             f"--repeats={ENOUGH['repeats']} --samples={ENOUGH['samples']}"
         )
     print(json.dumps(how))
@@ -93,88 +90,44 @@ def loader(
         _write_json(json_file, how, figures)
 
 
-def _print_bound(name: str, figure: dict[str, float], bound: float, enough: bool, most: bool = False) -> None:
-    """Print a figure, its bound and, where enough was measured, whether its median meets it."""
-    spread = MedianRange(**figure)
-    met = spread.median <= bound if most else spread.median >= bound
-    verdict = f": {'met' if met else 'missed'}" if enough else ""
-    print(f"{name:28s} {spread} (at {'most' if most else 'least'} {bound:g}{verdict})")
-
-
-def _shares(checksums: dict[str, float]) -> dict[str, float]:
-    """Tell what the checks of the first epoch take of the loader's time over EPOCHS epochs."""
-    of = {"median": "median", "low": "high", "high": "low"}  # the quicker the first epoch, the less they take
-    return {name: (1 / checksums[value] - 1) / EPOCHS for name, value in of.items()}
-
-
-def _print_loader(figures: dict[str, Any], enough: bool) -> None:
-    print(f"{'':28s} {'samples/s':>32s} {'CPU us/sample':>26s}")
-    for name, rate in figures["rates"].items():
-        print(f"{name:28s} {MedianRange(**rate)!s:>32s} {MedianRange(**figures['cpu_us'][name])!s:>26s}")
-    _print_bound("samples/s", figures["rates"]["ours"], LEAST_RATE, enough)
-    _print_bound("CPU us a sample", figures["cpu_us"]["ours"], MOST_CPU, enough, most=True)
-    print(f"{'ours / memory map':28s} {MedianRange(**figures['of memory map'])} (a yardstick: no bound)")
-    _print_bound("ours / plain webdataset", figures["of plain webdataset"], 20, enough)
-    print(
-        f"{'first epoch / ours':28s} {MedianRange(**figures['checksums'])} (every block is checked, once a run)"
-    )
-    _print_bound(f"checks over {EPOCHS} epochs", _shares(figures["checksums"]), 0.03, enough, most=True)
-    first = figures["first_batch"]
-    print(
-        f"first batch, ms              {MedianRange(**first['fresh'])} fresh, {MedianRange(**first['resume'])} resumed"
-    )
-    _print_bound("resumed / fresh", first["ratio"], 2, enough, most=True)
-    for size, found in figures["ranks"].items():
-        print(
-            f"{size} rank(s), all together     {found['rate']:.4g} samples/s, {found['cpu_us']:.2f} us a sample"
-        )
-    print(
-        f"memory                       {figures['memory_bytes'] / 2**20:.0f} MiB of batches at most, as stated"
-    )
-
-
+@options_as_flags
 def checkpoint(
     *,
-    parameters: Annotated[int, "of the model; 16 bytes each in a checkpoint"] = 33_000_000,
-    repeats: Annotated[int, "turns of each contender"] = 5,
+    cfg: saving_bench.SavingBench,
     folder: Annotated[str | None, "the disk to write to; a temporary folder if not given"] = None,
     json_file: Annotated[str | None, "write the figures here too"] = None,
 ) -> None:
     """Seconds to save and load a checkpoint beside a plain write of as many bytes; how long training stands still."""
-    cfg = from_dict(saving_bench.SavingBench, {"parameters": parameters, "repeats": repeats})
     how = _begin(json_file, **to_dict(cfg))
     with (
         tempfile.TemporaryDirectory(dir=folder and expand(folder)) as place,
         Bar[None](total=saving_bench.turns(cfg), unit="turn") as bar,
     ):
         found = saving_bench.run(Path(place), cfg, bar.update)
-    enough = repeats >= ENOUGH["repeats"]
+    enough = cfg.repeats >= ENOUGH["repeats"]
     print(f"{found['bytes'] / 2**20:.0f} MiB, seconds")
     for name, seconds in found["seconds"].items():
         print(f"{name:28s} {MedianRange(**seconds)}")
-    _print_bound("save / plain write", found["save / plain write"], 1.5, enough, most=True)
-    _print_bound("stall / save", found["stall / save"], 0.2, enough, most=True)
+    print(bound_line("save / plain write", found["save / plain write"], 1.5, enough, most=True))
+    print(bound_line("stall / save", found["stall / save"], 0.2, enough, most=True))
     _conclude(how, found, json_file)
 
 
+@options_as_flags
 def draws(
     *,
-    size: Annotated[str, "of the model: S, B, L, XL"] = "S",
-    batch: Annotated[int, "samples a step"] = 8,
-    repeats: Annotated[int, "turns of each contender"] = 5,
-    precision: Annotated[str, "of the step: fp32 or bf16"] = "fp32",
+    cfg: draws_bench.DrawsBench,
     json_file: Annotated[str | None, "write the figures here too"] = None,
 ) -> None:
     """The random numbers of a training step (posterior, eps, t, label drop, fingerprint) as a share of the step."""
-    sizes = {"size": size, "batch": batch, "repeats": repeats, "precision": precision}
-    cfg = from_dict(draws_bench.DrawsBench, sizes)
     how = _begin(json_file, **to_dict(cfg))
     with Bar[None](total=draws_bench.turns(cfg), unit="turn") as bar:
         found = draws_bench.run(cfg, bar.update)
     for name, ms in found["ms"].items():
         print(f"{name:28s} {MedianRange(**ms)} ms a step")
     bound = 0.01 if torch.cuda.is_available() else 0.03
-    _print_bound("draws / step", found["draws / step"], bound, repeats >= ENOUGH["repeats"], most=True)
+    enough = cfg.repeats >= ENOUGH["repeats"]
+    print(bound_line("draws / step", found["draws / step"], bound, enough, most=True))
     _conclude(how, found, json_file)
 
 
@@ -192,27 +145,40 @@ def step(
     `x plain` is its time over ours. The table and the figures are written as they come, so that a time limit loses
     nothing. On a GPU: --size=XL,S --batch=256 --precision=bf16 --compile --steps=10 --stages=0,2.
     """
-    if device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("there is no CUDA device here; take --device=cpu")
-    if not torch.cuda.is_available():
-        torch.set_num_threads(threads)
-    how = _begin(json_file, **to_dict(options), threads=torch.get_num_threads())
+    how = _begin_on(device, threads, json_file, **to_dict(options))
     print(json.dumps(how), flush=True)
     with Bar[None](total=step_bench.turns(options), unit="turn") as bar:
         step_bench.run(options, step_bench.Report(say, partial(_write_json, json_file, how), bar.update))
 
 
+@options_as_flags
+def trace(
+    *,
+    device: Annotated[Literal["cpu", "cuda"] | None, "where; cuda if there is one"] = None,
+    options: TraceBench,
+    out: Annotated[
+        str | None, "a folder for trace.json.gz, which ui.perfetto.dev and chrome://tracing show"
+    ] = None,
+    overwrite: Annotated[bool, "replace a trace that is there"] = False,
+    json_file: Annotated[str | None, "write the figures here too"] = None,
+) -> None:
+    """Where a training step's time goes: matrix products, attention, elementwise, optimizer, average, sent, idle.
+
+    The step that `step` times, under torch's profiler. The parts add up to the step: on a CPU the innermost operation
+    of the training thread, on a GPU the kernel that runs, communication only where nothing hides it.
+    """
+    how = _begin_on(device, 1, json_file, **to_dict(options))
+    folder = Path(expand(out)) if out else None
+    claim([folder / trace_bench.FILE] if folder else [], overwrite=overwrite)
+    found = trace_bench.run(options, folder)
+    print(*trace_table.lines(found), sep="\n")
+    _conclude(how, found, json_file)
+
+
+@options_as_flags
 def zero(
     *,
-    width: Annotated[int, "of the DiT"] = 192,
-    depth: Annotated[int, "blocks of the DiT"] = 12,
-    heads: Annotated[int, "of the attention"] = 3,
-    batch: Annotated[int, "samples a step, over all ranks"] = 32,
-    accumulation: Annotated[int, "micro-batches a rank and step"] = 1,
-    steps: Annotated[int, "steps a turn"] = 4,
-    repeats: Annotated[int, "turns of each contender"] = 5,
+    cfg: zero_bench.ZeroBench,
     json_file: Annotated[str | None, "write the figures here too"] = None,
 ) -> None:
     """ZeRO stages 0-3 against torch's DistributedDataParallel, on 2 and 4 gloo ranks of this machine's CPU, in fp32.
@@ -220,33 +186,50 @@ def zero(
     Bytes that each rank sends a step, by the ring's formula for the collectives that were seen, beside those of the
     ZeRO paper; seconds a step, and their ratio to DDP's in the same turn.
     """
-    sizes = {"width": width, "depth": depth, "heads": heads, "batch": batch, "accumulation": accumulation}
-    cfg = from_dict(zero_bench.ZeroBench, {**sizes, "steps": steps, "repeats": repeats})
     how = _begin(json_file, **to_dict(cfg))
     with Bar[None](total=len(cfg.ranks), unit="size") as bar:
         figures = zero_bench.run(cfg, bar.update)
-    for size, rows in figures.items():
-        print(
-            f"{size} ranks   {'sent, MB':>9s} {'formula':>9s} {'ratio':>6s} {'ms a step':>26s} {'of DDP':>22s}"
-        )
-        for name, row in rows.items():
-            sent, expected = row["sent_bytes"], row["formula_bytes"]
-            ms = MedianRange(*(1e3 * row["step_seconds"][key] for key in ("median", "low", "high")))
-            print(
-                f"{name:9s} {sent / 1e6:9.2f} {expected / 1e6:9.2f} {sent / expected:6.3f} {ms!s:>26s} "
-                f"{MedianRange(**row['of_ddp'])!s:>22s}"
-            )
+    print(*zero_table.lines(figures), sep="\n")
     _conclude(how, figures, json_file)
 
 
+@options_as_flags
+def plan(
+    config: Annotated[str, "a YAML file, see configs/"],
+    *,
+    asked: Asked,
+    validate: Annotated[
+        bool, "compare estimates with all files, and with a short training here (minutes)"
+    ] = False,
+    json_file: Annotated[str | None, "write the plan here too"] = None,
+    **overrides: str,
+) -> None:
+    """Estimate whether a run fits on devices that are not here, at which stage, how quick it is and what it costs.
+
+    Keys of the configuration can be set as in training (--model.size=XL). The data need not be there: where they are,
+    their manifest says the shape. An estimate: a roofline, corrected by what was measured on that device, rings and
+    trees for what is sent; all that it assumes is printed.
+    """
+    cfg, how = (
+        load(Experiment, config, overrides),
+        _begin(json_file, config=config, **to_dict(asked), **overrides),
+    )
+    points = read_points(FIGURES, asked.measured)
+    found = planner.plan(cfg, asked, points)
+    print(*plan_table.lines(found), sep="\n", flush=True)
+    if validate:
+        with Bar[None](total=len(validation.HERE.ranks), unit="size") as bar:
+            rows = [*validation.of_files(points), *validation.of_this_machine(points, progress=bar.update)]
+        print(*plan_table.validation_lines(rows), sep="\n")
+        found["validation"] = rows
+    if json_file:
+        write_record(Path(expand(json_file)), {"protocol": how, **found})
+
+
+@options_as_flags
 def kills(
     *,
-    kills: Annotated[int, "SIGKILLs, each followed by the same command again"] = 100,
-    steps: Annotated[int, "of the run"] = 300,
-    every: Annotated[int, "steps between checkpoints"] = 5,
-    ranks: Annotated[int, "processes, on the CPU"] = 2,
-    stage: Annotated[int, "of ZeRO, 0 to 3"] = 2,
-    seed: Annotated[int, "of the moments, and of who is hit"] = 0,
+    cfg: kills_bench.SurvivalBench,
     folder: Annotated[
         str | None, "where it works; the same command goes on there; a temporary one if not given"
     ] = None,
@@ -257,8 +240,6 @@ def kills(
     Weights, average and optimizer bit for bit, every step logged once with the same batch_hash and loss, and after
     every kill a checkpoint that can be loaded. 8 to 12 s a kill; exit status 1 where anything differs.
     """
-    sizes = {"kills": kills, "steps": steps, "every": every, "ranks": ranks, "stage": stage, "seed": seed}
-    cfg = from_dict(kills_bench.SurvivalBench, sizes)
     how = _begin(json_file, **to_dict(cfg))
     with tempfile.TemporaryDirectory() as temporary, Bar[None](total=cfg.kills, unit="kill") as bar:
         found = kills_bench.Bench(Path(expand(folder or temporary)), cfg).run(bar.update)
@@ -266,12 +247,10 @@ def kills(
     _conclude(how, found, json_file)
 
 
+@options_as_flags
 def elastic(
     *,
-    steps: Annotated[int, "of the run"] = 50,
-    ranks: Annotated[tuple[int, ...], "of each link"] = (1, 2, 4, 2),
-    stages: Annotated[tuple[int, ...], "of ZeRO, of each link"] = (1, 3, 2, 0),
-    lr: Annotated[float, "peak learning rate of the run"] = 1e-4,
+    cfg: elastic_bench.ElasticBench,
     folder: Annotated[
         str | None, "where it works; the same command goes on there; a temporary one if not given"
     ] = None,
@@ -281,8 +260,6 @@ def elastic(
 
     The same batch_hash at every step and losses within 1e-5 relative, or exit status 1.
     """
-    sizes = {"steps": steps, "ranks": ranks, "stages": stages, "lr": lr}
-    cfg = from_dict(elastic_bench.ElasticBench, sizes)
     how = _begin(json_file, **to_dict(cfg))
     with tempfile.TemporaryDirectory() as temporary, Bar[None](total=1 + len(cfg.ranks), unit="start") as bar:
         found = elastic_bench.run(Path(expand(folder or temporary)), cfg, bar.update)
@@ -296,6 +273,17 @@ def _begin(json_file: str | None, **asked: Any) -> dict[str, Any]:
         claim_report(file)
         file.parent.mkdir(parents=True, exist_ok=True)
     return protocol(**asked)
+
+
+def _begin_on(device: str | None, threads: int, json_file: str | None, **asked: Any) -> dict[str, Any]:
+    """The same, on a CPU (with so many threads) or a GPU; UserError where there is none."""
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("there is no CUDA device here; take --device=cpu")
+    if not torch.cuda.is_available():
+        torch.set_num_threads(threads)
+    return _begin(json_file, **asked, threads=torch.get_num_threads())
 
 
 def _write_json(json_file: str | None, how: dict[str, Any], figures: dict[str, Any]) -> None:
@@ -313,7 +301,15 @@ def _conclude(how: dict[str, Any], found: dict[str, Any], json_file: str | None)
         raise UserError("this is not as promised:\n" + "\n".join(f"  {row}" for row in rows))
 
 
-COMMANDS = {"loader": loader, "checkpoint": checkpoint, "draws": draws, "step": step, "zero": zero}
+COMMANDS = {
+    "loader": loader,
+    "checkpoint": checkpoint,
+    "draws": draws,
+    "step": step,
+    "zero": zero,
+    "plan": plan,
+    "trace": trace,
+}
 TOOL = Tool({**COMMANDS, "kills": kills, "elastic": elastic})
 
 if __name__ == "__main__":

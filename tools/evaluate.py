@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -22,25 +22,26 @@ if __name__ == "__main__":
 from dit.commandline.argv import Tool
 from dit.commandline.cli import UsageError, run
 from dit.commandline.flags import options_as_flags
-from dit.config import ConfigError, from_dict, to_dict
-from dit.configfile import overridden
+from dit.config import from_dict, to_dict
+from dit.configfile import listed
 from dit.data.codecs.codec import CODECS
-from dit.evals.evaluation import Options, Order, evaluate
+from dit.evals.evaluation import evaluate
 from dit.evals.extraction import Pass
 from dit.evals.features.network import FeatureSpace
-from dit.evals.features.spaces import FEATURES, FeatureSpaces
+from dit.evals.features.spaces import FEATURES, FeatureSpaces, spaces_of
 from dit.evals.making import Taken, make_reference
 from dit.evals.metrics import METRICS
 from dit.evals.metrics.arrays import digest, read_features
 from dit.evals.metrics.measuring import choose_metrics, measure
 from dit.evals.metrics.resampling import Resampling
+from dit.evals.order import Options, Order
 from dit.evals.record import FILE
 from dit.evals.record import history as history_lines
 from dit.evals.sweep.axes import Axes, read_intervals
 from dit.evals.sweep.table import markdown
 from dit.evals.telling import as_json, claim_features, lines, record
 from dit.evals.telling import save_features as write_features
-from dit.experiments.sweep_cells import SweepOrder
+from dit.experiments.sweep_cells import SweepOrder, named_runs
 from dit.experiments.sweeps import FILES as SWEEP_FILES
 from dit.experiments.sweeps import sweep as run_sweep
 from dit.files import expand
@@ -186,7 +187,8 @@ def sweep(
     again: start the same command, or one with more values, to go on. Images are not kept. RUN/evaluations.jsonl gets
     a row for each cell. --held_out gives the floor: real images at the same counts, split at random.
     """
-    chosen = {"interval": read_intervals(interval), "solver": _members(solver), "grid": _members(grid)[0]}
+    solvers, grids = (listed(Axes, "solver", text) for text in (solver, grid))
+    chosen = {"interval": read_intervals(interval), "solver": solvers, "grid": grids[0]}
     axes = from_dict(Axes, to_dict(axes) | chosen)
     options = dataclasses.replace(options, metrics=metrics, num_samples=num_samples)
     of = _by_family(features_neighbours_mind_inception_codec_keys, "features", "codec")
@@ -201,19 +203,6 @@ def sweep(
             print(markdown(found), *(f"{place / name}" for name in SWEEP_FILES), sep="\n")
 
 
-def _members(text: str) -> list[Any]:
-    """Members of an axis, from names with commas between them or from a list in YAML. ConfigError for none."""
-    if text.lstrip().startswith(("[", "{")):
-        listed: list[Any] = overridden(
-            Axes, {}, {"solver": text if text.lstrip().startswith("[") else f"[{text}]"}
-        )[0]["solver"]
-    else:
-        listed = [name.strip() for name in text.split(",") if name.strip()]
-    if not listed:
-        raise ConfigError(f"expected names, with commas between them, got '{text}'")
-    return [{"name": one} if isinstance(one, str) else one for one in listed]
-
-
 def _by_family(keys: Mapping[str, str], *families: str) -> dict[str, dict[str, str]]:
     """Keys by the family that they begin with, the others under ""."""
     found: dict[str, dict[str, str]] = {family: {} for family in ("", *families)}
@@ -221,15 +210,6 @@ def _by_family(keys: Mapping[str, str], *families: str) -> dict[str, dict[str, s
         family = re.split(r"[._]", key, maxsplit=1)[0]
         found[family if family in found else ""][key] = text
     return found
-
-
-def named_runs(runs: str) -> dict[str, str]:
-    """{name: path} of "a=runs/x,runs/y"; without a name the path is one. ConfigError where one comes twice."""
-    words = [word.strip() for word in runs.split(",") if word.strip()]
-    pairs = [(word.partition("=")[0], word.partition("=")[2] or word) for word in words]
-    if len(dict(pairs)) < len(pairs) or not pairs:
-        raise ConfigError(f"two runs have one name, or there is none, in '{runs}': write NAME=PATH")
-    return dict(pairs)
 
 
 def history(run_dir: Annotated[str, "of training, from which the evaluated images were drawn"]) -> None:
@@ -256,21 +236,7 @@ def compare_runs(
 
 def read_spaces(features: str, keys: Mapping[str, str]) -> tuple[FeatureSpace, ...]:
     """The feature spaces of names with commas between them, or of a list in YAML. keys: fields of one alone."""
-    listed: Any = [name.strip() for name in features.split(",") if name.strip()]
-    if features.lstrip().startswith(("[", "{")):
-        text = features if features.lstrip().startswith("[") else f"[{features}]"
-        listed = overridden(FeatureSpaces, {}, {"features": text})[0]["features"]
-    if keys and len(listed) != 1:
-        raise ConfigError(
-            f"--{next(iter(keys))} is a field of one network; write the fields of several as a list"
-        )
-    if any(not isinstance(one, str | dict) for one in listed):
-        raise ConfigError(
-            f"--features={features}: expected names, or keys and values of networks, in the list"
-        )
-    fields = {re.sub(r"^features[._]", "", key): text for key, text in keys.items()}
-    listed = [{**({"name": one} if isinstance(one, str) else one), **fields} for one in listed]
-    return from_dict(FeatureSpaces, {"features": listed}).features
+    return spaces_of(listed(FeatureSpaces, "features", features), keys)
 
 
 def made_place(name: str) -> Path:

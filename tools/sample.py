@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dit.ranks import early
 
 if __name__ == "__main__":
-    early.listen(keep=())  # before seconds of imports
+    early.listen()  # before seconds of imports
     from dit.commandline.quick import answer
 
     answer(__file__)  # --help and what is mistyped, before them too
@@ -26,9 +26,11 @@ from dit.config import ConfigError, Registry, from_dict, to_dict
 from dit.configfile import overridden
 from dit.data.codecs.codec import CODECS
 from dit.experiments.draw_options import DrawOptions
-from dit.experiments.drawing import check_amount, produce
+from dit.experiments.draw_order import check_amount
+from dit.experiments.drawing import produce
 from dit.experiments.trained import Trained
 from dit.ranks import group
+from dit.ranks.asked import EndAsked
 from dit.sample.generate import SamplerSpec
 from dit.sample.grid import GRIDS
 from dit.sample.guide import GUIDANCES
@@ -62,22 +64,23 @@ def main(
 
     Writes samples.npz (arr_0: uint8 (N, H, W, 3), arr_1: int64 labels, the ADM suite's format) or the images in other
     --formats, grid.png and spec.json. Image i depends on the checkpoint, the spec and i alone, not on batch size,
-    number of images or of ranks. Killed, it goes on when the same command is started again, on any number of ranks:
-    what is done lies in OUT.partial. More --num_samples or --formats are added to what is there.
-    What it draws with is printed, and what of it the pictures during training were drawn with otherwise.
+    number of images or of ranks. Stopped by a signal (status 75) or killed, it goes on when the same command is started
+    again, on any number of ranks: what is done lies in OUT.partial. More --num_samples or --formats are added to what
+    is there. What it draws with is printed, and what of it the pictures during training were drawn with otherwise.
 
     --codec.path=FOLDER says where the VAE is, if not where training had it; --codec.dtype=bfloat16 decodes faster.
     --save_pairs=DIR writes a data set of latents and the noise they were made from, for objective.coupling=reflow.
     """
     given = {"solver": solver, "num_steps": num_steps, "cfg_scale": cfg_scale, "seed": seed, "grid": grid}
-    spec, asked, codec_keys = read_spec(given, solver_grid_codec_keys, shift, guidance)
+    spec, given_fields, codec_keys = read_spec(given, solver_grid_codec_keys, shift, guidance)
     check_amount(options.num_samples, options.batch_size)
     check_wanted(options, spec, codec_keys)
-    with group.session() as world:
+    with EndAsked().listening() as asked, group.session() as world:
         trained = Trained.load(run_or_ckpt, weights, world.device)
         if world.is_main:
             trained.say_weights()
-        produce(trained, spec, options.order(trained, trained.precision(precision), codec_keys, asked), world)
+        order = options.order(trained, trained.precision(precision), codec_keys, given_fields)
+        produce(trained, spec, order, world, asked)
 
 
 def check_wanted(options: DrawOptions, spec: SamplerSpec, codec_keys: Mapping[str, str]) -> None:

@@ -45,6 +45,12 @@ class Tool:
     keys: Mapping[str, Sequence[type]] = field(default_factory=dict)
     default: str | None = None
 
+    def config_of(self, command: Command) -> type | None:
+        """Give `config` for a command that takes `**overrides`; None for one that has no configuration."""
+        kinds = {p.name: p.kind for p in inspect.signature(command).parameters.values()}
+        rest = [name for name, kind in kinds.items() if kind is inspect.Parameter.VAR_KEYWORD]
+        return self.config if rest and not rest[0].endswith("_keys") else None
+
 
 def speak_in_any_locale() -> None:
     """Print what the terminal's encoding lacks as ?, and not as a traceback: help and names are not ASCII alone."""

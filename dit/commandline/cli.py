@@ -66,7 +66,7 @@ def run(
         early.end_imports()
         function, words, program = choose(tool, words, program)
         if (topic := help_asked(words)) is not None:
-            print(help_text(function, program, tool.config, tool.choices, topic))
+            print(help_text(function, program, tool.config_of(function), tool.choices, topic))
             return
         command = [f"--{name}={text}" for name, text in parse(function, words).items()]
         with _clean_notices():

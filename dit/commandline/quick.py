@@ -52,7 +52,7 @@ def answer(file: str) -> None:
         if (topic := help_asked(words)) is None:
             check(tool, function, parse(function, words))
             return
-        print(help_text(function, program, tool.config, tool.choices, topic), flush=True)
+        print(help_text(function, program, tool.config_of(function), tool.choices, topic), flush=True)
     except UsageError as error:
         if may_be_new(str(error)):
             return
@@ -117,9 +117,10 @@ def check(tool: Tool, function: Command, values: Mapping[str, str]) -> None:
     for name, text in values.items():
         if name in parameters:
             convert(name, text, hints.get(name, str))
-    if tool.config is not None:
-        _check_flags(tool.config, keys, parameters)
-        _check_config(tool.config, values[next(iter(parameters))], keys)
+    if (cls := tool.config_of(function)) is not None:
+        _check_flags(cls, keys, parameters)
+        if (file := values.get(next(iter(parameters)))) is not None:
+            _check_config(cls, file, keys)
     elif rest:
         for family in families(rest[0]):
             start = re.compile(rf"{family}[._]")

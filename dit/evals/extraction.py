@@ -17,7 +17,7 @@ from dit.data.sources.decode import count_lines, in_order
 from dit.errors import Notice
 from dit.evals.features.network import FeatureNetwork
 from dit.evals.metrics.metric import FeatureSet, Statistics
-from dit.evals.pictures.pictures import Pictures, content, digests
+from dit.evals.pictures.pictures import Pictures, Seen, digests
 from dit.progress import Bar
 from dit.ranks import group
 
@@ -124,11 +124,11 @@ def extract(
     how: Pass,
     world: group.World,
     desc: str,
-) -> str:
+) -> Seen:
     """Compute the features of images `index` (ascending) by each network into rank 0's sinks. Collective.
 
     Block k of the images is computed on rank k mod ranks, always in the same batch, and added in the order of blocks:
-    sinks see the same whatever the ranks. Gives the hash of the images' content. What fails on a rank is every rank's.
+    sinks see the same whatever the ranks. Gives which images they were. What fails on a rank is every rank's.
     """
     blocks = np.array_split(index, range(how.batch_size, len(index), how.batch_size))
     with (
@@ -142,6 +142,30 @@ def extract(
     return seen
 
 
+@dataclass(frozen=True)
+class Extracted:
+    """Features of a set by space, on rank 0 alone, and which images they are of."""
+
+    sets: Mapping[str, FeatureSet]
+    seen: Seen
+
+
+def extracted(
+    pictures: Pictures,
+    index: np.ndarray,
+    networks: Mapping[str, FeatureNetwork],
+    how: Pass,
+    world: group.World,
+    what: str,
+) -> Extracted:
+    """The features of a set by every network, on rank 0, and which images they are of. Collective."""
+    sinks = {name: Kept(len(index)) for name in networks}
+    seen = extract(pictures, index, networks, sinks, how, world, what)
+    if not world.is_main:
+        return Extracted({}, seen)
+    return Extracted({name: sink.set(pictures.named) for name, sink in sinks.items()}, seen)
+
+
 def collect(
     give: Callable[[int], np.ndarray | None],
     rounds: int,
@@ -150,11 +174,11 @@ def collect(
     how: Pass,
     world: group.World,
     bar: Bar[None],
-) -> str:
+) -> Seen:
     """Compute the features of images that ranks give into rank 0's sinks, round by round, in the order of ranks.
 
     give: this rank's images of a round, (B, H, W, 3) uint8 of at most how.batch_size, or None; it may be collective.
-    Collective itself; gives the hash of the images' content. What fails on a rank is every rank's.
+    Collective itself; gives which images they were. What fails on a rank is every rank's.
     """
 
     def work(number: int) -> tuple[bytes, dict[str, Arrays]] | None:
@@ -167,7 +191,7 @@ def collect(
         for name, arrays in part[1].items() if world.is_main else ():
             sinks[name].add(arrays)
         bar.update(len(part[0]) // 16)
-    return content(b"".join(found))
+    return Seen.of(b"".join(found))
 
 
 def in_rounds(count: int, work: Callable[[int], T], world: group.World) -> Iterator[T]:

@@ -72,15 +72,15 @@ def make_reference(
     if group.on_main(lambda: claim_file(out, partial(_is_same, out, spec), overwrite=overwrite)):
         return False
     sinks: dict[str, Sink] = {name: Both(len(index)) if taken.keep else Summed() for name in networks}
-    content = extract(pictures, index, networks, sinks, how, world, "reference")
+    seen = extract(pictures, index, networks, sinks, how, world, "reference")
     if len(index) < 2:
         raise UserError(f"{images}: {len(index)} image, and a covariance is of at least 2")
-    about = {"named": images, "content": content, "count": len(index), **described(pictures, index)}
+    about = {"named": images, "content": seen.content, "count": len(index), **described(pictures, index)}
     about |= {"made": spec, "code": code_version()}
 
     def write() -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        save(out, about, {name: _statistics(networks[name], sink) for name, sink in sinks.items()})
+        save(out, about, {name: _statistics(networks[name], sink) for name, sink in sinks.items()}, seen)
 
     group.on_main(write)
     return True

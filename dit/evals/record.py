@@ -9,12 +9,17 @@ import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dit.errors import Notice, UserError
-from dit.outputs import differences
+from dit.evals.figures import hash_of, protocol_of
+from dit.evals.pictures.choice import drawn_how
+from dit.evals.protocol import Told
 
 FILE = "evaluations.jsonl"
+CONFIG = "config.yaml"  # which makes a folder a run directory
+DEPTH = 3  # folders below one that is none, in which runs are looked for
+SHOWN = 10  # of them, in a message
 TRAINING = "training"  # what rows say under "by" that training itself measured between two steps
 TAKEN_BACK = (
     "taken_back"  # of a line that is no row: rows of training above it, of later steps, count no more
@@ -30,7 +35,33 @@ def run_of(record: Mapping[str, Any] | None) -> Path | None:
     if not isinstance(place, str):
         return None
     folder = Path(place)
-    return next((up for up in (folder, *folder.parents) if (up / "config.yaml").is_file()), None)
+    return next((up for up in (folder, *folder.parents) if (up / CONFIG).is_file()), None)
+
+
+def check_run(folder: Path) -> None:
+    """UserError where a folder is no run directory; it names the runs below it, where there are some."""
+    if (folder / CONFIG).is_file():
+        return
+    below = [
+        place.parent for depth in range(1, DEPTH + 1) for place in sorted(folder.glob("*/" * depth + CONFIG))
+    ]
+    if not below:
+        raise UserError(
+            f"{folder} is no run directory: there is no {CONFIG} in it; give the folder that --run_dir named"
+        )
+    named = [
+        f"  {run}{'' if (run / FILE).is_file() else ' (nothing was measured of it)'}" for run in below[:SHOWN]
+    ]
+    more = [f"  and {len(below) - SHOWN} more"] if len(below) > SHOWN else []
+    raise UserError(
+        "\n".join(
+            [
+                f"{folder} is no run directory: there is no {CONFIG} in it; give one of those below:",
+                *named,
+                *more,
+            ]
+        )
+    )
 
 
 def append(run: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -118,48 +149,84 @@ def draw_curves(run: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def curves(row: Mapping[str, Any]) -> dict[str, float]:
     """A row's figures by the names of their curves: unlike protocols have curves of their own."""
-    return {f"{row['features']}/{name} ({row['hash']})": value for name, value in row["figures"].items()}
+    return {
+        f"{row['features']}/{name} ({hash_of(name, row)})": value for name, value in row["figures"].items()
+    }
+
+
+def drawn_by(spec: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a row says of how its images were drawn, from their record: the settings behind the hash, and the seed."""
+    if spec is None:
+        return {}
+    return {"sampler": drawn_how(spec), "seed": (spec.get("sampler") or {}).get("seed")}
+
+
+def told(row: Mapping[str, Any], figure: str) -> Told:
+    """What a row tells of how a figure came to be."""
+    return Told(protocol_of(figure, row.get("protocol") or {}), row.get("sampler"))
 
 
 def history(run: Path) -> list[str]:
     """Lines to print: the rows of each protocol together, and what distinguishes the protocols from the first one."""
     rows = read(run)
-    if not rows and not (run / "config.yaml").is_file():
-        raise UserError(
-            f"{run} is no run directory: there is no config.yaml in it; give the folder that --run_dir named"
-        )
+    if not rows:
+        check_run(run)
     if not rows:
         raise UserError(
             f"{run / FILE} is not there: nothing was measured of this run yet. Draw images by tools/sample.py, and "
             "give them to tools/evaluate.py"
         )
-    groups: dict[str, list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, str], list[_Of]] = {}
     for row in rows:
-        groups.setdefault(row["hash"], []).append(row)
-    first = next(iter(groups.values()))[0]
+        for digest, names in _by_protocol(row).items():
+            groups.setdefault((row["features"], digest), []).append(_Of(row, names))
     lines: list[str] = []
-    for digest, group in groups.items():
-        lines.append(f"{group[0]['features']}, protocol {digest}")
-        if group[0] is not first:
-            lines += [f"  not to be compared with {first['hash']}:"]
-            lines += [f"  {line}" for line in _unlike(first["protocol"], group[0]["protocol"])]
-        lines += [_line(row) for row in group]
+    before: list[tuple[str, _Of]] = []
+    for (space, digest), found in groups.items():
+        lines.append(f"{space}, protocol {digest}")
+        first = found[0]
+        earlier = next(((d, one) for d, one in before if {*one.names} & {*first.names}), None)
+        if earlier is not None:
+            lines += [f"  not to be compared with {earlier[0]}:", *_unlike(earlier[1], first)]
+        lines += [_line(one) for one in found]
+        before.append((digest, first))
     return lines
 
 
-def _unlike(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """What a protocol has otherwise than the first one, of a key each."""
-    lines = differences(first, {**dict.fromkeys(first), **other})
-    return [line.replace(" there, ", f" in {'the first'}, ").replace(" now", " here") for line in lines]
+class _Of(NamedTuple):
+    """A row, and those of its figures that one protocol holds of."""
+
+    row: Mapping[str, Any]
+    names: Sequence[str]
 
 
-def _line(row: Mapping[str, Any]) -> str:
+def _by_protocol(row: Mapping[str, Any]) -> dict[str, list[str]]:
+    """A row's figures by the hash of what they depend on."""
+    found: dict[str, list[str]] = {}
+    for name in row["figures"]:
+        found.setdefault(hash_of(name, row), []).append(name)
+    return found
+
+
+def _unlike(first: _Of, other: _Of) -> list[str]:
+    """What the protocol of a figure has otherwise than that of an earlier one, a line for each key."""
+    figure = next(name for name in first.names if name in other.names)
+    rows = told(first.row, figure).unlike(told(other.row, figure))
+    return [f"    {key}: {mine} in the first, {theirs} here" for key, mine, theirs in rows]
+
+
+def _line(one: _Of) -> str:
+    row = one.row
     figures = "  ".join(
-        f"{name} {value:.6g}{bracket(row['intervals'].get(name))}" for name, value in row["figures"].items()
+        f"{name} {row['figures'][name]:.6g}{bracket((row.get('intervals') or {}).get(name))}"
+        for name in one.names
     )
     named = row.get("samples", {}).get("named")
-    of = f"  of {named}" if named else ""
-    return f"  {row['time'][:16]}  step {row['step']}, {row['weights']}: {figures}{of}"
+    of, seed = (
+        f"  of {named}" if named else "",
+        f", seed {row['seed']}" if row.get("seed") is not None else "",
+    )
+    return f"  {row['time'][:16]}  step {row['step']}, {row['weights']}{seed}: {figures}{of}"
 
 
 def bracket(interval: Sequence[float] | None) -> str:

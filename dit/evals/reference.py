@@ -14,12 +14,13 @@ import numpy as np
 
 from dit.evals.metrics.metric import FeatureSet, Statistics
 from dit.evals.pictures.archive import Archive
-from dit.evals.pictures.pictures import PicturesError
+from dit.evals.pictures.pictures import PicturesError, Seen
 from dit.files import sync
 from dit.outputs import differences
 
 FORMAT = "dit reference statistics 1"
 KINDS = ("features", "logits", "spatial")
+DIGESTS = "digests"  # (N, 16) uint8, of each image
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,15 @@ class SpaceStatistics:
 
 @dataclass(frozen=True)
 class ReferenceFile:
-    """What a statistics file holds. about: JSON values of the images; spaces: by `space_name` of their identities."""
+    """What a statistics file holds. about: JSON values of the images; spaces: by `space_name` of their identities.
+
+    seen: which images it is of; files of older versions have the hash alone.
+    """
 
     path: Path
     about: Mapping[str, Any]
     spaces: Mapping[str, SpaceStatistics]
+    seen: Seen
 
     def of(self, identity: Mapping[str, Any]) -> SpaceStatistics:
         """The statistics of a network. PicturesError where the file has none, or those of another."""
@@ -66,10 +71,11 @@ def space_name(identity: Mapping[str, Any]) -> str:
     return f"{identity['name']}:{model}" if model else str(identity["name"])
 
 
-def save(path: Path, about: Mapping[str, Any], spaces: Mapping[str, SpaceStatistics]) -> None:
+def save(path: Path, about: Mapping[str, Any], spaces: Mapping[str, SpaceStatistics], seen: Seen) -> None:
     """Write a statistics file, whole or not at all."""
     held = {name: dict(space.identity) for name, space in spaces.items()}
     arrays = {"about": np.array(json.dumps({"format": FORMAT, **about, "spaces": held}))}
+    arrays[DIGESTS] = np.frombuffer(seen.digests, np.uint8).reshape(-1, 16)
     for name, space in spaces.items():
         for kind, moments in (("features", space.features), ("spatial", space.spatial)):
             if moments is not None:
@@ -106,7 +112,8 @@ def load(path: Path) -> ReferenceFile:
         kept = {kind: own[f"kept/{kind}"] for kind in KINDS if f"kept/{kind}" in own}
         state = {k.removeprefix("state/"): v for k, v in own.items() if k.startswith("state/")}
         spaces[name] = SpaceStatistics(identity, moments["features"], moments.get("spatial"), kept, state)
-    return ReferenceFile(path, about, spaces)
+    digests = archive.whole(DIGESTS).tobytes() if DIGESTS in archive else b""
+    return ReferenceFile(path, about, spaces, Seen(about["content"], digests))
 
 
 def read_about(path: Path) -> dict[str, Any]:

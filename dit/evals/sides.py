@@ -18,7 +18,7 @@ from dit.evals.features.spaces import FEATURES
 from dit.evals.metrics.measuring import ALL, choose_metrics
 from dit.evals.metrics.metric import FeatureSet, Metric, Statistics
 from dit.evals.pictures.choice import described
-from dit.evals.pictures.pictures import Pictures, PicturesError
+from dit.evals.pictures.pictures import Pictures, PicturesError, Seen
 from dit.evals.reference import ReferenceFile, as_bytes, space_name
 from dit.ranks import group
 
@@ -28,7 +28,7 @@ class Sides:
     """What a reference is in one space. protocol: JSON values. On ranks other than 0 only the network is there.
 
     set: all its features. features, spatial: statistics that are compared with in place of the set, where they are of
-    more images than it, or there is none.
+    more images than it, or there is none. seen: which images it is of, where that is known.
     """
 
     network: FeatureNetwork
@@ -36,6 +36,7 @@ class Sides:
     set: FeatureSet | None = None
     features: Statistics | None = None
     spatial: Statistics | None = None
+    seen: Seen | None = None
 
     def for_metric(self, metric: Metric) -> FeatureSet | Statistics:
         """What a metric compares with. PicturesError where it needs features and there are statistics alone."""
@@ -131,8 +132,8 @@ def sides_of_file(
             key: file.about[key] for key in ("content", "images", "chosen", "size", "converted", "labels")
         }
         kept = held.set(str(file.path))
-        statistics = (None, None) if kept is not None else (held.features, held.spatial)
-        found[space_name(network.identity)] = Sides(network, protocol, kept, *statistics)
+        features, spatial = (None, None) if kept is not None else (held.features, held.spatial)
+        found[space_name(network.identity)] = Sides(network, protocol, kept, features, spatial, file.seen)
     return found
 
 
@@ -143,9 +144,10 @@ def sides_of_images(
     networks = {space_name(n.identity): n for n in built(spaces, pictures if len(pictures) else None, world)}
     sinks = {name: Kept(len(index)) for name in networks}
     protocol: dict[str, Any] = {}
+    seen = None
     if len(index):
-        content = extract(pictures, index, networks, sinks, how, world, "reference")
-        protocol = {"content": content, **described(pictures, index)}
+        seen = extract(pictures, index, networks, sinks, how, world, "reference")
+        protocol = {"content": seen.content, **described(pictures, index)}
         protocol.pop("sampler")
     found = {}
     for name, network in networks.items():
@@ -157,7 +159,8 @@ def sides_of_images(
             )
         own = {"statistics": _hash_of(stored)} if stored else {}
         kept = sinks[name].set(pictures.named) if world.is_main and len(index) else None
-        found[name] = Sides(network, {**protocol, **own}, kept, stored.get("features"), stored.get("spatial"))
+        statistics = stored.get("features"), stored.get("spatial")
+        found[name] = Sides(network, {**protocol, **own}, kept, *statistics, seen=seen)
     return found
 
 

@@ -12,13 +12,13 @@ import numpy as np
 
 from dit.evals.evaluation import Evaluation, InSpace
 from dit.evals.pictures.archive import Archive
-from dit.evals.record import append, bracket, draw_curves, run_of
+from dit.evals.record import append, bracket, draw_curves, drawn_by, run_of
 from dit.outputs import OutputError, claim
 from dit.version import code_version
 
 
 def lines(found: Evaluation) -> list[str]:
-    """The figures of each space, with the hash of their protocol."""
+    """The figures of each space, with the hash of their protocol; of those that depend on a part of it, their own."""
     text = [line for space in found.spaces for line in _of_space(space)]
     if found.fdr is not None:
         of = f"{len(found.spaces)} feature space{'s' * (len(found.spaces) > 1)}"
@@ -34,9 +34,10 @@ def _of_space(space: InSpace) -> list[str]:
         f"in {space.name}: {samples['images']:,} samples (labels: {samples['labels']}) against {against}; "
         f"protocol {space.hash}"
     )
-    width = max(map(len, space.figures | space.missing), default=0)
+    width, hashes = max(map(len, space.figures | space.missing), default=0), space.hashes
     rows = [
         f"  {name:{width}s}  {value:.6g}{bracket(space.intervals.get(name))}"
+        + (f"  protocol {hashes[name]}" if hashes[name] != space.hash else "")
         for name, value in space.figures.items()
     ]
     return [head, *rows, *(f"  {name:{width}s}  -  {why}" for name, why in space.missing.items())]
@@ -99,6 +100,7 @@ def rows_of(found: Evaluation) -> list[dict[str, Any]]:
         "digest": spec.get("digest"),
         "weights": spec.get("weights"),
         "samples": {"named": found.samples.named, "content": found.content},
+        **drawn_by(found.samples.spec),
         "code": code_version(),
     }
     return [{**beside, "bootstrap": found.bootstrap, **space.as_json()} for space in found.spaces]

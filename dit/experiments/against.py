@@ -9,11 +9,11 @@ import numpy as np
 import torch
 
 from dit.config import ConfigError, to_dict
-from dit.evals.evaluation import Options
 from dit.evals.extraction import Pass
 from dit.evals.making import Taken, make_reference
 from dit.evals.metrics.measuring import ALL, choose_metrics
 from dit.evals.metrics.metric import FeatureSet, Metric
+from dit.evals.order import Options
 from dit.evals.pictures.opening import open_pictures
 from dit.evals.pictures.pictures import Pictures
 from dit.evals.protocol import protocol_hash

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dit.config import config
-from dit.experiments.drawing import DrawOrder
+from dit.experiments.draw_order import DrawOrder
 from dit.experiments.trained import Precision, Trained
 from dit.files import expand
 from dit.sample.between import parse_between
+from dit.sample.formats import LATENTS
 from dit.sample.labels import LabelOrder
-from dit.sample.pictures import LATENTS, parse_formats
+from dit.sample.pictures import parse_formats
 
 
 @config

@@ -6,7 +6,7 @@ import contextlib
 import json
 import shlex
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,86 +18,38 @@ from torch import Tensor
 from dit.config import ConfigError, to_dict
 from dit.data.shards.pairs import Origin, Pairs
 from dit.experiments.diffusion import SampleConfig
-from dit.experiments.trained import Precision, Trained
+from dit.experiments.draw_order import DrawOrder
+from dit.experiments.trained import Trained
+from dit.experiments.unmade import OLDER, Unmade, compared, formats_of, unmade_of
 from dit.experiments.views import View, views_of
-from dit.outputs import RECORD, OutputError, claim, read_record
+from dit.outputs import RECORD, read_record
 from dit.ranks import group
-from dit.sample.between import Between
+from dit.ranks.asked import EndAsked
 from dit.sample.drawing import Batch, Product, default_batch, draw
+from dit.sample.formats import format_of
 from dit.sample.generate import Sampler, SamplerSpec
-from dit.sample.labels import LabelOrder, Labels
+from dit.sample.labels import Labels
 from dit.sample.pictures import (
     GRID,
-    LATENTS,
-    OLD_FORMATS,
     Pictures,
-    format_of,
-    is_placing,
-    refuse_foreign,
 )
 from dit.sample.trajectory import check_followed
 from dit.unfinished import Blocks, partial_of, unfinished
 from dit.version import code_version
 
-GROWING = "num_samples"  # of pictures: more may be drawn to those that are there
-NOT_COMPARED = (
-    "checkpoint",
-    "device",
-    "code",
-    "formats",
-)  # where the checkpoint lies, and what drew: `digest` says what it is
-
-
 ALREADY = ", drawn already by the same spec; give --overwrite to draw them anew"
-OLDER = {"label_order": "balanced", "preview": False}  # what records mean that lack these keys
 
 
-@dataclass(frozen=True)
-class DrawOrder:
-    """What is to be drawn, and where to.
-
-    batch_size: images at a time; None = as what is there already, else `default_batch`. codec_keys: {"codec.path":
-    ...}, over where training had it. asked: fields of the spec that are no defaults, but were asked for. out: folder
-    for pictures. save_pairs: folder for a data set of noise and latents. overwrite: what is there is replaced.
-    label_order: how images get their classes (`Labels`). formats: of the pictures, names in FORMATS or LATENTS.
-    preview: latents and their false colours alone; no codec is opened. trajectory, interpolate: pictures beside them.
-    """
-
-    classes: list[int]
-    num_samples: int
-    batch_size: int | None = None
-    precision: Precision = "fp32"
-    codec_keys: Mapping[str, str] = field(default_factory=dict)
-    asked: frozenset[str] = frozenset()
-    out: Path | None = None
-    save_pairs: Path | None = None
-    overwrite: bool = False
-    label_order: LabelOrder = "balanced"
-    formats: tuple[str, ...] = OLD_FORMATS
-    preview: bool = False
-    trajectory: bool = False
-    interpolate: Between | None = None
-
-    @property
-    def forms(self) -> tuple[str, ...]:
-        """In which forms the pictures are given."""
-        return (LATENTS,) if self.preview else self.formats
-
-    def __post_init__(self) -> None:
-        check_amount(self.num_samples, self.batch_size)
-        if self.out is not None and self.out == self.save_pairs:
-            raise ConfigError(f"--out and --save_pairs are both {self.out}: give each a folder of its own")
-
-
-def check_amount(num_samples: int, batch_size: int | None) -> None:
-    """ConfigError for numbers of images that are none."""
-    for name, number in (("num_samples", num_samples), ("batch_size", batch_size)):
-        if number is not None and number < 1:
-            raise ConfigError(f"{name}: expected 1 or more, got {number}")
-
-
-def produce(trained: Trained, spec: SamplerSpec, order: DrawOrder, world: group.World) -> None:
+def produce(
+    trained: Trained,
+    spec: SamplerSpec,
+    order: DrawOrder,
+    world: group.World,
+    asked: EndAsked | None = None,
+) -> None:
     """Draw what is ordered, or go on with what was begun, and say what became of it. Collective.
+
+    asked: where a signal says that it is to end: it raises Stopped then, and what is drawn is kept.
 
     Raises OutputError where something else lies there, ConfigError for what cannot be drawn, NotFiniteError naming
     the first image that is none.
@@ -109,16 +61,8 @@ def produce(trained: Trained, spec: SamplerSpec, order: DrawOrder, world: group.
     size, found_in = group.on_main(lambda: _batch_size(order))
     if world.is_main and found_in is not None:
         print(f"{size} images at a time, as in {found_in}; --batch_size says otherwise")
-    record = described(trained, sampler) | {
-        "codec": dict(order.codec_keys),
-        "precision": order.precision,
-        "classes": order.classes,
-        "label_order": order.label_order,
-        "batch_size": size,
-        "num_samples": order.num_samples,
-        "preview": order.preview,
-    }
-    unmade = group.on_main(lambda: _unmade(order, record))
+    record = _record(trained, sampler, order, size)
+    unmade = group.on_main(lambda: unmade_of(order, record))
     views = views_of(order.trajectory, order.interpolate)
     if order.trajectory:
         check_followed(sampler)
@@ -126,7 +70,7 @@ def produce(trained: Trained, spec: SamplerSpec, order: DrawOrder, world: group.
     if unmade:
         if world.is_main:
             print(settings_line(spec, order.asked, trained.experiment.sample))
-        _draw(trained, sampler, order, unmade, record, world)
+        _draw(trained, sampler, order, unmade, record, world, asked)
     labels = Labels(order.classes, order.label_order, sampler.spec.seed)
     for view in (view for view in views if view.file in unseen):
         assert order.out is not None
@@ -136,6 +80,19 @@ def produce(trained: Trained, spec: SamplerSpec, order: DrawOrder, world: group.
             print(_line(made, order, made in unmade))
         for view in views:
             print(f"{view.files(order.out or Path())[0]}{'' if view.file in unseen else ALREADY}")
+
+
+def _record(trained: Trained, sampler: Sampler, order: DrawOrder, size: int) -> dict[str, Any]:
+    """What is written down of a drawing in batches of this size."""
+    return described(trained, sampler) | {
+        "codec": dict(order.codec_keys),
+        "precision": order.precision,
+        "classes": order.classes,
+        "label_order": order.label_order,
+        "batch_size": size,
+        "num_samples": order.num_samples,
+        "preview": order.preview,
+    }
 
 
 def _batch_size(order: DrawOrder) -> tuple[int, Path | None]:
@@ -152,50 +109,11 @@ def _batch_size(order: DrawOrder) -> tuple[int, Path | None]:
     return order.batch_size or default_batch(order.num_samples), None
 
 
-def _unmade(order: DrawOrder, record: Mapping[str, Any]) -> dict[Path, dict[str, Any] | None]:
-    """The folders that are not complete, with the record of what is complete of them. OutputError, as `claim`."""
-    found: dict[Path, dict[str, Any] | None] = {}
-    spec = compared(record)
-    if order.out is not None:
-        held = _claim_pictures(order.out, order, spec)
-        if held is None or held[GROWING] < order.num_samples or not {*order.forms} <= {*_formats(held)}:
-            found[order.out] = held
-    if order.save_pairs is not None:
-        out, file = order.save_pairs, order.save_pairs / RECORD
-        held = claim([file], spec, record=file, overwrite=order.overwrite, kind="data set", older=OLDER)
-        if out.exists() and not file.is_file() and any(out.iterdir()):
-            raise OutputError(f"{out} exists already: remove it or choose another name")
-        if held is None:
-            found[out] = None
-    return found
-
-
-def _claim_pictures(out: Path, order: DrawOrder, spec: Mapping[str, Any]) -> dict[str, Any] | None:
-    """As `claim`; what a job that was killed left while it gave the files their places is replaced."""
-    overwrite = order.overwrite or is_placing(out)
-    files = Pictures.files(out, order.forms)
-    how: dict[str, Any] = {"growing": GROWING, "kind": Pictures.KIND, "older": OLDER}
-    held = claim(files, spec, record=files[-1], overwrite=overwrite, **how)
-    if not is_placing(out):
-        refuse_foreign(out, order.forms, overwrite)
-    return held
-
-
-def _formats(held: Mapping[str, Any] | None) -> tuple[str, ...]:
-    """The forms of what a record is of."""
-    return () if held is None else tuple(held.get("formats", OLD_FORMATS))
-
-
 def _unseen(views: Sequence[View], order: DrawOrder, record: Mapping[str, Any]) -> list[str]:
     """The pictures, by their files, that are not there yet. OutputError, as `claim`."""
     how: dict[str, Any] = {"overwrite": order.overwrite, "kind": Pictures.KIND, "older": OLDER}
     spec, out = compared(record), order.out
     return [view.file for view in views if out is not None and not view.is_there(out, spec, **how)]
-
-
-def compared(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a record decides about the images."""
-    return {key: value for key, value in record.items() if key not in NOT_COMPARED}
 
 
 @dataclass(frozen=True)
@@ -226,27 +144,28 @@ def _draw(
     trained: Trained,
     sampler: Sampler,
     order: DrawOrder,
-    unmade: Mapping[Path, dict[str, Any] | None],
+    unmade: Mapping[Path, Unmade],
     record: dict[str, Any],
     world: group.World,
+    asked: EndAsked | None,
 ) -> None:
     """Draw into the blocks of each folder, and put together what they hold."""
     size, spec = (order.num_samples, record["batch_size"]), compared(record)
     labels = Labels(order.classes, order.label_order, sampler.spec.seed)
     products: list[Product] = []
     with contextlib.ExitStack() as stack:
-        for out, held in unmade.items():
+        for out, state in unmade.items():
             blocks = stack.enter_context(unfinished(out, record, spec, size, order.overwrite, OLDER))
             if out == order.save_pairs:
                 origin = Origin.of(trained.contract, sampler.spec.seed)
                 products.append(_PairsDrawn(out, Pairs(blocks, origin), sampler))
             else:
-                forms = tuple(dict.fromkeys([*_formats(held), *order.forms]))
+                forms = tuple(dict.fromkeys([*formats_of(state.held), *order.forms]))
                 pictures = Pictures(out, blocks, sampler, forms, order.preview)
                 products.append(pictures)
-                if held is not None:
-                    group.on_main(partial(pictures.take, held))
-        draw(sampler, labels, products, world)
+                if state.held is not None:
+                    group.on_main(partial(pictures.take, state.held, state.damaged))
+        draw(sampler, labels, products, world, asked)
         for product in products:
             group.on_main(partial(product.write, labels(torch.arange(order.num_samples)), record))
 

@@ -22,8 +22,9 @@ from dit.data.codecs.norm import LatentNorm
 from dit.data.shards.manifest import Manifest
 from dit.errors import Notice, UserError
 from dit.evals import record
-from dit.evals.evaluation import Compared, InSpace, Order, in_space
+from dit.evals.evaluation import Compared, InSpace, in_space
 from dit.evals.extraction import Kept, Pass, collect
+from dit.evals.order import Order
 from dit.evals.pictures.pictures import Pictures
 from dit.evals.sides import Sides
 from dit.experiments.against import Against
@@ -121,8 +122,8 @@ class SampleFigures:
         ):
             blocks = Blocks(self.drawer, engine, count, self.cfg.batch_size)
             how = Pass(self.cfg.batch_size)
-            content = collect(blocks.give, blocks.rounds, networks, sinks, how, world, bar)
-        return group.on_main(lambda: self._figures(sides, sinks) if world.is_main else []), content
+            seen = collect(blocks.give, blocks.rounds, networks, sinks, how, world, bar)
+        return group.on_main(lambda: self._figures(sides, sinks) if world.is_main else []), seen.content
 
     def _figures(self, sides: Mapping[str, Sides], sinks: Mapping[str, Kept]) -> list[InSpace]:
         """What is computed of the features. DataError for figures that are none."""
@@ -149,6 +150,7 @@ class SampleFigures:
             "step": step,
             **used.row,
             "samples": {"named": DRAWN, "content": content},
+            **record.drawn_by(self.record),
             "code": code_version(),
             "bootstrap": None,
         }

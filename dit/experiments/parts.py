@@ -17,6 +17,7 @@ from dit.experiments.drawer import Drawer, ShownTally
 from dit.experiments.figures import costs_of, figures_hook
 from dit.experiments.latents import codec_doubts, latent_contract
 from dit.model.dit import MODELS, DiT
+from dit.model.parametrization import PARAMETRIZATIONS
 from dit.progress import Bar
 from dit.ranks.group import World
 from dit.sample.generate import image_grid
@@ -65,9 +66,12 @@ def _about(cfg: Experiment, manifest: Manifest) -> dict[str, str]:
     size = f"{cfg.model.size} " if cfg.model.size else ""
     codec = "none" if cfg.codec is None else CODECS.name_of(cfg.codec)
     place = getattr(cfg.codec, "path", None)
+    parametrization = cfg.model.parametrization
+    scaled = parametrization.about(dims)
     return {
         "model": f"{MODELS.name_of(cfg.model)} {size}(width {dims.width}, depth {dims.depth}, {dims.heads} heads), "
         f"patch {dims.patch}, {dims.tokens} tokens",
+        **({PARAMETRIZATIONS.name_of(parametrization): scaled} if scaled is not None else {}),
         "forward": f"{cost.multiply_adds / 1e9:.3f} G multiply-adds an image = {cost.forward_flops / 1e9:.3f} GFLOP",
         "objective": named(cfg.objective),
         "codec": f"{codec}{f' in {public(str(place))}' if place else ''} (the data's: {manifest.codec['name']}), "

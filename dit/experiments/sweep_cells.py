@@ -11,17 +11,15 @@ from typing import Any
 import torch
 
 from dit.config import ConfigError, to_dict
-from dit.evals.evaluation import (
-    Options,
-    check_names,
-)
 from dit.evals.features.network import FeatureSpace
 from dit.evals.metrics.resampling import Resampling
+from dit.evals.order import Options, check_names
 from dit.evals.protocol import protocol_hash
 from dit.evals.sides import Sides
 from dit.evals.sweep.axes import Axes, Setting, most_steps
 from dit.evals.sweep.cells import Cell
-from dit.experiments.drawing import check_amount, check_labelled
+from dit.experiments.draw_order import check_amount
+from dit.experiments.drawing import check_labelled
 from dit.experiments.trained import Precision, Trained
 from dit.sample.generate import Sampler
 from dit.sample.tally import Tally
@@ -195,3 +193,12 @@ def one_size(asked: Sequence[Asked]) -> int:
             f"the runs draw images of unlike sizes ({told} pixels a side), and a sweep compares one"
         )
     return asked[0].size
+
+
+def named_runs(runs: str) -> dict[str, str]:
+    """{name: path} of "a=runs/x,runs/y"; without a name the path is one. ConfigError where one comes twice."""
+    words = [word.strip() for word in runs.split(",") if word.strip()]
+    pairs = [(word.partition("=")[0], word.partition("=")[2] or word) for word in words]
+    if len(dict(pairs)) < len(pairs) or not pairs:
+        raise ConfigError(f"two runs have one name, or there is none, in '{runs}': write NAME=PATH")
+    return dict(pairs)

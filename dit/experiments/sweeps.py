@@ -17,17 +17,17 @@ from dit.config import ConfigError, to_dict
 from dit.evals.evaluation import (
     Compared,
     Evaluation,
-    Order,
-    extracted,
     in_space,
     metrics_of,
-    names_in,
     sides_of,
 )
-from dit.evals.extraction import Arrays, Kept, block_features, in_rounds
+from dit.evals.extraction import Arrays, Kept, block_features, extracted, in_rounds
 from dit.evals.features.network import FeatureNetwork
+from dit.evals.figures import names_in
+from dit.evals.held_out import tell_shared
 from dit.evals.metrics.metric import FeatureSet
 from dit.evals.metrics.resampling import LEVEL
+from dit.evals.order import Order
 from dit.evals.pictures.opening import open_pictures
 from dit.evals.pictures.pictures import Pictures, content
 from dit.evals.record import append, run_of
@@ -114,6 +114,7 @@ def _floors(order: SweepOrder, sides: Mapping[str, Sides], size: int, world: gro
     found = extracted(pictures, np.arange(len(pictures)), networks, how.how, world, "held-out")
     if not world.is_main:
         return {}
+    tell_shared(None, next(iter(sides.values())).seen, found.seen)
     floors = {}
     for name, side in sides.items():
         held = found.sets[name]

@@ -25,6 +25,7 @@ from dit.experiments.latents import (
     open_codec,
 )
 from dit.flow.path import NoisePath
+from dit.ranks import group
 from dit.sample.classes import listed_classes
 from dit.sample.denoise import DenoiseFn, Denoiser, with_precision
 from dit.sample.generate import Sampler, SamplerSpec
@@ -132,7 +133,8 @@ class Trained:
         ConfigError where nothing says where it is; DataError where it cannot be loaded or is another one.
         """
         choice = self.experiment.codec
-        for doubt in codec_doubts(choice, self.contract["codec"], f"the run of {self.path}", reads=False):
+        doubts = codec_doubts(choice, self.contract["codec"], f"the run of {self.path}", reads=False)
+        for doubt in doubts if group.is_main() else ():
             warnings.warn(doubt, Notice, stacklevel=2)
         if keys:
             base, name = to_dict(choice) or {}, self.contract["codec"]["name"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dit.errors import Notice
 from dit.files import sync
 from dit.outputs import claim, write_record
 from dit.progress import Bar
 from dit.sample.between import COLUMNS, ROWS, Between, interpolated
 from dit.sample.drawing import LabelFn
 from dit.sample.generate import Sampler, image_grid
+from dit.sample.intact import damaged, summed
 from dit.sample.trajectory import SHOWN, trajectory, write_animation
 
 COUNT = "num_samples"
@@ -42,7 +45,12 @@ class View:
         """Whether it was drawn already, by the same spec. Raises OutputError, as `claim`."""
         files, spec = self.files(out), self.record(record)
         held = claim(files, spec, record=files[-1], overwrite=overwrite, growing=COUNT, **how)
-        return held is not None and held[COUNT] == spec[COUNT]
+        if held is None or held[COUNT] != spec[COUNT]:
+            return False
+        found = damaged(out, held, [self.file])
+        for name, way in found.items():
+            warnings.warn(f"{out / name} {way}: it is made anew", Notice, stacklevel=2)
+        return not found
 
     def record(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """What is compared of a drawing's record, of the images that are shown."""
@@ -56,7 +64,7 @@ class View:
         out.mkdir(parents=True, exist_ok=True)
         about.unlink(missing_ok=True)  # never an old one beside a new picture
         self.show(picture, sampler, index, labels(index))
-        write_record(about, self.record(record))
+        write_record(about, self.record(record) | summed(out, [self.file]))
 
 
 def views_of(trajectory: bool, interpolate: Between | None) -> list[View]:

@@ -15,6 +15,7 @@ import yaml
 from dit.config import to_dict
 from dit.errors import Notice
 from dit.evals import record
+from dit.evals.figures import hash_of, protocol_of
 from dit.experiments.about import named
 from dit.experiments.trained import Trained
 from dit.files import expand, read_text, write_atomically
@@ -97,7 +98,7 @@ def text(trained: Trained, title: str, use: Use) -> str:
 def evaluations(trained: Trained) -> list[dict[str, Any]]:
     """The rows of the run's evaluations that are of these weights; a line that is none is left out, with a Notice.
 
-    Of the same images measured twice by one protocol, what was measured last.
+    Of a figure of the same images that was measured twice by one protocol, what was measured last.
     """
     ours = {"step": trained.step, "digest": trained.digest, "weights": trained.weights}
     found: dict[str, dict[str, Any]] = {}
@@ -106,7 +107,21 @@ def evaluations(trained: Trained) -> list[dict[str, Any]]:
         if all({**own, **row}.get(key) == value for key, value in ours.items()):
             same = json.dumps([row["hash"], (row.get("samples") or {}).get("content")])
             found[same] = _joined(found.get(same, {}), row)
-    return list(found.values())
+    return _once(list(found.values()))
+
+
+def _once(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows without figures that a later one has of the same images by the same protocol of the figure."""
+
+    def key(row: Mapping[str, Any], name: str) -> tuple[str, ...]:
+        return str((row.get("samples") or {}).get("content")), record.titled(row, name), hash_of(name, row)
+
+    last = {key(row, name): number for number, row in enumerate(rows) for name in row["figures"]}
+    kept = [
+        {**row, "figures": {k: v for k, v in row["figures"].items() if last[key(row, k)] == number}}
+        for number, row in enumerate(rows)
+    ]
+    return [row for row in kept if row["figures"]]
 
 
 def _joined(older: Mapping[str, Any], newer: dict[str, Any]) -> dict[str, Any]:
@@ -125,7 +140,7 @@ def _metadata(trained: Trained, title: str, use: Use, rows: Sequence[Mapping[str
         "tags": ["diffusion", "dit", *conditional],
     }
     metrics = [
-        {"type": name, "value": value, "name": f"{record.titled(row, name)}, protocol {row['hash']}"}
+        {"type": name, "value": value, "name": f"{record.titled(row, name)}, protocol {hash_of(name, row)}"}
         for row in rows
         for name, value in row["figures"].items()
     ]
@@ -182,10 +197,11 @@ def _figures(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = ["## Figures", "", "| figure | value | interval | protocol |", "|---|---|---|---|"]
     protocols: dict[str, Any] = {}
     for row in rows:
-        protocols[row["hash"]] = row.get("protocol", {})
         for name, value in row["figures"].items():
+            digest = hash_of(name, row)
+            protocols[digest] = protocol_of(name, row.get("protocol", {}))
             lines.append(
-                f"| {record.titled(row, name)} | {_number(value)} | {_interval(row, name)} | `{row['hash']}` |"
+                f"| {record.titled(row, name)} | {_number(value)} | {_interval(row, name)} | `{digest}` |"
             )
     lines += ["", "Figures of the same protocol compare, and no others."]
     for key, protocol in protocols.items():

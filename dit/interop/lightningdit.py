@@ -51,13 +51,13 @@ class LightningArguments(Arguments):
     in_channels: int = 32  # of the latents
     learn_sigma: bool = False  # twice the output channels
     use_qknorm: bool = False  # norms of queries and keys
-    use_swiglu: bool = False  # gated MLPs
+    use_swiglu: bool = False  # gated MLPs (SwiGLU) in place of GELU
     use_rope: bool = False  # rotary positions, beside the table
     use_rmsnorm: bool = False  # RMSNorms with gains, in place of LayerNorms without
     wo_shift: bool = False  # blocks without shifts
 
     @property
-    def names(self) -> Names:  # type: ignore[override]
+    def names(self) -> Names:
         """Ours, theirs."""
         return (*MORE, *(GATED if self.use_swiglu else ()), *NAMES)
 

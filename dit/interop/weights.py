@@ -20,8 +20,9 @@ from dit.config import ConfigError, config, flatten, from_dict, to_dict
 from dit.errors import UserError, shown
 from dit.flow.path import NoisePath
 from dit.flow.predict import Cond, Prediction
-from dit.model.dit import SIZES, DiT, DiTConfig, Size
+from dit.model.dit import DiT, DiTConfig
 from dit.model.embed import position_table, wide
+from dit.model.sizes import SIZES, Size
 
 StateDict = Mapping[str, Tensor]
 Count = Annotated[int, Field(ge=1)]
@@ -226,7 +227,8 @@ def check_has_no_more(model: DiT, also: tuple[str, ...] = ()) -> None:
     """
     ours, reference = (flatten(to_dict(cfg)) for cfg in (model.cfg, DiTConfig()))
     free = {*SHAPES, *UNSEEN, *also}
-    differing = [k for k in sorted({*ours, *reference} - free) if ours.get(k) != reference.get(k)]
+    keys = (k for k in sorted({*ours, *reference} - free) if not k.startswith("parametrization."))
+    differing = [k for k in keys if ours.get(k) != reference.get(k)]
     if differing:
         rows = (f"{k} {shown(reference.get(k))} there, {shown(ours.get(k))} here" for k in differing)
         raise WeightsError(f"the reference has no such network; it differs in {'; '.join(rows)}")
@@ -245,6 +247,11 @@ def named_as_theirs(model: DiT, also: tuple[str, ...] = ()) -> dict[str, Tensor]
 def arguments_of(model: DiT) -> Arguments:
     """The reference's arguments for our network, whatever blocks that has."""
     d = model.dims
+    if d.attention_scale is not None:
+        raise WeightsError(
+            f"the reference scales attention's logits by 1/√(head width), this network by {d.attention_scale:.4g} "
+            "(model.parametrization.base_head_width)"
+        )
     if d.grid[0] != d.grid[1]:
         raise WeightsError(f"the reference knows square inputs only, this network's is {d.image_size}")
     return Arguments(

@@ -132,7 +132,9 @@ class AdaLNZeroBlock(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.norm1 = cfg.norm.build(dims.width)
-        self.attention = Attention(dims.width, dims.heads, cfg.qk_norm, cfg.qkv_bias, cfg.value_residual)
+        self.attention = Attention(
+            dims.width, dims.heads, cfg.qk_norm, cfg.qkv_bias, cfg.value_residual, dims.attention_scale
+        )
         self.norm2 = cfg.norm.build(dims.width, cfg.mlp_epsilon)
         self.mlp = cfg.mlp.build(dims)
         self.modulation = cfg.modulation.build(dims.width, cfg.rows)
@@ -193,7 +195,10 @@ class OutputLayer(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention. Rows of `qkv` are (3, heads, head width), as in timm."""
+    """Multi-head self-attention. Rows of `qkv` are (3, heads, head width), as in timm.
+
+    scale: the factor of the logits; None is 1/√(head width).
+    """
 
     def __init__(
         self,
@@ -202,9 +207,10 @@ class Attention(nn.Module):
         qk_norm: Norm,
         qkv_bias: bool = True,
         value_residual: bool = False,
+        scale: float | None = None,
     ):
         super().__init__()
-        self.heads = heads
+        self.heads, self.scale = heads, scale
         self.qkv = nn.Linear(width, 3 * width, qkv_bias)
         self.proj = nn.Linear(width, width)
         self.q_norm = qk_norm.build(width // heads)
@@ -225,7 +231,7 @@ class Attention(nn.Module):
             v = self.mix(v, first)
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
-        out = F.scaled_dot_product_attention(q, k, v)  # (B, heads, T, d)
+        out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)  # (B, heads, T, d)
         mixed: Tensor = self.proj(rearrange(out, "b h t d -> b t (h d)"))  # (B, T, D)
         return mixed, first
 

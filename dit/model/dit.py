@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from functools import partial
-from typing import Annotated, Any, NamedTuple, cast
+from typing import Annotated, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,25 +27,10 @@ from dit.model.dims import Dims, grid_of
 from dit.model.embed import MAX_PERIOD, PatchEmbed, Spacing, TimeEmbed, position_table, unpatchify, wide
 from dit.model.modulation import FullRows
 from dit.model.norms import NORMS, Norm
+from dit.model.parametrization import PARAMETRIZATIONS, Parametrization, Standard, scale
+from dit.model.sizes import SIZES, Size
 
-
-class Size(NamedTuple):
-    """Width, depth and heads of a model."""
-
-    width: int
-    depth: int
-    heads: int
-
-
-SIZES: dict[str, Size] = {
-    "nano": Size(64, 2, 2),  # these three are ours, for CPUs and tests
-    "micro": Size(128, 4, 4),
-    "tiny": Size(192, 12, 3),
-    "S": Size(384, 12, 6),  # these four are the paper's, table 1
-    "B": Size(768, 12, 12),
-    "L": Size(1024, 24, 16),
-    "XL": Size(1152, 28, 16),
-}
+EMBEDDING_STD = 0.02  # of the initial weights of embeddings and the time MLP, as in the reference
 
 
 class ModelConfig(ABC):
@@ -92,6 +77,8 @@ class DiTConfig(ModelConfig):
     block: Annotated[BlockConfig, BLOCKS] = AdaLNZero()  # kind of transformer block
     # what is told to the network besides the time, in turn
     cond: tuple[Annotated[ConditionerConfig, CONDITIONERS], ...] = (ClassLabel(),)
+    # how initial weights and rates follow the width; mup: the best rate of base_width is that of this width
+    parametrization: Annotated[Parametrization, PARAMETRIZATIONS] = Standard()
 
     def __post_init__(self) -> None:
         """Refuse an unknown size, and a size given in two ways or in half of one."""
@@ -115,7 +102,10 @@ class DiTConfig(ModelConfig):
             )
         if not math.isfinite(self.mlp_ratio):
             raise ConfigError(f"mlp_ratio must be finite, got {self.mlp_ratio}")
-        self.dims(self.patch, 1, 0)  # refuses wrong shapes now, not when the data are there
+        dims = self.dims(self.patch, 1, 0)  # refuses wrong shapes now, not when the data are there
+        self.parametrization.base(dims)
+        if self.block.rope is not None:
+            self.block.rope.check(dims.head_width)
 
     @property
     def context(self) -> int:
@@ -162,6 +152,7 @@ class DiTConfig(ModelConfig):
             channels=channels,
             out_channels=2 * channels if self.learn_sigma else channels,
             num_classes=classes,
+            attention_scale=self.parametrization.attention_scale(size.width // size.heads),
         )
 
     def build(
@@ -172,7 +163,18 @@ class DiTConfig(ModelConfig):
         generator: torch.Generator | None = None,
     ) -> DiT:
         """The initialised network, on the default device; `generator` None is torch's global one."""
-        return DiT(self, self.dims(input_size, channels, num_classes), generator)
+        dims = self.dims(input_size, channels, num_classes)
+        model = self._network(dims, generator)
+        base = self.parametrization.base(dims)
+        if base is not None:
+            with torch.device("meta"):
+                like = self._network(base)
+            scale(model, like)
+        return model
+
+    def _network(self, dims: Dims, generator: torch.Generator | None = None) -> DiT:
+        """The network of these shapes, initialised in the standard way."""
+        return DiT(self, dims, generator)
 
 
 class DiT(nn.Module):
@@ -206,7 +208,7 @@ class DiT(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Initialise every parameter and the position table: the one place that does.
+        """Initialise every parameter and the position table: the one place that does, but for `parametrization`.
 
         As the reference: Xavier for linear layers, normal(0.02) for embeddings and the time MLP, zero for
         biases and for what modules list in `zero_layers()`: modulations and output, so the output is zero.
@@ -216,10 +218,10 @@ class DiT(nn.Module):
         in_time = set(self.time_embed.modules())
         for module in self.modules():
             if isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02, generator=generator)
+                nn.init.normal_(module.weight, std=EMBEDDING_STD, generator=generator)
             elif isinstance(module, nn.Linear):
                 if module in in_time:
-                    nn.init.normal_(module.weight, std=0.02, generator=generator)
+                    nn.init.normal_(module.weight, std=EMBEDDING_STD, generator=generator)
                 else:
                     nn.init.xavier_uniform_(module.weight, generator=generator)
                 if module.bias is not None:
@@ -245,6 +247,12 @@ class DiT(nn.Module):
                 [F.pad(turns[i], (0, 0, beside, 0), value=angle) for i, angle in enumerate((1.0, 0.0))]
             )  # (2, N + T, d/2)
         return found
+
+    def initial_std(self, module: nn.Module) -> float:
+        """Give the standard deviation with which `reset_parameters` draws a linear layer or an embedding."""
+        if isinstance(module, nn.Linear) and module not in set(self.time_embed.modules()):
+            return math.sqrt(2 / (module.in_features + module.out_features))
+        return EMBEDDING_STD
 
     def compile_blocks(self, **options: Any) -> None:
         """Compile the blocks in place (options of torch.compile); before the engine wraps the model."""

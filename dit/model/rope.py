@@ -22,17 +22,18 @@ class Rope(ABC):
     """How a head's channels turn with the place of a token. Subclasses are `@config` classes."""
 
     def table(self, grid: tuple[int, int], head_width: int) -> Tensor:
-        """(2, T, d/2) float64: cosines and sines of the angles of tokens row by row.
+        """(2, T, d/2) float64: cosines and sines of the angles of tokens row by row; ConfigError as `check`."""
+        self.check(head_width)
+        angles = self.angles(grid, head_width // 4)  # (T, d/2)
+        return torch.stack([angles.cos(), angles.sin()])
 
-        ConfigError for a head whose d channels cannot be shared by rows and columns in pairs.
-        """
+    def check(self, head_width: int) -> None:
+        """Refuse, by ConfigError, heads whose channels cannot be shared by rows and columns in pairs."""
         if head_width % 4:
             raise ConfigError(
                 f"rotary positions need heads of a multiple of 4 channels (pairs for rows and for columns), got "
                 f"{head_width}; choose width and heads so that width / heads is one"
             )
-        angles = self.angles(grid, head_width // 4)  # (T, d/2)
-        return torch.stack([angles.cos(), angles.sin()])
 
     @abstractmethod
     def angles(self, grid: tuple[int, int], frequencies: int) -> Tensor:

@@ -212,6 +212,11 @@ def gather_objects(value: T, group: Any = None) -> list[T]:
     return values
 
 
+def is_main() -> bool:
+    """Whether this process is rank 0, or of no group: whose word is said once of what all ranks see alike."""
+    return not td.is_initialized() or td.get_rank() == 0
+
+
 def on_main(action: Callable[[], T]) -> T:
     """Run `action` on rank 0 alone; its result, or its failure, is every rank's."""
     if not td.is_initialized() or td.get_world_size() == 1:

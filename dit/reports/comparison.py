@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from dit.config import flatten
-from dit.errors import shown
-from dit.evals.record import titled
+from dit.evals.figures import FLOOR, hash_of
+from dit.evals.protocol import Told
+from dit.evals.record import titled, told
 from dit.reports.told import RunTold
 from dit.train.run_dir import is_operational
 
@@ -27,7 +27,6 @@ HIGHER_IS_BETTER = (
     "class_accuracy",
 )
 HELD_OUT_LOSS = "held-out loss"
-FLOOR = "_held_out"  # ends the names of figures that are of real images, and of no run
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ class Alike(NamedTuple):
 
 @dataclass(frozen=True)
 class Measured:
-    """A figure of a run at a step. digest: the hash of how it was measured; protocol: that in full, where it is told.
+    """A figure of a run at a step. digest: the hash of how it was measured; told: that in full, where it is on file.
 
     interval: what the bootstrap gave, lower and upper end, or None. weights: which of the run's.
     """
@@ -110,7 +109,7 @@ class Measured:
     step: int
     value: float
     interval: tuple[float, float] | None = None
-    protocol: Mapping[str, Any] | None = None
+    told: Told | None = None
     weights: str | None = None
 
     @property
@@ -132,13 +131,14 @@ class Measured:
 def measured(run: RunTold) -> Iterator[Measured]:
     """Every figure that a run has on file: of its evaluations, and its losses on held-out data."""
     for row in run.evaluations:
-        intervals, protocol, weights = row.get("intervals") or {}, row.get("protocol"), row.get("weights")
+        intervals, weights = row.get("intervals") or {}, row.get("weights")
         for name, value in row["figures"].items():
             if isinstance(value, int | float) and not name.endswith(FLOOR):
                 figure, ends = titled(row, name), intervals.get(name)
                 interval = None if ends is None else (float(ends[0]), float(ends[1]))
+                how = told(row, name) if "protocol" in row else None
                 yield Measured(
-                    run, figure, row["hash"], row["step"], float(value), interval, protocol, weights
+                    run, figure, hash_of(name, row), row["step"], float(value), interval, how, weights
                 )
     for row in run.held_out:
         if isinstance(row.get("loss"), int | float):
@@ -173,9 +173,8 @@ class Contest:
         order = "lower" if best.is_low_good else "higher"
         if best.value == second.value:
             return f"{best.run.name} and {second.run.name} are equal by {self.alike}: {best.value:.4g}"
-        gap = 100 * abs(best.value - second.value) / max(abs(second.value), 1e-30)
         words = f"{best.run.name} is best by {self.alike} ({order} is better): {best.value:.4g} against "
-        words += f"{second.value:.4g} of {second.run.name}, {gap:.2g}% apart"
+        words += f"{second.value:.4g} of {second.run.name}, {_lead(best.value, second.value, order)}"
         if best.samples != second.samples:
             same = best.run.batch == second.run.batch
             batches = "" if same else f" of {best.run.batch} and {second.run.batch} samples"
@@ -188,6 +187,14 @@ class Contest:
                 else "; their intervals overlap: it may be chance"
             )
         return words
+
+
+def _lead(best: float, second: float, order: str) -> str:
+    """How far the best is from the second, in words: a share of the second where that has a meaning."""
+    gap = abs(best - second)
+    if min(best, second) <= 0 or gap > second:  # as of a kernel distance, which may fall below 0
+        return f"{gap:.4g} {order}"
+    return f"{100 * gap / second:.2g}% {order} than that"
 
 
 @dataclass(frozen=True)
@@ -253,12 +260,10 @@ def _unlike(a: Measured, b: Measured) -> str:
         return f"of {a.weights} and {b.weights} weights"
     weights = f"of {a.weights} and {b.weights} weights, " if a.weights != b.weights else ""
     words = f"{weights}protocols {a.digest} and {b.digest}"
-    if a.protocol is None or b.protocol is None:  # of held-out losses the hash alone is on file
+    if a.told is None or b.told is None:  # of held-out losses the hash alone is on file
         return (
             f"{words}: other held-out data, val.samples or objective, or an older version's way to take them"
         )
-    mine, theirs = flatten(a.protocol), flatten(b.protocol)
-    keys = [key for key in sorted({*mine, *theirs}) if mine.get(key) != theirs.get(key)]
     return f"{words}: " + ", ".join(
-        f"{key} {shown(mine.get(key))} and {shown(theirs.get(key))}" for key in keys
+        f"{key} {mine} and {theirs}" for key, mine, theirs in a.told.unlike(b.told)
     )

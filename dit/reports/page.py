@@ -117,12 +117,7 @@ def as_page(comparison: Comparison) -> str:
         f"<h2>{len(comparison.differences)} keys differ</h2>",
         _differences(comparison),
     ]
-    return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(names)}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{STYLE}{_switches()}</style></head>\n<body>'
-        + "\n".join(parts)
-        + "</body></html>\n"
-    )
+    return document(names, parts, _switches())
 
 
 def write_page(comparison: Comparison, file: Path, overwrite: bool = False) -> None:
@@ -135,7 +130,17 @@ def write_page(comparison: Comparison, file: Path, overwrite: bool = False) -> N
     write_atomically(file, (as_page(comparison) + marker + "\n").encode())
 
 
-def _html_table(head: Iterable[str], rows: Iterable[Iterable[str]], numbers: bool = True) -> str:
+def document(title: str, parts: Iterable[str], style: str = "") -> str:
+    """A whole page of pieces of HTML, which needs nothing else. style: CSS beside STYLE."""
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f'<meta name="viewport" content="width=device-width"><style>{STYLE}{style}</style></head>\n<body>'
+        + "\n".join(parts)
+        + "</body></html>\n"
+    )
+
+
+def html_table(head: Iterable[str], rows: Iterable[Iterable[str]], numbers: bool = True) -> str:
     """A table of HTML cells, the first of each row being its name."""
     kind = ' class="number"' if numbers else ""
     cells = "".join(f"<th{kind if i else ''}>{word}</th>" for i, word in enumerate(head))
@@ -158,7 +163,7 @@ def _summaries(comparison: Comparison) -> str:
     folders = "".join(f"<br><code>{escape(str(run.folder))}</code>" for run in comparison.runs)
     note = "Seconds are of training alone, by the speeds that were logged. FLOPs count 2 per multiply-add."
     head = ["run", *summary(comparison.runs[0])]
-    return f'{_html_table(head, rows)}<p class="note">{note}{folders}</p>'
+    return f'{html_table(head, rows)}<p class="note">{note}{folders}</p>'
 
 
 def _contests(comparison: Comparison) -> list[str]:
@@ -172,7 +177,7 @@ def _contests(comparison: Comparison) -> list[str]:
             ends = f"{one.interval[0]:.4g} … {one.interval[1]:.4g}" if one.interval else ""
             rows.append([_named(one.run, colours[id(one.run)]), str(one.step), value, ends])
         head = ["run", "step", escape(str(contest.alike)), "interval"]
-        found.append(f'{_html_table(head, rows)}<p class="note">protocol {escape(contest.alike.digest)}</p>')
+        found.append(f'{html_table(head, rows)}<p class="note">protocol {escape(contest.alike.digest)}</p>')
     return found
 
 
@@ -217,4 +222,4 @@ def _differences(comparison: Comparison) -> str:
         rows.append(
             [f"<code>{escape(row.key)}</code>", *values, "" if row.is_identity else "may change within a run"]
         )
-    return _html_table(head, rows, numbers=False)
+    return html_table(head, rows, numbers=False)

@@ -46,10 +46,7 @@ class RunTold:
     def read(cls, run_dir: str | Path, name: str = "") -> RunTold:
         """Read a run directory. Raises UserError where it is none, or has logged nothing yet."""
         folder = Path(expand(str(run_dir)))
-        if not (folder / CONFIG).is_file():
-            raise UserError(
-                f"{folder} is no run directory: there is no {CONFIG} in it; give the folder that --run_dir named"
-            )
+        record.check_run(folder)
         steps = list(rows_of(folder / METRICS))
         if not steps:
             raise UserError(

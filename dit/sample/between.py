@@ -38,6 +38,8 @@ def parse_between(text: str, classes: Callable[[str], list[int]]) -> Between:
     two = [int(end) for end in ends.split(",")] if kind == "seeds" else classes(ends)
     if len(two) != 2 or two[0] == two[1]:
         raise ConfigError(f"interpolate is {text!r}, expected two different {kind}, such as {kind}:0,1")
+    if kind == "seeds" and max(map(abs, two)) >= 2**63:  # said before anything is drawn
+        raise ConfigError(f"interpolate is {text!r}, expected seeds between -2^63 and 2^63")
     return Between(kind, (two[0], two[1]))
 
 

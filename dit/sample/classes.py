@@ -13,6 +13,7 @@ from typing import Any
 
 from dit.config import ConfigError
 from dit.errors import Notice
+from dit.ranks import group
 
 SHOWN = 8  # names in a message
 
@@ -86,7 +87,7 @@ def _number(word: str, names: Sequence[str]) -> int:
     if not _is_number(word):
         return _named(word, names)
     number = int(word)
-    if word in names and names.index(word) != number:
+    if word in names and names.index(word) != number and group.is_main():
         warnings.warn(
             f"--classes: {word} is taken as a number, the class '{names[number]}'; the class named '{word}' is number "
             f"{names.index(word)}",

@@ -17,10 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dit.errors import Notice
+from dit.errors import Notice, Stopped
+from dit.flow.predict import Cond, Endpoints
 from dit.progress import Bar
 from dit.ranks import group
+from dit.ranks.asked import EndAsked, stop_all
 from dit.sample.behind import Behind
+from dit.sample.denoise import DenoiseFn
 from dit.sample.generate import Sampler
 from dit.unfinished import Blocks
 
@@ -49,17 +52,22 @@ class Product(Protocol):
 LabelFn = Callable[[Tensor], Tensor]  # image numbers (B,) int64 → their classes (B,) int64
 
 
-def draw(sampler: Sampler, labels: LabelFn, products: Sequence[Product], world: group.World) -> None:
+def draw(
+    sampler: Sampler,
+    labels: LabelFn,
+    products: Sequence[Product],
+    world: group.World,
+    asked: EndAsked | None = None,
+) -> None:
     """Draw what is missing of the products, which have the same blocks. Collective.
 
-    Raises NotFiniteError naming the first bad image; the blocks before it are kept.
+    Raises NotFiniteError naming the first bad image, Stopped where any rank was asked to end; the blocks before are
+    kept.
     """
     missing = [set(product.blocks.missing(product.needs)) for product in products]
     blocks, todo = products[0].blocks, sorted(set().union(*missing))
     left = sum(len(blocks.samples(number)) for number in todo)
-    if world.is_main and left < blocks.count:
-        rest = "going on with the others" if left else "only their files are to be made"
-        print(f"{blocks.count - left} of {blocks.count} images are drawn already; {rest}")
+    _say_already(blocks, left, world)
     mine = todo[world.rank :: world.size]
 
     def keep(number: int, batch: Batch) -> None:
@@ -67,22 +75,57 @@ def draw(sampler: Sampler, labels: LabelFn, products: Sequence[Product], world: 
             if number in lacking:
                 product.blocks.add(number, {**product.arrays(batch), TALLY: batch.took})
 
-    def draw_mine(bar: Bar[None]) -> float:
-        """How far the latents of this rank's blocks reach."""
+    def draw_mine(bar: Bar[None]) -> tuple[float, bool]:
+        """How far the latents of this rank's blocks reach, and whether it was asked to end before the last of them."""
         reach, wanted = 0.0, [blocks.samples(number) for number in mine]
-        with Behind(sampler.device) as behind:
-            for number, batch in zip(mine, draw_batches(sampler, labels, wanted, blocks.size), strict=True):
-                reach = max(reach, batch.reach)
-                behind.do(keep, number, batch)
-                if world.is_main:
-                    bar.update(left - _lacking(products, missing) - bar.n)
-        return reach
+        denoise = _stopping(sampler.denoise, asked or EndAsked())
+        drawn = draw_batches(sampler, labels, wanted, blocks.size, denoise)
+        try:
+            with Behind(sampler.device) as behind:
+                for number, batch in zip(mine, drawn, strict=True):
+                    reach = max(reach, batch.reach)
+                    behind.do(keep, number, batch)
+                    if world.is_main:
+                        bar.update(left - _lacking(products, missing) - bar.n)
+        except Stopped:
+            return reach, True
+        return reach, False
 
     with Bar[None](total=left, unit="image", hidden=not (world.is_main and todo), desc="sampling") as bar:
         # a rank that fails alone would leave the others waiting for it, for as long as the backend likes
-        reach = group.together(partial(draw_mine, bar))
-        bar.update(left - bar.n)
-    warn_if_far(reach)
+        reach, stopped = group.together(partial(draw_mine, bar))
+        bar.update(0 if stopped else left - bar.n)
+    stop_all(stopped, lambda: _kept(blocks, _lacking(products, missing)))
+    _warn_once(reach, world)
+
+
+def _warn_once(reach: float, world: group.World) -> None:
+    """Warn, on rank 0 for all, where the latents of any rank reach far. Collective."""
+    furthest = max(group.gather_objects(reach))
+    if world.is_main:
+        warn_if_far(furthest)
+
+
+def _say_already(blocks: Blocks, left: int, world: group.World) -> None:
+    """Say how many images lie there at the start, if any do."""
+    if world.is_main and left < blocks.count:
+        rest = "going on with the others" if left else "only their files are to be made"
+        print(f"{blocks.count - left} of {blocks.count} images are drawn already; {rest}")
+
+
+def _kept(blocks: Blocks, left: int) -> str:
+    """What is said where an end was asked for."""
+    return f"stopped: {blocks.count - left} of {blocks.count} images are drawn and kept; the same command goes on"
+
+
+def _stopping(denoise: DenoiseFn, asked: EndAsked) -> DenoiseFn:
+    """The denoiser, which first looks whether an end was asked for: a block may take longer than there is time."""
+
+    def looking(x: Tensor, t: Tensor, cond: Cond) -> Endpoints:
+        asked.look()
+        return denoise(x, t, cond)
+
+    return looking
 
 
 def _lacking(products: Sequence[Product], missing: Sequence[set[int]]) -> int:
@@ -123,16 +166,23 @@ def in_batches(num_samples: int, size: int) -> list[range]:
     return [range(first, min(first + size, num_samples)) for first in range(0, num_samples, size)]
 
 
-def draw_batches(sampler: Sampler, labels: LabelFn, wanted: Sequence[range], size: int) -> Iterator[Batch]:
+def draw_batches(
+    sampler: Sampler,
+    labels: LabelFn,
+    wanted: Sequence[range],
+    size: int,
+    denoise: DenoiseFn | None = None,
+) -> Iterator[Batch]:
     """Draw one batch of `size` images after the other.
 
-    wanted: image numbers of each batch, `size` at most; a shorter one is filled up with the numbers after it. Raises
-    NotFiniteError naming the first image that is wanted and whose latents are not finite.
+    wanted: image numbers of each batch, `size` at most; a shorter one is filled up with the numbers after it. denoise:
+    what the solver calls in place of the sampler's guided denoiser. Raises NotFiniteError naming the first image that
+    is wanted and whose latents are not finite.
     """
     for numbers in wanted:
         before, index = sampler.tally.counts, torch.arange(numbers.start, numbers.start + size)
         label = labels(index)
-        latents = sampler.latents(index, label, len(numbers))
+        latents = sampler.latents(index, label, len(numbers), denoise=denoise)
         yield Batch(index, label, latents, len(numbers), np.subtract(sampler.tally.counts, before))
 
 

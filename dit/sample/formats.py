@@ -16,6 +16,7 @@ import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
@@ -40,6 +41,7 @@ class Format(ABC):
 
     array: ClassVar[str] = "images"
     names: ClassVar[tuple[str, ...]]
+    checks_each: ClassVar[bool] = True  # an image by itself, whatever became of the others
 
     @abstractmethod
     def writing(self, folder: Path, count: int) -> contextlib.AbstractContextManager[Add]:
@@ -49,8 +51,13 @@ class Format(ABC):
     def read(self, out: Path) -> Iterator[np.ndarray]:
         """One image (H, W, 3) uint8 after the other, as OUT holds them; checked. Raises one of DAMAGE."""
 
+    @abstractmethod
+    def rescue(self, out: Path, count: int) -> Iterator[np.ndarray | None]:
+        """What can be read of `count` images in a damaged result, in turn; None for each that cannot."""
+
 
 FORMATS: Registry[Format] = Registry("format")
+LATENTS = "latents"  # beside the forms that images have
 
 
 # --- one file ----------------------------------------------------------------------------------------------
@@ -62,6 +69,7 @@ class Npz(Format):
     """samples.npz, the ADM suite's format: arr_0 uint8 (N, H, W, 3), arr_1 int64 (N,)."""
 
     names = ("samples.npz",)
+    checks_each = False  # all have one checksum
     dtype: ClassVar[Any] = np.uint8
 
     @contextlib.contextmanager
@@ -86,11 +94,31 @@ class Npz(Format):
             if (bad := archive.testzip()) is not None:
                 raise zipfile.BadZipFile(f"the checksum of {bad} is wrong")
             with archive.open("arr_0.npy") as member:
-                np.lib.format.read_magic(member)
-                shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(member)
-                if dtype != self.dtype or len(shape) != 4 or is_fortran:
-                    raise ValueError(f"an array of {shape} {dtype}")
-                yield from _rows(member, shape, dtype)
+                yield from self._rows(member)
+
+    def rescue(self, out: Path, count: int) -> Iterator[np.ndarray | None]:
+        """The rows as they lie behind the header of the file's first member, up to where it ends."""
+        return _as_far_as(self._uncompressed(out), count)
+
+    def _uncompressed(self, out: Path) -> Iterator[np.ndarray]:
+        """Rows without a look at the table of contents, which stands at the end, or at a checksum."""
+        with (out / self.names[0]).open("rb") as file:
+            local = file.read(30)
+            if local[:4] != b"PK\x03\x04":
+                raise zipfile.BadZipFile("it does not begin as a zip file does")
+            name, extra = (int.from_bytes(local[at : at + 2], "little") for at in (26, 28))
+            file.seek(name + extra, os.SEEK_CUR)
+            yield from self._rows(file)
+
+    def _rows(self, member: IO[bytes]) -> Iterator[np.ndarray]:
+        """The rows of a .npy file, (H, W, 3) each or what the form's dtype has."""
+        np.lib.format.read_magic(member)
+        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(member)
+        if dtype != self.dtype or len(shape) != 4 or is_fortran:
+            raise ValueError(f"an array of {shape} {dtype}")
+        size = int(np.prod(shape[1:])) * dtype.itemsize
+        for _ in range(shape[0]):
+            yield np.frombuffer(member.read(size), dtype).reshape(shape[1:])
 
 
 @config
@@ -102,6 +130,11 @@ class Latents(Npz):
     dtype = np.float32
 
 
+def format_of(name: str) -> Format:
+    """The form of this name in a record."""
+    return Latents() if name == LATENTS else FORMATS[name]()
+
+
 def _header(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:
     """What a .npy file begins with."""
     header = io.BytesIO()
@@ -110,11 +143,14 @@ def _header(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:
     return header.getvalue()
 
 
-def _rows(member: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Iterator[np.ndarray]:
-    """The rows of an array whose header has been read."""
-    size = int(np.prod(shape[1:])) * dtype.itemsize
-    for _ in range(shape[0]):
-        yield np.frombuffer(member.read(size), dtype).reshape(shape[1:])
+def _as_far_as(rows: Iterator[np.ndarray], count: int) -> Iterator[np.ndarray | None]:
+    """Up to `count` rows, as far as they can be read, and None for each that is lacking."""
+    done = 0
+    with contextlib.suppress(*DAMAGE):  # where it breaks off, the rest is lacking
+        for row in islice(rows, count):
+            yield row
+            done += 1
+    yield from [None] * (count - done)
 
 
 # --- a file an image ---------------------------------------------------------------------------------------
@@ -153,6 +189,14 @@ class Png(Format):
             raise ValueError(f"{wrong} is there, and the one before it is not, or it is no image's name")
         for name in found:
             yield _decoded((out / self.names[0] / name).read_bytes())
+
+    def rescue(self, out: Path, count: int) -> Iterator[np.ndarray | None]:
+        """Every file that is there and whole."""
+        for number in range(count):
+            image = None
+            with contextlib.suppress(*DAMAGE):
+                image = _decoded((out / self.names[0] / f"{number:08d}.png").read_bytes())
+            yield image
 
 
 @FORMATS.register("webdataset")
@@ -207,6 +251,23 @@ class WebDataset(Format):
                         raise ValueError(f"{path.name} has {member.name} where {number:08d}.png should be")
                     yield _decoded(held.read())
                     number += 1
+
+    def rescue(self, out: Path, count: int) -> Iterator[np.ndarray | None]:
+        """What shards hold before the place where each breaks off, but for single images that are damaged."""
+        number = 0
+        for path in sorted((out / self.names[0]).glob("*.tar")):
+            with contextlib.suppress(*DAMAGE), tarfile.open(path, "r:") as shard:
+                for member in shard:
+                    key, _, kind = member.name.partition(".")
+                    if kind != "png" or not key.isdecimal() or not number <= int(key) < count:
+                        continue
+                    yield from [None] * (int(key) - number)
+                    number = int(key) + 1
+                    image = None
+                    with contextlib.suppress(*DAMAGE):
+                        image = _decoded(shard.extractfile(member).read())  # type: ignore[union-attr]
+                    yield image
+        yield from [None] * (count - number)
 
 
 def _add_member(shard: tarfile.TarFile, name: str, data: bytes) -> None:

@@ -6,7 +6,7 @@ Image i depends on (checkpoint, spec, i) alone: its noise is keyed by (seed, i),
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Annotated
 
@@ -72,6 +72,18 @@ class SamplerSpec:
         """All the guidance, from the one that sees the network itself on."""
         is_named = any(isinstance(g, ClassifierFree) for g in self.guidance)
         return self.guidance if is_named else (cfg(self.cfg_scale), *self.guidance)
+
+    @property
+    def normal(self) -> SamplerSpec:
+        """The spec that draws the same images and is written in one way.
+
+        Guidance that changes nothing is left out, and a plain cfg that comes first is cfg_scale.
+        """
+        guidance = tuple(g for g in self.in_turn if not g.is_neutral)
+        first = guidance[0] if guidance else None
+        if isinstance(first, ClassifierFree) and first == cfg(first.scale):
+            return replace(self, cfg_scale=first.scale, guidance=guidance[1:])
+        return replace(self, cfg_scale=1.0, guidance=guidance)
 
     def check(self, path: NoisePath, prediction: Prediction, learns_variance: bool) -> None:
         """ConfigError for what cannot draw from a model of this path and prediction."""

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,17 +16,17 @@ from torch import Tensor
 
 from dit.config import ConfigError, did_you_mean
 from dit.files import sync
-from dit.outputs import MENDING, RECORD, OutputError, read_record, write_record
+from dit.outputs import RECORD, OutputError, read_record, write_record
 from dit.sample.drawing import TALLY, Batch
-from dit.sample.formats import DAMAGE, FORMATS, Format, Latents
+from dit.sample.formats import FORMATS, LATENTS, format_of
 from dit.sample.generate import Sampler, image_grid
+from dit.sample.intact import BLOCKS, Source, crc32, summed
 from dit.sample.preview import false_colours
 from dit.sample.tally import Tally
 from dit.unfinished import Blocks, partial_of
 
 GRID = "grid.png"
 IN_GRID = 100  # images at most
-LATENTS = "latents"  # beside the forms that images have
 OLD_FORMATS = ("npz",)  # of records that name none
 PLACING = (
     "placing.json"  # in OUT.partial, while its files take their places: the forms of what was there before
@@ -44,11 +43,6 @@ def parse_formats(text: str) -> tuple[str, ...]:
                 f"{', '.join(FORMATS)}, with commas"
             )
     return names
-
-
-def format_of(name: str) -> Format:
-    """The form of this name in a record."""
-    return Latents() if name == LATENTS else FORMATS[name]()
 
 
 @dataclass(frozen=True)
@@ -85,37 +79,27 @@ class Pictures:
             made["latents"] = batch.latents[: batch.wanted].float().cpu().numpy()
         return made
 
-    def take(self, held: Mapping[str, Any]) -> None:
-        """Make blocks of what a finished result holds, of as many images or fewer. held: its record.
+    def take(self, held: Mapping[str, Any], damaged: Collection[str] = ()) -> None:
+        """Make blocks of what a finished result holds, of as many images or fewer, that is as it was written.
 
-        Not where an array is in none of its forms; nor, of fewer images, where the solver chooses its own steps: the
-        record does not say which block took how many. OutputError where a file is damaged.
+        held: its record. damaged: names in OUT that are not whole. Nothing is taken where an array is in none of its
+        forms; nor, of fewer images or of what is not all whole, where the solver chooses its own steps: the record does
+        not say which block took how many.
         """
-        there = held.get("formats", OLD_FORMATS)
-        sources = {array: [n for n in there if format_of(n).array == array][:1] for array in self.needs}
-        count = held["num_samples"]
-        if not all(sources.values()) or (self.sampler.nfe is None and count != self.blocks.count):
+        forms = {n: format_of(n).array for n in held.get("formats", OLD_FORMATS)}
+        if not self.needs <= set(forms.values()):
             return
+        count, is_adaptive = held["num_samples"], self.sampler.nfe is None
         whole = [k for k in range(self.blocks.number) if self.blocks.samples(k).stop <= count]
-        read = {array: _read_back(self.out, name) for array, (name,) in sources.items()}
-        added: list[Path] = []
-        try:
-            for number in whole:
-                size = len(self.blocks.samples(number))
-                arrays = {array: list(islice(rows, size)) for array, rows in read.items()}
-                short = next((array for array, rows in arrays.items() if len(rows) < size), None)
-                if short is not None:
-                    raise OutputError(f"{self.out} has fewer {short} than {count}, its record: {MENDING}")
-                if self.blocks.path(number).is_file():
-                    continue  # of a start that was killed
-                added.append(self.blocks.path(number))
-                stacked = {array: np.stack(rows) for array, rows in arrays.items()}
-                took = np.array([1, held["nfe"], held["network_evaluations"]]) * size
-                self.blocks.add(number, {**stacked, TALLY: took})
-        except BaseException:
-            for path in added:  # nothing is kept of a file that may be damaged
-                path.unlink(missing_ok=True)
-            raise
+        sources = [Source(self.out, held, array, self.blocks, damaged) for array in sorted(self.needs)]
+        if is_adaptive and (count != self.blocks.count or any(source.is_damaged for source in sources)):
+            return
+        for number, found in zip(whole, zip(*(s.read(whole) for s in sources), strict=True), strict=True):
+            arrays = {source.array: values for source, values in zip(sources, found, strict=True)}
+            if any(values is None for values in found) or self.blocks.path(number).is_file():
+                continue  # is drawn anew; or is of a start that was killed
+            took = np.array([1, held["nfe"], held["network_evaluations"]]) * len(self.blocks.samples(number))
+            self.blocks.add(number, {**arrays, TALLY: took})
 
     def write(self, labels: Tensor, about: Mapping[str, Any]) -> None:
         """Put the result together from all blocks, one at a time, and give it its place. labels: (N,) int64.
@@ -124,12 +108,15 @@ class Pictures:
         """
         forms = [format_of(name) for name in self.formats]
         tally, first, beside = Tally(), list[np.ndarray](), self.blocks.folder
+        checks = {array: list[str]() for array in sorted(self.needs)}
         with contextlib.ExitStack() as stack:
             writers = [(f.array, stack.enter_context(f.writing(beside, self.blocks.count))) for f in forms]
             for number in range(self.blocks.number):
                 held, numbers = self.blocks.read(number), self.blocks.samples(number)
                 for array, add in writers:
                     add(held[array], labels[numbers.start : numbers.stop].numpy())
+                for array, checked in checks.items():
+                    checked.append(crc32(held[array]))
                 tally = Tally.sum([tally, Tally(*held[TALLY].tolist())])
                 if numbers.start < IN_GRID:
                     first.append(held["latents" if self.preview else "images"])
@@ -137,8 +124,12 @@ class Pictures:
         shown = false_colours(shown) if self.preview else shown
         Image.fromarray(image_grid(shown, columns=min(10, len(about["classes"])))).save(beside / GRID)
         sync(beside / GRID)
-        self._place([name for f in forms for name in f.names] + [GRID])
-        write_record(self.out / RECORD, {**about, "formats": list(self.formats), **tally.per_image()})
+        names = [*(name for f in forms for name in f.names), GRID]
+        kept = {BLOCKS: {array: "".join(checked) for array, checked in checks.items()}} | summed(
+            beside, names
+        )
+        self._place(names)
+        write_record(self.out / RECORD, {**about, "formats": list(self.formats), **tally.per_image(), **kept})
 
     def _place(self, names: Sequence[str]) -> None:
         """Move what lies beside OUT into it. What was there in other forms goes: it is of another spec.
@@ -196,14 +187,3 @@ def refuse_foreign(out: Path, formats: Collection[str], overwrite: bool) -> None
                     f"{path} is there already, and nothing says that it holds drawn images: remove it, or give another "
                     "place to write to"
                 )
-
-
-def _read_back(out: Path, form: str) -> Iterator[np.ndarray]:
-    """What a form of OUT holds, one image after the other. OutputError where it is damaged."""
-    try:
-        yield from format_of(form).read(out)
-    except DAMAGE as error:
-        place = out / format_of(form).names[0]
-        raise OutputError(
-            f"{place} is damaged ({type(error).__name__}: {error}): give --overwrite to draw it anew"
-        ) from None

@@ -6,7 +6,8 @@ batch or stage, nor on the run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
@@ -17,7 +18,7 @@ from dit.config import ConfigError
 from dit.data import DataError
 from dit.data.codecs.codec import check_same_codec
 from dit.data.loading.mixture import Mixture
-from dit.data.loading.stream import Stream
+from dit.data.loading.stream import Batch, Stream
 from dit.data.shards.manifest import Manifest
 from dit.data.sources.classes import in_order
 from dit.errors import shown
@@ -96,19 +97,32 @@ class HeldOut:
         rounds = -(-self.steps // size)
         total, hidden = rounds * -(-self.grid // self.micro), not self.world.is_main
         with Bar[None](total=total, unit="batch", desc=desc, hidden=hidden, leave=False, delay=2) as bar:
-            for turn in range(rounds):
-                step = turn * size + rank
-                for part in self.micro_batches(task, step % self.steps, engine.device):
+            mine = [turn * size + rank for turn in range(rounds)]
+            for step, stored in zip(mine, self._ahead([step % self.steps for step in mine]), strict=True):
+                for part in self._drawn(stored, task, engine.device):
                     found = of(part)
                     if step < self.steps:
                         yield found
                     bar.update()
         self._stream.forget()
 
+    def _ahead(self, steps: Sequence[int]) -> Iterator[Batch]:
+        """The stored samples of batches of the grid, the next one being read while one is worked on."""
+        with ThreadPoolExecutor(1, "dit-held-out") as reading:
+            waiting = [reading.submit(self._stream.batch, step) for step in steps[:1]]
+            for number in range(len(steps)):
+                now = waiting.pop()
+                waiting = [
+                    reading.submit(self._stream.batch, step) for step in steps[number + 1 : number + 2]
+                ]
+                yield now.result()
+
     def micro_batches(self, task: Task, step: int, device: torch.device) -> Iterator[Samples]:
         """The samples of one batch of the grid, drawn for the device, in micro-batches."""
-        stored = self._stream.batch(step)
-        samples, _ = batch_samples(stored, task, Draws(SEED, step, stored.slots, self.grid), device)
+        yield from self._drawn(self._stream.batch(step), task, device)
+
+    def _drawn(self, stored: Batch, task: Task, device: torch.device) -> Iterator[Samples]:
+        samples, _ = batch_samples(stored, task, Draws(SEED, stored.step, stored.slots, self.grid), device)
         yield from samples.micro_batches(self.micro)
 
 

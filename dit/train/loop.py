@@ -147,7 +147,7 @@ class Loop:
             self._show(last)
         if run.is_snapshot_due():
             run.save_snapshot()
-        if leaving or last or run.step % run.cfg.checkpoint.every == 0:
+        if leaving or last or run.cfg.checkpoint.is_due(run.step):
             started = time.perf_counter()
             recovery.save(run)
             run.records.log.point(run.step, "speed/checkpoint_stall_s", time.perf_counter() - started)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import functools
 import math
 import re
-from collections.abc import Iterable
-from typing import Annotated, Any
+from collections.abc import Callable, Iterable
+from fractions import Fraction
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +18,17 @@ from dit.config import ConfigError, Registry, config, did_you_mean
 
 
 class Schedule:
-    """Gives the factor of the learning rate after warm-up, from the share of training done."""
+    """Gives the factor of the learning rate after warm-up, as a function of updates applied."""
 
-    def factor(self, done: float) -> float:
-        """Give the factor of `optim.lr`.
+    def factor(self, updates: int, warmup: int, total: int) -> float:
+        """Give the factor of `optim.lr` of the update that follows `updates` applied ones, `warmup` of them at least.
 
-        done: updates after warm-up over all updates after warm-up, in [0, 1].
+        total: updates planned, those of the warm-up among them.
         """
         raise NotImplementedError
+
+    def check(self, warmup: int, total: int) -> None:
+        """Raise ConfigError where the schedule has no place in a run of `total` updates with that warm-up."""
 
 
 SCHEDULES: Registry[Schedule] = Registry("schedule")
@@ -34,7 +39,7 @@ SCHEDULES: Registry[Schedule] = Registry("schedule")
 class ConstantRate(Schedule):
     """Keeps the peak learning rate throughout, however long the run is."""
 
-    def factor(self, done: float) -> float:
+    def factor(self, updates: int, warmup: int, total: int) -> float:
         """1."""
         return 1.0
 
@@ -50,9 +55,66 @@ class CosineDecay(Schedule):
         if not 0 <= self.final < math.inf:
             raise ConfigError(f"cosine.final must be finite and at least 0, got {self.final}")
 
-    def factor(self, done: float) -> float:
-        """From 1 at 0 to `final` at 1."""
+    def factor(self, updates: int, warmup: int, total: int) -> float:
+        """From 1 at the end of the warm-up to `final` at `total`."""
+        done = (updates - warmup) / max(1, total - warmup)
         return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+
+# What is left of the way down, from 1 to 0, when a share x of the decay is done.
+DECAYS: dict[str, Callable[[float], float]] = {
+    "linear": lambda x: 1 - x,
+    "cosine": lambda x: 0.5 * (1 + math.cos(math.pi * x)),
+    "sqrt": lambda x: 1 - math.sqrt(x),
+}
+
+
+@SCHEDULES.register("wsd")
+@config
+class WarmupStableDecay(Schedule):
+    """Keeps the peak learning rate, and falls over the last share of train.steps (WSD; arXiv 2404.06395, section 4).
+
+    Until the decay the rate does not depend on train.steps: runs of several lengths can share their beginning
+    (init.branch).
+    """
+
+    decay: float = 0.2  # share of train.steps, at its end, over which the rate falls; above 0, at most 1
+    # how it falls: linear, half a cosine, or 1 - sqrt(share of the decay done) (arXiv 2405.18392, eq. 2)
+    shape: Literal["linear", "cosine", "sqrt"] = "linear"
+    final: float = 0.0  # factor of optim.lr at train.steps; 0 to 1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.decay <= 1:
+            raise ConfigError(f"wsd.decay must be a share above 0 and at most 1, got {self.decay}")
+        if not 0 <= self.final <= 1:
+            raise ConfigError(f"wsd.final must be from 0 to 1, got {self.final}")
+
+    def stable(self, total: int) -> int:
+        """Count the updates before the decay, warm-up among them: (1 - decay) * total, rounded down."""
+        return _stable(self.decay, total)
+
+    def factor(self, updates: int, warmup: int, total: int) -> float:
+        """Exactly 1 up to the decay, then by its shape to `final` at `total`."""
+        stable = self.stable(total)
+        if updates <= stable:
+            return 1.0
+        done = min(1.0, (updates - stable) / (total - stable))
+        return self.final + (1 - self.final) * DECAYS[self.shape](done)
+
+    def check(self, warmup: int, total: int) -> None:
+        """ConfigError where the decay begins before the warm-up ends: the rate would leap."""
+        stable = self.stable(total)
+        if warmup > stable:
+            raise ConfigError(
+                f"optim.schedule.decay = {self.decay:g} of train.steps = {total} begins after {stable} updates, within "
+                f"the warm-up of optim.warmup = {warmup}: take a smaller decay, a shorter warm-up or more steps"
+            )
+
+
+@functools.lru_cache(maxsize=64)
+def _stable(decay: float, total: int) -> int:
+    """(1 - decay) * total rounded down, of the decimal number that was written: 0.9 of 10 leaves 1, not 0.999..."""
+    return min(total - 1, math.floor((1 - Fraction(repr(decay))) * total))
 
 
 @config
@@ -85,7 +147,7 @@ class OptimConfig:
         """Give the learning rate of the update that follows `updates` applied ones, of `total` planned."""
         if updates < self.warmup:
             return self.lr * (updates + 1) / self.warmup
-        return self.lr * self.schedule.factor((updates - self.warmup) / max(1, total - self.warmup))
+        return self.lr * self.schedule.factor(updates, self.warmup, total)
 
 
 def freeze(module: nn.Module, patterns: tuple[str, ...]) -> int:
@@ -114,24 +176,31 @@ def _nearest(pattern: str, names: Iterable[str]) -> str:
     return did_you_mean(pattern, near or {name.partition(".")[0] + ".*" for name in names})
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    module: nn.Module, weight_decay: float, eps: float = OptimConfig.eps
+) -> list[dict[str, Any]]:
     """Split into decayed matrices and undecayed vectors, by the whole parameters' shapes, also under ZeRO-3.
 
-    Parameters that have an attribute lr_factor are in groups of their own, which train at that times the rate.
+    Parameters that have an attribute lr_factor, decay_factor or eps_factor are in groups of their own, which train at
+    that times the rate, the decay and Adam's eps. A decay factor is of `weight_decay`, which AdamW multiplies by the
+    group's rate.
     """
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, float, float, float], list[nn.Parameter]] = {}
     for p in module.parameters():
         if p.requires_grad:
             plain = not weight_decay or len(getattr(p, "ds_shape", p.shape)) <= 1
-            groups.setdefault((plain, getattr(p, "lr_factor", 1.0)), []).append(p)
+            lr, decay, own_eps = (getattr(p, f"{name}_factor", 1.0) for name in ("lr", "decay", "eps"))
+            groups.setdefault((plain, lr, 0.0 if plain else decay, own_eps), []).append(p)
     return [
         {
-            "params": groups[plain, factor],
-            "weight_decay": 0.0 if plain else weight_decay,
+            "params": groups[key],
+            "weight_decay": weight_decay * decay,
             "name": "plain" if plain else "decayed",
-            "lr_factor": factor,
+            "lr_factor": lr,
+            **({"eps": eps * own_eps} if own_eps != 1.0 else {}),
         }
-        for plain, factor in sorted(groups)
+        for key in sorted(groups)
+        for plain, lr, decay, own_eps in (key,)
     ]
 
 

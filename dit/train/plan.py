@@ -6,12 +6,12 @@ them refuses, all refuse, in the same words.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,12 +22,14 @@ from dit.data.loading.mixture import Mixture
 from dit.data.loading.quarantine import Quarantine
 from dit.data.loading.stream import Stream
 from dit.data.shards.manifest import Manifest
+from dit.errors import UserError
 from dit.model.cost import Memory, peak_flops, state_memory
 from dit.ranks import group
 from dit.ranks.group import World
+from dit.train import branch
 from dit.train.checkpoints import checkpoint
 from dit.train.checkpoints.archive import checkpoints_of
-from dit.train.checkpoints.checkpoint import CheckpointError, Reader
+from dit.train.checkpoints.checkpoint import Checkpoint, CheckpointError, Reader
 from dit.train.engines.local import check_alone
 from dit.train.engines.zero_config import BEFORE, Choice, Device, choose
 from dit.train.hooks import Hook
@@ -86,7 +88,8 @@ class Plan:
     """A run of a configuration on these ranks. Making one is collective; asking for a part of it is not.
 
     cfg: what it leaves open is decided: by the run that run_dir holds, or as in a new one. before: what that run has
-    for a configuration, as plain values; None where none has begun. stage_before: the ZeRO stage it has had.
+    for a configuration, as plain values; None where none has begun. stage_before: the ZeRO stage it has had. branch:
+    the checkpoint that a new run is to begin as, of whose run the two before are then; None where it is none.
     """
 
     def __init__(self, cfg: RunConfig, make_parts: MakeParts, world: World):
@@ -96,10 +99,12 @@ class Plan:
 
     def look(self) -> None:
         """See what run_dir holds now. Collective; before any part is asked for."""
-        folder = self._given.folder
         # rank 0 looks for all: file systems may not show every rank the same
         self.before: Mapping[str, Any] | None
-        self.before, self.has_checkpoint, self.stage_before = group.on_main(lambda: _seen(folder))
+        self.branch: Checkpoint | None  # what a new run begins as by init.branch
+        self.before, self.has_checkpoint, self.stage_before, self.branch = group.on_main(
+            lambda: _seen(self._given)
+        )
         self.cfg = settled(self._given, self.before)
 
     @cached_property
@@ -164,7 +169,7 @@ class Plan:
     @cached_property
     def init(self) -> Reader | None:
         """What the weights come from: init.from, where it is set and the run has no checkpoint of its own."""
-        if self.cfg.init.from_ is None or self.has_checkpoint:
+        if self.cfg.init.from_ is None or self.has_checkpoint or self.cfg.init.branch is not None:
             return None
         return Reader(checkpoint.resolve(self.cfg.init.from_))
 
@@ -203,10 +208,21 @@ class Plan:
             self.stream.close()
 
 
-def _seen(folder: Path) -> tuple[Mapping[str, Any] | None, bool, int | None]:
-    """What a run directory holds: its run's configuration, whether it has a checkpoint, the last start's ZeRO stage."""
-    before = begun_with(folder)
-    return before, checkpoint.exists(checkpoints_of(folder)), stage_of(folder, before, BEFORE)
+def _seen(
+    cfg: RunConfig,
+) -> tuple[Mapping[str, Any] | None, bool, int | None, Checkpoint | None]:
+    """What a run directory holds: its run's configuration, whether it has a checkpoint, the last start's ZeRO stage.
+
+    Where a branch is to begin there, its trunk's configuration and stage, and the checkpoint.
+    """
+    folder = cfg.folder
+    before, has_checkpoint = begun_with(folder), checkpoint.exists(checkpoints_of(folder))
+    if cfg.init.branch is not None and not has_checkpoint:
+        with contextlib.suppress(UserError, OSError):  # the check "branch" says why there is none
+            found = branch.find(cfg)
+            before, trunk = found.meta["config"], branch.trunk_of(found) or found.path
+            return before, False, stage_of(trunk, before, BEFORE), found
+    return before, has_checkpoint, stage_of(folder, before, BEFORE), None
 
 
 def fill(module: nn.Module, source: Reader, weights: Mapping[str, torch.Tensor]) -> None:

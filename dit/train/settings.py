@@ -78,6 +78,7 @@ class CheckpointConfig:
     every: int = 1000  # steps between checkpoints
     keep: int = 3  # newest checkpoints kept; 0 = all
     keep_every: int = 0  # steps; those saved at its multiples are kept as well, for good; 0 = none
+    at: tuple[int, ...] = ()  # steps saved at besides, and kept for good: where init.branch is to begin
     background: bool = True  # write while training goes on, from a copy in the host's memory
 
     def __post_init__(self) -> None:
@@ -90,14 +91,26 @@ class CheckpointConfig:
                 f"checkpoint.keep_every = {self.keep_every} is no multiple of checkpoint.every = {self.every}: most of "
                 "its steps would not be saved"
             )
+        if any(step < 1 for step in self.at):
+            raise ConfigError(f"checkpoint.at must be steps of at least 1, got {list(self.at)}")
+
+    def is_due(self, step: int) -> bool:
+        """Whether a checkpoint is to be saved when this many steps are done."""
+        return step % self.every == 0 or step in self.at
+
+    def is_for_good(self, step: int) -> bool:
+        """Whether the checkpoint of this step stays, however many newer ones there are."""
+        return step in self.at or (self.keep_every > 0 and step % self.keep_every == 0)
 
 
 @config
 class InitConfig:
-    """Start a new run from another's weights. To go on with a run, start the same command again instead."""
+    """Start a new run from another's weights, or as its branch. To go on with a run, start the same command again."""
 
     from_: str | None = None  # run directory or checkpoint whose weights a new run starts from; null = none
     weights: str = "ema"  # which of its weights: ema, model, or another average, as ema_0.999
+    # run or checkpoint as which a new run begins, its logs and optimizer too (docs/training.md); null = none
+    branch: str | None = None
 
 
 @config
@@ -186,6 +199,13 @@ class RunConfig:
             raise ConfigError("val.every is set, but data.val (a folder of held-out shards) is not")
         if self.engine == "local" and (self.zero.offload != "none" or self.zero.hpz > 1):
             raise ConfigError("zero.offload and zero.hpz are DeepSpeed's: leave them out, or engine: local")
+        beyond = [step for step in self.checkpoint.at if step > self.train.steps]
+        if beyond:
+            raise ConfigError(
+                f"checkpoint.at = {beyond} lies beyond train.steps = {self.train.steps} and would never be saved: take "
+                "those steps out, or train longer"
+            )
+        self.optim.schedule.check(self.optim.warmup, self.train.steps)
 
 
 # A change of these is taken and recorded; a change of any other key would make it another run and is refused.
@@ -195,6 +215,6 @@ OPERATIONAL = (
     "run_dir", "engine", "zero", "checkpoint", "faults", "sample", "evaluate", "val", "codec", "data.path",
     "data.mix", "data.val", "data.prefetch", "data.readers", "data.max_quarantined", "data.cache",
     "train.steps", "train.micro_batch", "train.log_every", "train.max_skipped", "train.compile", "train.threads",
-    "train.hang_timeout", "ema.snapshot_every",
+    "train.hang_timeout", "ema.snapshot_every", "init.branch",
     "model.checkpoint_blocks", "classifier.checkpoint_blocks", "perceptual.weights",
 )  # fmt: skip

@@ -14,7 +14,7 @@ from dit.errors import InterruptTold, Stopped
 from dit.ranks import group
 from dit.ranks.group import World
 from dit.ranks.watch import Watch
-from dit.train import run_dir
+from dit.train import branch, run_dir
 from dit.train.checkpoints.archive import Archive, whats_there
 from dit.train.checkpoints.probe import Probe
 from dit.train.ema import Ema
@@ -69,6 +69,7 @@ def _started(cfg: RunConfig, make_parts: MakeParts, held: contextlib.ExitStack) 
         checks.check(plan, checks.MACHINES)
         held.enter_context(run_dir.locked(cfg.folder, world))
         checks.check(plan, checks.FITS)  # of what a job that was still dying has left
+        _begin_branch(plan)
         run = build(plan)
         run.say(summary(plan))
         run.resume()
@@ -78,6 +79,13 @@ def _started(cfg: RunConfig, make_parts: MakeParts, held: contextlib.ExitStack) 
             raise
         print(f"interrupted while starting, before any step: {whats_there(cfg.folder)}", flush=True)
         raise InterruptTold from pressed
+
+
+def _begin_branch(plan: Plan) -> None:
+    """Make a new run directory what init.branch names, where that is to be; resuming goes on from there. Collective."""
+    found = plan.branch
+    if found is not None:
+        group.on_main(lambda: branch.begin(plan.cfg, found))
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ def rows(plan: Plan) -> dict[str, str]:
     """The lines of `summary` by name, but for how to watch."""
     about = dict(plan.parts.about)
     return {
-        "run": f"{plan.cfg.run_dir} ({'goes on' if plan.before is not None else 'new'})",
+        "run": f"{plan.cfg.run_dir} ({_beginning(plan)})",
         "device": _device(plan),
         "parameters": _parameters(plan),
         **about,
@@ -41,6 +41,12 @@ def rows(plan: Plan) -> dict[str, str]:
         "ema": _averages(plan.cfg.ema, plan.cfg.train.steps),
         **({"sharding": plan.sharding.why} if plan.sharding.why and plan.cfg.engine != "local" else {}),
     }
+
+
+def _beginning(plan: Plan) -> str:
+    if plan.branch is not None:
+        return f"new, a branch of {plan.branch.path}"
+    return "goes on" if plan.before is not None else "new"
 
 
 def _device(plan: Plan) -> str:

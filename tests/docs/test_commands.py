@@ -88,6 +88,7 @@ CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
     "train": functools.partial(check_config, Experiment),
     "train_vae": functools.partial(check_config, AutoencoderExperiment),
     "train_classifier": functools.partial(check_config, ClassifierExperiment),
+    "bench": lambda given: check_config(Experiment, given) if "config" in given else None,
     "sample": check_sampler,
     "encode": check_codec,
     "convert": check_codec,
@@ -198,6 +199,7 @@ TOY: dict[str, dict[str, str]] = {
     "evaluate runs/drawn_digits": {"image_size": "16"},  # which the toy run draws
     "likelihood": {"count": "4", "num_steps": "2"},
     "toys": {"steps": "2"},
+    "bench trace": {"stage": "null", "steps": "1", "warmup": "1"},
 }
 MOVED = {"step-00001000": "step-00000001"}  # where a page names a checkpoint that a toy run lacks
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,13 @@ from dit.config import ConfigError
 from dit.data import DataError
 from dit.data.sources.decode import COUNTED
 from dit.errors import Notice, UserError
-from dit.evals.evaluation import Evaluation, Options, Order, evaluate
+from dit.evals.evaluation import Evaluation, evaluate
 from dit.evals.extraction import Pass
 from dit.evals.features.spaces import EfficientNetLite0, PixelComponents
 from dit.evals.making import Taken, make_reference
 from dit.evals.metrics.frechet import frechet_distance
 from dit.evals.metrics.metric import Statistics
+from dit.evals.order import Options, Order
 from dit.evals.pictures.pictures import PicturesError
 from dit.evals.protocol import protocol_hash
 from dit.outputs import OutputError
@@ -95,6 +97,57 @@ def test_held_out_images_give_the_ratio_and_its_mean(files, found):
     assert found.fdr == figures["frechet_ratio"]
     with pytest.warns(Notice, match="60 images, and there are 70 samples"):
         go(files, samples="theirs.npz", held_out="held_out.npz", metrics="frechet")
+
+
+def told(*given: Any, **options: Any) -> tuple[Evaluation, list[str]]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = go(*given, **options)
+    return found, [str(one.message) for one in caught if one.category is Notice]
+
+
+@pytest.mark.parametrize("by_file", [False, True])
+def test_held_out_images_that_are_not_are_named_and_no_ratio_is_given(files, tmp_path, by_file):
+    reference, few = str(files / "theirs.npz"), tmp_path / "few.npz"
+    if by_file:
+        reference = str(tmp_path / "reference.npz")
+        make_reference(str(files / "theirs.npz"), Path(reference), (PIXELS,), Pass(8), group.World())
+    np.savez(few, images(1, 70)[9:30])
+    found, said = told(files, reference, held_out=str(few), metrics="frechet")
+    assert any("all 21 held-out images are of the reference, and so not held out" in text for text in said)
+    assert found.spaces[0].missing == {"frechet_ratio": "all held-out images are of the reference"}
+    assert set(found.spaces[0].figures) == {"frechet"}
+    assert found.fdr is None
+    found, said = told(files, reference, held_out="ours.npz", metrics="frechet")
+    assert any("all 50 held-out images are among the samples" in text for text in said)
+    assert "frechet_ratio" not in found.spaces[0].figures
+    np.savez(few, np.concatenate([images(1, 70)[:3], images(2, 60)]))
+    found, said = told(files, reference, held_out=str(few), metrics="frechet")
+    assert any(re.match(r"\d of 50 held-out images are of the reference", text) for text in said)
+    assert found.fdr == found.spaces[0].figures["frechet_ratio"]
+    assert told(files, reference, held_out="held_out.npz", metrics="frechet")[1] == []
+
+
+def test_a_reference_that_is_the_samples_or_has_some_of_them_is_said(files, tmp_path):
+    assert any(
+        "are the same images" in text for text in told(files, samples="theirs.npz", metrics="frechet")[1]
+    )
+    np.savez(tmp_path / "some.npz", np.concatenate([images(0, 50, 120), images(1, 70)[:4]]))
+    said = told(files, samples=str(tmp_path / "some.npz"), metrics="frechet")[1]
+    assert said == [
+        "4 of 54 samples are images of the reference, pixel for pixel: distances are smaller for it"
+    ]
+
+
+def test_a_statistics_file_of_an_older_version_tells_by_its_hash_alone(files, tmp_path):
+    new, old = tmp_path / "new.npz", tmp_path / "old.npz"
+    make_reference(str(files / "theirs.npz"), new, (PIXELS,), Pass(8), group.World())
+    with np.load(new) as held:
+        np.savez(old, **{key: held[key] for key in held.files if key != "digests"})
+    said = told(files, str(old), samples="theirs.npz", held_out="theirs.npz", metrics="frechet")[1]
+    assert any("the samples and the reference are the same images" in text for text in said)
+    assert any("all 70 held-out images are of the reference" in text for text in said)
+    assert told(files, str(old), samples="held_out.npz", metrics="frechet")[1] == []
 
 
 def test_protocols_tell_what_decides_about_figures_and_nothing_else(files, found):

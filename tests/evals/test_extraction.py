@@ -12,7 +12,7 @@ from dit.evals import extraction
 from dit.evals.extraction import Kept, Pass, Summed, extract
 from dit.evals.features.network import Extracted, FeatureNetwork
 from dit.evals.pictures.npz import open_npz
-from dit.evals.pictures.pictures import content, digests
+from dit.evals.pictures.pictures import Seen, digests
 from dit.ranks import group
 from dit.ranks.world import World
 from tests.rank_processes import RanksFailed, Server
@@ -81,7 +81,7 @@ def test_features_are_the_networks_of_each_image(file, alone):
     images = torch.from_numpy(pictures.block(range(5, COUNT)))
     expected = images.reshape(40, -1).float() @ network.weight
     torch.testing.assert_close(torch.from_numpy(alone[1]["features"]), expected)
-    assert alone[0] == content(digests(images.numpy()))
+    assert alone[0] == Seen.of(digests(images.numpy()))
 
 
 def test_what_fails_on_one_rank_is_named_on_all(file, ranks: Server):

@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dit.errors import Notice, UserError
 from dit.evals import record
+from dit.reports.told import RunTold
 
 
 def row(step: int, value: float, hash_: str = "aa", **protocol: object) -> dict[str, object]:
@@ -69,12 +70,40 @@ def test_figures_of_unlike_protocols_stand_apart_and_the_difference_is_named(tmp
     assert "name" not in second  # what is the same is not listed
 
 
+def test_options_of_one_figure_do_not_set_the_others_apart(tmp_path):
+    parts = {"features": {"name": "pixels"}, "samples": {"images": 9}, "reference": {"content": "r"}}
+    rows = []
+    for step, extra in ((1, {}), (2, {"held_out": {"content": "h"}})):
+        made = {**row(step, 5.0 + step, f"hash{step}", **parts, metrics={}, **extra), "seed": step}
+        rows.append(made)
+    rows[1]["figures"] |= {"frechet_ratio": 1.5}
+    record.append(tmp_path, rows)
+    first, second = "\n".join(record.history(tmp_path)).split("pixels, protocol ")[1:]
+    assert "frechet 6 [5, 7]" in first
+    assert "ema, seed 2: frechet 7 [6, 8]" in first
+    assert "frechet_ratio 1.5" in second
+    assert "not to be compared" not in second  # there is no other ratio
+    assert set(record.curves(rows[0])) < set(record.curves(rows[1]))
+
+
 def test_a_run_of_which_nothing_was_measured_says_how_to(tmp_path):
     with pytest.raises(UserError, match=r"is no run directory"):
         record.history(tmp_path)
     (tmp_path / "config.yaml").touch()
     with pytest.raises(UserError, match=r"tools/sample\.py"):
         record.history(tmp_path)
+
+
+@pytest.mark.parametrize("ask", [record.history, RunTold.read])
+def test_a_folder_above_runs_names_them(tmp_path, ask):
+    for name in ("a", "more/b"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.yaml").touch()
+    record.append(tmp_path / "a", [row(1, 5.0)])
+    with pytest.raises(UserError, match="give one of those below") as caught:
+        ask(tmp_path)
+    lines = str(caught.value).splitlines()[1:]
+    assert lines == [f"  {tmp_path / 'a'}", f"  {tmp_path / 'more/b'} (nothing was measured of it)"]
 
 
 def test_each_figure_says_which_images_it_is_of(tmp_path):

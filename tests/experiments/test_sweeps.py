@@ -11,11 +11,12 @@ import pytest
 
 import tools.sample
 from dit.evals.record import read
+from dit.experiments.sweep_cells import named_runs
 from tests.commands import call
 from tests.datasets import Digits
 from tests.rank_processes import Server
 from tests.train.runs import at_step, random_run
-from tools.evaluate import images, named_runs, reference, sweep
+from tools.evaluate import images, reference, sweep
 
 PIXELS = ("--features=pixels", "--features.components=4")
 FEW = ("--num_samples=12", "--batch_size=8", "--reference=digits:test", "--num_reference=100", *PIXELS)

@@ -214,7 +214,7 @@ def test_a_network_that_computes_something_else_with_the_same_weights_is_not_giv
     from dit.config import from_dict
 
     model = from_dict(DiTConfig, {"size": "nano", **fields}).build(8, 4, 10)
-    with pytest.raises(WeightsError, match="it differs in (time_frequencies|block.mlp_epsilon)"):
+    with pytest.raises(WeightsError, match=r"it differs in (time_frequencies|block\.mlp_epsilon)"):
         to_theirs(model)
 
 

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from dit.config import ConfigError, from_dict, to_dict
 from dit.model.classifier import Classifier, ClassifierConfig
-from dit.model.dit import SIZES, DiTConfig
+from dit.model.dit import DiTConfig
+from dit.model.sizes import SIZES
 
 X, TIME = (
     torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0)),

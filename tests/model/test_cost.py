@@ -6,7 +6,8 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from dit.config import ConfigError
 from dit.model.cost import PRECISIONS, cost, counted_training_flops, peak_flops
-from dit.model.dit import SIZES, DiTConfig
+from dit.model.dit import DiTConfig
+from dit.model.sizes import SIZES
 
 QK = {"name": "adaln_zero", "qk_norm": True}
 

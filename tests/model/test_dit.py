@@ -10,8 +10,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from dit.config import ConfigError, from_dict, to_dict
 from dit.model.block import BLOCKS
 from dit.model.cost import cost
-from dit.model.dit import MODELS, SIZES, DiT, DiTConfig
+from dit.model.dit import MODELS, DiT, DiTConfig
 from dit.model.embed import position_table
+from dit.model.sizes import SIZES
 
 # Parameters of the reference at 32×32×4 latents, both output halves and 1,001 label rows, its position table
 # counted: depth·(18·D² + 15·D) in blocks, and the rest. XL/2 is the figure its authors' checkpoint has.

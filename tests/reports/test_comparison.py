@@ -13,6 +13,7 @@ from dit.config import merge
 from dit.configfile import write_yaml
 from dit.errors import Notice, UserError
 from dit.evals import record
+from dit.evals.pictures.choice import sampler_hash
 from dit.experiments.diffusion import Experiment
 from dit.outputs import OutputError
 from dit.reports.comparison import Comparison, Contest, Measured, parting
@@ -133,7 +134,7 @@ def test_keys_that_differ_come_with_those_that_make_another_run_first(tmp_path: 
         (
             (3.0, (2.9, 3.1)),
             (4.0, (3.8, 4.2)),
-            "a is best by frechet (lower is better): 3 against 4 of b, 25% apart",
+            "a is best by frechet (lower is better): 3 against 4 of b, 25% lower than that",
         ),
         ((3.0, (2.9, 3.1)), (4.0, (3.8, 4.2)), "their intervals do not touch"),
         ((3.9, (3.7, 4.1)), (4.0, (3.8, 4.2)), "it may be chance"),
@@ -169,6 +170,45 @@ def test_unlike_protocols_are_not_put_side_by_side_but_named(tmp_path: Path) -> 
     assert "protocols abc and def: reference 'x' and 'y'" in line
     assert "nothing here says which is better" in as_text(found)
     assert len([p for p in panels(found) if p.title == "frechet"]) == 2
+
+
+def test_unlike_samplers_are_told_apart_by_their_settings(tmp_path: Path) -> None:
+    parts: dict[str, Any] = {"features": {"name": "pixels"}, "reference": {"content": "r"}, "metrics": {}}
+    rows = []
+    for scale in (1.5, 2.0):
+        spec = {"sampler": {"cfg_scale": scale, "num_steps": 8, "seed": 3}, "classes": [0]}
+        samples = {"images": 50, "sampler": sampler_hash(spec)}
+        beside = {"features": "pixels", "weights": "ema", "time": "2026-01-02T03:04"}
+        rows.append(figure(40, 3.0, **parts, samples=samples) | beside | record.drawn_by(spec))
+    a, b = (made(tmp_path / name, steps(), evaluations=[row]) for name, row in zip("ab", rows, strict=True))
+    (line,) = Comparison(read_all([str(a), str(b)])).not_comparable
+    assert line.endswith(": sampler.cfg_scale 1.5 and 2.0)")
+    record.append(a, [rows[1]])
+    assert "sampler.cfg_scale: 1.5 in the first, 2.0 here" in "\n".join(record.history(a))
+    old = {key: value for key, value in rows[0].items() if key != "sampler"}
+    c = made(tmp_path / "c", steps(), evaluations=[old])
+    (line,) = Comparison(read_all([str(b), str(c)])).not_comparable
+    assert "samples.sampler (a hash; an older version recorded no settings) '" in line
+
+
+@pytest.mark.parametrize(
+    ("best", "second", "order", "said"),
+    [
+        (0.1, 1.1, "lower", "91% lower than that"),
+        (0.5, 0.4, "higher", "25% higher than that"),
+        (0.9, 0.4, "higher", "0.5 higher"),
+        (-0.0001, 0.0003, "lower", "0.0004 lower"),
+        (-0.0003, -0.0001, "lower", "0.0002 lower"),
+        (0.0, 0.5, "lower", "0.5 lower"),
+    ],
+)
+def test_a_lead_is_a_share_of_the_second_where_that_has_a_meaning(
+    best: float, second: float, order: str, said: str
+) -> None:
+    runs = [SimpleNamespace(name=name, batch=1) for name in "ab"]
+    figure = "kid (pixels)" if order == "lower" else "recall"
+    pair = [Measured(r, figure, "x", 2, v) for r, v in zip(runs, (best, second), strict=True)]  # type: ignore[arg-type]
+    assert str(Contest.of(pair)).endswith(f" of b, {said}")
 
 
 def test_held_out_losses_of_unlike_protocols_say_what_that_may_come_from(tmp_path: Path) -> None:

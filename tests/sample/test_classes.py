@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from dit.config import ConfigError
 from dit.errors import Notice
 from dit.sample.classes import chosen_classes, listed_classes
+from tests.rank_processes import Server
 
 NAMES = ("cat", "golden retriever", "tench, Tinca tinca", "tench", "owl")
 
@@ -126,3 +128,14 @@ def test_names_that_are_numbers_are_numbers_and_said() -> None:
         chosen_classes("10", names)
     with pytest.raises(ConfigError, match=r"classes \[0, 1\] are all named 'a'"):
         chosen_classes("a", ("a", "a"))
+
+
+def words_of_ranks() -> int:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert listed_classes("1", ["1", "0"]) == [1]
+    return len(caught)
+
+
+def test_what_all_ranks_see_alike_is_said_by_the_first(ranks: Server) -> None:
+    assert ranks.run(2, words_of_ranks) == [1, 0]

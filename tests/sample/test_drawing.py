@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import threading
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -104,3 +105,42 @@ def test_progress_is_of_all_ranks(ranks: Server, tmp_path: Path) -> None:
     first, second = ranks.run(2, progress, tmp_path / "out")
     assert "sampling: 7/7 image (100%)" in first
     assert not second
+
+
+def far(out: Path) -> list[str]:
+    """What a rank warns of where the latents of the other one alone reach far, and then those of both."""
+    told = []
+    for second in (5, 0):
+        network = Far(second)
+        sampler = Sampler(
+            network,
+            Linear(),
+            Velocity(),
+            lambda x: x,
+            (3, 4, 4),
+            SamplerSpec(num_steps=1),
+            torch.device("cpu"),
+        )
+        labels = partial(labels_for, classes=[0, 0, 5, 5])
+        with (
+            warnings.catch_warnings(record=True) as caught,
+            unfinished(out / str(second), {}, {}, (4, 2)) as blocks,
+        ):
+            warnings.simplefilter("always")
+            draw(sampler, labels, [Pictures(out / str(second), blocks, sampler)], group.World.from_env())
+        told.append(sum("latents reach" in str(one.message) for one in caught))
+    return told
+
+
+class Far:
+    """A network whose images of classes from `least` on lie far out."""
+
+    def __init__(self, least: int):
+        self.least = least
+
+    def __call__(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        return x - 1000.0 * (cond["label"] >= self.least).float().view(-1, 1, 1, 1)
+
+
+def test_latents_that_reach_far_are_said_once_for_all_ranks(ranks: Server, tmp_path: Path) -> None:
+    assert ranks.run(2, far, tmp_path) == [[1, 1], [0, 0]]

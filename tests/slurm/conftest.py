@@ -16,3 +16,8 @@ def cluster() -> Iterator[Cluster]:
         pytest.skip(f"no SLURM cluster can be started here: {missing}")
     with Cluster(2) as up:
         yield up
+
+
+@pytest.fixture(autouse=True)
+def _rested(cluster: Cluster) -> None:
+    cluster.wait_idle()

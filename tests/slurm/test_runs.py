@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import datetime as dt
 import signal
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -15,16 +13,12 @@ import yaml
 from tests.datasets import Digits
 from tests.rank_processes import Server
 from tests.slurm.cluster import Cluster, until
+from tests.slurm.jobs import AGAIN, ENVIRONMENT, ROOT, Job, submit
 from tests.train.runs import Values, column, go, values
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
-ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENT = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-SAVED, AGAIN = (
-    "is saved, and the same command goes on",
-    "was stopped by a signal and has saved: it queues again",
-)
+SAVED = "is saved, and the same command goes on"
 STEPS = 300  # ten seconds and more: SLURM looks for jobs to preempt every two
 
 
@@ -42,16 +36,10 @@ def quiet(digits: Digits, ranks: Server, tmp_path_factory: pytest.TempPathFactor
 
 
 @dataclass
-class Job:
+class Training(Job):
     """A job, or an element of an array, that trains in run_dir."""
 
-    cluster: Cluster
-    number: str
     run_dir: Path
-    output: Path
-
-    def said(self) -> str:
-        return self.output.read_text() if self.output.is_file() else ""
 
     def reaches(self, step: int) -> None:
         """Wait until so many steps are done."""
@@ -64,25 +52,16 @@ class Job:
 
         until(there, 120, self.said)
 
-    def ends(self, state: str, **how: Any) -> None:
-        """Wait until the job has ended like this."""
-        try:
-            self.cluster.wait(self.number, state, **how)
-        except AssertionError as error:
-            raise AssertionError(f"{self.said()}\n{error}") from None
 
-
-class Submitted(Job):
+class Submitted(Training):
     """A job of launch/multinode.sh, one rank on each of two nodes."""
 
     def __init__(self, cluster: Cluster, given: Values, folder: Path, *options: str, **env: str):
         """given: the config, which is in folder / "config.yaml"; env: besides that of every job."""
         config = folder / "config.yaml"
         config.write_text(yaml.safe_dump(given))
-        shape = ("--nodes=2", "--ntasks-per-node=1", "--time=10", f"--output={folder}/out.txt", *options)
-        command = (*shape, ROOT / "launch/multinode.sh", config)
-        number = cluster.submit(*command, cwd=ROOT, **ENVIRONMENT | env)
-        super().__init__(cluster, number, Path(given["run_dir"]), folder / "out.txt")
+        number = submit(cluster, folder / "out.txt", options, config, **env)
+        super().__init__(cluster, number, folder / "out.txt", Path(given["run_dir"]))
 
 
 def submitted(
@@ -95,11 +74,6 @@ def submitted(
 def same_curve(run_dir: Path, quiet: Path) -> bool:
     """Every step once, with the same samples, and on as many ranks the same losses to the last digit."""
     return all(column(run_dir, name) == column(quiet, name) for name in ("step", "batch_hash", "loss"))
-
-
-@pytest.fixture(autouse=True)
-def _rested(cluster: Cluster) -> None:
-    cluster.wait_idle()
 
 
 @pytest.mark.parametrize("sent", [signal.SIGUSR1, signal.SIGTERM])
@@ -319,9 +293,9 @@ def test_a_sweep_of_which_one_element_stops_and_goes_on(
     ).strip()
     (tmp_path / "sweep.txt").unlink()  # a copy is kept
     names = {
-        i: (f"{array}_{i}", tmp_path / f"run {i}", tmp_path / f"slurm-{array}_{i}.out") for i in (1, 2, 3)
+        i: (f"{array}_{i}", tmp_path / f"slurm-{array}_{i}.out", tmp_path / f"run {i}") for i in (1, 2, 3)
     }
-    jobs = {i: Job(cluster, *name) for i, name in names.items()}
+    jobs = {i: Training(cluster, *name) for i, name in names.items()}
     for job in jobs.values():
         job.reaches(5)
     (stopped,) = [i for i, job in jobs.items() if cluster.job(job.number)["JobId"] == array]

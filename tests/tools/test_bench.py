@@ -9,6 +9,8 @@ import pytest
 from dit.bench.speed.steppers import StepBench
 from dit.bench.speed.turns import MedianRange
 from dit.config import ConfigError, from_dict
+from dit.model.cost import cost
+from dit.model.dit import DiTConfig
 from dit.outputs import OutputError
 from tests.commands import execute
 from tools import bench
@@ -83,6 +85,74 @@ def test_figures_of_few_turns_are_not_judged(tmp_path, command, sizes, words):
     assert ": met" not in done.stdout
     assert ": missed" not in done.stdout
     assert json.loads(json_file.read_text())["protocol"]["repeats"] == 2
+
+
+XL = "configs/imagenet256/xl2_rectified_flow.yaml"
+
+
+def test_plan(tmp_path):
+    """The keys that are promised, at the top; keys of the configuration and flags of the data are taken."""
+    done = execute(
+        "bench.py", "plan", XL, "--device=h100", "--gpus=64", "--batch=1024", "--samples=1000000", "--price=2",
+        "--model.size=B", "--input_size=64", f"--json_file={tmp_path / 'plan.json'}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert found["fits"] is True
+    assert (found["global_batch"], found["samples"], found["gpus"]) == (1024, 1_000_000, 64)
+    model = cost(from_dict(DiTConfig, {"size": "B"}), 64, 4, 1000)
+    assert found["training_flops"] == model.training_flops
+    assert found["cost"] == pytest.approx(2 * found["gpu_hours"])
+    assert "ESTIMATE" in done.stdout
+    assert "not measured" in found["assumptions"]["efficiency"]
+    assert all(words in done.stdout for words in found["assumptions"].values())
+    again = execute(
+        "bench.py", "plan", XL, "--device=h100", "--gpus=512", f"--json_file={tmp_path / 'plan.json'}"
+    )
+    assert again.returncode == 0, again.stderr  # a file of its own kind is replaced
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert found["fits"] is False
+    assert "256 samples is smaller than 512 devices" in found["reason"]
+
+
+def test_plan_refuses_what_it_does_not_know():
+    for words, complaint in (
+        (("--device=h10", "--gpus=1"), "did you mean h100"),
+        (("--device=h100", "--gpus=0"), "--gpus must be at least 1"),
+        (("--device=h100", "--gpus=1", "--modle.size=B"), "did you mean model"),
+        (("--device=h100", "--gpus=1", "--measured=nowhere.json"), "nowhere.json"),
+    ):
+        done = execute("bench.py", "plan", XL, *words)
+        assert done.returncode in (1, 2), done.stdout
+        assert complaint in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_plan_is_compared_with_what_is_measured(tmp_path):
+    words = ("--device=cpu", "--gpus=2", "--validate", f"--json_file={tmp_path / 'plan.json'}")
+    done = execute("bench.py", "plan", "configs/digits.yaml", *words)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "plan.json").read_text())["validation"]
+    here = [row for row in rows if row["name"].startswith("here")]
+    assert len(here) == 12  # four stages on 1, 2 and 4 ranks
+    assert all(row["error"] == pytest.approx(row["estimated_ms"] / row["measured_ms"] - 1) for row in rows)
+    assert all(row["name"] in done.stdout for row in rows)
+
+
+def test_trace(tmp_path):
+    words = ("--size=nano", "--patch=8", "--batch=2", "--stage=null", "--steps=1", "--warmup=1")
+    files = (f"--out={tmp_path}", f"--json_file={tmp_path / 'found.json'}")
+    done = execute("bench.py", "trace", *words, *files)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["protocol"]["size"] == "nano"
+    assert sum(found["figures"]["parts_ms"].values()) == pytest.approx(found["figures"]["step_ms"])
+    trace = (tmp_path / "trace.json.gz").read_bytes()
+    refused = execute("bench.py", "trace", *words, *files)
+    assert refused.returncode == 1
+    assert "trace.json.gz is there already" in refused.stderr
+    assert (tmp_path / "trace.json.gz").read_bytes() == trace
 
 
 @pytest.mark.slow

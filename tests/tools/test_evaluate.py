@@ -35,8 +35,8 @@ def test_figures_intervals_and_protocol_of_one_file(
             if name != "mind":
                 assert found[name] == pytest.approx(float(held[name]), rel=1e-6)
             assert found["intervals"][name][0] <= found[name] <= found["intervals"][name][1]
-            assert f"{found[name]:.6g}" in said
-    assert set(found) == {*FIGURES, "intervals", "bootstrap", "samples", "protocol", "hash"}
+            assert f"{found[name]:.6g}  {found['hashes'][name]}" in said
+    assert set(found) == {*FIGURES, "intervals", "bootstrap", "samples", "protocol", "hash", "hashes"}
     assert found["samples"] == {"generated": 900, "reference": 1100}
     assert found["bootstrap"] == {"resamples": 20, "level": 0.95, "seed": 0}
     assert found["protocol"]["metrics"]["mind"]["projections"] == 20

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
+import signal
+import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +27,11 @@ from dit.data.sources.images import open_source
 from dit.experiments.autoencoder import AutoencoderExperiment
 from dit.experiments.loaded import load
 from dit.experiments.trained import Trained
+from dit.sample.formats import format_of
 from dit.sample.generate import Sampler, SamplerSpec
 from dit.sample.grid import GRIDS
 from dit.sample.guide import GUIDANCES
-from dit.sample.pictures import format_of
+from dit.sample.intact import BLOCKS, FILES
 from dit.sample.solve import SOLVERS
 from dit.stage1.autoencoder import Kl
 from dit.train.start import train
@@ -162,6 +166,53 @@ def killed(out: Path, words: Sequence[object], done: int) -> None:
     process.kill()
     process.wait()
     assert not (out / "spec.json").exists(), "it ended before it could be killed"
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_any_rank_stops_all_of_them_and_the_same_command_goes_on(
+    run: Path, ranks: Server, tmp_path: Path, capsys, sent: signal.Signals
+) -> None:
+    """In the middle of a block, with status 75, by which launch/ queues the job again."""
+    out, words = tmp_path / "out", ("--num_samples=40", "--batch_size=2", "--num_steps=25", "--seed=5")
+    with ranks.start(2, call, tools.sample.main, run, *words, f"--out={out}") as job:
+        end = time.monotonic() + 60
+        while len(blocks(out)) < 3 and time.monotonic() < end:
+            time.sleep(0.002)
+        os.kill(job.processes[1].pid, sent)
+        assert job.wait() == [75, 75]
+        assert not out.exists()
+        done = 2 * len(blocks(out))
+        assert f"stopped: {done} of 40 images are drawn and kept; the same command goes on" in job.output()
+        assert "error" not in job.output() + job.output(1)
+    draw(out, run, *words)
+    assert f"{done} of 40 images are drawn already; going on with the others" in capsys.readouterr().out
+
+
+def test_on_a_full_disk_it_says_where_and_goes_on_when_there_is_room(
+    run: Path, base: Path, tmp_path: Path, capsys
+) -> None:
+    """Full while a block is written, and then while the files are put together."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=12k", "tmpfs", disk], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("nothing can be mounted here")
+    try:
+        for size in ("16k", "24k"):
+            assert call(tools.sample.main, run, *BASE, f"--out={disk / 'out'}") == 1
+            said = capsys.readouterr().err
+            assert "No space left on device: " in said
+            assert f"{disk / 'out.partial'}" in said
+            assert "start the same command again" in said
+            assert not (disk / "out").exists()
+            subprocess.run(["mount", "-o", f"remount,size={size}", disk], check=True)
+        subprocess.run(["mount", "-o", "remount,size=1m", disk], check=True)
+        assert (draw(disk / "out", run, *BASE) == arrays(base)[0]).all()
+        assert "7 of 7 images are drawn already" in capsys.readouterr().out
+    finally:
+        subprocess.run(["umount", disk], check=True)
 
 
 @pytest.mark.slow
@@ -311,7 +362,7 @@ def test_all_forms_hold_the_same_images(run: Path, base: Path, tmp_path: Path, c
     assert "7 of 7 images are drawn already; only their files are to be made" in capsys.readouterr().out
     assert json.loads((last / "spec.json").read_text())["formats"] == ["png", "webdataset", "npz"]
     assert arrays(last)[1].tolist() == arrays(base)[1].tolist()
-    specs = [json.loads((f / "spec.json").read_text()) | {"formats": 0} for f in (last, base)]
+    specs = [json.loads((f / "spec.json").read_text()) | {"formats": 0, "files": 0} for f in (last, base)]
     assert specs[0] == specs[1]
     for images in forms(last, *names):
         assert (images == arrays(base)[0]).all()
@@ -398,24 +449,98 @@ def test_pictures_of_the_way_and_of_what_lies_between(
     assert call(tools.sample.main, run, *BASE, "--trajectory", "--preview", f"--out={tmp_path / 'b'}") == 2
 
 
-@pytest.mark.parametrize("form", ["npz", "png", "webdataset"])
-def test_a_damaged_result_is_not_made_another_form_of(run: Path, tmp_path: Path, capsys, form: str) -> None:
-    """And nothing of it is taken in by --overwrite."""
+def lost(file: Path) -> None:
+    file.unlink()
+
+
+def broken_off(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def without_its_end(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-40])
+
+
+def flipped(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[data.rfind(b"IDAT") + 10 if b"IDAT" in data else 400] ^= 4
+    file.write_bytes(data)
+
+
+FILES_OF = {"npz": "samples.npz", "png": "images/00000004.png", "webdataset": "shards/000000.tar"}
+HURT = [  # and how many of the images are kept, in blocks of 4; by a record of an older version
+    ("npz", "samples.npz", lost, 0, 0),
+    ("npz", "samples.npz", broken_off, 0, 0),
+    ("npz", "samples.npz", without_its_end, 7, 0),
+    ("npz", "samples.npz", flipped, 3, 0),
+    ("npz", "grid.png", lost, 7, 7),
+    ("npz", "grid.png", flipped, 7, None),
+    ("png", "images/00000004.png", lost, 4, 4),
+    ("png", "images/00000004.png", broken_off, 4, 4),
+    ("png", "images/00000004.png", flipped, 4, 4),
+    ("png", "labels.csv", broken_off, 7, None),
+    ("webdataset", "shards/000000.tar", lost, 0, 0),
+    ("webdataset", "shards/000000.tar", broken_off, 4, 4),
+    ("webdataset", "shards/000000.tar", flipped, 4, 4),
+]
+CASES = [
+    pytest.param(form, file, how, kept, is_old, id=f"{file}-{how.__name__}{'-old' * is_old}")
+    for form, file, how, *both in HURT
+    for is_old, kept in enumerate(both)
+    if kept is not None
+]
+
+
+@pytest.mark.parametrize(("form", "file", "how", "kept", "is_old"), CASES)
+def test_what_is_damaged_is_named_and_drawn_again(
+    run: Path,
+    tmp_path: Path,
+    capsys,
+    form: str,
+    file: str,
+    how: Callable[[Path], None],
+    kept: int,
+    is_old: bool,
+) -> None:
+    """And nothing else: `kept` images are there already. A record of an older version has no checksums."""
+    out = tmp_path / "out"
+    words = (run, *BASE, f"--formats={form}", f"--out={out}")
+    assert call(tools.sample.main, *words) == 0
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    if is_old:
+        spec = json.loads((out / "spec.json").read_text())
+        (out / "spec.json").write_text(
+            json.dumps({k: v for k, v in spec.items() if k not in (FILES, BLOCKS)})
+        )
+    how(out / file)
+    capsys.readouterr()
+    assert call(tools.sample.main, *words) == 0
+    said = capsys.readouterr()
+    assert f"warning: {out / file.split('/')[0]} " in said.err
+    assert "what is damaged is made anew" in said.err
+    assert f"{kept} of 7 images are drawn already" in said.out or not kept
+    now = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    assert sorted(now) == sorted(before)
+    assert now == before
+    assert call(tools.sample.main, *words) == 0
+    assert "drawn already by the same spec" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("form", FILES_OF)
+def test_another_form_is_made_of_what_is_whole(run: Path, tmp_path: Path, capsys, form: str) -> None:
+    """Of the blocks of a damaged one that are as they were, or of another form beside it."""
     out, other = tmp_path / "out", "png" if form == "npz" else "npz"
     assert call(tools.sample.main, run, *BASE, f"--formats={form}", f"--out={out}") == 0
     (whole,) = forms(out, form)
-    file = max(p for p in out.rglob("*") if p.suffix in (".npz", ".png", ".tar") and p.name != "grid.png")
-    data = bytearray(file.read_bytes())
-    data[data.rfind(b"IDAT") + 10 if form != "npz" else 400] ^= 4
-    file.write_bytes(data)
-    words = (*BASE, f"--formats={other}", f"--out={out}")
-    assert call(tools.sample.main, run, *words) == 1
-    assert "damaged" in (said := capsys.readouterr().err)
-    assert "give --overwrite to draw it anew" in said
-    assert not blocks(out)
-    assert call(tools.sample.main, run, *words, "--overwrite") == 0
-    assert (forms(out, other)[0] == whole).all()
-    assert not any((out / name).exists() for name in format_of(form).names), "of another result, it may be"
+    flipped(out / FILES_OF[form])
+    assert call(tools.sample.main, run, *BASE, f"--formats={other}", f"--out={out}") == 0
+    for images in forms(out, form, other):
+        assert (images == whole).all()
+    lost(out / FILES_OF[form])
+    capsys.readouterr()
+    assert call(tools.sample.main, run, *BASE, f"--formats={form}", f"--out={out}") == 0
+    assert "7 of 7 images are drawn already; only their files are to be made" in capsys.readouterr().out
+    assert (forms(out, form)[0] == whole).all()
 
 
 @pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
@@ -546,10 +671,7 @@ def test_images_of_which_nothing_is_known_are_not_replaced(
     (out / "spec.json").unlink()
     assert call(tools.sample.main, run, *BASE, f"--out={out}") == 1
     assert "samples.npz is there already, and nothing says how it was made" in capsys.readouterr().err
-    (out / "samples.npz").write_bytes(b"cut")
-    shutil.copy(base / "spec.json", out)
-    assert call(tools.sample.main, run, "--num_samples=9", *BASE[1:], f"--out={out}") == 1
-    assert "samples.npz is damaged" in capsys.readouterr().err
+    assert (arrays(out)[0] == arrays(base)[0]).all()
 
 
 # --- what is not finite ------------------------------------------------------------------------------------
@@ -720,6 +842,11 @@ def test_all_classes_and_no_class(run: Path, tmp_path: Path) -> None:
         (["--classes=zero"], 1, "no class is named 'zero'"),
         (["--num_samples=0"], 1, "num_samples: expected 1 or more, got 0"),
         (["--batch_size=0"], 1, "batch_size: expected 1 or more, got 0"),
+        (["--batch_size=100000000000000"], 1, "batch_size: expected 1048576 or fewer, got 100000000000000"),
+        (["--num_samples=9999999999"], 1, "num_samples: expected 100000000 or fewer, got 9999999999"),
+        (["--interpolate=seeds:1,99999999999999999999"], 1, "expected seeds between -2^63 and 2^63"),
+        (["--interpolate=classes:3,3"], 1, "expected two different classes"),
+        (["--interpolate=classes:3"], 1, "expected two different classes"),
         (["--num_steps=0"], 1, "num_steps"),
         (["--cfg_scale=-1"], 1, "cfg_scale"),
         (["--solver=hune"], 1, "did you mean heun?"),

@@ -20,10 +20,11 @@ from dit.config import ConfigError, merge
 from dit.data.shards.manifest import Manifest
 from dit.errors import Notice, UserError
 from dit.evals import record
-from dit.evals.evaluation import Options, Order, evaluate
+from dit.evals.evaluation import evaluate
 from dit.evals.extraction import Pass
 from dit.evals.features.spaces import PixelComponents
 from dit.evals.making import make_reference
+from dit.evals.order import Options, Order
 from dit.experiments.figures import SampleFigures
 from dit.experiments.parts import make_parts
 from dit.experiments.trained import Trained

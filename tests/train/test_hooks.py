@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from PIL import Image
 
 from dit.config import ConfigError
 from dit.data import DataError
-from dit.data.loading.stream import Stream
+from dit.data.loading.stream import Batch, Stream
 from dit.data.shards.manifest import Manifest
 from dit.errors import Notice
 from dit.evals.valloss import held_out_loss
@@ -218,3 +219,35 @@ def test_a_picture_that_is_none_is_left_out_and_the_run_goes_on(digits: Digits, 
         go(values(digits, tmp_path / "run", sample=grid, **sections))
     assert not (tmp_path / "run" / "samples").exists()
     assert at_step(tmp_path / "run", 3).is_dir()
+
+
+def test_held_out_batches_are_read_ahead_and_are_the_same(
+    digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = experiment(
+        values(digits, tmp_path, data={"val": str(digits.moments_val)}, val={"every": 1, "samples": 48})
+    )
+    manifest = Manifest.load(digits.moments)
+    task = LatentTask(cfg.objective, cfg.norm(manifest), 0.1, has_unit_variance=True)
+    monkeypatch.setattr(held_out, "GRID", 16)
+    there = open_held_out(cfg, manifest, task, World())
+    assert there is not None
+    assert there.steps >= 2
+    device, readers = torch.device("cpu"), list[str]()
+    one_by_one = [p for step in range(there.steps) for p in there.micro_batches(task, step, device)]
+    read = there._stream.batch
+
+    def seen(step: int) -> Batch:
+        readers.append(threading.current_thread().name)
+        return read(step)
+
+    monkeypatch.setattr(there._stream, "batch", seen)
+    engine = SimpleNamespace(device=device)
+    found = list(there.each(task, engine, "held-out", lambda part: part))  # type: ignore[arg-type]
+    assert len(found) == len(one_by_one)
+    for mine, theirs in zip(found, one_by_one, strict=True):
+        for name, value in vars(theirs).items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(getattr(mine, name), value), name
+    assert len(readers) == there.steps
+    assert all(name.startswith("dit-held-out") for name in readers)

@@ -16,6 +16,7 @@ from dit.train.optim import (
     CosineDecay,
     GuardedAdamW,
     OptimConfig,
+    WarmupStableDecay,
     adamw_arguments,
     freeze,
     parameter_groups,
@@ -40,6 +41,18 @@ def rates(cfg: OptimConfig, total: int) -> list[float]:
         (OptimConfig(lr=8.0, schedule=CosineDecay(final=0.5)), 2, [8, 6]),
         (OptimConfig(lr=8.0, warmup=2, schedule=CosineDecay(final=0.25)), 6, [4, 8, 8, None, 5, None]),
         (OptimConfig(lr=8.0, warmup=9), 3, [8 / 9, 16 / 9, 24 / 9]),
+        (OptimConfig(lr=8.0, warmup=2, schedule=WarmupStableDecay(decay=0.5)), 8, [4, 8, 8, 8, 8, 6, 4, 2]),
+        (OptimConfig(lr=8.0, schedule=WarmupStableDecay(decay=0.5, final=0.5)), 4, [8, 8, 8, 6]),
+        (
+            OptimConfig(lr=8.0, schedule=WarmupStableDecay(decay=1, shape="sqrt")),
+            4,
+            [8, 4, 8 - 8 * math.sqrt(0.5), 8 - 8 * math.sqrt(0.75)],
+        ),
+        (
+            OptimConfig(lr=8.0, schedule=WarmupStableDecay(decay=1, shape="cosine")),
+            4,
+            [8, 4 + 2 * math.sqrt(2), 4, 4 - 2 * math.sqrt(2)],
+        ),
     ],
 )
 def test_exact_values(cfg: OptimConfig, total: int, expected: list[float | None]) -> None:
@@ -53,10 +66,42 @@ def test_beyond_the_planned_end_the_rate_stays_at_its_final_value() -> None:
     assert cfg.lr_at(1000, 100) == pytest.approx(0.2)
 
 
+@pytest.mark.parametrize("decay", [1e-9, 0.05, 0.1, 0.2, 0.3, 0.7, 0.9])
+@pytest.mark.parametrize("final", [0.0, 0.1, 1 / 3])
+def test_until_its_decay_the_rate_of_wsd_is_that_of_every_longer_run(decay: float, final: float) -> None:
+    """Not nearly so: the same number, so that a branch is the run that is planned from its start."""
+    schedule = WarmupStableDecay(decay=decay, final=final)
+    cfg = OptimConfig(lr=0.3, warmup=1, schedule=schedule)
+    for total in range(2, 60):
+        stable = schedule.stable(total)
+        assert total * (1 - decay) - 1 < stable <= total * (1 - decay) + 1e-9
+        assert stable < total
+        for longer in (total, total + 1, 7 * total):
+            assert all(cfg.lr_at(n, longer) == 0.3 for n in range(stable + 1))
+        assert cfg.lr_at(stable + 1, total) < 0.3
+        assert cfg.lr_at(total, total) == cfg.lr_at(9 * total, total) == pytest.approx(0.3 * final)
+
+
+def test_the_share_is_the_decimal_number_that_was_written() -> None:
+    """(1 - 0.9) * 10 is 0.9999999999999998 by floating point."""
+    assert WarmupStableDecay(decay=0.9).stable(10) == 1
+    assert WarmupStableDecay(decay=0.3).stable(10) == 7
+    assert WarmupStableDecay(decay=0.2).stable(1_000_000) == 800_000
+
+
+def test_a_decay_within_the_warm_up_is_refused() -> None:
+    schedule = WarmupStableDecay(decay=0.5)
+    schedule.check(warmup=5, total=10)
+    with pytest.raises(
+        ConfigError, match=r"decay = 0.5 of train.steps = 10 begins after 5 .* optim.warmup = 6"
+    ):
+        schedule.check(warmup=6, total=10)
+
+
 @pytest.mark.parametrize("name", SCHEDULES.names())
 def test_every_schedule_starts_at_1_and_stays_in_range(name: str) -> None:
     schedule = SCHEDULES[name]()
-    factors = [schedule.factor(i / 50) for i in range(60)]
+    factors = [schedule.factor(i, 0, 50) for i in range(60)]
     assert factors[0] == 1.0
     assert all(0 <= f <= 1 for f in factors)
     assert factors == sorted(factors, reverse=True)
@@ -83,6 +128,11 @@ def test_every_schedule_starts_at_1_and_stays_in_range(name: str) -> None:
         {"schedule": {"name": "cosine", "final": -0.1}},
         {"schedule": {"name": "cosine", "final": "inf"}},
         {"schedule": "cosin"},
+        {"schedule": {"name": "wsd", "decay": 0}},
+        {"schedule": {"name": "wsd", "decay": 1.1}},
+        {"schedule": {"name": "wsd", "decay": "nan"}},
+        {"schedule": {"name": "wsd", "final": 2}},
+        {"schedule": {"name": "wsd", "shape": "square"}},
     ],
 )
 def test_impossible_settings_are_refused(bad: dict) -> None:
@@ -133,6 +183,22 @@ def test_parameters_with_a_factor_train_at_that_times_the_rate(weight_decay: flo
         if p.requires_grad:
             assert rates[id(p)] == (0.2 if name == "table.weight" else 0.8)
             assert decays[id(p)] == (weight_decay if p.ndim > 1 else 0.0)
+
+
+def test_decay_and_eps_have_factors_of_their_own_and_vectors_do_not_decay() -> None:
+    net = Net()
+    for p in net.linear.parameters():
+        p.decay_factor, p.eps_factor = 4.0, 0.5  # type: ignore[attr-defined]
+    optimizer = torch.optim.AdamW(parameter_groups(net, 0.1, eps=1e-4), eps=1e-4)
+    found = {
+        id(p): (g["weight_decay"], g["eps"], g["lr_factor"])
+        for g in optimizer.param_groups
+        for p in g["params"]
+    }
+    assert found[id(net.linear.weight)] == (0.4, 5e-5, 1.0)
+    assert found[id(net.linear.bias)] == (0.0, 5e-5, 1.0)
+    assert found[id(net.table.weight)] == (0.1, 1e-4, 1.0)
+    assert len(optimizer.param_groups) == 4
 
 
 def test_the_shape_that_counts_is_the_whole_parameters() -> None:

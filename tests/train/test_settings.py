@@ -54,6 +54,9 @@ def test_a_micro_batch_that_does_not_divide_the_share_is_refused() -> None:
         {"checkpoint": {"keep": -1}},
         {"checkpoint": {"keep_every": -1}},
         {"checkpoint": {"every": 10, "keep_every": 15}},
+        {"checkpoint": {"at": [0]}},
+        {"checkpoint": {"at": [1001]}},  # beyond train.steps
+        {"optim": {"warmup": 801, "schedule": "wsd"}},  # its decay begins after 800 of 1000 updates
         {"data": {"lanes": 0}},
         {"data": {"window": 0}},
         {"data": {"prefetch": 0}},

@@ -91,6 +91,7 @@ def _rank(rank: int, size: int, port: int, cfg: ZeroBench, out: str) -> None:
                 "sent_bytes": counter.sent(),
                 "formula_bytes": formula(stage, psi, size, cfg.accumulation),
                 "step_seconds": vars(MedianRange.of(seconds[name])),
+                "cpu_seconds": vars(MedianRange.of([us / 1e6 for us in times[name].cpu])),
                 "of_ddp": vars(ratio(seconds[name], seconds[DDP])),
             }
     if world.is_main:

@@ -1,8 +1,10 @@
 """All feature networks there are: importing this registers them."""
 
-from typing import Annotated
+import re
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
-from dit.config import config
+from dit.config import ConfigError, config, from_dict
 from dit.evals.features.backbones import Timm, Torchvision
 from dit.evals.features.efficientnet import EfficientNetLite0
 from dit.evals.features.inception import Inception
@@ -17,6 +19,7 @@ __all__ = [
     "PixelComponents",
     "Timm",
     "Torchvision",
+    "spaces_of",
 ]
 
 
@@ -27,3 +30,13 @@ class FeatureSpaces:
     features: tuple[Annotated[FeatureSpace, FEATURES], ...] = (
         Inception(),
     )  # networks, each {name: ..., field: ...}
+
+
+def spaces_of(members: Sequence[Mapping[str, Any]], keys: Mapping[str, str]) -> tuple[FeatureSpace, ...]:
+    """The feature spaces of {name: ..., field: ...} each. keys: fields of one alone, as {"features.weights": F}."""
+    if keys and len(members) != 1:
+        raise ConfigError(
+            f"--{next(iter(keys))} is a field of one network; write the fields of several as a list"
+        )
+    fields = {re.sub(r"^features[._]", "", key): text for key, text in keys.items()}
+    return from_dict(FeatureSpaces, {"features": [{**one, **fields} for one in members]}).features

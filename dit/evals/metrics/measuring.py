@@ -11,6 +11,7 @@ import numpy as np
 
 from dit.config import ConfigError, did_you_mean, from_dict, to_dict
 from dit.data import DataError
+from dit.evals.figures import protocol_of
 from dit.evals.metrics.metric import METRICS, FeatureSet, Metric, Side, Statistics
 from dit.evals.metrics.resampling import LEVEL, Resampled, Resampling
 from dit.evals.protocol import protocol_hash
@@ -35,6 +36,11 @@ class Measured:
         """12 hexadecimal digits of the protocol."""
         return protocol_hash(self.protocol)
 
+    @property
+    def hashes(self) -> dict[str, str]:
+        """For each figure the hash of what it depends on of the protocol."""
+        return {name: protocol_hash(protocol_of(name, self.protocol)) for name in self.figures}
+
     def as_json(self) -> dict[str, Any]:
         """The figures under their names, None where one is missing, and beside them all that belongs to them."""
         drawn = self.resampling
@@ -47,17 +53,21 @@ class Measured:
             "samples": self.protocol["samples"],
             "protocol": self.protocol,
             "hash": self.hash,
+            "hashes": self.hashes,
         }
 
     def table(self) -> str:
-        """The figures as lines for a person, each with its interval."""
-        rows = [("", "figure", f"{LEVEL:.0%} interval" if self.intervals else "")]
+        """The figures as lines for a person, each with the hash of what it depends on and its interval."""
+        hashes = self.hashes
+        rows = [("", "figure", "protocol", f"{LEVEL:.0%} interval" if self.intervals else "")]
         for name, value in self.figures.items():
             ends = self.intervals.get(name)
-            rows.append((name, f"{value:.6g}", "" if ends is None else f"{ends[0]:.6g} to {ends[1]:.6g}"))
-        rows += [(name, "-", why) for name, why in self.missing.items()]
-        widths = [max(len(row[i]) for row in rows) for i in range(2)]
-        return "\n".join(f"{a:{widths[0]}s}  {b:>{widths[1]}s}  {c}".rstrip() for a, b, c in rows)
+            told = "" if ends is None else f"{ends[0]:.6g} to {ends[1]:.6g}"
+            rows.append((name, f"{value:.6g}", hashes[name], told))
+        rows += [(name, "-", "", why) for name, why in self.missing.items()]
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        lines = [f"{a:{widths[0]}s}  {b:>{widths[1]}s}  {c:{widths[2]}s}  {d}" for a, b, c, d in rows]
+        return "\n".join(line.rstrip() for line in lines)
 
 
 def measure(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -125,6 +125,8 @@ class Metric(ABC):
     # Whether a resample's figures are off, beside their spread, for having some samples several times. Intervals are
     # then centred on the figure.
     is_shifted: ClassVar[bool] = False
+    # Fields that some of the figures alone depend on, with these figures
+    decides: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     @abstractmethod
     def values(self, generated: FeatureSet, reference: Side, draws: Resampling) -> Figures:

@@ -39,6 +39,7 @@ class Neighbours(Metric):
     seed: Annotated[int, Field(ge=0)] = 0  # of which these are
 
     figures = ("precision", "recall", "density", "coverage")
+    decides = {"k": ("precision", "recall"), "density_k": ("density", "coverage")}  # noqa: RUF012
 
     @property
     def at_least(self) -> int:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from dit.config import ConfigError
+from dit.config import ConfigError, from_dict, to_dict
 from dit.evals.pictures.pictures import Pictures, PicturesError
 from dit.evals.protocol import protocol_hash
 from dit.rng import Purpose, permutation
+from dit.sample.generate import SamplerSpec
 
 # Of a record of drawn images, what decides about the kind of images, and what older records mean that lack it. Which
 # weights drew them, how many, on what, into which forms, is no part of it, nor what was counted meanwhile.
@@ -26,9 +28,10 @@ PLACES = ("checkpoint", "path")  # of other weights: where these lie on a machin
 
 
 def chosen(pictures: Pictures, count: int | None, flag: str) -> np.ndarray:
-    """Numbers of the images that are taken, ascending: all, or `count` of them at random, always the same ones.
+    """Numbers of the images that are taken, ascending: all, or `count` of them, always the same ones.
 
-    flag: that says the count, for messages. ConfigError where there are not as many.
+    Of drawn images the first ones, which are those of a drawing of so many; of others at random. flag: that says the
+    count, for messages. ConfigError where there are not as many.
     """
     if not len(pictures):
         raise PicturesError(f"{pictures.named}: no images in it")
@@ -38,16 +41,40 @@ def chosen(pictures: Pictures, count: int | None, flag: str) -> np.ndarray:
         raise ConfigError(
             f"--{flag}={count}: {pictures.named} has {len(pictures)} images; expected 1 to that many"
         )
+    if _is_drawn(pictures):
+        return np.arange(count)
     return np.sort(permutation(0, Purpose.SUBSET, 0, len(pictures))[:count])
+
+
+def _is_drawn(pictures: Pictures) -> bool:
+    """Whether image i is what the record's seed and i make, whatever the number of images."""
+    return ((pictures.spec or {}).get("sampler") or {}).get("seed") is not None
+
+
+def drawn_how(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """How images were drawn, by their record: JSON values, the same ones for settings that are typed otherwise.
+
+    Of whichever weights and seed.
+    """
+    kept = {key: spec.get(key, older) for key, older in KIND.items()}
+    kept["sampler"] = {k: v for k, v in _normal(kept["sampler"] or {}).items() if k != "seed"}
+    return json.loads(json.dumps(_placeless(kept)))  # type: ignore[no-any-return]
 
 
 def sampler_hash(spec: Mapping[str, Any] | None) -> str | None:
     """The hash of how images were drawn, whoever's weights drew them and from whichever seed; None of others."""
-    if spec is None:
-        return None
-    kept = {key: spec.get(key, older) for key, older in KIND.items()}
-    kept["sampler"] = {key: value for key, value in (kept["sampler"] or {}).items() if key != "seed"}
-    return protocol_hash(_placeless(kept))
+    return None if spec is None else protocol_hash(drawn_how(spec))
+
+
+def _normal(sampler: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A sampler's settings in their one form."""
+    if not sampler:  # none are on file
+        return {}
+    try:
+        normal: dict[str, Any] = to_dict(from_dict(SamplerSpec, sampler).normal)
+    except ConfigError:  # another version's, or another program's: they are told as they are
+        return sampler
+    return normal
 
 
 def _placeless(value: Any) -> Any:
@@ -61,14 +88,20 @@ def described(pictures: Pictures, index: np.ndarray) -> dict[str, Any]:
     """What of a set's kind belongs to a protocol: counts, size, conversion, balance of labels, how it was drawn."""
     return {
         "images": len(index),
-        "chosen": "all"
-        if len(index) == len(pictures)
-        else f"{len(index)} of {len(pictures)} at random, seed 0",
+        "chosen": _chosen_words(pictures, index),
         "size": list(pictures.size),
         "converted": pictures.converted,
         "labels": _balance(pictures, index),
         "sampler": sampler_hash(pictures.spec),
     }
+
+
+def _chosen_words(pictures: Pictures, index: np.ndarray) -> str:
+    """Which images are taken; the first of a drawing are all of a smaller one."""
+    is_beginning = len(index) > 0 and int(index[-1]) + 1 == len(index)
+    if len(index) == len(pictures) or (is_beginning and _is_drawn(pictures)):
+        return "all"
+    return f"{len(index)} of {len(pictures)} at random, seed 0"
 
 
 def _balance(pictures: Pictures, index: np.ndarray) -> str:

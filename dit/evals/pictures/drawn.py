@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -25,18 +26,32 @@ def record_of(folder: Path) -> dict[str, Any] | None:
     return read_record(folder / RECORD) if (folder / RECORD).is_file() else None
 
 
-def open_drawn(folder: Path, named: str, record: Mapping[str, Any], image_size: int | None) -> Pictures:
+def form_of(place: Path) -> tuple[Path, str] | None:
+    """The folder of drawn images that a folder lies in as one of its forms, and that form; None of any other."""
+    place = Path(os.path.abspath(place))  # "." has a name too
+    record = record_of(place.parent) if place.is_dir() else None
+    for name in (record or {}).get("formats") or ():
+        if name in FORMATS and FORMATS[name].names[0] == place.name:
+            return place.parent, name
+    return None
+
+
+def open_drawn(
+    folder: Path, named: str, record: Mapping[str, Any], image_size: int | None, form: str | None = None
+) -> Pictures:
     """The images that a record is of, never the pictures beside them: the same set in every form.
 
-    image_size: as `open_pictures` has it; None for an npz. PicturesError where the folder has latents alone, or another
-    number of images than were drawn.
+    form: which one, of FORMATS; None: the first there is, an npz before others. image_size: as `open_pictures` has it;
+    None for an npz. PicturesError where the folder has latents alone, or another number of images than were drawn.
     """
-    if (folder / NPZ).is_file():
+    if (folder / NPZ).is_file() and form in (None, "npz"):
         return open_npz(folder / NPZ, named, record)
     forms = record.get("formats")
     if forms is None:  # another program's record
         return open_pictures_of(named, image_size, record)
-    place = next((folder / FORMATS[name].names[0] for name in FORMATS if name in forms), None)
+    place = next(
+        (folder / FORMATS[name].names[0] for name in FORMATS if name in forms and form in (None, name)), None
+    )
     if place is None:
         raise PicturesError(
             f"{named} has {' and '.join(forms)} alone, and no images: draw them by the same command without --preview"

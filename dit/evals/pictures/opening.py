@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from dit.evals.pictures.drawn import NPZ, open_drawn, record_of
+from dit.evals.pictures.drawn import NPZ, form_of, open_drawn, record_of
 from dit.evals.pictures.npz import open_npz
 from dit.evals.pictures.pictures import Pictures, PicturesError
 from dit.evals.pictures.source import open_pictures_of
@@ -24,10 +24,16 @@ def _npz(spec: str, image_size: int | None) -> Pictures | None:
 
 
 def _drawn(spec: str, image_size: int | None) -> Pictures | None:
-    """A folder that tools/sample.py wrote: its images, with the record of how they were drawn."""
+    """A folder that tools/sample.py wrote, or one in it: its images, with the record of how they were drawn."""
     folder, record = Path(spec), record_of(Path(spec))
     if record is None:
-        return None
+        place = form_of(folder)
+        record = None if place is None else record_of(place[0])
+        return (
+            None
+            if place is None or record is None
+            else open_drawn(place[0], spec, record, image_size, place[1])
+        )
     pictures = open_drawn(folder, spec, record, image_size)
     return _of_size(pictures, image_size) if (folder / NPZ).is_file() else pictures
 

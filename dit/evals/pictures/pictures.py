@@ -77,6 +77,32 @@ def content(found: bytes) -> str:
     return hashlib.sha256(found).hexdigest()[:16]
 
 
+@dataclass(frozen=True)
+class Seen:
+    """Which images a set is of. content: the hash of all in their order.
+
+    digests: 16 bytes of each image, as `digests` gives them; b"" where the hash alone is on file.
+    """
+
+    content: str
+    digests: bytes = b""
+
+    @classmethod
+    def of(cls, found: bytes) -> Seen:
+        """Of the digests of images in their order."""
+        return cls(content(found), found)
+
+    def __len__(self) -> int:
+        return len(self.digests) // 16
+
+    def shared(self, other: Seen) -> int:
+        """How many of these images are among the others too; of others whose hash alone is on file, all or none."""
+        if not other.digests:
+            return len(self) if self.content == other.content else 0
+        mine, theirs = (np.frombuffer(each.digests, "S16") for each in (self, other))
+        return int(np.isin(mine, theirs).sum())
+
+
 def labels_hash(labels: np.ndarray | None) -> str | None:
     """12 hexadecimal digits of labels in their order; None of none."""
     if labels is None:

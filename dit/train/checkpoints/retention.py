@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from dit.train.checkpoints.checkpoint import NAME, CheckpointError, candidates, path_of, read, step_of
+from dit.train.settings import CheckpointConfig
 
 
 def fresh(directory: Path, step: int) -> Path:
@@ -17,14 +18,15 @@ def fresh(directory: Path, step: int) -> Path:
     return partial
 
 
-def prune(directory: Path, keep: int, step: int, keep_every: int = 0) -> None:
-    """Remove all but the newest `keep` checkpoints up to `step`, the one just saved; 0 keeps all. Called by rank 0.
+def prune(directory: Path, keeping: CheckpointConfig, step: int) -> None:
+    """Remove all but the newest `keeping.keep` checkpoints up to `step`, the one just saved; 0 keeps all. On rank 0.
 
-    Broken ones do not count instead of good ones, nor do those beyond it, which were passed over. keep_every: the steps
-    that are its multiples stay too.
+    Broken ones do not count instead of good ones, nor do those beyond it, which were passed over. Those that are to be
+    kept for good (`keep_every`, `at`) stay too.
     """
+    keep = keeping.keep
     old = [p for p in candidates(directory) if step_of(p) <= step and _looks_whole(p)][keep:] if keep else []
-    for path in [p for p in old if not keep_every or step_of(p) % keep_every]:
+    for path in [p for p in old if not keeping.is_for_good(step_of(p))]:
         remove(path)
 
 

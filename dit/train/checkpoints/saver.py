@@ -195,4 +195,4 @@ def _finish(
         retention.remove(final)
     partial.rename(final)
     sync(final.parent)
-    retention.prune(final.parent, keeping.keep, meta["step"], keeping.keep_every)
+    retention.prune(final.parent, keeping, meta["step"])

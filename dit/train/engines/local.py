@@ -41,7 +41,7 @@ class LocalEngine:
         self.updates = self.skipped = 0
         self.accumulation = accumulation
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16")
-        groups = parameter_groups(self.module, optim.weight_decay)
+        groups = parameter_groups(self.module, optim.weight_decay, optim.eps)
         self.optimizer = GuardedAdamW(groups, optim.clip, **adamw_arguments(optim))
 
     @property

@@ -141,7 +141,7 @@ class DeepSpeedEngine:
         module = module.to(self.device)
         if self.stage == 3 and leaf_modules:
             set_z3_leaf_modules(module, list(leaf_modules))
-        by_group = parameter_groups(module, optim.weight_decay)
+        by_group = parameter_groups(module, optim.weight_decay, optim.eps)
         arguments = adamw_arguments(optim)
         optimizer = (
             torch.optim.AdamW(by_group, **arguments)

@@ -234,6 +234,7 @@ FITS: Checks = {
     "order": fits.order,
     "model": fits.model,
     "past": fits.past,
+    "branch": fits.branch,
     "init": fits.init,
     "sharding": fits.sharding,
     "space": fits.room,

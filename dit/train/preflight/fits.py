@@ -13,8 +13,10 @@ from pathlib import Path
 from dit.config import ConfigError
 from dit.errors import Notice
 from dit.ranks import group
+from dit.train import branch as branches
 from dit.train import run_dir
 from dit.train.checkpoints import checkpoint
+from dit.train.checkpoints.archive import checkpoints_of
 from dit.train.checkpoints.checkpoint import Checkpoint, CheckpointError, check_same_data
 from dit.train.plan import Plan, fill
 from dit.train.preflight.nodes import PreflightError, Site, existing
@@ -26,7 +28,8 @@ def config(site: Site) -> str:
     site.plan.look()
     cfg = site.cfg
     group.on_main(lambda: run_dir.compare(cfg.folder / run_dir.CONFIG, cfg))
-    return f"{cfg.run_dir} {'holds no run' if site.plan.before is None else 'holds this run'}"
+    is_new = site.plan.before is None or site.plan.branch is not None
+    return f"{cfg.run_dir} {'holds no run' if is_new else 'holds this run'}"
 
 
 def order(site: Site) -> str:
@@ -53,12 +56,32 @@ def past(site: Site) -> str:
     def look() -> str:
         found = newest(site.cfg.folder / "checkpoints")
         if found is None:
-            return "no checkpoint: begins at step 0"
+            return (
+                "no checkpoint: begins at step 0" if site.plan.branch is None else "no checkpoint of its own"
+            )
         run_dir.differences(found.meta["config"], site.cfg, str(found.path))
         check_same_data(found, site.plan.identity)
+        _warn_of_missed(site.cfg, found.step)
         return f"goes on from {found.path}"
 
     return group.on_main(look)
+
+
+def _warn_of_missed(cfg: RunConfig, step: int) -> None:
+    """Say which steps of checkpoint.at the run has passed without saving them."""
+    folder = checkpoints_of(cfg.folder)
+    missed = [s for s in cfg.checkpoint.at if s < step and not checkpoint.path_of(folder, s).exists()]
+    if missed:
+        text = (
+            f"checkpoint.at = {missed} is behind step {step}, where {cfg.run_dir} is, and was not saved there"
+        )
+        warnings.warn(text, Notice, stacklevel=2)
+
+
+def branch(site: Site) -> str:
+    """The checkpoint that init.branch names is one that this run would have come to. CheckpointError or ConfigError."""
+    plan = site.plan
+    return group.on_main(lambda: branches.check(plan.cfg, plan.identity, plan.branch))
 
 
 def newest(folder: Path) -> Checkpoint | None:
@@ -77,7 +100,8 @@ def init(site: Site) -> str:
     def look() -> str:
         source = site.plan.init
         if source is None:
-            return "the seed's weights" if not site.plan.has_checkpoint else "the checkpoint's weights"
+            has_checkpoint = site.plan.has_checkpoint or site.plan.branch is not None
+            return "the checkpoint's weights" if has_checkpoint else "the seed's weights"
         fill(site.plan.outline.module, source, source.outline(site.cfg.init.weights))
         return f"the {site.cfg.init.weights} weights of {source.checkpoint.path}"
 
@@ -136,8 +160,10 @@ def _left_over(folder: Path) -> int:
 
 def held_at_most(saving: CheckpointConfig, steps: int) -> int:
     """Checkpoints of a run on disk at a time: a new one is there before the oldest goes."""
-    saves = -(-steps // saving.every)
+    at = {step for step in saving.at if step < steps}  # the last step is saved anyway
+    saves = -(-steps // saving.every) + len([step for step in at if step % saving.every])
     for_good = steps // saving.keep_every if saving.keep_every else 0
+    for_good += len([step for step in at if not saving.keep_every or step % saving.keep_every])
     return min(saves, saving.keep + 1 + for_good) if saving.keep else saves
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 
@@ -48,6 +50,34 @@ def test_counts_are_repetitions_that_make_no_pair_with_themselves() -> None:
     cross = ((x[repeated[0]] @ y[repeated[1]].T / 3 + 1) ** 3).mean()
     expected = within(x, repeated[0]) + within(y, repeated[1]) - 2 * cross
     assert squared_mmd(x, y, a, b, 2)[0] == pytest.approx(expected, rel=1e-12)
+
+
+def exactly(x: np.ndarray, y: np.ndarray, a: np.ndarray, b: np.ndarray) -> Fraction:
+    """Of whole numbers, each counted as often as a and b say, without rounding."""
+
+    def mean(one: list[tuple[int, list[int]]], other: list[tuple[int, list[int]]], is_same: bool) -> Fraction:
+        total = weight = 0
+        for i, (w, left) in enumerate(one):
+            for j, (v, right) in enumerate(other):
+                if not (is_same and i == j):
+                    inner = sum(p * q for p, q in zip(left, right, strict=True)) + len(left)
+                    total, weight = total + w * v * inner**3, weight + w * v
+        return Fraction(total, weight * len(one[0][1]) ** 3)
+
+    p, q = (list(zip(c.tolist(), z.astype(int).tolist(), strict=True)) for c, z in ((a, x), (b, y)))
+    return mean(p, p, True) + mean(q, q, True) - 2 * mean(p, q, False)
+
+
+@pytest.mark.parametrize("offset", [0, 30, 1000, 10**6, 10**9])
+@pytest.mark.parametrize("rows", [3, 1000])
+def test_features_that_lie_far_from_0_lose_no_digits(offset: int, rows: int) -> None:
+    rng = np.random.default_rng(3)
+    x, y = rng.integers(-9, 9, (8, 4)) + offset + 2.0, rng.integers(-9, 9, (7, 4)) + float(offset)
+    a, b = np.ones((2, 8), int), np.ones((2, 7), int)
+    a[1], b[1] = [2, 0, 1, 1, 3, 1, 0, 0], [0, 1, 1, 2, 0, 3, 0]
+    found = squared_mmd(x, y, a, b, rows)
+    for value, counts in zip(found, zip(a, b, strict=True), strict=True):
+        assert value == pytest.approx(float(exactly(x, y, *counts)), rel=1e-9)
 
 
 def test_it_is_unbiased() -> None:

@@ -10,14 +10,16 @@ import pytest
 import torch
 from PIL import Image
 
+from dit.config import from_dict, to_dict
 from dit.data import DataError
 from dit.data.sources.source import BadImage
-from dit.evals.pictures.choice import described, sampler_hash
+from dit.evals.pictures.choice import chosen, described, sampler_hash
 from dit.evals.pictures.opening import open_pictures
 from dit.evals.pictures.pictures import PicturesError, content, digests
-from dit.sample.formats import FORMATS
+from dit.evals.protocol import protocol_hash
+from dit.sample.formats import FORMATS, LATENTS, format_of
+from dit.sample.generate import SamplerSpec
 from dit.sample.labels import Labels
-from dit.sample.pictures import LATENTS, format_of
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
 
@@ -80,6 +82,42 @@ def test_drawn_images_are_the_same_set_in_every_form(tmp_path):
     assert told[0][1]["labels"] == "random over 2 classes"
 
 
+@pytest.mark.parametrize("form", ["png", "webdataset"])
+def test_a_folder_in_a_drawing_is_opened_with_the_drawings_record(tmp_path, monkeypatch, form):
+    out = drawn(tmp_path / "a", "npz", form)
+    whole, part = open_pictures(out), open_pictures(out / FORMATS[form].names[0])
+    assert part.spec == whole.spec
+    assert part.labels.tolist() == whole.labels.tolist()
+    assert part.named.endswith(FORMATS[form].names[0])
+    assert described(part, np.arange(6)) == described(whole, np.arange(6))
+    assert not hasattr(part, "rows")  # it is the folder that was named, and not the npz beside it
+    monkeypatch.chdir(out / FORMATS[form].names[0])
+    assert open_pictures(".").spec == whole.spec
+    (out / "other").mkdir()
+    Image.fromarray(IMAGES[0]).save(out / "other" / "a.png")
+    assert open_pictures(out / "other").spec is None
+
+
+def test_the_first_of_a_drawing_are_those_of_a_smaller_one(tmp_path):
+    record = {**SPEC, "formats": ["npz"]}
+    for name, count in (("all", 6), ("few", 4)):
+        (tmp_path / name).mkdir()
+        np.savez(
+            tmp_path / name / "samples.npz", IMAGES[:count], Labels([4, 7], "random", 5)(torch.arange(count))
+        )
+        (tmp_path / name / "spec.json").write_text(json.dumps({**record, "num_samples": count}))
+    larger, smaller = (open_pictures(tmp_path / name) for name in ("all", "few"))
+    index = chosen(larger, 4, "num_samples")
+    assert index.tolist() == [0, 1, 2, 3]
+    assert described(larger, index) == described(smaller, chosen(smaller, None, "num_samples"))
+    assert described(larger, index)["chosen"] == "all"
+    (tmp_path / "all" / "spec.json").unlink()
+    plain = open_pictures(tmp_path / "all" / "samples.npz")
+    index = chosen(plain, 4, "num_samples")
+    assert index.tolist() != [0, 1, 2, 3]
+    assert described(plain, index)["chosen"] == "4 of 6 at random, seed 0"
+
+
 def test_a_drawn_folder_without_images_or_with_another_number_of_them_says_so(tmp_path):
     with pytest.raises(PicturesError, match="latents alone"):
         open_pictures(drawn(tmp_path / "a", LATENTS))
@@ -118,6 +156,37 @@ def test_where_a_guiding_checkpoint_lies_is_not_in_a_samplers_hash_and_older_rec
     a, b, stronger = (sampler_hash(spec) for spec in guided)
     assert a == b != stronger
     assert sampler_hash({"sampler": {}}) == sampler_hash({"sampler": {}, "label_order": "balanced"})
+
+
+PLAIN = {"name": "cfg", "scale": 1.5, "interval": [0.0, 1.0], "channels": None, "rescale": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "is_same"),
+    [
+        ({"cfg_scale": 1.5}, {"guidance": [PLAIN]}, True),
+        ({"cfg_scale": 1.5}, {"guidance": [{"name": "cfg", "scale": 1.5}]}, True),
+        ({"cfg_scale": 1.5}, {"cfg_scale": 1.5, "guidance": [PLAIN]}, True),
+        ({}, {"guidance": [{**PLAIN, "scale": 1.0, "interval": [0.2, 0.7]}]}, True),
+        ({}, {"cfg_scale": 1}, True),
+        ({"cfg_scale": 1.5}, {"guidance": [{**PLAIN, "interval": [0.2, 0.7]}]}, False),
+        ({"cfg_scale": 1.5}, {"guidance": [{**PLAIN, "channels": 3}]}, False),
+        ({"cfg_scale": 1.5}, {"guidance": [{**PLAIN, "scale": 2.0}]}, False),
+        ({}, {"solver": "heun"}, True),
+        ({}, {"num_steps": 51}, False),
+    ],
+)
+def test_settings_that_draw_the_same_images_have_one_hash_however_they_are_typed(one, other, is_same):
+    a, b = ({"sampler": to_dict(from_dict(SamplerSpec, typed))} for typed in (one, other))
+    assert (sampler_hash(a) == sampler_hash(b)) == is_same
+
+
+def test_the_hash_of_plain_settings_is_that_of_older_versions():
+    """Rows on file have it: the record's own values, without the seed."""
+    for spec in (SamplerSpec(), SamplerSpec(cfg_scale=2.0, num_steps=8, seed=4)):
+        own = {key: value for key, value in to_dict(spec).items() if key != "seed"}
+        kept = {"sampler": own, "classes": [1], "label_order": "balanced", "precision": "fp32", "codec": {}}
+        assert sampler_hash({"sampler": to_dict(spec), "classes": [1]}) == protocol_hash(kept)
 
 
 def test_mixed_sizes_are_refused_and_cropped_when_asked(folder):

@@ -25,6 +25,7 @@ from dit.train.checkpoints.saver import save
 from dit.train.ema import Ema, EmaConfig
 from dit.train.engines.local import LocalEngine
 from dit.train.optim import OptimConfig
+from dit.train.settings import CheckpointConfig
 from tests.datasets import Digits
 from tests.rank_processes import RanksFailed, Server
 from tests.train.on_ranks import resave
@@ -238,23 +239,32 @@ def test_resolve_takes_a_run_directory_or_a_checkpoint(three: Path, tmp_path: Pa
 
 @pytest.mark.parametrize(("keep", "left"), [(0, [10, 20, 30]), (1, [30]), (2, [20, 30]), (9, [10, 20, 30])])
 def test_prune_keeps_the_newest(three: Path, keep: int, left: list[int]) -> None:
-    retention.prune(three, keep, step=30)
+    retention.prune(three, CheckpointConfig(keep=keep), step=30)
     assert sorted(p.name for p in three.iterdir()) == [f"step-{s:08d}" for s in left]
 
 
 @pytest.mark.parametrize(
-    ("keep", "keep_every", "left"),
-    [(1, 20, [20, 30]), (1, 10, [10, 20, 30]), (2, 40, [20, 30]), (0, 20, [10, 20, 30])],
+    ("keep", "keep_every", "at", "left"),
+    [
+        (1, 20, (), [20, 30]),
+        (1, 10, (), [10, 20, 30]),
+        (2, 40, (), [20, 30]),
+        (0, 20, (), [10, 20, 30]),
+        (1, 0, (10,), [10, 30]),
+        (1, 20, (10, 50), [10, 20, 30]),
+    ],
 )
-def test_multiples_of_keep_every_stay(three: Path, keep: int, keep_every: int, left: list[int]) -> None:
-    retention.prune(three, keep, 30, keep_every)
+def test_multiples_of_keep_every_and_named_steps_stay(
+    three: Path, keep: int, keep_every: int, at: tuple[int, ...], left: list[int]
+) -> None:
+    retention.prune(three, CheckpointConfig(every=10, keep=keep, keep_every=keep_every, at=at), 30)
     assert [p.name for p in sorted(three.iterdir())] == [f"step-{step:08d}" for step in left]
 
 
 def test_copies_that_somebody_made_are_neither_checkpoints_nor_pruned(three: Path) -> None:
     for name in ("step-00000030.best", "step-00000099-copy", "best"):
         shutil.copytree(at_step_in(three, 30), three / name)
-    retention.prune(three, keep=1, step=30)
+    retention.prune(three, CheckpointConfig(keep=1), step=30)
     assert sorted(p.name for p in three.iterdir()) == [
         "best",
         "step-00000030",
@@ -269,7 +279,7 @@ def test_prune_never_counts_a_broken_one_that_was_passed_over(three: Path) -> No
     """Resumed at 20 because 30 is broken, saved at 25: with keep=1 it is 25 that must stay."""
     flip_bit(at_step_in(three, 30) / "rank-00000.safetensors")
     Small(25).save(three, 25)
-    retention.prune(three, keep=1, step=25)
+    retention.prune(three, CheckpointConfig(keep=1), step=25)
     found = checkpoint.latest(three)
     assert found is not None
     assert found.step == 25
@@ -280,10 +290,10 @@ def test_broken_ones_do_not_count_among_those_that_are_kept(three: Path) -> None
     """With keep=2 and the newest but one broken, the two newest good ones stay."""
     (at_step_in(three, 20) / "COMPLETE").unlink()
     Small(40).save(three, 40)
-    retention.prune(three, keep=2, step=40)
+    retention.prune(three, CheckpointConfig(keep=2), step=40)
     assert sorted(p.name for p in three.iterdir()) == [f"step-{s:08d}" for s in (20, 30, 40)]
     Small(50).save(three, 50)
-    retention.prune(three, keep=2, step=50)
+    retention.prune(three, CheckpointConfig(keep=2), step=50)
     assert checkpoint.latest(three, pytest.fail, up_to=40) is not None
     assert sorted(p.name for p in three.iterdir()) == [f"step-{s:08d}" for s in (20, 40, 50)]
 

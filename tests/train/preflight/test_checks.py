@@ -293,9 +293,12 @@ def test_a_run_without_room_does_not_start(digits: Digits, small_disk: Path) -> 
         ({"every": 10, "keep": 0}, 1005, 101),
         ({"every": 10, "keep": 3, "keep_every": 100}, 1000, 14),
         ({"every": 500, "keep": 3}, 1000, 2),
+        ({"every": 500, "keep": 3, "at": (7, 500, 1000)}, 1000, 3),
+        ({"every": 10, "keep": 3, "at": (7, 20, 1000)}, 1000, 6),
+        ({"every": 10, "keep": 3, "keep_every": 100, "at": (7, 200)}, 1000, 15),
     ],
 )
-def test_checkpoints_at_a_time(saving: dict[str, int], steps: int, count: int) -> None:
+def test_checkpoints_at_a_time(saving: dict[str, Any], steps: int, count: int) -> None:
     assert held_at_most(CheckpointConfig(**saving), steps) == count
 
 

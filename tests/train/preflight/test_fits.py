@@ -107,6 +107,7 @@ BROKEN: dict[str, tuple[Callable[[Digits, Path], Sections], str]] = {
     "too few classes": (lambda d, f: {"model": {"num_classes": 3}}, "num_classes is 3 and the data have 10"),
     "frozen pattern": (lambda d, f: {"train": {"freeze": ["block.0.*"]}}, "did you mean blocks.0.*?"),
     "no init": (lambda d, f: {"init": {"from": "gone"}}, "gone is missing"),
+    "no branch": (lambda d, f: {"init": {"branch": "gone"}}, "gone is missing"),
     "hpz": (
         lambda d, f: {"zero": {"stage": 3, "hpz": 2}, "engine": "deepspeed"},
         "zero.hpz = 2 does not divide 1 ranks",

@@ -1,0 +1,181 @@
+"""The results of an experiment as one table: a line for each run, with its held-out loss or another figure."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dit.errors import Notice
+from dit.evals import record
+from dit.evals.valloss import QUARTERS
+from dit.files import write_atomically
+from dit.scaling.plan import Plan, PlannedRun
+from dit.scaling.planned import ScalingError
+from dit.scaling.states import RunState
+
+HELD_OUT, FILE = "held_out.jsonl", "held_out_loss"
+QUARTER = [f"loss_q{i + 1}" for i in range(QUARTERS)]
+COLUMNS = (
+    "run", "params", "samples", "tokens", "flops", "loss", "metric", "seed", "complete", "params_total", "protocol",
+    "size", "width", "depth", "heads", "budget", "kind", "steps", "batch", "lr", *QUARTER,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Figure:
+    """What was measured of a run at a step. more: other columns."""
+
+    value: float
+    step: int
+    protocol: str
+    more: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Collected:
+    """The table, and what is not in it: run -> why."""
+
+    rows: Sequence[Mapping[str, Any]]
+    missing: Mapping[str, str]
+    protocol: str
+
+
+def collect(
+    out: Path, plan: Plan, metric: str = FILE, protocol: str | None = None, partial: bool = False
+) -> Collected:
+    """Gather a figure of every run at its last step.
+
+    metric: held_out_loss (EMA weights, on samples and draws that are the same for all), or a figure's name in
+    RUN/evaluations.jsonl. protocol: its hash, where there are several. partial: take the newest figure of runs that are
+    not complete too. Raises ScalingError where there is nothing, or figures are of several protocols.
+    """
+    found: list[tuple[PlannedRun, bool, list[Figure]]] = []
+    missing: dict[str, str] = {}
+    for run in plan.runs:
+        state = RunState(out, run)
+        figures = _figures(state.folder, metric)
+        if not state.is_complete and not partial:
+            missing[run.name] = (
+                f"not complete: step {state.step} of {run.steps}" if state.has_begun else "not begun"
+            )
+            continue
+        last = max((f.step for f in figures), default=0)
+        wanted = run.steps if state.is_complete else last
+        figures = [f for f in figures if f.step == wanted and protocol in (None, f.protocol)]
+        if figures:
+            found.append((run, state.is_complete, figures))
+        else:
+            missing[run.name] = f"no {metric} at step {wanted}" if last else f"no {metric}"
+    if not found:
+        raise ScalingError(_nothing(out, plan, metric, protocol, missing))
+    shared = protocol or _shared_protocol(found)
+    rows = [_row(run, done, _of(figures, shared), metric) for run, done, figures in found]
+    return Collected(rows, missing, shared)
+
+
+def write_table(collected: Collected, file: Path) -> None:
+    """Write the table as CSV."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(collected.rows)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, text.getvalue().encode())
+
+
+def _nothing(out: Path, plan: Plan, metric: str, protocol: str | None, missing: Mapping[str, str]) -> str:
+    of = "" if protocol is None else f" of protocol {protocol}"
+    whys = "\n".join(f"  {name}: {why}" for name, why in missing.items())
+    known = sorted({name for run in plan.runs for name in _names(RunState(out, run).folder)})
+    return f"{out} has no {metric}{of} of any run:\n{whys}\nThere are: {', '.join(known) or 'no figures yet'}"
+
+
+def _row(run: PlannedRun, is_complete: bool, figure: Figure, metric: str) -> dict[str, Any]:
+    """A line of the table; of a run that is not complete, as many samples as its figure is of."""
+    share = figure.step / run.steps
+    return {
+        **{name: getattr(run, name) for name in COLUMNS if hasattr(run, name)},
+        "run": run.name,
+        "samples": figure.step * run.batch,
+        "tokens": run.tokens // run.samples * figure.step * run.batch,
+        "flops": run.flops if is_complete else run.flops * share,
+        "loss": figure.value,
+        "metric": metric,
+        "complete": "true" if is_complete else "false",
+        "protocol": figure.protocol,
+        "steps": figure.step,
+        **figure.more,
+    }
+
+
+# --- what the runs left ----------------------------------------------------------------------------------------
+
+
+def _figures(run_dir: Path, metric: str) -> list[Figure]:
+    """Every figure of this name of a run, oldest first."""
+    if metric == FILE:
+        return [
+            Figure(row["loss"], row["step"], row["protocol"], {q: row[q] for q in QUARTER if q in row})
+            for row in _held_out(run_dir)
+        ]
+    return [
+        Figure(row["figures"][name], row["step"], row["hash"], {})
+        for row in record.read(run_dir)
+        for name in row["figures"]
+        if metric in (name, record.titled(row, name))
+    ]
+
+
+def _names(run_dir: Path) -> set[str]:
+    """The names of all figures of a run."""
+    measured = {record.titled(row, name) for row in record.read(run_dir) for name in row["figures"]}
+    return measured | ({FILE} if _held_out(run_dir) else set())
+
+
+def _held_out(run_dir: Path) -> list[dict[str, Any]]:
+    """The whole rows of held_out.jsonl that have a loss; one that a kill has cut off ends them."""
+    file = run_dir / HELD_OUT
+    rows: list[dict[str, Any]] = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        if isinstance(row, dict) and isinstance(row.get("loss"), float) and "protocol" in row:
+            rows.append(row)
+    return rows
+
+
+def _shared_protocol(found: Iterable[tuple[PlannedRun, bool, Sequence[Figure]]]) -> str:
+    """The one protocol that every run has a figure of. ScalingError where there is none, or there are several."""
+    of_runs = {run.name: {figure.protocol for figure in figures} for run, _, figures in found}
+    shared = set.intersection(*of_runs.values())
+    if len(shared) == 1:
+        return shared.pop()
+    rows: dict[str, list[str]] = {}
+    for name, protocols in of_runs.items():
+        for one in sorted(protocols):
+            rows.setdefault(one, []).append(name)
+    listed = "\n".join(f"  {one}: {', '.join(names)}" for one, names in rows.items())
+    what = "of several protocols" if shared else "not all of one protocol"
+    raise ScalingError(
+        f"figures are {what}, and losses of different ones are not compared; choose --protocol=HASH:\n{listed}"
+    )
+
+
+def _of(figures: Sequence[Figure], protocol: str) -> Figure:
+    """The newest figure of a protocol."""
+    return [figure for figure in figures if figure.protocol == protocol][-1]
+
+
+def warn_of_missing(collected: Collected) -> None:
+    """Say which runs are not in the table, in one Notice."""
+    if collected.missing:
+        whys = "; ".join(f"{name} ({why})" for name, why in collected.missing.items())
+        warnings.warn(f"{len(collected.missing)} runs are left out: {whys}", Notice, stacklevel=2)

@@ -1,0 +1,201 @@
+"""A plan on disk: OUT/plan.json, OUT/plan.csv and a config for each run; and what an earlier plan there binds."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import operator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from dit.config import ConfigError, from_dict
+from dit.configfile import write_yaml
+from dit.errors import UserError, shown
+from dit.experiments.diffusion import Experiment
+from dit.files import expand, write_atomically
+from dit.outputs import OutputError, read_record, refuse_other, write_record
+from dit.scaling.configs import branch_point, config_file, run_config, run_folder
+from dit.scaling.plan import Plan, PlannedRun
+from dit.scaling.planning import make_plan
+from dit.scaling.spec import ScalingSpec, load_spec
+from dit.scaling.states import last_step
+from dit.train.run_dir import begun_with, differences
+
+PLAN, TABLE, KIND = "plan.json", "plan.csv", "folder of a scaling experiment"
+
+
+class ScalingError(UserError):
+    """A scaling experiment cannot be planned, run or collected as it was asked for."""
+
+
+def plan_into(spec: ScalingSpec) -> Plan:
+    """Plan an experiment and write the plan; runs that have begun must stay what they are. Raises ScalingError."""
+    out = spec.folder
+    refuse_other(out, KIND)
+    before = read_plan(out) if (out / PLAN).is_file() else None
+    held = [] if before is None else [run.name for run in before.runs if _has_begun(out, run.name)]
+    plan = make_plan(spec, [name for name in held if before is not None and before[name].trunk is None])
+    configs = {run.name: run_config(spec, plan, run) for run in plan.runs}
+    problems = [line for run in plan.runs for line in _changed(out, run, configs[run.name])]
+    gone = [] if before is None else [run.name for run in before.runs if run.name not in plan]
+    problems += [f"{name} has begun, and is not planned any more" for name in gone if name in held]
+    if problems:
+        raise ScalingError(
+            f"{out} holds runs of another plan:\n"
+            + "\n".join(problems)
+            + "\nRuns may be added to an experiment, not changed: give the spec its old values, or another --out."
+        )
+    (out / "plan").mkdir(parents=True, exist_ok=True)
+    for name, cfg in configs.items():
+        write_yaml(config_file(out, name), cfg)
+    for name in gone:
+        config_file(out, name).unlink(missing_ok=True)
+    write_atomically(out / TABLE, as_csv(plan).encode())
+    write_record(out / PLAN, plan.as_json())
+    return plan
+
+
+def read_plan(out: Path) -> Plan:
+    """Read the plan of an experiment's folder. Raises ScalingError where there is none, or it is damaged."""
+    file = out / PLAN
+    if not file.is_file():
+        raise ScalingError(f"{out} has no {PLAN}: plan it first, by tools/scaling.py plan SPEC")
+    try:
+        return Plan.from_json(read_record(file))
+    except (KeyError, TypeError, OutputError) as error:
+        raise ScalingError(f"{file} is damaged, or of another version ({error}): plan it again") from None
+
+
+def opened(where: str, out: str | None = None, replan: bool = False) -> tuple[Path, Plan]:
+    """Give an experiment's folder and plan, by the folder or by the spec's file.
+
+    out: in place of the spec's own. replan: plan a spec first, and again, so that a change of it is not overlooked.
+    """
+    place = Path(expand(where))
+    if place.is_dir():
+        if out is not None:
+            raise ConfigError(f"{where} is an experiment's folder already: leave --out out")
+        return place, read_plan(place)
+    spec = load_spec(place, out)
+    return spec.folder, plan_into(spec) if replan else read_plan(spec.folder)
+
+
+def spec_of(plan: Plan) -> ScalingSpec:
+    """Give the spec that a plan was made of."""
+    return from_dict(ScalingSpec, plan.values)
+
+
+# --- what an earlier plan binds --------------------------------------------------------------------------------
+
+
+def _has_begun(out: Path, name: str) -> bool:
+    return begun_with(run_folder(out, name)) is not None
+
+
+def _changed(out: Path, run: PlannedRun, cfg: Experiment) -> Iterator[str]:
+    """What a run that has begun would have otherwise, a line each."""
+    before = begun_with(run_folder(out, run.name))
+    if before is not None:
+        try:
+            operational = differences(before, cfg, run.name)
+        except ConfigError as error:
+            rows = [line for line in str(error).splitlines() if line.startswith("  ")]
+            yield "\n".join([f"{run.name}:", *rows])
+            return
+        for key, is_same in (("train.steps", operator.eq), ("init.branch", _same_point)):
+            if key in operational and not is_same(*operational[key]):
+                was, now = operational[key]
+                yield f"{run.name}:\n  {key}: {shown(was)} there, {shown(now)} now"
+    elif run.trunk is not None and run.branch_step is not None:
+        passed = last_step(run_folder(out, run.trunk))
+        if passed > run.branch_step and not branch_point(out, run).is_dir():
+            yield (
+                f"{run.name} would branch from {run.trunk} at step {run.branch_step}, which that has passed (step "
+                f"{passed}) without keeping a checkpoint"
+            )
+
+
+def _same_point(was: str | None, now: str | None) -> bool:
+    """Whether two places of a checkpoint are of one run and step: an experiment's folder may be moved."""
+    return was is not None and now is not None and Path(was).parts[-3:] == Path(now).parts[-3:]
+
+
+# --- told ------------------------------------------------------------------------------------------------------
+
+
+def as_csv(plan: Plan) -> str:
+    """The runs as CSV, a line each, with the columns of `PlannedRun`."""
+    text = io.StringIO()
+    names = [field.name for field in dataclasses.fields(PlannedRun)]
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(dataclasses.asdict(run) for run in plan.runs)
+    return text.getvalue()
+
+
+def as_table(plan: Plan, out: Path, device: str, ranks: int) -> str:
+    """The plan for a person: runs, what is left out, what it costs and what branching saves."""
+    rows = [_row(run) for run in plan.runs]
+    lines = [*aligned(HEAD, rows), "", *_explained(plan)]
+    if plan.left_out:
+        lines += ["", "left out:", *(f"  {one.name}: {one.why}" for one in plan.left_out)]
+    whole, apart = plan.flops, plan.separate_flops
+    saved = f"; branching saves {1 - whole / apart:.0%} of {apart:.3g}" if apart > whole else ""
+    on = device if ranks == 1 else f"{ranks} x {device}"
+    lines += ["", f"{len(plan.runs)} runs, {whole:.3g} FLOPs{saved}; {_hours(plan.hours)} in all on {on}"]
+    return "\n".join([*lines, f"a config for each run is in {out / 'plan'}"])
+
+
+HEAD = (
+    "run", "kind", "N", "with emb.", "samples", "tokens", "epochs", "FLOPs", "steps", "from", "batch", "lr", "hours",
+)  # fmt: skip
+
+
+def _row(run: PlannedRun) -> tuple[str, ...]:
+    begins = "" if run.branch_step is None else str(run.branch_step)
+    return (
+        run.name, run.kind, _short(run.params), _short(run.params_total), _short(run.samples), _short(run.tokens),
+        f"{run.epochs:.3g}", f"{run.flops:.3g}", str(run.steps), begins, str(run.batch), f"{run.lr:.3g}",
+        f"{run.hours:.3g}",
+    )  # fmt: skip
+
+
+def _explained(plan: Plan) -> list[str]:
+    explained = [
+        "N: parameters of the blocks and the output layer; with emb.: also of what embeds patches, time and labels",
+        "FLOPs: samples x 3 x forward pass, 2 per multiply-add, attention and modulation included",
+    ]
+    if any(run.trunk for run in plan.runs):
+        explained.append(
+            "from: the step at which a branch parts from its trunk; its samples, tokens and FLOPs count from the "
+            "beginning, its hours from there"
+        )
+    return [*explained, *plan.notes]
+
+
+def _short(value: float) -> str:
+    """As 12.3M."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:.3g} hours" if hours >= 1 else f"{60 * hours:.3g} minutes"
+
+
+def aligned(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Lines of a table: the first column to the left, others to the right, but for words."""
+    widths = [max(len(cell) for cell in column) for column in zip(head, *rows, strict=True)]
+    words = [i == 0 or not any(row[i][:1].isdigit() for row in rows) for i in range(len(head))]
+
+    def line(cells: tuple[str, ...]) -> str:
+        placed = [
+            cell.ljust(width) if is_word else cell.rjust(width)
+            for cell, width, is_word in zip(cells, widths, words, strict=True)
+        ]
+        return "  ".join(placed).rstrip()
+
+    return [line(head), *(line(row) for row in rows)]

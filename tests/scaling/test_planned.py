@@ -1,0 +1,168 @@
+"""A plan on disk: its configs are those of whole runs, and an experiment may grow and not change."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dit.configfile import load
+from dit.experiments.diffusion import Experiment
+from dit.outputs import OutputError
+from dit.scaling.collecting import collect
+from dit.scaling.plan import Plan
+from dit.scaling.planned import ScalingError, as_table, opened, plan_into, read_plan, spec_of
+from dit.scaling.running import Orders, run_plan
+from dit.train.optim import WarmupStableDecay
+from tests.datasets import Digits
+from tests.scaling.conftest import Done
+from tests.scaling.experiments import SIZES, ForkedRun, spec
+
+
+@pytest.fixture
+def begun(done: Done, tmp_path: Path) -> Path:
+    """A copy of the experiment that was run, elsewhere: what its runs say of their folder is of the first place."""
+    shutil.copytree(done.out, tmp_path / "out")
+    return tmp_path / "out"
+
+
+def written(digits: Digits, out: Path, **keys: Any) -> Plan:
+    return plan_into(spec(digits, out, **keys))
+
+
+def test_each_run_has_a_whole_config(digits: Digits, tmp_path: Path) -> None:
+    plan = written(digits, tmp_path, decay=0.25)
+    for run in plan.runs:
+        cfg = load(Experiment, tmp_path / "plan" / f"{run.name}.yaml")
+        assert (cfg.train.steps, cfg.train.global_batch, cfg.seed) == (run.steps, run.batch, run.seed)
+        assert (cfg.model.width, cfg.model.depth, cfg.model.heads) == (run.width, run.depth, run.heads)
+        assert cfg.optim.lr == run.lr
+        assert cfg.folder == tmp_path / "runs" / run.name
+        schedule = cfg.optim.schedule
+        assert isinstance(schedule, WarmupStableDecay)
+        if run.trunk is None:
+            parted = [branch.branch_step for branch in plan.branches(run.name)]
+            assert cfg.init.branch is None
+            assert list(cfg.checkpoint.at) == [
+                *parted,
+                schedule.stable(run.steps),
+            ]  # its own, for longer runs
+        else:
+            saved = f"runs/{run.trunk}/checkpoints/step-{run.branch_step:08d}"
+            assert cfg.init.branch == str(tmp_path / saved)
+            assert schedule.stable(run.steps) == run.branch_step  # the last step at the trunk's own rate
+
+
+def test_the_held_out_loss_is_taken_at_the_end_in_any_case(digits: Digits, tmp_path: Path) -> None:
+    for every, wanted in ((0, None), (3, 3)):
+        plan = written(digits, tmp_path, training={"val": {"every": every}})
+        for run in plan.runs:
+            cfg = load(Experiment, tmp_path / "plan" / f"{run.name}.yaml")
+            assert cfg.val.every == (wanted or run.steps)
+
+
+def test_a_plan_is_read_as_it_was_written(digits: Digits, tmp_path: Path) -> None:
+    wanted = spec(digits, tmp_path)
+    plan = plan_into(wanted)
+    assert read_plan(tmp_path) == plan
+    assert spec_of(plan) == wanted
+    lines = (tmp_path / "plan.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines] == ["name", *(run.name for run in plan.runs)]
+    assert opened(str(tmp_path)) == (tmp_path, plan)
+
+
+def test_the_table_says_what_it_counts(digits: Digits, tmp_path: Path) -> None:
+    plan = written(digits, tmp_path, min_steps=12)
+    said = as_table(plan, tmp_path, "a CPU", 1)
+    assert "w16d1-r0.02-s0: 7 steps of 16 samples" in said
+    assert "2 per multiply-add" in said
+    assert "blocks and the output layer" in said
+    assert "branching saves" in said
+    whole = as_table(written(digits, tmp_path, branching=False), tmp_path, "a CPU", 1)
+    assert "branching saves" not in whole
+
+
+def test_before_anything_has_begun_all_may_change(digits: Digits, tmp_path: Path) -> None:
+    written(digits, tmp_path)
+    plan = written(digits, tmp_path, samples_per_param=[0.08], training={"optim": {"warmup": 0}})
+    assert {file.stem for file in (tmp_path / "plan").glob("*.yaml")} == {run.name for run in plan.runs}
+
+
+# --- once runs have begun --------------------------------------------------------------------------------------
+
+
+def test_an_experiment_may_grow(digits: Digits, begun: Path) -> None:
+    larger = [*SIZES, {"width": 48, "depth": 1, "heads": 4}]
+    more = {"ladder": {"sizes": larger}, "more_seeds": [{"seeds": [1], "sizes": ["w16d1"]}]}
+    before = read_plan(begun)
+    plan = written(digits, begun, **more)
+    assert [plan[run.name] for run in before.runs] == list(before.runs)
+    assert len(plan.runs) == len(before.runs) + 4
+
+
+def test_longer_runs_branch_from_the_trunk_there_is(digits: Digits, begun: Path, tmp_path: Path) -> None:
+    """Where its decay began: they are, to the last digit, runs that were planned so from their start."""
+    longer = {"samples_per_param": [0.02, 0.04, 0.08]}
+    plan = written(digits, begun, **longer)
+    run, trunk = plan["w16d1-r0.08-s0"], plan["w16d1-r0.04-s0"]
+    assert (trunk.kind, run.kind, run.trunk, run.branch_step) == ("trunk", "branch", trunk.name, 11)
+    assert (trunk.steps, run.steps) == (14, 28)
+    assert run.own_flops == pytest.approx(run.flops * (28 - 11) / 28)
+    run_plan(begun, plan, Orders(only=[run.name], starter=ForkedRun))
+    apart = written(digits, tmp_path / "apart", branching=False, **longer)
+    run_plan(tmp_path / "apart", apart, Orders(only=[run.name], starter=ForkedRun))
+    found = [
+        {row["run"]: row["loss"] for row in collect(out, own).rows}[run.name]
+        for out, own in ((begun, plan), (tmp_path / "apart", apart))
+    ]
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"lr": {"at": 3e-3}}, r"w16d1-r0.04-s0:\n  optim.lr: 0.002 there, 0.003 now"),
+        ({"training": {"train": {"global_batch": 8}}}, r"train.global_batch: 16 there, 8 now"),
+        ({"decay": 0.5}, r"optim.schedule.decay: 0.2 there, 0.5 now"),
+        ({"samples_per_param": [0.04]}, r"w16d1-r0.02-s0 has begun, and is not planned any more"),
+        ({"samples_per_param": [0.02, 0.03, 0.04]}, r"step 8, which that has passed \(step 14\) without keeping a"),
+    ],
+)  # fmt: skip
+def test_runs_that_have_begun_do_not_change(
+    digits: Digits, begun: Path, keys: dict[str, Any], words: str
+) -> None:
+    before = {
+        file: file.read_bytes() for file in [*begun.glob("plan*"), *begun.glob("plan/*")] if file.is_file()
+    }
+    with pytest.raises(ScalingError, match=words):
+        written(digits, begun, **keys)
+    assert {file: file.read_bytes() for file in before} == before
+
+
+def test_keys_that_change_nothing_of_a_result_may_change(digits: Digits, begun: Path) -> None:
+    plan = written(digits, begun, training={"train": {"micro_batch": 4, "hang_timeout": None}})
+    cfg = load(Experiment, begun / "plan" / f"{plan.runs[0].name}.yaml")
+    assert cfg.train.micro_batch == 4
+
+
+# --- what is no experiment -------------------------------------------------------------------------------------
+
+
+def test_other_folders_are_left_alone(digits: Digits, done: Done, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="is a run directory, and a folder of a scaling experiment"):
+        written(digits, done.out / "runs" / done.plan.runs[0].name)
+    with pytest.raises(OutputError, match="is a data set"):
+        written(digits, digits.moments)
+    with pytest.raises(ScalingError, match=r"has no plan.json: plan it first"):
+        opened(str(tmp_path))
+    (tmp_path / "plan.json").write_text(json.dumps({"runs": [{"name": "x"}]}))
+    with pytest.raises(ScalingError, match="is damaged, or of another version"):
+        opened(str(tmp_path))
+
+
+def test_a_folder_needs_no_out(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="leave --out out"):
+        opened(str(tmp_path), out="x")
