@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Annotated, TypeVar
 
@@ -271,10 +271,16 @@ def network(ours: StateDict, arguments: Arguments) -> DiT:
     """The network with these weights of ours (see `to_ours`), which become its own; for evaluation."""
     model = arguments.build("position" in ours)
     model.load_state_dict(dict(ours), assign=True)
-    for name, table in model.tables().items():
-        if name not in ours:
-            setattr(model, name, table.to(next(iter(ours.values())).dtype))
+    place_tables(model, next(iter(ours.values())).dtype, but=ours.keys())
     return model.eval()
+
+
+def place_tables(model: DiT, dtype: torch.dtype, but: Collection[str] = ()) -> None:
+    """Give a network that was made on the meta device its computed buffers, all but those of these names."""
+    for name, table in model.tables().items():
+        if name not in but:
+            module, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(module), leaf, table.to(dtype))
 
 
 @dataclass(frozen=True)
@@ -307,7 +313,7 @@ class ReferenceNetwork(nn.Module):
         return out
 
 
-AnyArguments = TypeVar("AnyArguments", bound=Arguments)
+AnyArguments = TypeVar("AnyArguments")
 
 
 def parse_arguments(given: Mapping[str, object], kind: type[AnyArguments]) -> AnyArguments:

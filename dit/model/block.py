@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Annotated
+from functools import partial
+from typing import Annotated, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dit.config import Registry, config
 from dit.model.dims import Dims
@@ -35,8 +37,18 @@ class BlockCost:
     multiply_adds: int  # of the forward pass, per image
     saved_narrow: int  # numbers kept for the backward pass, per image, in the dtype of the matrix products
     saved_wide: int  # the same in float32
+    input: int  # numbers it is given, per image, in float32
     shared_parameters: int = 0  # of what all blocks share, once
     shared_multiply_adds: int = 0
+
+
+class OutputCost(NamedTuple):
+    """What comes after a network's blocks costs, and the blocks that it has of its own."""
+
+    parameters: int
+    multiply_adds: int  # an image
+    saved: int  # numbers kept for the backward pass, per image, in float32
+    blocks: tuple[BlockCost, ...] = ()
 
 
 class BlockConfig(ABC):
@@ -106,8 +118,8 @@ class AdaLNZero(BlockConfig):
         linear = (3 * d * d + 3 * d * self.qkv_bias) + (d * d + d) + mlp.parameters + rows.linear_parameters
         # narrow: inputs and outputs of qkv and proj, what the MLP keeps, and c
         # wide: two residuals, their norms with their statistics, attention's log-sum-exp, the modulation
-        narrow = t * (6 * d + mlp.saved) + d
-        wide_ = t * (4 * d + dims.heads + 2 * self.norm.statistics) + (self.rows + 2) * d
+        narrow = t * (6 * d + mlp.saved) + dims.modulated * d
+        wide_ = t * (4 * d + dims.heads + 2 * self.norm.statistics) + dims.modulated * (self.rows + 2) * d
         if self.qk_norm.statistics:  # queries and keys given out; their float32 copies and statistics
             narrow += t * 2 * d
             wide_ += t * (2 * d + 2 * self.qk_norm.statistics * dims.heads)
@@ -117,9 +129,12 @@ class AdaLNZero(BlockConfig):
         return BlockCost(
             parameters=linear + learned + rows.parameters - rows.linear_parameters,
             linear_parameters=linear,
-            multiply_adds=t * (4 * d * d + mlp.multiply_adds) + 2 * t * t * d + rows.multiply_adds,
+            multiply_adds=t * (4 * d * d + mlp.multiply_adds)
+            + 2 * t * t * d
+            + dims.modulated * rows.multiply_adds,
             saved_narrow=narrow,
             saved_wide=wide_,
+            input=t * d,
             shared_parameters=rows.shared_parameters,
             shared_multiply_adds=rows.shared_multiply_adds,
         )
@@ -192,6 +207,34 @@ class OutputLayer(nn.Module):
         shift, scale = cut(self.modulation(c), 2)  # each (B, 1 or T, D)
         out: Tensor = self.proj(modulate(self.norm(x), shift, scale))  # (B, T, p·p·C)
         return out
+
+
+def run_block(block: nn.Module, is_checkpointed: bool, carried: dict[str, Tensor], *inputs: Tensor) -> Tensor:
+    """Run one block: (B, T, D), ... -> (B, T, D).
+
+    is_checkpointed: whether its activations are dropped, and computed again in the backward pass. carried: what goes
+    from block to block by name; takes the first block's values.
+    """
+    run = partial(block, **carried)
+    if is_checkpointed and torch.is_grad_enabled():
+        out = checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)
+    else:
+        out = run(*inputs)
+    if isinstance(out, tuple):
+        out, carried["value"] = out
+    return cast(Tensor, out)
+
+
+def output_cost(dims: Dims, norm: Norm) -> OutputCost:
+    """The cost of an `OutputLayer`."""
+    d, t = dims.width, dims.tokens
+    patch = dims.out_channels * dims.patch**2
+    return OutputCost(
+        parameters=(d + 1) * 2 * d + (d + 1) * patch + norm.parameters(d),
+        multiply_adds=dims.modulated * 2 * d * d + t * d * patch,
+        # its input, the norm with its statistics, the modulated norm; the modulation
+        saved=t * (3 * d + norm.statistics) + dims.modulated * 4 * d,
+    )
 
 
 class Attention(nn.Module):

@@ -18,7 +18,6 @@ from dit.model.dims import Dims
 from dit.model.dit import DiT, DiTConfig
 from dit.model.embed import WideLinear
 from dit.model.modulation import FullRows, cut, modulate
-from dit.model.norms import Norm
 
 
 @config
@@ -55,9 +54,9 @@ class ClassifierConfig:
 class LogitLayer(nn.Module):
     """Modulated norm, mean over the tokens, and a linear layer that starts at zero: all in float32 at least."""
 
-    def __init__(self, dims: Dims, norm: Norm):
+    def __init__(self, cfg: DiTConfig, dims: Dims):
         super().__init__()
-        self.norm = norm.build(dims.width)
+        self.norm = cfg.block.norm.build(dims.width)
         self.modulation = FullRows(dims.width, 2 * dims.width)
         self.proj = WideLinear(dims.width, dims.num_classes)
 
@@ -75,7 +74,10 @@ class LogitLayer(nn.Module):
 class Classifier(DiT):
     """log p(y | x, t) up to a constant, of the noisy x."""
 
-    output_layer = LogitLayer
+    @staticmethod
+    def output_layer(cfg: DiTConfig, dims: Dims) -> nn.Module:
+        """Logits of the classes."""
+        return LogitLayer(cfg, dims)
 
     def forward(self, x: Tensor, model_time: Tensor, cond: Cond) -> Tensor:
         """x (B, C, H, W), model_time (B,) float32 or float64 -> logits (B, classes), float32 at least.

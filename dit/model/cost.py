@@ -96,6 +96,9 @@ class Cost:
 
     dims: Dims
     blocks: tuple[BlockCost, ...]
+    output_saved: (
+        int  # numbers that what comes after the blocks keeps for the backward pass, per image, in float32
+    )
     parameters: Parameters
     multiply_adds: int  # of a forward pass, per image
     checkpoint_blocks: bool
@@ -152,11 +155,10 @@ class Cost:
         """Bytes kept for the backward pass, per image."""
         d, t = self.dims.width, self.dims.tokens
         kept = [precision.compute * block.saved_narrow + 4 * block.saved_wide for block in self.blocks]
-        patches = t * self.dims.channels * self.dims.patch**2
-        # patches; the output layer's input, norm, statistics, modulated norm, modulation; time embedding
-        ends = patches + t * (3 * d + 2) + 4 * d + FREQUENCIES + 3 * d
+        # patches, time embedding, and what comes after the blocks
+        ends = t * self.dims.channels * self.dims.patch**2 + FREQUENCIES + 3 * d + self.output_saved
         if self.checkpoint_blocks:  # every block's input, and one block in full while it is computed again
-            return 4 * ends + self.dims.depth * 4 * t * d + max(kept)
+            return 4 * ends + 4 * sum(block.input for block in self.blocks) + max(kept)
         return 4 * ends + sum(kept)
 
 
@@ -164,21 +166,22 @@ def cost(cfg: DiTConfig, input_size: int | tuple[int, int], channels: int, num_c
     """The cost of the model that `cfg.build` with the same arguments would give."""
     dims = cfg.dims(input_size, channels, num_classes)
     beside = [cfg.registers + cfg.context * (i >= cfg.context_from) for i in range(dims.depth)]
-    blocks = tuple(cfg.block.cost(replace(dims, beside=count)) for count in beside)
+    output = cfg.output_cost(dims)
+    blocks = (*(cfg.block.cost(replace(dims, beside=count)) for count in beside), *output.blocks)
     d, t = dims.width, dims.tokens
     patch_in = dims.channels * dims.patch**2
     extra_in = sum(c.extra_channels for c in cfg.cond) * dims.patch**2
-    patch_out = dims.out_channels * dims.patch**2
     embed = patch_in * d if cfg.bottleneck is None else (patch_in + d) * cfg.bottleneck
     return Cost(
         dims=dims,
         blocks=blocks,
+        output_saved=output.saved,
         parameters=Parameters(
             patch_embed=embed + (1 + extra_in) * d,
             time_embed=(FREQUENCIES + 1) * d + (d + 1) * d,
             conditioners=sum(c.parameters(dims) for c in cfg.cond) + cfg.registers * d,
             blocks=sum(block.parameters for block in blocks) + blocks[0].shared_parameters,
-            output=(d + 1) * 2 * d + (d + 1) * patch_out + (cfg.output_norm or cfg.block.norm).parameters(d),
+            output=output.parameters,
             position=t * d,
         ),
         multiply_adds=t * (embed + extra_in * d)
@@ -186,8 +189,7 @@ def cost(cfg: DiTConfig, input_size: int | tuple[int, int], channels: int, num_c
         + sum(c.multiply_adds(dims) for c in cfg.cond)
         + sum(block.multiply_adds for block in blocks)
         + blocks[0].shared_multiply_adds
-        + 2 * d * d
-        + t * d * patch_out,
+        + output.multiply_adds,
         checkpoint_blocks=cfg.checkpoint_blocks,
     )
 

@@ -21,6 +21,7 @@ class Dims:
     out_channels: int  # of the prediction: channels, twice that with a learned variance
     num_classes: int  # labels 0..num_classes-1; 0 for data without labels
     beside: int = 0  # tokens in the sequence that are no patches: registers, conditions
+    modulated: int = 1  # conditions an image has: one, or one of each token
     attention_scale: float | None = None  # factor of attention's logits; None = 1/√(head width)
 
     def __post_init__(self) -> None:

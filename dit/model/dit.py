@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from functools import partial
+from dataclasses import replace
 from typing import Annotated, Any, cast
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from dit.config import ConfigError, Registry, config, did_you_mean
 from dit.flow.predict import Cond
-from dit.model.block import BLOCKS, AdaLNZero, BlockConfig, OutputLayer
+from dit.model.block import BLOCKS, AdaLNZero, BlockConfig, OutputCost, OutputLayer, output_cost, run_block
 from dit.model.cond import CONDITIONERS, ClassLabel, ConditionerConfig, joined
 from dit.model.dims import Dims, grid_of
 from dit.model.embed import MAX_PERIOD, PatchEmbed, Spacing, TimeEmbed, position_table, unpatchify, wide
@@ -172,6 +171,10 @@ class DiTConfig(ModelConfig):
             scale(model, like)
         return model
 
+    def output_cost(self, dims: Dims) -> OutputCost:
+        """The cost of what comes after the blocks."""
+        return output_cost(dims, self.output_norm or self.block.norm)
+
     def _network(self, dims: Dims, generator: torch.Generator | None = None) -> DiT:
         """The network of these shapes, initialised in the standard way."""
         return DiT(self, dims, generator)
@@ -182,8 +185,6 @@ class DiT(nn.Module):
 
     position: Tensor
     rotation: Tensor | None
-    # built from Dims and a norm; (tokens (B, T, D), c (B, D)) -> what comes out
-    output_layer: type[nn.Module] = OutputLayer
 
     def __init__(self, cfg: DiTConfig, dims: Dims, generator: torch.Generator | None = None):
         super().__init__()
@@ -198,13 +199,18 @@ class DiT(nn.Module):
         self.registers = nn.Embedding(cfg.registers, width) if cfg.registers else None
         self.modulation = FullRows(width, block.shared_rows * width) if block.shared_rows else None
         self.blocks = nn.ModuleList(block.build(dims) for _ in range(dims.depth))
-        self.output = self.output_layer(dims, cfg.output_norm or block.norm)
+        self.output = self.output_layer(cfg, dims)
         # functions of the shapes: not learned, so neither in state_dict nor cast with the parameters of ZeRO
         self.register_buffer("position", torch.empty(dims.tokens, width), persistent=cfg.stored_position)
         beside = cfg.registers + cfg.context
         turns = None if block.rope is None else torch.empty(2, beside + dims.tokens, dims.head_width // 2)
         self.register_buffer("rotation", turns, persistent=False)
         self.reset_parameters(generator)
+
+    @staticmethod
+    def output_layer(cfg: DiTConfig, dims: Dims) -> nn.Module:
+        """What comes after the blocks: (tokens (B, T, D), c (B, D)) -> what comes out."""
+        return OutputLayer(dims, cfg.output_norm or cfg.block.norm)
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -240,13 +246,24 @@ class DiT(nn.Module):
         rope = self.cfg.block.rope
         if self.rotation is not None and rope is not None:
             turns = rope.table(self.dims.grid, self.dims.head_width)  # (2, T, d/2)
-            beside = (
-                self.rotation.shape[1] - self.dims.tokens
-            )  # what is no patch has no place, and is not turned
+            beside = self.cfg.registers + self.cfg.context  # what is no patch has no place, and is not turned
             found["rotation"] = torch.stack(
                 [F.pad(turns[i], (0, 0, beside, 0), value=angle) for i, angle in enumerate((1.0, 0.0))]
             )  # (2, N + T, d/2)
         return found
+
+    def resize(self, input_size: int | tuple[int, int]) -> None:
+        """Take inputs (B, C, *input_size) from now on: no parameter hangs on it. ConfigError as `grid_of`."""
+        grid = grid_of(input_size, self.dims.patch)
+        for module in self.modules():
+            if isinstance(getattr(module, "dims", None), Dims):
+                cast(Any, module).dims = replace(cast(Any, module).dims, grid=grid)
+            if isinstance(module, PatchEmbed):
+                module.size = self.dims.image_size
+        for name, table in self.tables().items():
+            place, _, leaf = name.rpartition(".")
+            like = self.get_buffer(name)
+            setattr(self.get_submodule(place), leaf, table.to(like.device, like.dtype))
 
     def initial_std(self, module: nn.Module) -> float:
         """Give the standard deviation with which `reset_parameters` draws a linear layer or an embedding."""
@@ -265,8 +282,11 @@ class DiT(nn.Module):
         (B, C, H, W), or (B, 2C, H, W) with `learn_sigma`: the prediction, then the log-variance channels.
         """
         h, c, _ = self.hidden(x, model_time, cond)  # (B, T, D), (B, D)
-        out = unpatchify(self.output(h, c), self.dims.patch, self.dims.grid)  # (B, C or 2C, H, W)
-        return out.to(wide(x).dtype)
+        return self.as_image(self.output(h, c), x)  # (B, C or 2C, H, W)
+
+    def as_image(self, tokens: Tensor, x: Tensor) -> Tensor:
+        """(B, T, p·p·C) -> (B, C, H, W), in at least float32: as the input x is."""
+        return unpatchify(tokens, self.dims.patch, self.dims.grid).to(wide(x).dtype)
 
     def hidden(self, x: Tensor, model_time: Tensor, cond: Cond) -> tuple[Tensor, Tensor, Tensor]:
         """The tokens after the last block (B, T, D), c (B, D) of every modulation, and the time's embedding (B, D)."""
@@ -275,18 +295,14 @@ class DiT(nn.Module):
         if len(given.residuals) > len(self.blocks):
             raise ValueError(f"got {len(given.residuals)} residuals for {len(self.blocks)} blocks")
         time = self.time_embed(model_time)  # (B, D)
-        c = F.silu(
-            time if given.vector is None else time + given.vector
-        )  # (B, D), where every modulation starts
+        c = F.silu(time if given.vector is None else time + given.vector)  # (B, D), of every modulation
         tokens = () if given.tokens is None else (given.tokens,)
         carried: dict[str, Tensor] = {} if self.modulation is None else {"shared": self.modulation(c)}
         for i, block in enumerate(self.blocks):
             h = self._joined_by(given.context, h, i)  # (B, N + T, D): tokens beside the image's come first
             if self.rotation is not None:
-                carried["rotation"] = self.rotation[
-                    :, self.rotation.shape[1] - h.shape[1] :
-                ]  # (2, N + T, d/2)
-            h = self._run(block, carried, h, c, *tokens)  # (B, N + T, D)
+                carried["rotation"] = self.rotation[:, -h.shape[1] :]  # (2, N + T, d/2)
+            h = run_block(block, self.checkpoint_blocks, carried, h, c, *tokens)  # (B, N + T, D)
             if i < len(given.residuals):
                 h = h + F.pad(given.residuals[i], (0, 0, h.shape[1] - self.dims.tokens, 0))  # (B, N + T, D)
         return h[:, h.shape[1] - self.dims.tokens :], c, time
@@ -299,17 +315,3 @@ class DiT(nn.Module):
         if block == self.cfg.context_from and context is not None:
             h = torch.cat([context.to(h.dtype), h], dim=1)  # (B, N + T, D)
         return h
-
-    def _run(self, block: nn.Module, carried: dict[str, Tensor], *inputs: Tensor) -> Tensor:
-        """One block; its activations are dropped and recomputed in the backward pass if so configured.
-
-        carried: what goes from block to block by name; takes the first block's values.
-        """
-        if self.checkpoint_blocks and torch.is_grad_enabled():
-            run = partial(block, **carried)
-            out = checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)
-        else:
-            out = block(*inputs, **carried)
-        if self.cfg.block.carries_value:
-            out, carried["value"] = out
-        return cast(Tensor, out)
