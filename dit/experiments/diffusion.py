@@ -22,8 +22,7 @@ from dit.experiments.latents import (
 )
 from dit.flow.objective import Objective
 from dit.model.cost import Cost, Memory, cost
-from dit.model import ddt  # noqa: F401  # an entry of MODELS
-from dit.model.dit import MODELS, DiTConfig
+from dit.model.models import MODELS, DiTConfig
 from dit.ranks.group import World
 from dit.sample.generate import SamplerSpec
 from dit.train.optim import freeze

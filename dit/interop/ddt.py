@@ -27,11 +27,12 @@ from dit.interop.weights import (
     StateDict,
     WeightsError,
     mismatches,
-    place_tables,
 )
 from dit.interop.weights import parse_arguments as parse
-from dit.model.ddt import DDT, DDTConfig
+from dit.model.ddt import DDTConfig
+from dit.model.dit import DiT
 from dit.model.embed import wide
+from dit.model.tables import place_tables, resize
 
 PERIOD = 10.0  # of its sinusoids of time
 PATH = Linear(model_time_data=1.0, model_time_noise=0.0)
@@ -95,7 +96,7 @@ def their_name(name: str, encoder: int) -> str:
     return name.replace(GATES, ".mlp.w1.")
 
 
-def to_ours(state: StateDict, arguments: DDTArguments) -> tuple[DDT, dict[str, Tensor]]:
+def to_ours(state: StateDict, arguments: DDTArguments) -> tuple[DiT, dict[str, Tensor]]:
     """Our network on the meta device, and its weights: copies in at least float32.
 
     WeightsError that names every entry that is missing, unexpected or of another shape.
@@ -142,5 +143,5 @@ class DDTNetwork(ReferenceNetwork):
     def forward(self, x: Tensor, model_time: Tensor, y: Tensor | Cond) -> Tensor:
         """x (B, C, H, W), model_time (B,), y (B,) int64 or a `Cond` -> (B, C, H, W)."""
         if self.dit.dims.image_size != tuple(x.shape[2:]):
-            self.dit.resize((x.shape[2], x.shape[3]))
+            resize(self.dit, (x.shape[2], x.shape[3]))
         return super().forward(x, model_time, y)

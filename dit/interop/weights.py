@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, TypeVar
 
@@ -23,6 +23,7 @@ from dit.flow.predict import Cond, Prediction
 from dit.model.dit import DiT, DiTConfig
 from dit.model.embed import position_table, wide
 from dit.model.sizes import SIZES, Size
+from dit.model.tables import place_tables
 
 StateDict = Mapping[str, Tensor]
 Count = Annotated[int, Field(ge=1)]
@@ -273,14 +274,6 @@ def network(ours: StateDict, arguments: Arguments) -> DiT:
     model.load_state_dict(dict(ours), assign=True)
     place_tables(model, next(iter(ours.values())).dtype, but=ours.keys())
     return model.eval()
-
-
-def place_tables(model: DiT, dtype: torch.dtype, but: Collection[str] = ()) -> None:
-    """Give a network that was made on the meta device its computed buffers, all but those of these names."""
-    for name, table in model.tables().items():
-        if name not in but:
-            module, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(module), leaf, table.to(dtype))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import replace
 from typing import Annotated, Any, cast
 
 import torch
@@ -251,19 +250,6 @@ class DiT(nn.Module):
                 [F.pad(turns[i], (0, 0, beside, 0), value=angle) for i, angle in enumerate((1.0, 0.0))]
             )  # (2, N + T, d/2)
         return found
-
-    def resize(self, input_size: int | tuple[int, int]) -> None:
-        """Take inputs (B, C, *input_size) from now on: no parameter hangs on it. ConfigError as `grid_of`."""
-        grid = grid_of(input_size, self.dims.patch)
-        for module in self.modules():
-            if isinstance(getattr(module, "dims", None), Dims):
-                cast(Any, module).dims = replace(cast(Any, module).dims, grid=grid)
-            if isinstance(module, PatchEmbed):
-                module.size = self.dims.image_size
-        for name, table in self.tables().items():
-            place, _, leaf = name.rpartition(".")
-            like = self.get_buffer(name)
-            setattr(self.get_submodule(place), leaf, table.to(like.device, like.dtype))
 
     def initial_std(self, module: nn.Module) -> float:
         """Give the standard deviation with which `reset_parameters` draws a linear layer or an embedding."""
