@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dit.ranks import early
 
 if __name__ == "__main__":
-    early.listen(keep=())  # before seconds of imports
+    early.listen()  # before seconds of imports
     from dit.commandline.quick import answer
 
     answer(__file__)  # --help and what is mistyped, before them too
@@ -26,6 +26,7 @@ from dit.evals.bits import LikelihoodSpec
 from dit.experiments.likelihoods import LikelihoodDifference, likelihood_of
 from dit.experiments.trained import Trained
 from dit.ranks import group
+from dit.ranks.asked import EndAsked
 from dit.sample.likelihood import LIKELIHOODS
 
 CHOICES: dict[str, Registry[Any]] = {"method": LIKELIHOODS}
@@ -52,6 +53,8 @@ def main(
 ) -> None:
     """Print and write the mean bits per dimension of data, with its standard error and protocol.
 
+    Stopped by a signal (status 75) or killed, it goes on with the batches that lack when started again.
+
     The density is that of the latents as the model sees them, normalised to unit variance: the bits are per
     dimension of a latent, not of a pixel, and an encoder with smaller latents may have more. Compare models on
     the same latents alone. "bits_per_dim_stored" is of the latents as the codec gives them: log2 std of the
@@ -65,11 +68,11 @@ def main(
     if count < 0 or count == 1 or batch_size < 1:
         raise ConfigError(f"count {count} must be 0 or at least 2 and batch_size {batch_size} at least 1")
     found = []
-    with group.session() as world:
+    with EndAsked().listening() as asked, group.session() as world:
         for named in filter(None, (run_or_ckpt, against)):
             trained = Trained.load(named, weights, world.device)
             to = (batch_size, trained.precision(precision), world, None if found else out, overwrite)
-            measured = likelihood_of(trained, data, spec, *to, each=against is not None)
+            measured = likelihood_of(trained, data, spec, *to, each=against is not None, asked=asked)
             found.append(measured.figures)
             if world.is_main:
                 trained.say_weights()
