@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -70,7 +71,7 @@ def main(
     found = []
     with EndAsked().listening() as asked, group.session() as world:
         for named in filter(None, (run_or_ckpt, against)):
-            trained = Trained.load(named, weights, world.device)
+            trained = group.together(partial(Trained.load, named, weights, world.device))
             to = (batch_size, trained.precision(precision), world, None if found else out, overwrite)
             measured = likelihood_of(trained, data, spec, *to, each=against is not None, asked=asked)
             found.append(measured.figures)

@@ -107,7 +107,7 @@ def _order(order: SweepOrder, named: str, size: int) -> Order:
 
 
 def _floors(order: SweepOrder, sides: Mapping[str, Sides], size: int, world: group.World) -> dict[str, Floor]:
-    """How far real images are, by feature space; none where there are no held-out images. On rank 0."""
+    """How far real images are, by feature space; none where there are no held-out images. Collective."""
     named = order.options.held_out
     if named is None:
         return {}
@@ -120,15 +120,17 @@ def _floors(order: SweepOrder, sides: Mapping[str, Sides], size: int, world: gro
         )
     networks = {name: side.network for name, side in sides.items()}
     found = extracted(pictures, np.arange(len(pictures)), networks, how.how, world, "held-out")
-    if not world.is_main:
-        return {}
-    tell_shared(None, next(iter(sides.values())).seen, found.seen)
-    floors = {}
-    for name, side in sides.items():
-        held = found.sets[name]
-        metrics, _ = metrics_of(how, held, side)
-        floors[name] = floor_of(held, side, metrics, order.count, order.splits, names_in(side.network))
-    return floors
+
+    def floors() -> dict[str, Floor]:
+        tell_shared(None, next(iter(sides.values())).seen, found.seen)
+        floors = {}
+        for name, side in sides.items():
+            held = found.sets[name]
+            metrics, _ = metrics_of(how, held, side)
+            floors[name] = floor_of(held, side, metrics, order.count, order.splits, names_in(side.network))
+        return floors
+
+    return group.on_main(floors)
 
 
 # --- drawing ---------------------------------------------------------------------------------------------------
