@@ -54,17 +54,15 @@ def main(
 ) -> None:
     """Print and write the mean bits per dimension of data, with its standard error and protocol.
 
-    Stopped by a signal (status 75) or killed, it goes on with the batches that lack when started again.
-
     The density is that of the latents as the model sees them, normalised to unit variance: the bits are per
     dimension of a latent, not of a pixel, and an encoder with smaller latents may have more. Compare models on
     the same latents alone. "bits_per_dim_stored" is of the latents as the codec gives them: log2 std of the
     normalisation added, per dimension. Moments are drawn from once. Pixels are not dequantised: for those,
     --method=bound --method.decoder=discretised bounds the probability of 256 levels, where latents.norm was codec.
+    Stopped by a signal (status 75) or killed, it goes on with the batches that lack when started again.
     """
-    shortcuts = {"num_steps": num_steps, "divergence": "exact" if exact else None}
-    keys = {f"method.{name}": str(value) for name, value in shortcuts.items() if value is not None}
-    keys |= {} if probes is None else {"method.divergence.probes": str(probes)}
+    own = {"num_steps": num_steps, "divergence": "exact" if exact else None, "divergence.probes": probes}
+    keys = {f"method.{name}": str(value) for name, value in own.items() if value is not None}
     spec = read_spec({"method": method, "count": count, "seed": seed}, unconditional, keys, method_keys)
     if count < 0 or count == 1 or batch_size < 1:
         raise ConfigError(f"count {count} must be 0 or at least 2 and batch_size {batch_size} at least 1")

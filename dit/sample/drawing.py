@@ -60,8 +60,7 @@ def draw(
 ) -> None:
     """Draw what is missing of the products, which have the same blocks. Collective.
 
-    Raises NotFiniteError naming the first bad image, Stopped where any rank was asked to end; the blocks before are
-    kept.
+    Raises NotFiniteError naming the first bad image, Stopped where any rank was asked to end; whole blocks are kept.
     """
     missing = [set(product.blocks.missing(product.needs)) for product in products]
     blocks, todo = products[0].blocks, sorted(set().union(*missing))
@@ -91,7 +90,6 @@ def draw(
         return reach, False
 
     with Bar[None](total=left, unit="image", hidden=not (world.is_main and todo), desc="sampling") as bar:
-        # a rank that fails alone would leave the others waiting for it, for as long as the backend likes
         reach, stopped = group.together(partial(draw_mine, bar))
         bar.update(0 if stopped else left - bar.n)
     stop_all(stopped, lambda: _kept(blocks, _lacking(products, missing)))

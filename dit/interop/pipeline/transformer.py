@@ -231,7 +231,9 @@ def _check_numbers(settings: Mapping[str, Any], folder: Path) -> None:
         if type(value) is int and value > 0:
             continue
         square = "; only square inputs are known" if isinstance(value, list) else ""
-        raise WeightsError(f"{folder / CONFIG}: {key} is {shown(value)}, expected a whole number above 0{square}")
+        raise WeightsError(
+            f"{folder / CONFIG}: {key} is {shown(value)}, expected a whole number above 0{square}"
+        )
     if type(settings["norm_eps"]) not in (int, float):
         raise WeightsError(f"{folder / CONFIG}: norm_eps is {shown(settings['norm_eps'])}, expected a number")
 
