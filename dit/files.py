@@ -5,9 +5,12 @@ from __future__ import annotations
 import codecs
 import errno
 import fcntl
+import json
+import math
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from dit.errors import UserError
 
@@ -73,6 +76,19 @@ def _no_text(data: bytes, place: int, encoding: str, named: str) -> str:
 
 
 # --- paths -------------------------------------------------------------------------------------------------
+
+
+def json_line(line: str | bytes) -> Any:
+    """Read a line of a log; numbers that are none (NaN, Infinity, 1e999), for which JSON has no words, are None.
+
+    Raises ValueError for what is no JSON, such as a line that a kill has cut off.
+    """
+
+    def number(word: str) -> float | None:
+        value = float(word)
+        return value if math.isfinite(value) else None
+
+    return json.loads(line, parse_constant=lambda _: None, parse_float=number)
 
 
 def path_text(given: object, what: str) -> str:

@@ -51,7 +51,7 @@ MAY_IMPORT = {
     "data.shards.verify": "files config data data.storage data.shards data.shards.readers",
     "data.loading": "errors config rng data data.storage data.shards data.shards.readers",
     "data.encoding": "errors files config rng ranks data data.shards data.codecs data.sources",
-    "evals": "errors files version progress config rng ranks flow sample data outputs",
+    "evals": "errors files version progress config rng ranks flow sample data outputs unfinished",
     "train.optim": "config",
     "train.posthoc": "",
     "train.faults": "errors files config flow",

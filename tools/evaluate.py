@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dit.ranks import early
 
 if __name__ == "__main__":
-    early.listen(keep=())  # before seconds of imports
+    early.listen()  # before seconds of imports
     from dit.commandline.quick import answer
 
     answer(__file__)  # --help and what is mistyped, before them too
@@ -47,6 +48,7 @@ from dit.experiments.sweeps import sweep as run_sweep
 from dit.files import expand
 from dit.outputs import claim_report, write_record
 from dit.ranks import group
+from dit.ranks.asked import EndAsked, telling
 from dit.reports.comparison import Comparison
 from dit.reports.page import as_text, write_page
 from dit.reports.told import read_all
@@ -76,6 +78,7 @@ def features(
     --neighbours.k, --neighbours.density_k, --mind.projections, --mind.seed, --mind.scale and --inception.splits are
     other fields. All of them are part of the protocol, whose hash is printed below the figures.
     """
+    early.end_if_asked()
     if json_file is not None:
         claim_report(Path(expand(json_file)))  # before the work
     ours, theirs = read_features(generated, "generated"), read_features(reference, "reference")
@@ -117,8 +120,8 @@ def images(
     for name, check in ((json_file, claim_report), (save_features, claim_features)):  # before the work
         if name is not None:
             check(Path(expand(name)))
-    with group.session() as world:
-        found = evaluate(Order(samples, reference, spaces, options, own, group.cores()), world)
+    with _stoppable() as (world, asked):
+        found = evaluate(Order(samples, reference, spaces, options, own, group.cores(), asked), world)
         if found is None:
             return
         print("\n".join(lines(found)))
@@ -150,8 +153,8 @@ def reference(
     spaces, place = read_spaces(features, features_keys), Path(expand(out))
     if place.suffix != ".npz":
         raise UsageError(f"{out}: a statistics file is called NAME.npz")
-    with group.session() as world:
-        how, kept = Pass(batch_size, group.cores()), Taken(image_size, num_images, keep_features)
+    with _stoppable() as (world, asked):
+        how, kept = Pass(batch_size, group.cores(), asked), Taken(image_size, num_images, keep_features)
         is_new = make_reference(images, place, spaces, how, world, kept, overwrite)
         if world.is_main:
             print(
@@ -193,14 +196,22 @@ def sweep(
     options = dataclasses.replace(options, metrics=metrics, num_samples=num_samples)
     of = _by_family(features_neighbours_mind_inception_codec_keys, "features", "codec")
     spaces, place = read_spaces(features, of["features"]), Path(expand(out))
-    with group.session() as world:
+    with EndAsked().listening() as asked, group.session() as world:
         order = SweepOrder(
             named_runs(runs), reference, place, axes, spaces, options, of[""], precision, splits, of["codec"],
-            group.cores(), overwrite,
+            group.cores(), overwrite, asked,
         )  # fmt: skip
         found = run_sweep(order, world)
         if world.is_main:
             print(markdown(found), *(f"{place / name}" for name in SWEEP_FILES), sep="\n")
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[tuple[group.World, EndAsked]]:
+    """The ranks, and signals that are heard between two blocks of images: features are not kept, and cost minutes."""
+    lost = "no figure is done, and nothing is kept; the same command starts anew"
+    with EndAsked().listening() as asked, group.session() as world, telling(lambda: lost):
+        yield world, asked
 
 
 def _by_family(keys: Mapping[str, str], *families: str) -> dict[str, dict[str, str]]:
@@ -214,6 +225,7 @@ def _by_family(keys: Mapping[str, str], *families: str) -> dict[str, dict[str, s
 
 def history(run_dir: Annotated[str, "of training, from which the evaluated images were drawn"]) -> None:
     """Print what was measured of a run, figures of one protocol together, and how the protocols differ."""
+    early.end_if_asked()
     print("\n".join(history_lines(Path(expand(run_dir)))))
 
 
@@ -228,6 +240,7 @@ def compare_runs(
     Training losses of different objectives are means of different things and say nothing of each other. What does are
     figures of drawn images by one protocol (tools/sample.py, then tools/evaluate.py), and held-out losses of one task.
     """
+    early.end_if_asked()
     comparison = Comparison(read_all(list(runs)))
     write_page(comparison, Path(expand(out)), overwrite)  # first: what is printed may be cut short by a pager
     print(as_text(comparison))

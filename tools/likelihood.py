@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dit.ranks import early
 
 if __name__ == "__main__":
-    early.listen(keep=())  # before seconds of imports
+    early.listen()  # before seconds of imports
     from dit.commandline.quick import answer
 
     answer(__file__)  # --help and what is mistyped, before them too
@@ -26,6 +27,7 @@ from dit.evals.bits import LikelihoodSpec
 from dit.experiments.likelihoods import LikelihoodDifference, likelihood_of
 from dit.experiments.trained import Trained
 from dit.ranks import group
+from dit.ranks.asked import EndAsked
 from dit.sample.likelihood import LIKELIHOODS
 
 CHOICES: dict[str, Registry[Any]] = {"method": LIKELIHOODS}
@@ -57,19 +59,19 @@ def main(
     the same latents alone. "bits_per_dim_stored" is of the latents as the codec gives them: log2 std of the
     normalisation added, per dimension. Moments are drawn from once. Pixels are not dequantised: for those,
     --method=bound --method.decoder=discretised bounds the probability of 256 levels, where latents.norm was codec.
+    Stopped by a signal (status 75) or killed, it goes on with the batches that lack when started again.
     """
-    shortcuts = {"num_steps": num_steps, "divergence": "exact" if exact else None}
-    keys = {f"method.{name}": str(value) for name, value in shortcuts.items() if value is not None}
-    keys |= {} if probes is None else {"method.divergence.probes": str(probes)}
+    own = {"num_steps": num_steps, "divergence": "exact" if exact else None, "divergence.probes": probes}
+    keys = {f"method.{name}": str(value) for name, value in own.items() if value is not None}
     spec = read_spec({"method": method, "count": count, "seed": seed}, unconditional, keys, method_keys)
     if count < 0 or count == 1 or batch_size < 1:
         raise ConfigError(f"count {count} must be 0 or at least 2 and batch_size {batch_size} at least 1")
     found = []
-    with group.session() as world:
+    with EndAsked().listening() as asked, group.session() as world:
         for named in filter(None, (run_or_ckpt, against)):
-            trained = Trained.load(named, weights, world.device)
+            trained = group.together(partial(Trained.load, named, weights, world.device))
             to = (batch_size, trained.precision(precision), world, None if found else out, overwrite)
-            measured = likelihood_of(trained, data, spec, *to, each=against is not None)
+            measured = likelihood_of(trained, data, spec, *to, each=against is not None, asked=asked)
             found.append(measured.figures)
             if world.is_main:
                 trained.say_weights()

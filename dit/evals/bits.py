@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -17,10 +18,14 @@ from dit.data.shards.manifest import Manifest
 from dit.data.shards.readers import open_reader
 from dit.progress import Bar
 from dit.ranks import group
+from dit.ranks.asked import EndAsked, telling
 from dit.rng import Draws
-from dit.sample.denoise import Denoiser
+from dit.sample.denoise import Denoiser, stopping
 from dit.sample.finite import NotFiniteError, first_not_finite
 from dit.sample.likelihood import LIKELIHOODS, Likelihood, LikelihoodProblem, Ode, bits_per_dim
+from dit.unfinished import Blocks
+
+NATS = "nats"  # array of a block
 
 
 @config
@@ -64,31 +69,43 @@ class LikelihoodOf:
         }
         return {**values, "norm": to_dict(self.norm)}  # of other latents the figure is another
 
-    def measure(self, batch_size: int, world: group.World) -> Tensor:
+    def measure(self, blocks: Blocks, world: group.World, asked: EndAsked | None = None) -> Tensor:
         """(count,) float64 nats on every rank; sample i is the i-th of the data, whatever is computed with it.
 
-        Collective. NotFiniteError naming the first sample whose nats are not finite.
+        blocks: where the nats of each batch are kept as they are found; those that lie there are not computed again.
+        Collective. Raises NotFiniteError naming a sample whose nats are not finite, Stopped where any rank was asked
+        to end.
         """
-        reader, found = open_reader(self.manifest), {}
-        mine = range(0, self.count, batch_size)[world.rank :: world.size]
-        name = LIKELIHOODS.name_of(self.spec.method)
-        total = sum(min(batch_size, self.count - start) for start in mine)
+        missing = blocks.missing({NATS})
+        _say_already(blocks, missing, world)
+        # a rank that fails alone would leave the others waiting for it
+        with telling(lambda: _kept(blocks)):
+            group.together(
+                lambda: self._measure(blocks, missing[world.rank :: world.size], world, asked or EndAsked())
+            )
+        return group.on_main(lambda: _all_nats(blocks))
+
+    def _measure(self, blocks: Blocks, mine: Sequence[int], world: group.World, asked: EndAsked) -> None:
+        """Find the nats of these blocks, and keep those that are finite. NotFiniteError at the first that is not."""
+        reader, name = open_reader(self.manifest), LIKELIHOODS.name_of(self.spec.method)
+        total = sum(len(blocks.samples(number)) for number in mine)
         with Bar[None](total=total, unit="sample", hidden=not world.is_main, desc=name) as bar:
-            for start in mine:
-                index = torch.arange(start, min(start + batch_size, self.count))
-                found[start] = self._nats(reader, index, world.device)
+            for number in mine:
+                index = torch.tensor([*blocks.samples(number)])
+                nats = self._nats(reader, index, world.device, asked)
+                self._check(nats, blocks.samples(number).start)
+                blocks.add(number, {NATS: nats.numpy()})
                 bar.update(len(index))
-        everywhere = {k: v for part in group.gather_objects(found) for k, v in part.items()}
-        nats = torch.cat([everywhere[start] for start in sorted(everywhere)])
+
+    def _check(self, nats: Tensor, first: int) -> None:
         place = first_not_finite(nats[:, None])
         if place is not None:
             raise NotFiniteError(
-                f"sample {place} of {self.manifest.root}: its log-likelihood is {float(nats[place])}; try more steps, "
-                "float32, or an earlier checkpoint"
+                f"sample {first + place} of {self.manifest.root}: its log-likelihood is {float(nats[place])}; try "
+                "more steps, float32, or an earlier checkpoint"
             )
-        return nats
 
-    def _nats(self, reader: BlockReader, index: Tensor, device: torch.device) -> Tensor:
+    def _nats(self, reader: BlockReader, index: Tensor, device: torch.device, asked: EndAsked) -> Tensor:
         """(B,) float64 on the CPU, of the samples of this index."""
         moments, label = (v.to(device) for v in stored_samples(reader, index))
         slots = index.to(device)
@@ -96,7 +113,8 @@ class LikelihoodOf:
         drop = torch.full_like(label, self.spec.unconditional, dtype=torch.bool)
         cond = {"label": label, "drop": drop}
         path, prediction = self.denoise.path, self.denoise.prediction
-        problem = LikelihoodProblem(self.denoise, path, prediction, cond, slots, self.spec.seed)
+        denoise = stopping(self.denoise, asked)  # a batch may take longer than there is time
+        problem = LikelihoodProblem(denoise, path, prediction, cond, slots, self.spec.seed)
         return self.spec.method(problem, latents).cpu()
 
     def summary(self, nats: Tensor) -> dict[str, Any]:
@@ -113,6 +131,24 @@ class LikelihoodOf:
             "samples": len(nats),
             "dimensions": dimensions,
         }
+
+
+def _all_nats(blocks: Blocks) -> Tensor:
+    """The nats of all blocks, in the order of the samples."""
+    return torch.from_numpy(np.concatenate([blocks.read(number)[NATS] for number in range(blocks.number)]))
+
+
+def _say_already(blocks: Blocks, missing: Sequence[int], world: group.World) -> None:
+    """Say how many samples lie there at the start, if any do."""
+    done = blocks.count - sum(len(blocks.samples(number)) for number in missing)
+    if world.is_main and done:
+        print(f"{done} of {blocks.count} samples are measured already; going on with the others")
+
+
+def _kept(blocks: Blocks) -> str:
+    """What is said where an end was asked for."""
+    done = sum(len(blocks.samples(number)) for number in blocks.there())
+    return f"{done} of {blocks.count} samples are measured and kept; the same command goes on"
 
 
 def check_levels(norm: LatentNorm, manifest: Manifest) -> None:

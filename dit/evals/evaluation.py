@@ -151,6 +151,7 @@ def in_space(name: str, what: Compared, order: Order) -> InSpace:
     resamples: dict[str, Resampled] = {}
     resampling = Resampling(options.bootstrap, options.seed)
     for kind, metric in metrics.items():
+        order.asked.look()  # resamples take minutes
         measured = measure({kind: metric}, what.found, side.for_metric(metric), resampling)
         figures |= {names.get(key, key): value for key, value in measured.figures.items()}
         intervals |= {names.get(key, key): ends for key, ends in measured.intervals.items()}

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol, TypeVar
 
@@ -20,6 +20,7 @@ from dit.evals.metrics.metric import FeatureSet, Statistics
 from dit.evals.pictures.pictures import Pictures, Seen, digests
 from dit.progress import Bar
 from dit.ranks import group
+from dit.ranks.asked import EndAsked
 
 T = TypeVar("T")
 
@@ -110,10 +111,14 @@ class _Sums:
 
 @dataclass(frozen=True)
 class Pass:
-    """How images are gone through. batch_size: images at a time and rank (the last filled up). workers: threads."""
+    """How images are gone through. batch_size: images at a time and rank (the last filled up). workers: threads.
+
+    asked: looked at before every block: where a signal has come to any rank, all raise Stopped.
+    """
 
     batch_size: int = 64
     workers: int = 1
+    asked: EndAsked = field(default_factory=EndAsked)
 
 
 def extract(
@@ -182,6 +187,7 @@ def collect(
     """
 
     def work(number: int) -> tuple[bytes, dict[str, Arrays]] | None:
+        how.asked.look()
         images = give(number)
         return None if images is None else block_features(images, networks, how.batch_size)
 

@@ -16,6 +16,7 @@ from dit.evals.features.spaces import FEATURES
 from dit.evals.figures import own_names
 from dit.evals.metrics.measuring import ALL, choose_metrics
 from dit.evals.metrics.metric import FeatureSet
+from dit.ranks.asked import EndAsked
 
 
 @config
@@ -40,7 +41,7 @@ class Order:
     """What is to be evaluated against what, in which features, and how.
 
     samples, reference: what `open_pictures` opens; the reference may be a statistics file. metric_keys: as
-    `choose_metrics` has them. workers: threads that read images.
+    `choose_metrics` has them. workers: threads that read images. asked: where a signal says that it is to end.
     """
 
     samples: str
@@ -49,11 +50,12 @@ class Order:
     options: Options = Options()  # noqa: RUF009
     metric_keys: Mapping[str, str] = field(default_factory=dict)
     workers: int = 1
+    asked: EndAsked = field(default_factory=EndAsked)
 
     @property
     def how(self) -> Pass:
         """How images are gone through."""
-        return Pass(self.options.batch_size, self.workers)
+        return Pass(self.options.batch_size, self.workers, self.asked)
 
 
 def renamed(order: Order) -> Order:

@@ -15,6 +15,7 @@ from dit.errors import Notice, UserError
 from dit.evals.figures import hash_of, protocol_of
 from dit.evals.pictures.choice import drawn_how
 from dit.evals.protocol import Told
+from dit.files import json_line
 
 FILE = "evaluations.jsonl"
 CONFIG = "config.yaml"  # which makes a folder a run directory
@@ -101,9 +102,9 @@ def read(run: Path) -> list[dict[str, Any]]:
     if not file.is_file():
         return []
     rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(file.read_bytes().splitlines(), 1):
         try:
-            row = json.loads(line)
+            row = json_line(line)
         except ValueError:
             row = None
         if is_row(row) or (isinstance(row, dict) and TAKEN_BACK in row):
@@ -179,7 +180,7 @@ def history(run: Path) -> list[str]:
     groups: dict[tuple[str, str], list[_Of]] = {}
     for row in rows:
         for digest, names in _by_protocol(row).items():
-            groups.setdefault((row["features"], digest), []).append(_Of(row, names))
+            groups.setdefault((row.get("features", "features not told"), digest), []).append(_Of(row, names))
     lines: list[str] = []
     before: list[tuple[str, _Of]] = []
     for (space, digest), found in groups.items():
@@ -218,7 +219,7 @@ def _unlike(first: _Of, other: _Of) -> list[str]:
 def _line(one: _Of) -> str:
     row = one.row
     figures = "  ".join(
-        f"{name} {row['figures'][name]:.6g}{bracket((row.get('intervals') or {}).get(name))}"
+        f"{name} {_value(row['figures'][name])}{bracket((row.get('intervals') or {}).get(name))}"
         for name in one.names
     )
     named = row.get("samples", {}).get("named")
@@ -226,9 +227,21 @@ def _line(one: _Of) -> str:
         f"  of {named}" if named else "",
         f", seed {row['seed']}" if row.get("seed") is not None else "",
     )
-    return f"  {row['time'][:16]}  step {row['step']}, {row['weights']}{seed}: {figures}{of}"
+    when, weights = str(row.get("time", ""))[:16], row.get("weights", "weights not told")
+    return f"  {when}  step {row['step']}, {weights}{seed}: {figures}{of}"
 
 
-def bracket(interval: Sequence[float] | None) -> str:
+def _value(figure: float | None) -> str:
+    return "not finite" if figure is None else f"{figure:.6g}"
+
+
+def ends(interval: Sequence[float | None] | None) -> tuple[float, float] | None:
+    """Both ends of an interval; None where there is none, or an end that is not finite."""
+    low, high = interval or (None, None)
+    return None if low is None or high is None else (float(low), float(high))
+
+
+def bracket(interval: Sequence[float | None] | None) -> str:
     """An interval as it is printed behind its figure; nothing where there is none."""
-    return "" if interval is None else f" [{interval[0]:.5g}, {interval[1]:.5g}]"
+    found = ends(interval)
+    return "" if found is None else f" [{found[0]:.5g}, {found[1]:.5g}]"

@@ -19,7 +19,9 @@ from dit.experiments.trained import Precision, Trained
 from dit.files import expand
 from dit.outputs import claim, differences, write_record
 from dit.ranks import group
+from dit.ranks.asked import EndAsked
 from dit.sample.likelihood import bits_per_dim
+from dit.unfinished import unfinished
 from dit.version import code_version
 
 NATS = "nats_of_samples"  # in a record: of every sample, in the data's order
@@ -51,12 +53,14 @@ def likelihood_of(
     out: str | None = None,
     overwrite: bool = False,
     each: bool = False,
+    asked: EndAsked | None = None,
 ) -> MeasuredLikelihood:
     """Measure it and write the figures to `out`, or find them there. Collective.
 
     each: whether the nats of every sample are wanted, which files of older versions lack: they are measured anew. out:
     a JSON file; none = RUN/likelihood/..., named by data, step, weights and protocol. Raises OutputError where other
-    figures are there (overwrite: they are replaced), DataError for data unlike those of the run.
+    figures are there (overwrite: they are replaced), DataError for data unlike those of the run, Stopped where asked
+    says so. Batches that are done are kept beside `out` until all are: started again, it goes on with the others.
     """
     manifest = Manifest.load(data)
     check_same_data(trained.contract, manifest, str(trained.path), data)
@@ -66,12 +70,12 @@ def likelihood_of(
     held = group.on_main(lambda: claim([file], record, record=file, overwrite=overwrite))
     if held is not None and (NATS in held or not each):
         return MeasuredLikelihood(held, file, is_new=False)
-    nats = of.measure(batch_size, world)
-    figures = of.summary(nats) | record
-    if world.is_main:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        where = {"checkpoint": str(trained.path), "device": world.device.type, "code": code_version()}
-        write_record(file, {**figures, **where, NATS: nats.tolist()})
+    where = {"checkpoint": str(trained.path), "device": world.device.type, "code": code_version()}
+    begun = {**record, "batch_size": batch_size}
+    with unfinished(file, {**begun, **where}, begun, (of.count, batch_size), overwrite) as blocks:
+        nats = of.measure(blocks, world, asked)
+        figures = of.summary(nats) | record
+        group.on_main(lambda: write_record(file, {**figures, **where, NATS: nats.tolist()}))
     return MeasuredLikelihood({**figures, NATS: nats.tolist()}, file, is_new=True)
 
 

@@ -21,6 +21,7 @@ from dit.evals.sweep.cells import Cell
 from dit.experiments.draw_order import check_amount
 from dit.experiments.drawing import check_labelled
 from dit.experiments.trained import Precision, Trained
+from dit.ranks.asked import EndAsked
 from dit.sample.generate import Sampler
 from dit.sample.tally import Tally
 
@@ -31,7 +32,7 @@ class SweepOrder:
 
     reference, held_out: as `open_pictures` has them; the reference may be a statistics file. options: of the figures;
     num_samples and batch_size are of the drawing, too. precision: "run", "fp32" or "bf16". splits: of real images.
-    codec_keys: {"codec.path": ...}, over where training had it.
+    codec_keys: {"codec.path": ...}, over where training had it. asked: where a signal says that it is to end.
     """
 
     runs: Mapping[str, str]
@@ -46,6 +47,7 @@ class SweepOrder:
     codec_keys: Mapping[str, str] = field(default_factory=dict)
     workers: int = 1
     overwrite: bool = False
+    asked: EndAsked = field(default_factory=EndAsked)
 
     def __post_init__(self) -> None:
         check_amount(self.count, self.options.batch_size)

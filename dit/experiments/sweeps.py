@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,37 +22,40 @@ from dit.evals.evaluation import (
     metrics_of,
     sides_of,
 )
-from dit.evals.extraction import Arrays, Kept, block_features, extracted, in_rounds
-from dit.evals.features.network import FeatureNetwork
+from dit.evals.extraction import Kept, block_features, extracted, in_rounds
 from dit.evals.figures import names_in
 from dit.evals.held_out import tell_shared
-from dit.evals.metrics.metric import FeatureSet
 from dit.evals.metrics.resampling import LEVEL
 from dit.evals.order import Order
 from dit.evals.pictures.opening import open_pictures
 from dit.evals.pictures.pictures import Pictures, content
 from dit.evals.record import append, run_of
 from dit.evals.sides import Sides
-from dit.evals.sweep.cells import Cell, CellFolder, Measured, space_as_json
+from dit.evals.sweep.cells import Cell, CellFolder, Measured, as_json, space_as_json
 from dit.evals.sweep.floors import Floor, floor_of
 from dit.evals.sweep.picture import draw as draw_picture
 from dit.evals.sweep.results import Results
 from dit.evals.sweep.table import as_csv, markdown
 from dit.evals.telling import rows_of
 from dit.experiments.drawing import described
+from dit.experiments.sweep_blocks import NEEDS, DrawnBlock, read_blocks
 from dit.experiments.sweep_cells import Asked, Models, SweepOrder, asked_cells, one_size, shared_protocol
 from dit.files import write_atomically
 from dit.outputs import RECORD, claim, write_record
 from dit.progress import Bar
 from dit.ranks import group
-from dit.sample.drawing import draw_batches, in_batches, warn_if_far
+from dit.ranks.asked import telling
+from dit.sample.denoise import stopping
+from dit.sample.drawing import draw_batches, warn_if_far
 from dit.sample.finite import NotFiniteError
 from dit.sample.generate import Sampler
 from dit.sample.labels import Labels
 from dit.sample.tally import Tally
+from dit.unfinished import Blocks, unfinished
 from dit.version import code_version
 
 FILES = ("sweep.csv", "sweep.md", "sweep.png", "sweep.json")  # the last one says what the others are
+KEPT = "all that was drawn is kept; the same command goes on"
 MADE = {"made_by": "evaluate.py sweep"}
 
 
@@ -68,8 +72,9 @@ def sweep(order: SweepOrder, world: group.World) -> Results:
     asked = group.together(lambda: list(asked_cells(order, models)))
     size = one_size(asked)
     compared = _order(order, order.reference, size)
-    sides = sides_of(compared, world, "samples", order.count)
-    floors = _floors(order, sides, size, world)
+    with telling(lambda: f"no cell is begun: {KEPT}"):
+        sides = sides_of(compared, world, "samples", order.count)
+        floors = _floors(order, sides, size, world)
     cells = [a.cell(order, sides) for a in asked]
     folder = CellFolder(order.out)
     there = group.on_main(lambda: [_held(folder, cell, order) is not None for cell in cells])
@@ -81,12 +86,15 @@ def sweep(order: SweepOrder, world: group.World) -> Results:
     if world.is_main and any(there):
         print(f"{sum(there)} of {len(cells)} cells are there already")
     work = _Work(order, compared, sides, models, folder, world)
-    with Bar[None](
-        total=len(todo) * order.count, unit="image", desc="sweep", hidden=not world.is_main
-    ) as bar:
+    left = [*todo]
+    with (
+        Bar[None](total=len(todo) * order.count, unit="image", desc="sweep", hidden=not world.is_main) as bar,
+        telling(lambda: f"{len(cells) - len(left)} of {len(cells)} cells are finished: {KEPT}"),
+    ):
         for number, i in enumerate(todo, 1):
             bar.note(f"cell {number} of {len(todo)}: {cells[i]}")
             work.do(asked[i], cells[i], bar)
+            left.remove(i)
     return group.on_main(partial(_written, order, cells, sides, floors))
 
 
@@ -95,11 +103,11 @@ def _order(order: SweepOrder, named: str, size: int) -> Order:
     is_array = Path(named).suffix.lower() == ".npz" or (Path(named) / RECORD).is_file()
     pixels = order.options.image_size or (None if is_array else size)
     options = dataclasses.replace(order.options, image_size=pixels, held_out=None)
-    return Order("", named, order.spaces, options, order.metric_keys, order.workers)
+    return Order("", named, order.spaces, options, order.metric_keys, order.workers, order.asked)
 
 
 def _floors(order: SweepOrder, sides: Mapping[str, Sides], size: int, world: group.World) -> dict[str, Floor]:
-    """How far real images are, by feature space; none where there are no held-out images. On rank 0."""
+    """How far real images are, by feature space; none where there are no held-out images. Collective."""
     named = order.options.held_out
     if named is None:
         return {}
@@ -112,15 +120,17 @@ def _floors(order: SweepOrder, sides: Mapping[str, Sides], size: int, world: gro
         )
     networks = {name: side.network for name, side in sides.items()}
     found = extracted(pictures, np.arange(len(pictures)), networks, how.how, world, "held-out")
-    if not world.is_main:
-        return {}
-    tell_shared(None, next(iter(sides.values())).seen, found.seen)
-    floors = {}
-    for name, side in sides.items():
-        held = found.sets[name]
-        metrics, _ = metrics_of(how, held, side)
-        floors[name] = floor_of(held, side, metrics, order.count, order.splits, names_in(side.network))
-    return floors
+
+    def floors() -> dict[str, Floor]:
+        tell_shared(None, next(iter(sides.values())).seen, found.seen)
+        floors = {}
+        for name, side in sides.items():
+            held = found.sets[name]
+            metrics, _ = metrics_of(how, held, side)
+            floors[name] = floor_of(held, side, metrics, order.count, order.splits, names_in(side.network))
+        return floors
+
+    return group.on_main(floors)
 
 
 # --- drawing ---------------------------------------------------------------------------------------------------
@@ -132,18 +142,6 @@ class _DrawnPictures(Pictures):
 
     def __len__(self) -> int:
         return 0 if self.labels is None else len(self.labels)
-
-
-@dataclass(frozen=True)
-class _Block:
-    """What one block of images gave. failed: what was said of an image that is none."""
-
-    digests: bytes = b""
-    features: Mapping[str, Arrays] = field(default_factory=dict)
-    size: tuple[int, int] = (0, 0)
-    tally: Tally = field(default_factory=Tally)
-    reach: float = 0.0
-    failed: str | None = None
 
 
 @dataclass(frozen=True)
@@ -165,48 +163,52 @@ class _Work:
         sampler = dataclasses.replace(first, spec=cell.spec, tally=Tally())
         classes = trained.classes("all")
         labels = Labels(classes)
-        networks = {name: side.network for name, side in self.sides.items()}
-        sinks = {name: Kept(self.order.count) for name in networks}
-        blocks = in_batches(self.order.count, self.order.batch)
-        done: list[_Block] = []
-        for block in in_rounds(
-            len(blocks), lambda k: self._block(sampler, blocks[k], labels, networks), self.world
-        ):
-            done.append(dataclasses.replace(block, features={}))
-            for name, arrays in block.features.items() if self.world.is_main else ():
-                sinks[name].add(arrays)
-            if block.failed is not None:  # as every rank sees
-                break
-            bar.update(len(block.digests) // 16)
         about = described(trained, sampler) | {
             "codec": dict(self.order.codec_keys), "precision": self.models.precision(trained), "classes": classes,
             "batch_size": self.order.batch, "num_samples": self.order.count,
         }  # fmt: skip
         shown = labels(torch.arange(self.order.count))
-        group.on_main(lambda: self._keep(cell, about, shown, done, sinks))
+        with self._unfinished(cell, about) as blocks:
+            missing = blocks.missing(NEEDS)
+            bar.update(self.order.count - sum(len(blocks.samples(k)) for k in missing))
+            work = partial(self._block, sampler, blocks, missing, labels)
+            for count, failed in in_rounds(len(missing), work, self.world):
+                if failed:  # as every rank sees
+                    break
+                bar.update(count)
+            group.on_main(lambda: self._keep(cell, about, shown, list(read_blocks(blocks, [*self.sides]))))
+
+    def _unfinished(self, cell: Cell, about: Mapping[str, Any]) -> AbstractContextManager[Blocks]:
+        """Where blocks of a cell are kept until it is finished; those of other batches are no use."""
+        size = (self.order.count, self.order.batch)
+        spec = {"protocol": as_json(cell.protocol), "batch_size": self.order.batch}
+        record = {**spec, "cell": str(cell), "code": about["code"], "device": about["device"]}
+        return unfinished(self.folder.file(cell), record, spec, size, overwrite=True)
 
     def _block(
-        self, sampler: Sampler, numbers: range, labels: Labels, networks: Mapping[str, FeatureNetwork]
-    ) -> _Block:
-        """Draw images and compute their features."""
+        self, sampler: Sampler, blocks: Blocks, missing: Sequence[int], labels: Labels, which: int
+    ) -> tuple[int, str]:
+        """Draw a missing block's images, compute their features and keep them; how many, and what failed."""
+        number = missing[which]
+        made = self._drawn(sampler, blocks.samples(number), labels)
+        made.keep(blocks, number, [*self.sides])
+        return len(blocks.samples(number)), made.failed
+
+    def _drawn(self, sampler: Sampler, numbers: range, labels: Labels) -> DrawnBlock:
+        """Images and their features."""
         drawing = dataclasses.replace(sampler, tally=Tally())
+        networks = {name: side.network for name, side in self.sides.items()}
         try:
-            (batch,) = draw_batches(drawing, labels, [numbers], self.order.batch)
+            denoise = stopping(drawing.denoise, self.order.asked)
+            (batch,) = draw_batches(drawing, labels, [numbers], self.order.batch, denoise)
             images = drawing.pictures(batch.latents, batch.index, batch.label, batch.wanted)
         except NotFiniteError as error:
-            return _Block(failed=str(error))
+            return DrawnBlock(failed=str(error))
         digests, features = block_features(images, networks, self.order.batch)
         size = (images.shape[1], images.shape[2])
-        return _Block(digests, features, size, drawing.tally, batch.reach)
+        return DrawnBlock(digests, features, size, drawing.tally, batch.reach)
 
-    def _keep(
-        self,
-        cell: Cell,
-        about: Mapping[str, Any],
-        labels: Tensor,
-        done: Sequence[_Block],
-        sinks: Mapping[str, Kept],
-    ) -> None:
+    def _keep(self, cell: Cell, about: Mapping[str, Any], labels: Tensor, done: Sequence[DrawnBlock]) -> None:
         """Compute the figures, and write them down. On rank 0."""
         options = self.order.options
         failed = next((block.failed for block in done if block.failed), None)
@@ -222,8 +224,10 @@ class _Work:
         found = content(b"".join(block.digests for block in done))
         spaces = []
         for name, side in self.sides.items():
-            features: FeatureSet = sinks[name].set(named)
-            compared = Compared(pictures, np.arange(self.order.count), features, side)
+            sink = Kept(self.order.count)
+            for block in done:
+                sink.add(block.features[name])
+            compared = Compared(pictures, np.arange(self.order.count), sink.set(named), side)
             spaces.append(in_space(name, compared, self.compared))
         how = (
             {"resamples": options.bootstrap, "seed": options.seed, "level": LEVEL}

@@ -31,6 +31,17 @@ class EndAsked:
         self._heard = True
 
 
+@contextlib.contextmanager
+def telling(kept: Callable[[], str]) -> Iterator[None]:
+    """Say on rank 0 what is kept, where the body raises Stopped (as ranks that act together do on all of them)."""
+    try:
+        yield
+    except Stopped:
+        if group.World.from_env().is_main:
+            print(f"stopped: {kept()}", flush=True)
+        raise
+
+
 def stop_all(stopped: bool, told: Callable[[], str]) -> None:
     """Raise Stopped on every rank where any has stopped; rank 0 prints what was done. Collective."""
     if any(group.gather_objects(stopped)):

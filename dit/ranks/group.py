@@ -31,6 +31,7 @@ T = TypeVar("T")
 
 SIGNALS = early.SIGNALS
 FILES = 65536  # open at a time
+STOPPED = ("", "")  # in the place of a node and what failed there: a rank was asked to end
 
 
 class PeerError(UserError, RuntimeError):
@@ -218,7 +219,7 @@ def is_main() -> bool:
 
 
 def on_main(action: Callable[[], T]) -> T:
-    """Run `action` on rank 0 alone; its result, or its failure, is every rank's."""
+    """Run `action` on rank 0 alone; its result, or its failure, is every rank's; so is Stopped."""
     if not td.is_initialized() or td.get_world_size() == 1:
         return action()
     box: list[Any] = [None, None]
@@ -227,19 +228,25 @@ def on_main(action: Callable[[], T]) -> T:
         try:
             box[0] = action()
         except Exception as caught:  # noqa: BLE001 (raised again below, on every rank)
-            error, box[1] = caught, f"rank 0 on {node_name()} failed: {caught}"
+            error, box[1] = caught, _as_told(caught)
     td.broadcast_object_list(box, src=0)
     if error is not None:
         raise error
     if box[1] is not None:
-        raise PeerError(box[1])
+        raise Stopped if box[1] == STOPPED else PeerError(f"rank 0 on {box[1][0]} failed: {box[1][1]}")
     return box[0]  # type: ignore[no-any-return]
+
+
+def _as_told(error: Exception) -> tuple[str, str]:
+    """This node and what failed, as ranks tell each other; STOPPED where nothing failed."""
+    return STOPPED if isinstance(error, Stopped) else (node_name(), str(error))
 
 
 def together(action: Callable[[], T]) -> T:
     """Run `action` on every rank; if it fails on any, every rank raises, naming the rank and the error.
 
-    Without this a rank that fails alone leaves its peers waiting in the next collective.
+    Without this a rank that fails alone leaves its peers waiting in the next collective. Where it is Stopped on any,
+    and fails on none, every rank raises Stopped.
     """
     error: Exception | None = None
     result: T | None = None
@@ -247,12 +254,15 @@ def together(action: Callable[[], T]) -> T:
         result = action()
     except Exception as caught:  # noqa: BLE001 (raised again below, on every rank)
         error = caught
-    mine = None if error is None else (node_name(), str(error))
-    failed = {rank: found for rank, found in enumerate(gather_objects(mine)) if found is not None}
-    if error is not None:
+    mine = None if error is None else _as_told(error)
+    ended = {rank: found for rank, found in enumerate(gather_objects(mine)) if found is not None}
+    failed = {rank: found for rank, found in ended.items() if found != STOPPED}
+    if error is not None and not (failed and isinstance(error, Stopped)):
         raise error
     if failed:
         rank, (node, text) = next(iter(failed.items()))
         more = f" (as did {ranks_text(set(failed) - {rank})})" if len(failed) > 1 else ""
         raise PeerError(f"rank {rank} on {node} failed{more}: {text}")
+    if ended:
+        raise Stopped
     return result  # type: ignore[return-value]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,14 +10,17 @@ from typing import Any, NamedTuple
 
 from dit.evals.figures import FLOOR, hash_of
 from dit.evals.protocol import Told
-from dit.evals.record import titled, told
+from dit.evals.record import ends, titled, told
 from dit.reports.told import RunTold
 from dit.train.run_dir import is_operational
 
 NOT_COMPARED = ("run_dir",)  # different in every two runs, and of no effect
 ROUNDING = 1e-6  # relative: losses closer than this are the same, summed in another order
 # What decides which loss is a mean of what: runs that differ here have training losses of different things
-DECIDES_LOSS = ("objective", "data", "latents", "model.learn_sigma", "train.label_drop")
+DECIDES_LOSS = (
+    "objective", "data", "latents", "model.learn_sigma", "train.label_drop",
+    "autoencoder.name", "kl_weight", "pixel", "perceptual", "discriminator",
+)  # fmt: skip
 HIGHER_IS_BETTER = (
     "precision",
     "recall",
@@ -25,8 +29,17 @@ HIGHER_IS_BETTER = (
     "inception_score",
     "logits_score",
     "class_accuracy",
+    "held-out accuracy",
+    "held-out psnr",
+    "held-out ssim",
 )
 HELD_OUT_LOSS = "held-out loss"
+HELD_OUT = (
+    "loss",
+    "accuracy",
+    "psnr",
+    "ssim",
+)  # of held_out.jsonl; and distances, named after their features
 
 
 @dataclass(frozen=True)
@@ -62,7 +75,12 @@ class Parting:
             return f"the same in all {self.compared} logged steps that both have: batches, and losses within 1e-6"
         if self.what == "batches":
             return f"other batches from step {self.step} on (its batch_hash is another)"
-        return f"the same batches; losses part at step {self.step}, by {self.relative:.2g} of their size"
+        how = (
+            f"by {self.relative:.2g} of their size"
+            if math.isfinite(self.relative)
+            else "where one is not finite"
+        )
+        return f"the same batches; losses part at step {self.step}, {how}"
 
 
 def parting(a: RunTold, b: RunTold) -> Parting:
@@ -129,21 +147,21 @@ class Measured:
 
 
 def measured(run: RunTold) -> Iterator[Measured]:
-    """Every figure that a run has on file: of its evaluations, and its losses on held-out data."""
+    """Every figure that a run has on file: of its evaluations, and of held-out data."""
     for row in run.evaluations:
         intervals, weights = row.get("intervals") or {}, row.get("weights")
         for name, value in row["figures"].items():
             if isinstance(value, int | float) and not name.endswith(FLOOR):
-                figure, ends = titled(row, name), intervals.get(name)
-                interval = None if ends is None else (float(ends[0]), float(ends[1]))
+                figure, interval = titled(row, name), ends(intervals.get(name))
                 how = told(row, name) if "protocol" in row else None
                 yield Measured(
                     run, figure, hash_of(name, row), row["step"], float(value), interval, how, weights
                 )
     for row in run.held_out:
-        if isinstance(row.get("loss"), int | float):
-            digest, weights = str(row.get("protocol")), row.get("weights")
-            yield Measured(run, HELD_OUT_LOSS, digest, row["step"], float(row["loss"]), weights=weights)
+        digest, weights = str(row.get("protocol")), row.get("weights")
+        for name, value in row.items():
+            if isinstance(value, int | float) and (name in HELD_OUT or name.startswith("frechet_")):
+                yield Measured(run, f"held-out {name}", digest, row["step"], float(value), weights=weights)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import numpy as np
 
 from dit.reports.comparison import HELD_OUT_LOSS, Alike, Comparison
 from dit.reports.told import RunTold
+from dit.train.meters import group_of
 
 POINTS = 300  # of a curve; more are averaged in as many stretches
 COLOURS = ("#1f5fa8", "#d2541b", "#2f8f4e", "#8f4fb3", "#b5912b", "#4a4a4a", "#c23b6b", "#3aa3b5")
@@ -45,6 +46,7 @@ def panels(comparison: Comparison) -> list[Panel]:
     for key, title, note in [
         ("loss", "training loss", apart),
         *[(f"loss_q{q}", f"training loss, t in [{(q - 1) / 4:g}, {q / 4:g}]", apart) for q in (1, 2, 3, 4)],
+        *[(key, f"training: {key}", apart) for key in _others(comparison.runs)],
         ("grad_norm", "norm of the gradient", ""),
         ("images_per_s", "images a second", ""),
     ]:
@@ -53,6 +55,16 @@ def panels(comparison: Comparison) -> list[Panel]:
         if lines:
             found.append(Panel(title, lines, key != "images_per_s", note))
     return found
+
+
+def _others(runs: Sequence[RunTold]) -> list[str]:
+    """What a task tells of its training beside the loss: terms of it, or an accuracy."""
+    keys = dict.fromkeys(key for run in runs for key in run.last)
+    return [
+        key
+        for key in keys
+        if group_of(key).startswith("train/") and key not in ("step", "loss", "batch_hash")
+    ]
 
 
 def coloured(runs: Sequence[RunTold]) -> list[tuple[RunTold, str]]:

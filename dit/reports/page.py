@@ -17,11 +17,13 @@ from dit.reports.curves import AXES, Panel, coloured, draw, panels
 from dit.reports.told import RunTold
 
 SHOWN = 12  # keys that differ, on a terminal
-HOW = (
-    "No figure of these runs was measured by one protocol, so nothing here says which is better. Draw the same number "
-    "of images from each and measure them alike: tools/sample.py RUN --out=OUT --num_samples=5000, then "
-    "tools/evaluate.py OUT --reference=IMAGES; or hold data out in all of them (data.val, val.every)."
+NONE = "No figure of these runs was measured by one protocol, so nothing here says which is better. "
+DRAW = (
+    "Draw the same number of images from each and measure them alike: tools/sample.py RUN --out=OUT "
+    "--num_samples=5000, then tools/evaluate.py OUT --reference=IMAGES; or hold data out in all of them (data.val, "
+    "val.every)."
 )
+HOLD_OUT = "Hold the same data out in all of them (data.val, val.every)."  # of runs that draw no images
 STYLE = """
 :root { color-scheme: light dark; font: 15px/1.45 system-ui, sans-serif; }
 body { max-width: 80rem; margin: 1.5rem auto; padding: 0 1rem; }
@@ -48,7 +50,7 @@ def summary(run: RunTold) -> dict[str, str]:
         "samples": f"{last['samples']:,}",
         "FLOPs": "not told" if flops is None else f"{flops * last['samples']:.3g}",
         "seconds": f"{run.seconds[-1]:,.0f}",
-        "training loss": "not finite" if last["loss"] is None else f"{last['loss']:.4g}",
+        "training loss": "not finite" if last.get("loss") is None else f"{last['loss']:.4g}",
     }
 
 
@@ -72,7 +74,9 @@ def as_text(comparison: Comparison) -> str:
 
 def verdicts(comparison: Comparison) -> list[str]:
     """The answer to "which is better", a line a figure; what is to be done where there is none."""
-    lines = [str(contest) for contest in comparison.contests] or [HOW]
+    lines = [str(contest) for contest in comparison.contests] or [
+        NONE + (DRAW if all(run.draws for run in comparison.runs) else HOLD_OUT)
+    ]
     lines += comparison.not_comparable
     if comparison.unlike:
         keys = ", ".join(comparison.unlike)

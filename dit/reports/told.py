@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,7 +15,7 @@ from dit.configfile import read_own
 from dit.errors import UserError
 from dit.evals import record
 from dit.experiments.diffusion import Experiment
-from dit.files import expand
+from dit.files import expand, json_line
 from dit.model.cost import cost
 from dit.scalars import resolved
 from dit.train.checkpoints import checkpoint
@@ -69,6 +68,11 @@ class RunTold:
         return int(self.config["train.steps"])
 
     @property
+    def draws(self) -> bool:
+        """Whether it is a diffusion run, which images can be drawn from."""
+        return any(key.startswith("model.") for key in self.config)
+
+    @property
     def batch(self) -> int:
         """Samples of a step."""
         return int(self.config["train.global_batch"])
@@ -115,7 +119,7 @@ def rows_of(path: Path) -> Iterator[Row]:
         return
     for line in path.read_bytes().splitlines():
         try:
-            row = json.loads(line)
+            row = json_line(line)
         except ValueError:  # no JSON, or no text
             return
         if isinstance(row, dict):

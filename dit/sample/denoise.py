@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dit.flow.path import NoisePath
 from dit.flow.predict import Cond, Endpoints, Model, Prediction, call_network
+from dit.ranks.asked import EndAsked
 
 DenoiseFn = Callable[[Tensor, Tensor, Cond], Endpoints]  # (x (B, C, ...), t (B,), cond) → Endpoints
 
@@ -29,6 +30,16 @@ class Denoiser:
         """
         coeffs = self.path.coeffs(t)
         return self.prediction.endpoints(coeffs, x, call_network(self.model, self.path, x, t, cond))
+
+
+def stopping(denoise: DenoiseFn, asked: EndAsked) -> DenoiseFn:
+    """`denoise`, which first raises Stopped where an end was asked for: a batch may take longer than there is time."""
+
+    def looking(x: Tensor, t: Tensor, cond: Cond) -> Endpoints:
+        asked.look()
+        return denoise(x, t, cond)
+
+    return looking
 
 
 def with_precision(model: Model, device: torch.device, precision: str) -> Model:

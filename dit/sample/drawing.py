@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 
 from dit.errors import Notice, Stopped
-from dit.flow.predict import Cond, Endpoints
 from dit.progress import Bar
 from dit.ranks import group
 from dit.ranks.asked import EndAsked, stop_all
 from dit.sample.behind import Behind
-from dit.sample.denoise import DenoiseFn
+from dit.sample.denoise import DenoiseFn, stopping
 from dit.sample.generate import Sampler
 from dit.unfinished import Blocks
 
@@ -61,8 +60,7 @@ def draw(
 ) -> None:
     """Draw what is missing of the products, which have the same blocks. Collective.
 
-    Raises NotFiniteError naming the first bad image, Stopped where any rank was asked to end; the blocks before are
-    kept.
+    Raises NotFiniteError naming the first bad image, Stopped where any rank was asked to end; whole blocks are kept.
     """
     missing = [set(product.blocks.missing(product.needs)) for product in products]
     blocks, todo = products[0].blocks, sorted(set().union(*missing))
@@ -78,7 +76,7 @@ def draw(
     def draw_mine(bar: Bar[None]) -> tuple[float, bool]:
         """How far the latents of this rank's blocks reach, and whether it was asked to end before the last of them."""
         reach, wanted = 0.0, [blocks.samples(number) for number in mine]
-        denoise = _stopping(sampler.denoise, asked or EndAsked())
+        denoise = stopping(sampler.denoise, asked or EndAsked())
         drawn = draw_batches(sampler, labels, wanted, blocks.size, denoise)
         try:
             with Behind(sampler.device) as behind:
@@ -92,7 +90,6 @@ def draw(
         return reach, False
 
     with Bar[None](total=left, unit="image", hidden=not (world.is_main and todo), desc="sampling") as bar:
-        # a rank that fails alone would leave the others waiting for it, for as long as the backend likes
         reach, stopped = group.together(partial(draw_mine, bar))
         bar.update(0 if stopped else left - bar.n)
     stop_all(stopped, lambda: _kept(blocks, _lacking(products, missing)))
@@ -116,16 +113,6 @@ def _say_already(blocks: Blocks, left: int, world: group.World) -> None:
 def _kept(blocks: Blocks, left: int) -> str:
     """What is said where an end was asked for."""
     return f"stopped: {blocks.count - left} of {blocks.count} images are drawn and kept; the same command goes on"
-
-
-def _stopping(denoise: DenoiseFn, asked: EndAsked) -> DenoiseFn:
-    """The denoiser, which first looks whether an end was asked for: a block may take longer than there is time."""
-
-    def looking(x: Tensor, t: Tensor, cond: Cond) -> Endpoints:
-        asked.look()
-        return denoise(x, t, cond)
-
-    return looking
 
 
 def _lacking(products: Sequence[Product], missing: Sequence[set[int]]) -> int:

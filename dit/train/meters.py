@@ -248,7 +248,7 @@ class RunLog:
         self._append(self.path, step, row)
         for name, value in row.items():
             if isinstance(value, int | float) and name != "batch_hash":
-                self._writer.add_scalar(_group(name), value, step)
+                self._writer.add_scalar(group_of(name), value, step)
 
     def held_out(self, step: int, row: dict[str, Any]) -> None:
         """Write one line in held_out.jsonl and a point on each curve."""
@@ -290,7 +290,7 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _group(name: str) -> str:
+def group_of(name: str) -> str:
     """Name TensorBoard's tab of a scalar: health first, then speed, then the loss by time."""
     groups = dict.fromkeys(SPEEDS, "speed")
     groups |= {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from dit.evals.protocol import protocol_hash
 from dit.outputs import OutputError
 from dit.ranks import group
 from dit.ranks.world import World
-from tests.rank_processes import Server
+from tests.rank_processes import RanksFailed, Server
 
 PIXELS = PixelComponents(components=6)
 
@@ -312,6 +313,36 @@ def test_what_was_done_to_files_is_said(tmp_path: Path, ranks: Server, size: int
     said = ranks.run(size, told_of, tmp_path) if size > 1 else [told_of(tmp_path)]
     assert said[0] == [f"{tmp_path / 'seen'}: 6 {COUNTED['transparent']}"]
     assert not any(said[1:])
+
+
+@pytest.mark.parametrize("role", ["samples", "reference", "held_out"])
+def test_a_bad_image_in_one_ranks_share_ends_all_with_its_name(
+    files: Path, tmp_path: Path, ranks: Server, role: str
+) -> None:
+    """Cut short, as an interrupted copy leaves it: its size can be read, its pixels cannot."""
+    (tmp_path / "seen").mkdir()
+    for number, image in enumerate(images(3, 20)):
+        Image.fromarray(image).save(tmp_path / "seen" / f"{number:02}.png")
+    bad = tmp_path / "seen" / "11.png"  # of block 1 of 8 images
+    bad.write_bytes(bad.read_bytes()[:-60])
+    sets = dict.fromkeys(("samples", "reference", "held_out"), tmp_path / "seen")
+    good = files / "theirs.npz"
+    named = {name: str(place if name == role else good) for name, place in sets.items()}
+    with pytest.raises(RanksFailed) as failed:
+        ranks.run(2, go_with, named)
+    rank = 0 if role == "reference" else 1  # components are fitted there, before images are shared out
+    kind, text = failed.value.errors[rank]
+    assert kind == "BadImage"
+    assert "11.png" in text
+    assert failed.value.errors[1 - rank] == (
+        "PeerError",
+        f"rank {rank} on {group.node_name()} failed: {text}",
+    )
+
+
+def go_with(named: Mapping[str, str]) -> None:
+    options = Options(batch_size=8, held_out=named["held_out"], metrics="kid")
+    evaluate(Order(named["samples"], named["reference"], (PIXELS,), options), World.from_env())
 
 
 def told_of(folder: Path) -> list[str]:

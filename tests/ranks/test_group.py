@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as td
 
 import dit
-from dit.errors import UserError
+from dit.errors import Stopped, UserError
 from dit.ranks import group
 from dit.ranks.group import World
 from dit.version import code_version
@@ -166,6 +167,32 @@ def _fail_on_rank_1() -> None:
 def test_a_failure_on_one_rank_is_raised_on_all(ranks: Server) -> None:
     with pytest.raises(RanksFailed) as failed:
         ranks.run(2, _fail_on_rank_1)
+    assert failed.value.errors == {
+        0: ("PeerError", f"rank 1 on {group.node_name()} failed: the disk is full"),
+        1: ("OSError", "the disk is full"),
+    }
+
+
+def _stop_on_rank(stops: int, fails: int | None, act: Callable[[Callable[[], None]], None]) -> None:
+    def action() -> None:
+        if World.from_env().rank == stops:
+            raise Stopped
+        if World.from_env().rank == fails:
+            raise OSError("the disk is full")
+
+    act(action)
+
+
+@pytest.mark.parametrize(("stops", "act"), [(0, group.together), (1, group.together), (0, group.on_main)])
+def test_a_stop_on_one_rank_is_every_ranks(ranks: Server, stops: int, act: Callable[..., None]) -> None:
+    with pytest.raises(RanksFailed) as failed:
+        ranks.run(2, _stop_on_rank, stops, None, act)
+    assert failed.value.errors == {0: ("Stopped", ""), 1: ("Stopped", "")}
+
+
+def test_a_failure_matters_more_than_a_stop(ranks: Server) -> None:
+    with pytest.raises(RanksFailed) as failed:
+        ranks.run(2, _stop_on_rank, 0, 1, group.together)
     assert failed.value.errors == {
         0: ("PeerError", f"rank 1 on {group.node_name()} failed: the disk is full"),
         1: ("OSError", "the disk is full"),

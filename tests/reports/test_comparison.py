@@ -1,6 +1,7 @@
 """Runs beside each other: what their files tell, where they part, which is better by what, and the page."""
 
 import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -96,7 +97,7 @@ def test_a_line_that_a_kill_has_cut_off_ends_the_rows(tmp_path: Path) -> None:
         ({}, {"batch_hash": {30: 1}}, 30, "other batches from step 30 on"),
         ({}, {"loss": {20: 1 / 20 * (1 + 1e-3)}}, 20, "the same batches; losses part at step 20, by 0.001"),
         ({}, {"loss": {20: 1 / 20 * (1 + 1e-7)}}, None, "the same"),
-        ({}, {"loss": {40: None}}, 40, "by inf"),
+        ({}, {"loss": {40: None}}, 40, "where one is not finite"),
         ({"loss": {20: None}}, {"loss": {20: None}}, None, "the same"),
         ({}, {"loss": {10: 2.0}, "batch_hash": {10: 1}}, 10, "other batches"),
     ],
@@ -269,6 +270,37 @@ def test_evaluations_behind_one_that_a_kill_has_cut_off_are_read(tmp_path: Path)
     record.append(folder, [figure(40, 3.0)])
     with pytest.warns(Notice, match="line 2"):
         assert [row["step"] for row in RunTold.read(folder).evaluations] == [20, 40]
+
+
+def test_figures_that_are_no_numbers_are_none_and_a_row_that_is_cut_off_is_left_out(tmp_path: Path) -> None:
+    """NaN and Infinity as other programs write them, which are no JSON: a loss that diverged is not the same loss."""
+    rows = [figure(20, 5.0) | {"intervals": {"frechet": [1.0, math.inf]}}, figure(40, math.nan)]
+    a = made(
+        tmp_path / "a", steps(loss={30: math.nan, 40: math.inf}, grad_norm={40: -math.inf}), evaluations=rows
+    )
+    b = made(
+        tmp_path / "b", steps(), evaluations=[figure(20, 6.0)], held_out=[{"step": 20, "loss": math.nan}]
+    )
+    for file in (a / "metrics.jsonl", a / record.FILE, b / "held_out.jsonl"):
+        with file.open("a") as log:
+            log.write('{"step": 50, "loss": Na')
+    with pytest.warns(Notice, match="line 3 is not a row"):
+        found = Comparison(read_all([str(a), str(b)]))
+    assert [row["loss"] for row in found.runs[0].steps] == [0.1, 0.05, None, None]
+    assert str(found.partings[0][1]) == "the same batches; losses part at step 30, where one is not finite"
+    (contest,) = found.contests
+    assert [(one.run.name, one.step, one.interval) for one in contest.standings] == [
+        ("a", 20, None),
+        ("b", 20, None),
+    ]
+    assert "not finite" in as_text(found)
+    assert not re.search(r"\b(nan|NaN|inf|Infinity)\b", as_page(found))
+    with pytest.warns(Notice, match="line 3 is not a row"):
+        lines = record.history(a)
+    assert [line.strip() for line in lines if "step" in line] == [
+        "step 20, weights not told: frechet 5",
+        "step 40, weights not told: frechet not finite",
+    ]
 
 
 def test_thinning_keeps_the_mean_of_every_stretch() -> None:

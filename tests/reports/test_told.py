@@ -4,13 +4,22 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
+import tools.train_classifier
+import tools.train_vae
 from dit.config import from_dict
 from dit.data.shards.manifest import Manifest
 from dit.errors import UserError
 from dit.experiments.diffusion import Experiment
+from dit.reports.comparison import Comparison
+from dit.reports.curves import panels
+from dit.reports.page import as_text
 from dit.reports.told import RunTold
+from tests.commands import call
 from tests.datasets import Digits
+from tests.experiments.test_autoencoder import values as autoencoder_values
+from tests.experiments.test_classifier import values as classifier_values
 from tests.train.runs import go, values
 
 
@@ -40,6 +49,35 @@ def test_its_last_step_and_seconds(run: Path) -> None:
     assert told.last["step"] == told.planned == 2
     assert told.last["samples"] == 2 * told.batch
     assert told.seconds[-1] > 0
+
+
+@pytest.mark.parametrize(
+    ("go_on", "values_of", "figures", "terms"),
+    [
+        (tools.train_vae.main, autoencoder_values, ["psnr", "ssim", "loss"], ["kl", "pixel_mse"]),
+        (tools.train_classifier.main, classifier_values, ["accuracy", "loss"], ["accuracy"]),
+    ],
+)
+def test_runs_of_other_kinds_are_compared_by_their_own_figures(
+    digits: Digits, tmp_path: Path, go_on, values_of, figures: list[str], terms: list[str]
+) -> None:
+    for seed, name in enumerate(("a", "b")):
+        config = tmp_path / f"{name}.yaml"
+        config.write_text(yaml.safe_dump(values_of(digits, tmp_path / name, seed=seed, train={"steps": 2})))
+        assert call(go_on, config) == 0
+    found = Comparison([RunTold.read(tmp_path / name) for name in "ab"])
+    assert [contest.alike.figure for contest in found.contests] == [f"held-out {name}" for name in figures]
+    for contest in found.contests:
+        values = [one.value for one in contest.standings]
+        assert values == sorted(values, reverse=contest.alike.figure != "held-out loss")
+    assert {f"training: {term}" for term in terms} <= {panel.title for panel in panels(found)}
+    assert [row.key for row in found.differences] == ["seed"]
+    assert found.unlike == []
+    for run in found.runs:
+        (run.folder / "held_out.jsonl").unlink()
+    found = Comparison([RunTold.read(tmp_path / name) for name in "ab"])
+    assert "tools/sample.py" not in as_text(found)  # which draws from none of them
+    assert "data.val" in as_text(found)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -113,7 +114,7 @@ class CellFolder:
         except OutputError as error:
             warnings.warn(f"{str(error).partition(': give')[0]}: it is drawn anew", Notice, stacklevel=2)
             return None
-        if held.get("protocol") != _as_json(cell.protocol):
+        if held.get("protocol") != as_json(cell.protocol):
             warnings.warn(
                 f"{file} is of another protocol than its name says: it is drawn anew", Notice, stacklevel=2
             )
@@ -128,7 +129,6 @@ class CellFolder:
         write_record(file, {"cell": str(cell), "hash": cell.hash, "protocol": cell.protocol, **values})
 
 
-def _as_json(values: Mapping[str, Any]) -> Any:
-    import json
-
+def as_json(values: Mapping[str, Any]) -> Any:
+    """Values as they are once written and read."""
     return json.loads(json.dumps(dict(values)))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dit.config import ConfigError, flatten, from_dict, to_dict
+from dit.errors import shown
 from dit.files import read_text
 from dit.interop.convert import read_weights
 from dit.interop.weights import (
@@ -61,6 +62,10 @@ DEFAULTS = {
     "num_embeds_ada_norm": 1000,
     "norm_eps": 1e-5,
 }
+SIZES = (
+    "num_attention_heads", "attention_head_dim", "in_channels", "num_layers", "sample_size", "patch_size",
+    "num_embeds_ada_norm",
+)  # fmt: skip
 # Theirs, the reference's: parts of names. Those of a block stand under transformer_blocks.I and blocks.I.
 _ENDS = (
     ("pos_embed.proj", "x_embedder.proj"),
@@ -198,6 +203,7 @@ def _arguments(settings: Mapping[str, Any], folder: Path) -> Arguments:
     other = [
         f"{key} = {settings[key]!r}, not {value!r}" for key, value in FIXED.items() if settings[key] != value
     ]
+    _check_numbers(settings, folder)
     outputs = settings["out_channels"] or settings["in_channels"]
     if outputs not in (settings["in_channels"], 2 * settings["in_channels"]):
         other.append(f"out_channels = {outputs}, neither in_channels nor twice as many")
@@ -218,6 +224,20 @@ def _arguments(settings: Mapping[str, Any], folder: Path) -> Arguments:
         return from_dict(Arguments, values)
     except ConfigError as error:
         raise WeightsError(f"{folder / CONFIG}: {error}") from None
+
+
+def _check_numbers(settings: Mapping[str, Any], folder: Path) -> None:
+    """WeightsError for sizes that are no numbers, in the words of the file; and for one size a side."""
+    for key in SIZES:
+        value = settings[key]
+        if type(value) is int and value > 0:
+            continue
+        square = "; only square inputs are known" if isinstance(value, list) else ""
+        raise WeightsError(
+            f"{folder / CONFIG}: {key} is {shown(value)}, expected a whole number above 0{square}"
+        )
+    if type(settings["norm_eps"]) not in (int, float):
+        raise WeightsError(f"{folder / CONFIG}: norm_eps is {shown(settings['norm_eps'])}, expected a number")
 
 
 def _read_state(folder: Path) -> dict[str, Tensor]:

@@ -40,6 +40,7 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "v": {"objective": V_ZERO, "time_frequencies": "ddpm", "norm": "dataset"},
     "data": {"objective": {"path": "iddpm", "prediction": "data"}},
+    "3 heads, patch 4": {"objective": DDPM, "time_frequencies": "ddpm", "heads": 3, "width": 36, "patch": 4},
 }
 
 

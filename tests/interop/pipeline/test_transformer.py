@@ -97,14 +97,19 @@ def change(folder: Path, **values: Any) -> None:
 @pytest.mark.parametrize(
     ("values", "says"),
     [
+        ({"sample_size": [8, 12]}, r"sample_size is \[8, 12\], .* only square inputs are known"),
+        ({"num_attention_heads": None}, "num_attention_heads is null, expected a whole number above 0"),
+        ({"attention_head_dim": "8"}, "attention_head_dim is '8', expected a whole number"),
+        ({"in_channels": None}, "in_channels is null"),
+        ({"patch_size": 0}, "patch_size is 0"),
+        ({"norm_eps": None}, "norm_eps is null, expected a number"),
         ({"_class_name": "UNet2DModel"}, "_class_name is 'UNet2DModel', expected DiTTransformer2DModel"),
         ({"activation_fn": "geglu"}, "activation_fn = 'geglu', not 'gelu-approximate'"),
         ({"out_channels": 5}, "out_channels = 5, neither in_channels nor twice as many"),
         ({"num_layers": 3}, r"missing: transformer_blocks\.2\."),
         ({"num_layers": 1}, r"unexpected: transformer_blocks\.1\."),
         ({"num_embeds_ada_norm": 9}, r"embedding_table\.weight: is \(11, 32\), expected \(10, 32\)"),
-        ({"patch_size": 0}, "patch_size"),
-        ({"num_layers": "two"}, "depth"),
+        ({"num_layers": "two"}, "num_layers is 'two'"),
     ],
 )
 def test_what_is_no_dit_is_refused(tmp_path: Path, values: dict[str, Any], says: str) -> None:
