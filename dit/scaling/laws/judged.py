@@ -111,7 +111,7 @@ def _of_studies(runs: Runs) -> Iterator[str]:
         if several:
             yield (
                 f"runs of {several} of {len(values)} pairs of N and D differ in {name}, and the law follows all of "
-                "them, worse ones too: where it is to be of the best, keep these alone (`complete` false for others)"
+                f"them, worse ones too: a law of the best {name} takes a table of the best runs alone"
             )
 
 

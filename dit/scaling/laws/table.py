@@ -144,7 +144,7 @@ def _complete(
 def _refuse_twice(rows: list[tuple[int, Row]], header: Sequence[str], named: str) -> None:
     """LawError for runs that are there twice: by their name, or with all that is known of them."""
     kinds: list[tuple[str, Callable[[Row], tuple[str, ...]]]] = [
-        ("are the same run", lambda row: tuple(row.get(name, "") for name in (*NUMBERS, "seed", "run")))
+        ("are the same run", lambda row: tuple(_plain(row.get(name, "")) for name in (*NUMBERS, "seed", "run")))
     ]
     if "run" in header:
         kinds.append(("have the same `run`", lambda row: (row["run"],) if row["run"] else ()))
@@ -187,7 +187,7 @@ def _numbers(rows: list[tuple[int, Row]], column: str, named: str) -> np.ndarray
 def _plain(cell: str) -> str:
     """A cell as it is compared: 0.001 and 1e-3 are one."""
     value = number(cell)
-    return cell if value is None else f"{value:.6g}"
+    return cell if value is None else f"{value:.12g}"
 
 
 def _with_tokens(
