@@ -144,7 +144,10 @@ def _complete(
 def _refuse_twice(rows: list[tuple[int, Row]], header: Sequence[str], named: str) -> None:
     """LawError for runs that are there twice: by their name, or with all that is known of them."""
     kinds: list[tuple[str, Callable[[Row], tuple[str, ...]]]] = [
-        ("are the same run", lambda row: tuple(_plain(row.get(name, "")) for name in (*NUMBERS, "seed", "run")))
+        (
+            "are the same run",
+            lambda row: tuple(_plain(row.get(name, "")) for name in (*NUMBERS, "seed", "run")),
+        )
     ]
     if "run" in header:
         kinds.append(("have the same `run`", lambda row: (row["run"],) if row["run"] else ()))
