@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import IO, Protocol
 
 import torch
 
+from dit.errors import Notice
 from dit.files import try_lock
 from dit.ranks import group
 from dit.scaling.plan import PlannedRun
@@ -26,6 +28,11 @@ from dit.scaling.planned import ScalingError
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCKS = "locks"
+NO_LOCK = (
+    "{} lies on a file system without file locks: nothing keeps a second runner of this experiment from starting the "
+    "same runs, and two would cut off each other's logs and checkpoints. Start one at a time, or plan it on another "
+    "file system (Lustre has locks where it is mounted with -o flock)"
+)
 
 
 class Process(Protocol):
@@ -111,11 +118,17 @@ def claim_file(out: Path, name: str) -> Path:
 
 
 def claimed(path: Path) -> int | None:
-    """Lock a file: its descriptor; None where somebody else holds it. Without locks, the run directory's must do."""
+    """Lock a file: its descriptor; None where somebody else holds it.
+
+    On a file system without locks everybody gets it, and a Notice says so: the run directory has none there either.
+    """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    if try_lock(descriptor) is False:
+    is_mine = try_lock(descriptor)
+    if is_mine is False:
         os.close(descriptor)
         return None
+    if is_mine is None:
+        warnings.warn(NO_LOCK.format(path.parent), Notice, stacklevel=2)
     return descriptor
 
 

@@ -197,6 +197,7 @@ def test_the_plane_is_drawn_alike(name) -> None:
         assert float((mine[:, 0] * mine[:, 1]).mean() - (theirs[:, 0] * theirs[:, 1]).mean()) < 0.1
 
 
+@pytest.mark.slow  # trains one
 def test_a_trained_network_is_near_and_not_below() -> None:
     problem, budget = plane.PROBLEMS["moons"], plane.Budget(steps=300, width=64)
     data, eps = PLANE["moons"]

@@ -16,6 +16,7 @@ from dit.model.dit import DiTConfig
 from dit.scaling.plan import Plan
 from dit.scaling.planning import make_plan
 from tests.datasets import SAMPLES, Digits
+from tests.model.test_cost import counted_flops
 from tests.scaling.experiments import spec
 
 TOKENS = 16  # of 8x8 latents in patches of 2
@@ -45,8 +46,8 @@ def test_samples_tokens_and_flops_follow_from_the_steps(digits: Digits) -> None:
         assert run.tokens == run.samples * TOKENS
         assert run.epochs == run.samples / SAMPLES
         assert run.hours == pytest.approx(run.own_flops / 1e9 / 3600)
-    # three products of a token's width with each weight of the blocks, forward and twice backward, at least
-    assert all(run.flops > run.samples * TOKENS * 2 for run in plan.runs)
+        model = DiTConfig(width=run.width, depth=run.depth, heads=run.heads)
+        assert run.flops == run.samples * 3 * counted_flops(model, 8, 4, 1)  # by torch's own counter
     by_ratio = planned(digits, samples_per_param=[0.5])
     assert all(abs(run.samples - 0.5 * run.params) <= run.batch / 2 for run in by_ratio.runs)
 

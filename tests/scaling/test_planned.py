@@ -103,21 +103,27 @@ def test_an_experiment_may_grow(digits: Digits, begun: Path) -> None:
     assert len(plan.runs) == len(before.runs) + 4
 
 
-def test_longer_runs_branch_from_the_trunk_there_is(digits: Digits, begun: Path, tmp_path: Path) -> None:
-    """Where its decay began: they are, to the last digit, runs that were planned so from their start."""
-    longer = {"samples_per_param": [0.02, 0.04, 0.08]}
-    plan = written(digits, begun, **longer)
+LONGER = {"samples_per_param": [0.02, 0.04, 0.08]}
+
+
+def test_longer_runs_branch_from_the_trunk_there_is(digits: Digits, begun: Path) -> None:
+    """Where its decay began."""
+    plan = written(digits, begun, **LONGER)
     run, trunk = plan["w16d1-r0.08-s0"], plan["w16d1-r0.04-s0"]
     assert (trunk.kind, run.kind, run.trunk, run.branch_step) == ("trunk", "branch", trunk.name, 11)
     assert (trunk.steps, run.steps) == (14, 28)
     assert run.own_flops == pytest.approx(run.flops * (28 - 11) / 28)
-    run_plan(begun, plan, Orders(only=[run.name], starter=ForkedRun))
-    apart = written(digits, tmp_path / "apart", branching=False, **longer)
-    run_plan(tmp_path / "apart", apart, Orders(only=[run.name], starter=ForkedRun))
-    found = [
-        {row["run"]: row["loss"] for row in collect(out, own).rows}[run.name]
-        for out, own in ((begun, plan), (tmp_path / "apart", apart))
-    ]
+
+
+@pytest.mark.slow  # two more runs
+def test_longer_runs_are_those_from_their_start(digits: Digits, begun: Path, tmp_path: Path) -> None:
+    """To the last digit."""
+    plans = {begun: written(digits, begun, **LONGER)}
+    plans[tmp_path / "apart"] = written(digits, tmp_path / "apart", branching=False, **LONGER)
+    found = []
+    for out, plan in plans.items():
+        run_plan(out, plan, Orders(only=["w16d1-r0.08-s0"], starter=ForkedRun))
+        found.append({row["run"]: row["loss"] for row in collect(out, plan).rows}["w16d1-r0.08-s0"])
     assert found[0] == found[1]
 
 

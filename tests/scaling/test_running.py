@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -14,14 +15,14 @@ from typing import Any
 import pytest
 import yaml
 
-from dit.errors import Interrupted, Stopped
+from dit.errors import Interrupted, Notice, Stopped
 from dit.files import try_lock
 from dit.scaling.collecting import collect
 from dit.scaling.configs import config_file
 from dit.scaling.plan import Plan
 from dit.scaling.planned import ScalingError, plan_into
 from dit.scaling.running import Orders, run_plan
-from dit.scaling.starting import Start, claim_file, no_runner, start_process
+from dit.scaling.starting import Start, claim_file, claimed, no_runner, start_process
 from dit.scaling.states import RunState, failure_file, is_held, last_step, states_of
 from dit.scaling.status import status
 from tests.datasets import Digits
@@ -157,6 +158,7 @@ def test_no_jobs_are_refused(done: Done) -> None:
 # --- ends before the end -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # a run in micro-batches of 1, so that it lasts until it is stopped
 def test_a_signal_has_the_runs_save_and_the_same_command_goes_on(
     digits: Digits, done: Done, tmp_path: Path
 ) -> None:
@@ -261,8 +263,8 @@ def test_two_runners_never_run_the_same_thing(digits: Digits, done: Done, tmp_pa
     """What another runner has claimed is left to it, and waited for: here it ends without having done it."""
     plan, started = plan_into(spec(digits, tmp_path)), list[str]()
     theirs, ours = plan.runs[0].name, plan.runs[2].name
-    claimed = no_runner(tmp_path, [theirs])
-    claimed.__enter__()
+    held = no_runner(tmp_path, [theirs])
+    held.__enter__()
 
     def starter(start: Start) -> ForkedRun:
         started.append(start.run.name)
@@ -271,12 +273,26 @@ def test_two_runners_never_run_the_same_thing(digits: Digits, done: Done, tmp_pa
     def release(run: ForkedRun) -> None:
         if run.start.run.name == ours and _ended(run) and is_held(claim_file(tmp_path, theirs)):
             assert "starting" in status(tmp_path, plan, 1e9)
-            claimed.__exit__(None, None, None)
+            held.__exit__(None, None, None)
 
     run_plan(tmp_path, plan, Orders(only=[theirs, ours], starter=starter))
     assert started == [ours, theirs]
     wanted = losses(done)
     assert losses(Done(tmp_path, plan)) == {name: wanted[name] for name in (theirs, ours)}
+
+
+def test_without_file_locks_it_is_said_that_nobody_is_kept_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("dit.files.fcntl.flock", refuse)
+    for _ in range(2):  # both get it
+        with pytest.warns(Notice, match="without file locks: nothing keeps a second runner"):
+            lock = claimed(tmp_path / "name")
+        assert lock is not None
+        os.close(lock)
 
 
 def test_a_run_that_somebody_else_completes_is_not_started(
@@ -293,10 +309,10 @@ def test_a_run_that_somebody_else_completes_is_not_started(
         for name in (trunk.name, plan.runs[1].name):
             if _ended(run) and not (tmp_path / "runs" / name).exists():
                 shutil.copytree(done.out / "runs" / name, tmp_path / "runs" / name)
-                claimed.__exit__(None, None, None)
+                held.__exit__(None, None, None)
 
-    claimed = no_runner(tmp_path, [trunk.name])
-    claimed.__enter__()
+    held = no_runner(tmp_path, [trunk.name])
+    held.__enter__()
     only = [trunk.name, other.name]
     run_plan(tmp_path, plan, Orders(only=only, starter=starter))
     assert RunState(tmp_path, other).is_complete

@@ -46,9 +46,10 @@ def pass_seconds(job: Job, micro: int, device: DeviceFacts) -> float:
     cost, dims = job.cost, job.cost.dims
     again = 4 / 3 if cost.checkpoint_blocks else 1.0  # the forward pass twice
     attention = 6 * 2 * dims.depth * dims.tokens**2 * dims.width
-    products = (cost.training_flops - attention) / (device.peak * device.gemm_share)
+    peak = device.products(job.precision)
+    products = (cost.training_flops - attention) / (peak * device.gemm_share)
     own = device.gemm_share if device.on_host else ATTENTION_SHARE
-    inside = attention / (device.peak * own)
+    inside = attention / (peak * own)
     rate = device.memory_rate * device.memory_share
     moved = TRAFFIC[job.precision, job.compiled] * dims.depth * dims.tokens * dims.width / rate
     weights = PER_PASS[job.precision] * cost.parameters.trainable / rate

@@ -22,12 +22,14 @@ class DeviceFacts:
 
     memory: bytes. memory_rate: of its memory. node: devices in a machine. link: of a device to the others in its
     machine. network: of a device's share of the machine's network. latency, network_latency: of a message. host: to
-    the host's memory. launch: of an operation, on the host. peak: FLOP/s of dense matrix products.
+    the host's memory. launch: of an operation, on the host. peak: FLOP/s of dense matrix products in bfloat16, of
+    which MFU is a share. peak_fp32: in float32, as torch multiplies that unless TF32 is allowed.
     gemm_share, memory_share, wire_share: what of peak, memory_rate and link or network a program reaches.
     """
 
     name: str
     peak: float
+    peak_fp32: float
     memory: int
     memory_rate: float
     node: int
@@ -46,11 +48,14 @@ class DeviceFacts:
         """Whether its memory is the host's."""
         return self.name == CPU
 
-    @property
-    def words(self) -> dict[str, str]:
+    def products(self, precision: str) -> float:
+        """FLOP/s of dense matrix products at a precision, as makers state them."""
+        return self.peak_fp32 if precision == "fp32" else self.peak
+
+    def words(self, precision: str) -> dict[str, str]:
         """What is assumed of it, by name."""
         return {
-            "peak": f"{self.peak / 1e12:.4g} TFLOP/s of dense matrix products",
+            "peak": f"{self.products(precision) / 1e12:.4g} TFLOP/s of dense matrix products in {precision}",
             "matrix products": f"at {self.gemm_share:.0%} of the peak",
             "memory bandwidth": f"{self.memory_rate * self.memory_share / 1e12:.3g} TB/s "
             f"({self.memory_share:.0%} of {self.memory_rate / 1e12:.3g})",
@@ -61,11 +66,14 @@ class DeviceFacts:
         }
 
 
-def _gpu(name: str, mib: int, memory_rate: float, link: float, network: float) -> DeviceFacts:
+def _gpu(
+    name: str, peak_fp32: float, mib: int, memory_rate: float, link: float, network: float
+) -> DeviceFacts:
     """A GPU in a machine of eight, joined all to all by switches, a network adapter each."""
     return DeviceFacts(
         name=name,
         peak=PEAK_FLOPS[name.upper()],
+        peak_fp32=peak_fp32,
         memory=mib * MIB,
         memory_rate=memory_rate,
         node=8,
@@ -81,15 +89,16 @@ def _gpu(name: str, mib: int, memory_rate: float, link: float, network: float) -
     )
 
 
-# memory: what nvidia-smi shows. Bandwidths: NVIDIA's data sheets of the SXM modules (A100 80GB, H100, H200, HGX B200);
-# NVLink's are halved to one direction. Network: a DGX's adapters, 200 Gb/s a GPU with A100s, 400 with the others.
+# memory: what nvidia-smi shows. peak_fp32 and bandwidths: NVIDIA's data sheets of the SXM modules (A100 80GB, H100,
+# H200, HGX B200); NVLink's are halved to one direction. Network: a DGX's adapters, 200 Gb/s a GPU with A100s, 400 with
+# the others.
 GPUS: Mapping[str, DeviceFacts] = {
     facts.name: facts
     for facts in (
-        _gpu("a100", 81_920, 2.039e12, 300e9, 25e9),
-        _gpu("h100", 81_559, 3.35e12, 450e9, 50e9),
-        _gpu("h200", 143_771, 4.8e12, 450e9, 50e9),
-        _gpu("b200", 183_359, 8.0e12, 900e9, 50e9),
+        _gpu("a100", 19.5e12, 81_920, 2.039e12, 300e9, 25e9),
+        _gpu("h100", 67e12, 81_559, 3.35e12, 450e9, 50e9),
+        _gpu("h200", 67e12, 143_771, 4.8e12, 450e9, 50e9),
+        _gpu("b200", 75e12, 183_359, 8.0e12, 900e9, 50e9),
     )
 }
 NAMES = (*GPUS, CPU)
@@ -112,6 +121,7 @@ def core(peak: float, memory: int | None = None, cores: int | None = None) -> De
     return DeviceFacts(
         name=CPU,
         peak=peak,
+        peak_fp32=peak,
         memory=memory or whole // cores,
         memory_rate=10e9,  # a core's share, of DDR4 and DDR5 in servers
         node=cores,

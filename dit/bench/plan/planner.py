@@ -73,7 +73,7 @@ class Estimate:
         shares = ", ".join(f"stage {stage} {share:.0%}" for stage, share in communication.OVERLAP.items())
         return {
             "efficiency": self.curve.words,
-            **self.device.words,
+            **self.device.words(self.job.precision),
             **compute.words(self.job),
             "overlap": f"communication behind the passes: {shares}; rings, or trees where they are quicker",
             "data": f"{self.job.data}; {LOADER / 1e9:.2g} GB/s of samples a rank, read ahead",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.ndimage import minimum_filter
 
 from dit.scaling.laws.law import Law, LawError
 from dit.scaling.laws.solver import ALPHA, BETA, A, B, E, Points, Solved, solve
@@ -107,9 +108,7 @@ def projected_starts(points: Points, floor: Floor) -> np.ndarray:
     alphas, betas = (axis.ravel() for axis in np.meshgrid(GRID, GRID, indexing="ij"))
     coefficients, misfit = project(points, alphas, betas, floor)
     square = misfit.reshape(len(GRID), len(GRID))
-    padded = np.pad(square, 1, constant_values=np.inf)
-    around = [padded[1 + i : 49 + i, 1 + j : 49 + j] for i in (-1, 0, 1) for j in (-1, 0, 1) if i or j]
-    is_lowest = (square <= np.min(around, 0)).ravel()
+    is_lowest = (square <= minimum_filter(square, 3, mode="nearest")).ravel()
     order = np.argsort(np.where(is_lowest, misfit - misfit.max(), misfit), kind="stable")
     spread = order[np.unique(np.geomspace(1, len(order), STARTS).astype(int)) - 1]
     chosen = np.unique([*np.flatnonzero(is_lowest)[:STARTS], *spread])

@@ -49,7 +49,8 @@ def spreads(points: Points, fitted: Fitted, floor: Floor) -> np.ndarray:
 
     A run with leverage h draws the fit to itself, and its residual is too small by 1 − h (MacKinnon and White 1985,
     HC3). That matters to residuals within delta alone, a share q of them: the slope of the Huber loss has the same
-    size at all others. With q² intervals of known laws cover nearest to 95% (docs/scaling.md).
+    size at all others. The power of q is no theorem: of 0, 1 and 2 it is the one with which intervals of known laws
+    cover nearest to 95% at every noise (docs/scaling.md has the figures).
     """
     log_loss, (shares,) = predicted(fitted.theta[None], points)
     first, second, third = shares

@@ -11,7 +11,7 @@ from dit.scaling.laws.approaches import WINDOW, budgets, distinct
 from dit.scaling.laws.fit import Fitted, Floor, fit
 from dit.scaling.laws.law import LawError
 from dit.scaling.laws.solver import DELTA, Points
-from dit.scaling.laws.table import Runs
+from dit.scaling.laws.table import TRAINED, Runs
 
 SIZES, DECADES = 4, 1.0  # fewer carry no law
 TOGETHER = 0.98  # correlation of log N and log D from which their terms can hardly be told apart
@@ -20,13 +20,22 @@ SHARE = 1e-3  # of the loss, below which a term is as good as not there
 
 
 def seeds_spread(runs: Runs) -> float | None:
-    """The standard deviation of log loss over runs that differ in their seed alone, pooled; None without such runs."""
-    groups: dict[tuple[float, float], list[float]] = {}
-    for params, tokens, loss in zip(runs.params, runs.tokens, runs.loss, strict=True):
-        groups.setdefault((float(f"{params:.6g}"), float(f"{tokens:.6g}")), []).append(float(np.log(loss)))
-    squares = [((np.array(own) - np.mean(own)) ** 2).sum() for own in groups.values()]
-    freedom = sum(len(own) - 1 for own in groups.values())
+    """The standard deviation of log loss over runs that differ in their seed alone, pooled; None without such runs.
+
+    Runs of one N and D at several learning rates or batches are no repetitions, nor are those that have one seed twice.
+    """
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for i, point in enumerate(_points(runs)):
+        groups.setdefault((point, runs.trained[i]), []).append(i)
+    repeated = [own for own in groups.values() if len({runs.seed[i] for i in own}) == len(own) > 1]
+    squares = [((np.log(runs.loss[own]) - np.log(runs.loss[own]).mean()) ** 2).sum() for own in repeated]
+    freedom = sum(len(own) - 1 for own in repeated)
     return float(np.sqrt(sum(squares) / freedom)) if freedom else None
+
+
+def _points(runs: Runs) -> list[tuple[str, str]]:
+    """N and D of each run, as far as they are told apart."""
+    return [(f"{n:.6g}", f"{d:.6g}") for n, d in zip(runs.params, runs.tokens, strict=True)]
 
 
 def held_out(runs: Runs, floor: Floor) -> dict[str, Any]:
@@ -88,6 +97,21 @@ def _of_design(runs: Runs) -> Iterator[str]:
             yield (
                 f"at {count} of {len(groups)} budgets the {edge} model is the best: the optimum is at the edge of the "
                 f"grid or beyond; add {side} models there"
+            )
+    yield from _of_studies(runs)
+
+
+def _of_studies(runs: Runs) -> Iterator[str]:
+    """What else than the seed differs between runs of one N and D: a law is of the best of them."""
+    for column, name in enumerate(TRAINED):
+        values: dict[tuple[str, str], set[str]] = {}
+        for point, cells in zip(_points(runs), runs.trained, strict=True):
+            values.setdefault(point, set()).add(cells[column])
+        several = sum(len(own) > 1 for own in values.values())
+        if several:
+            yield (
+                f"runs of {several} of {len(values)} pairs of N and D differ in {name}, and the law follows all of "
+                f"them, worse ones too: a law of the best {name} takes a table of the best runs alone"
             )
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,13 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from dit.config import did_you_mean
 from dit.files import expand, read_text, sought
+from dit.scaling.laws.cells import NUMBERS, Row, number, parsed
 from dit.scaling.laws.law import LawError
 
-NEEDED = ("params", "flops", "loss")
-NUMBERS = (*NEEDED, "tokens", "samples", "floor")  # columns whose cells are positive numbers
-KNOWN = ("run", *NUMBERS, "seed", "complete", "metric", "protocol")
+TRAINED = ("lr", "batch")  # columns of what else than N, D and the seed a run's loss hangs on
 CHOICES = ("metric", "protocol")  # columns that have one value in what is fitted
 TRUE, FALSE = ("true", "1", "yes"), ("false", "0", "no")
 NAMED = 5  # rows of one fault that a message names; of more it says how many
@@ -29,16 +25,14 @@ USUAL = (
 RATIO = (0.05, 100.0)  # that FLOPs by parameter and token lie in, in mean
 SCATTER = 8.0  # by which a run's may be off the median
 
-Row = dict[str, str]
-
 
 @dataclass(frozen=True)
 class Runs:
     """Runs that a law is fitted to, (n,) each. notes: what was left out or derived, in words.
 
-    lines: of the file. seed: as written, "" where there is none. choice: the metric and the protocol, "" where the
-    file has no such column. floor: the exact irreducible loss that a column of that name has, or None.
-    tokens_per_sample: where `samples` beside `tokens` tell it, and all tell the same.
+    lines: of the file. seed: as written, "" where there is none. trained: the cells of TRAINED, "" where there is no
+    such column. choice: the metric and the protocol, in the same way. floor: the exact irreducible loss that a column
+    of that name has, or None. tokens_per_sample: where `samples` beside `tokens` tell it, and all tell the same.
     """
 
     run: list[str]
@@ -48,6 +42,7 @@ class Runs:
     flops: np.ndarray
     loss: np.ndarray
     seed: list[str]
+    trained: list[tuple[str, ...]]
     choice: Mapping[str, str]
     has_tokens: bool
     floor: float | None
@@ -69,7 +64,7 @@ class Runs:
         """The runs of a mask (n,)."""
         at = np.flatnonzero(which)
         numbers = {name: getattr(self, name)[at] for name in ("params", "tokens", "flops", "loss")}
-        words = {name: [getattr(self, name)[i] for i in at] for name in ("run", "lines", "seed")}
+        words = {name: [getattr(self, name)[i] for i in at] for name in ("run", "lines", "seed", "trained")}
         changed: dict[str, Any] = {**numbers, **words}
         return dataclasses.replace(self, **changed)
 
@@ -84,7 +79,7 @@ class Runs:
         place = Path(expand(str(path)))
         if not place.is_file():
             raise LawError(f"{place}: there is no such file{sought(place)}; expected a CSV of runs")
-        header, rows = _parsed(read_text(place), str(place))
+        header, rows = parsed(read_text(place), str(place))
         rows, choice = _chosen(rows, {"metric": metric, "protocol": protocol}, str(place))
         rows, notes = _complete(rows, header, str(place))
         _refuse_twice(rows, header, str(place))
@@ -100,71 +95,6 @@ def _at(lines: Sequence[int]) -> str:
     if len(lines) > NAMED:
         return f"lines {', '.join(shown)} and {len(lines) - NAMED} more"
     return f"line {shown[0]}" if len(shown) == 1 else f"lines {', '.join(shown[:-1])} and {shown[-1]}"
-
-
-# --- text --------------------------------------------------------------------------------------------------
-
-
-def _parsed(text: str, named: str) -> tuple[list[str], list[tuple[int, Row]]]:
-    """The header, and (line, cells by column) of each row; blank lines, and those that begin with #, are no rows."""
-    reader = csv.reader(io.StringIO(text), strict=True)
-    header: list[str] | None = None
-    rows = []
-    try:
-        for cells in reader:
-            if not any(cell.strip() for cell in cells) or cells[0].lstrip().startswith("#"):
-                continue
-            if header is None:
-                header = cells
-                _check_header(header, named)
-            elif len(cells) != len(header):
-                raise LawError(
-                    f"{named}: line {reader.line_num} has {len(cells)} cells, and the header {len(header)}: "
-                    f"{','.join(cells)[:80]}"
-                )
-            else:
-                row = {name: cell.strip() for name, cell in zip(header, cells, strict=True)}
-                rows.append((reader.line_num, row))
-    except csv.Error as error:
-        raise LawError(
-            f"{named}: line {reader.line_num} is no CSV ({error}): expected cells with commas between them"
-        ) from None
-    if header is None:
-        raise LawError(f"{named} is empty: expected a header with {', '.join(NEEDED)}, and a line a run")
-    if not rows:
-        raise LawError(f"{named} has a header and no runs: expected a line a run below it")
-    return header, rows
-
-
-def _check_header(header: Sequence[str], named: str) -> None:
-    twice = [name for name in dict.fromkeys(header) if header.count(name) > 1]
-    if twice:
-        raise LawError(f"{named}: column '{twice[0]}' is there {header.count(twice[0])} times: keep one")
-    near = {name: name.strip().lower() for name in header}
-    off = [name for name, plain in near.items() if name != plain and plain in KNOWN]
-    if off:
-        raise LawError(
-            f"{named}: column '{off[0]}' is to be written {near[off[0]]}, without spaces or capitals"
-        )
-    missing = [name for name in NEEDED if name not in header]
-    if not missing:
-        return
-    told = f"{named}: column{'s' * (len(missing) > 1)} {', '.join(missing)} missing; there are {', '.join(header)}"
-    if all(_number(name) is not None for name in header):
-        raise LawError(f"{named}: the first line is numbers; expected a header with {', '.join(NEEDED)}")
-    for mark, what in ((";", "semicolons"), ("\t", "tabs")):
-        if any(mark in name for name in header):
-            raise LawError(f"{told[:160]}: {what} stand between the cells, where commas are expected")
-    hints = [did_you_mean(name, header) for name in missing]
-    raise LawError(f"{told}{next((hint for hint in hints if hint), '')}. Needed are {', '.join(NEEDED)}")
-
-
-def _number(text: str) -> float | None:
-    """The number, which may be inf or nan; None for what is none."""
-    try:
-        return float(text)
-    except ValueError:
-        return None
 
 
 # --- which rows --------------------------------------------------------------------------------------------
@@ -214,7 +144,10 @@ def _complete(
 def _refuse_twice(rows: list[tuple[int, Row]], header: Sequence[str], named: str) -> None:
     """LawError for runs that are there twice: by their name, or with all that is known of them."""
     kinds: list[tuple[str, Callable[[Row], tuple[str, ...]]]] = [
-        ("are the same run", lambda row: tuple(row.get(name, "") for name in (*NUMBERS, "seed", "run")))
+        (
+            "are the same run",
+            lambda row: tuple(_plain(row.get(name, "")) for name in (*NUMBERS, "seed", "run")),
+        )
     ]
     if "run" in header:
         kinds.append(("have the same `run`", lambda row: (row["run"],) if row["run"] else ()))
@@ -235,7 +168,7 @@ def _refuse_twice(rows: list[tuple[int, Row]], header: Sequence[str], named: str
 
 def _numbers(rows: list[tuple[int, Row]], column: str, named: str) -> np.ndarray:
     """A column's numbers; LawError for cells that are none, not finite, or not above 0."""
-    values = [_number(row[column]) for _, row in rows]
+    values = [number(row[column]) for _, row in rows]
     mend = "mend the cell, or set the run's `complete` to false"
     faults = [
         ("is empty", [not row[column] for _, row in rows]),
@@ -252,6 +185,12 @@ def _numbers(rows: list[tuple[int, Row]], column: str, named: str) -> np.ndarray
             cell = f" ('{cell}')" if cell else ""
             raise LawError(f"{named}: {_at(lines)}: {column} {told}{cell}; {mend}")
     return np.array(values, float)
+
+
+def _plain(cell: str) -> str:
+    """A cell as it is compared: 0.001 and 1e-3 are one."""
+    value = number(cell)
+    return cell if value is None else f"{value:.12g}"
 
 
 def _with_tokens(
@@ -275,7 +214,8 @@ def _with_tokens(
     return Runs(
         [row.get("run") or f"line {line}" for line, row in rows], [line for line, _ in rows],
         columns["params"], tokens, columns["flops"], columns["loss"],
-        [row.get("seed", "") for _, row in rows], choice, has_tokens,
+        [row.get("seed", "") for _, row in rows],
+        [tuple(_plain(row.get(name, "")) for name in TRAINED) for _, row in rows], choice, has_tokens,
         float(floors[0]) if len(floors) else None, float(np.median(ratio)) if is_one else None,
         list(header), notes,
     )  # fmt: skip

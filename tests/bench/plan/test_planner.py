@@ -137,6 +137,18 @@ def test_the_roofline_is_that_of_the_arithmetic() -> None:
     assert each == pytest.approx(1.33e-3, rel=0.03)
 
 
+@pytest.mark.parametrize("name", GPUS)
+def test_float32_is_not_multiplied_at_the_rate_of_bfloat16(name: str) -> None:
+    """The trainer leaves TF32 off, and MFU is still a share of the peak in bfloat16, as its own is."""
+    exact, half = (estimate(small(precision=precision), GPUS[name], 1) for precision in ("fp32", "bf16"))
+    assert exact.rate < half.rate
+    flops = exact.rate * exact.job.cost.training_flops
+    assert 0.2 * GPUS[name].peak_fp32 < flops < GPUS[name].peak_fp32
+    assert exact.mfu == pytest.approx(flops / GPUS[name].peak)
+    assert f"{GPUS[name].peak_fp32 / 1e12:.4g} TFLOP/s" in exact.assumptions["peak"]
+    assert f"{GPUS[name].peak / 1e12:.4g} TFLOP/s" in half.assumptions["peak"]
+
+
 # --- what the trainer would do --------------------------------------------------------------------------------
 
 

@@ -104,5 +104,38 @@ def test_the_largest_rung_is_predicted_by_the_others(tmp_path: Path) -> None:
     assert "without the largest runs: 3 runs" in few["why"]
 
 
+def swept() -> Rows:
+    """A sweep of learning rates at one point, of two seeds each that differ by 0.2 %; all else on the law."""
+    rows = [row | {"lr": 1e-3, "seed": 0} for row in with_tokens(table(HOFFMANN, Grid(6, 4)))]
+    first = rows[0]
+    return rows + [
+        first | {"lr": lr, "seed": seed, "loss": first["loss"] * worse * (1.002 if seed else 1.0)}
+        for lr, worse in ((1e-3, 1.0), (2e-3, 1.1), (4e-3, 1.3))
+        for seed in (0, 1)
+        if (lr, seed) != (1e-3, 0)
+    ]
+
+
+def test_a_sweep_of_learning_rates_is_no_spread_of_seeds(tmp_path: Path) -> None:
+    """Nor is one whose column is not known: there a seed comes twice."""
+    spread = seeds_spread(Runs.read(write(tmp_path / "runs.csv", swept())))
+    assert spread == pytest.approx(np.log(1.002) / np.sqrt(2), rel=1e-6)
+    renamed = [{"rate" if key == "lr" else key: cell for key, cell in row.items()} for row in swept()]
+    assert seeds_spread(Runs.read(write(tmp_path / "renamed.csv", renamed))) is None
+
+
+def test_a_sweep_of_learning_rates_among_the_runs_is_said(tmp_path: Path) -> None:
+    warnings = fitted(tmp_path, swept()).warnings
+    assert any("runs of 1 of 24 pairs of N and D differ in lr" in text for text in warnings), warnings
+    written = [row | {"lr": "1e-3" if row["seed"] else "0.001"} for row in swept()]
+    kept = [row for row in written if row["loss"] < swept()[0]["loss"] * 1.05]
+    assert not any("differ in lr" in text for text in fitted(tmp_path, kept).warnings)
+
+
+def test_runs_without_a_seed_are_no_repetitions(tmp_path: Path) -> None:
+    rows = [row | {"run": f"{i}"} for i, row in enumerate([*table(HOFFMANN), *table(HOFFMANN, noise=1e-3)])]
+    assert seeds_spread(Runs.read(write(tmp_path / "runs.csv", rows))) is None
+
+
 def test_one_seed_has_no_spread(tmp_path: Path) -> None:
     assert seeds_spread(Runs.read(write(tmp_path / "runs.csv", table(HOFFMANN)))) is None

@@ -87,8 +87,9 @@ def test_the_floor_is_fitted_given_or_the_column_s(tmp_path: Path) -> None:
         ("{", "is not JSON"),
         ("[]", "is not a fit"),
         ('{"E": 1}', "is not a fit"),
-        ('{"kind": "scaling fit", "E": 1}', "is damaged"),
-        ('{"kind": "scaling fit", "E": "a", "ci": 3, "profile": {}}', "is damaged"),
+        ('{"kind": "scaling fit", "E": 1}', "is of version None of a fit, and this reads version 1"),
+        ('{"kind": "scaling fit", "version": 1, "E": 1}', "is damaged"),
+        ('{"kind": "scaling fit", "version": 1, "E": "a", "ci": 3, "profile": {}}', "is damaged"),
     ],
 )
 def test_what_is_no_fit_is_named(text: str, said: str, tmp_path: Path) -> None:

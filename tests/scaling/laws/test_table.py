@@ -107,6 +107,10 @@ FAULTS: dict[str, tuple[Callable[[Rows], Rows], str]] = {
     "a decimal comma": (at(1, loss='"2,5"'), r"line 3: loss is no number \('2,5'\)"),
     "several rows": (lambda made: [row | {"loss": 0} for row in made], "lines 2, 3, 4, 5, 6 and 3 more: loss"),
     "the same run": (lambda made: [*made, made[2]], "lines 4 and 10 are the same run"),
+    "the same run in other digits": (
+        lambda made: [*made, made[2] | {"flops": f"{made[2]['flops']:.14e}"}],
+        "lines 4 and 10 are the same run",
+    ),
     "the same name": (at(5, run="r1"), r"lines 3 and 7 have the same `run` \(r1\)"),
     "half done": (at(5, complete="almost"), "line 7: `complete` is true or false"),
     "none done": (lambda made: [row | {"complete": "false"} for row in made], "no run is complete"),

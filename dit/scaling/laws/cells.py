@@ -1,0 +1,78 @@
+"""From the text of a CSV file of runs to its header and its rows; what is no such table is named with its line."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+
+from dit.config import did_you_mean
+from dit.scaling.laws.law import LawError
+
+NEEDED = ("params", "flops", "loss")
+NUMBERS = (*NEEDED, "tokens", "samples", "floor")  # columns whose cells are positive numbers
+KNOWN = ("run", *NUMBERS, "seed", "complete", "metric", "protocol")
+
+Row = dict[str, str]
+
+
+def parsed(text: str, named: str) -> tuple[list[str], list[tuple[int, Row]]]:
+    """The header, and (line, cells by column) of each row; blank lines, and those that begin with #, are no rows."""
+    reader = csv.reader(io.StringIO(text), strict=True)
+    header: list[str] | None = None
+    rows = []
+    try:
+        for cells in reader:
+            if not any(cell.strip() for cell in cells) or cells[0].lstrip().startswith("#"):
+                continue
+            if header is None:
+                header = cells
+                _check_header(header, named)
+            elif len(cells) != len(header):
+                raise LawError(
+                    f"{named}: line {reader.line_num} has {len(cells)} cells, and the header {len(header)}: "
+                    f"{','.join(cells)[:80]}"
+                )
+            else:
+                row = {name: cell.strip() for name, cell in zip(header, cells, strict=True)}
+                rows.append((reader.line_num, row))
+    except csv.Error as error:
+        raise LawError(
+            f"{named}: line {reader.line_num} is no CSV ({error}): expected cells with commas between them"
+        ) from None
+    if header is None:
+        raise LawError(f"{named} is empty: expected a header with {', '.join(NEEDED)}, and a line a run")
+    if not rows:
+        raise LawError(f"{named} has a header and no runs: expected a line a run below it")
+    return header, rows
+
+
+def _check_header(header: Sequence[str], named: str) -> None:
+    twice = [name for name in dict.fromkeys(header) if header.count(name) > 1]
+    if twice:
+        raise LawError(f"{named}: column '{twice[0]}' is there {header.count(twice[0])} times: keep one")
+    near = {name: name.strip().lower() for name in header}
+    off = [name for name, plain in near.items() if name != plain and plain in KNOWN]
+    if off:
+        raise LawError(
+            f"{named}: column '{off[0]}' is to be written {near[off[0]]}, without spaces or capitals"
+        )
+    missing = [name for name in NEEDED if name not in header]
+    if not missing:
+        return
+    told = f"{named}: column{'s' * (len(missing) > 1)} {', '.join(missing)} missing; there are {', '.join(header)}"
+    if all(number(name) is not None for name in header):
+        raise LawError(f"{named}: the first line is numbers; expected a header with {', '.join(NEEDED)}")
+    for mark, what in ((";", "semicolons"), ("\t", "tabs")):
+        if any(mark in name for name in header):
+            raise LawError(f"{told[:160]}: {what} stand between the cells, where commas are expected")
+    hints = [did_you_mean(name, header) for name in missing]
+    raise LawError(f"{told}{next((hint for hint in hints if hint), '')}. Needed are {', '.join(NEEDED)}")
+
+
+def number(text: str) -> float | None:
+    """The number, which may be inf or nan; None for what is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
