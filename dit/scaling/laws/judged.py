@@ -10,7 +10,7 @@ import numpy as np
 from dit.scaling.laws.approaches import WINDOW, budgets, distinct
 from dit.scaling.laws.fit import Fitted, Floor, fit
 from dit.scaling.laws.law import LawError
-from dit.scaling.laws.solver import DELTA, Points
+from dit.scaling.laws.solver import DELTA, EXPONENTS, Points
 from dit.scaling.laws.table import Runs
 
 SIZES, DECADES = 4, 1.0  # fewer carry no law
@@ -20,12 +20,21 @@ SHARE = 1e-3  # of the loss, below which a term is as good as not there
 
 
 def seeds_spread(runs: Runs) -> float | None:
-    """The standard deviation of log loss over runs that differ in their seed alone, pooled; None without such runs."""
-    groups: dict[tuple[float, float], list[float]] = {}
-    for params, tokens, loss in zip(runs.params, runs.tokens, runs.loss, strict=True):
-        groups.setdefault((float(f"{params:.6g}"), float(f"{tokens:.6g}")), []).append(float(np.log(loss)))
-    squares = [((np.array(own) - np.mean(own)) ** 2).sum() for own in groups.values()]
-    freedom = sum(len(own) - 1 for own in groups.values())
+    """The standard deviation of log loss over runs that differ in their seed alone, pooled; None without such runs.
+
+    Runs of one point and seed differ in something else, such as the learning rate: that point tells nothing of seeds.
+    """
+    groups: dict[tuple[float, float], dict[str, list[float]]] = {}
+    for params, tokens, loss, seed in zip(runs.params, runs.tokens, runs.loss, runs.seed, strict=True):
+        point = groups.setdefault((float(f"{params:.6g}"), float(f"{tokens:.6g}")), {})
+        point.setdefault(seed, []).append(float(np.log(loss)))
+    alone = [
+        [losses[0] for losses in point.values()]
+        for point in groups.values()
+        if all(len(losses) == 1 for losses in point.values())
+    ]
+    squares = [((np.array(own) - np.mean(own)) ** 2).sum() for own in alone]
+    freedom = sum(len(own) - 1 for own in alone)
     return float(np.sqrt(sum(squares) / freedom)) if freedom else None
 
 
@@ -99,6 +108,9 @@ def _of_fit(runs: Runs, fitted: Fitted, floor: Floor) -> Iterator[str]:
     if fitted.has_bound_e:
         yield "E is at its bound, 0: the runs do not show where the loss ends; what is predicted far beyond is too low"
     law = fitted.law
+    for name, value in (("alpha", law.alpha), ("beta", law.beta)):
+        if not EXPONENTS[0] * 1.01 < value < EXPONENTS[1] / 1.01:
+            yield f"{name} is at its bound, {value:.3g}: no power of this kind is in these losses"
     for name, term in (
         ("A/N^alpha", law.A * runs.params**-law.alpha),
         ("B/D^beta", law.B * runs.tokens**-law.beta),

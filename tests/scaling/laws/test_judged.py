@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dit.errors import UserError
 from dit.scaling.laws.fit import Floor
 from dit.scaling.laws.fitting import Order, fit_file
 from dit.scaling.laws.judged import held_out, seeds_spread
@@ -55,6 +56,14 @@ def bent() -> Rows:
     return [row | {"loss": row["loss"] - float(cut)} for row, cut in zip(rows, less, strict=True)]
 
 
+def chance() -> Rows:
+    """Losses that have nothing to do with N and D."""
+    losses = np.random.default_rng(0).uniform(1, 3, 24)
+    return [
+        row | {"loss": float(loss)} for row, loss in zip(table(HOFFMANN, Grid(6, 4)), losses, strict=True)
+    ]
+
+
 def spoilt() -> Rows:
     """One run of which the loss is off."""
     rows = table(HOFFMANN, Grid(6, 4), 1e-3)
@@ -66,6 +75,7 @@ CASES: dict[str, tuple[Callable[[], Rows], str]] = {
     "near budgets": (lambda: table(HOFFMANN, Grid(6, 3, first=1e18, last=5e18)), "budgets span 0.70 decades of FLOPs"),
     "small models": (lambda: table(HOFFMANN, Grid(6, 4, off=-4.0)), "at 4 of 4 budgets the largest model is the best"),
     "large models": (lambda: table(HOFFMANN, Grid(6, 4, off=4.0)), "at 4 of 4 budgets the smallest model is the best"),
+    "chance": (chance, "alpha is at its bound, 8: no power"),
     "no floor": (bent, "E is at its bound, 0"),
     "noise": (lambda: table(HOFFMANN, Grid(5, 4), 3e-2), "intervals wider than the estimate: "),
     "proportional": (proportional, "N and D go together (correlation 1.000"),
@@ -102,6 +112,19 @@ def test_the_largest_rung_is_predicted_by_the_others(tmp_path: Path) -> None:
     few = held_out(Runs.read(write(tmp_path / "few.csv", table(HOFFMANN, Grid(3, 2)))), Floor())
     assert few["error"] is None
     assert "without the largest runs: 3 runs" in few["why"]
+
+
+def test_runs_of_one_seed_that_differ_in_their_rate_tell_nothing_of_seeds(tmp_path: Path) -> None:
+    rows = [row | {"seed": seed, "lr": 1e-3} for row in table(HOFFMANN, Grid(4, 3)) for seed in (0, 1)]
+    rows = [row | {"loss": row["loss"] * (1.001 if row["seed"] else 1 / 1.001)} for row in rows]
+    swept = [rows[0] | {"lr": rate, "loss": rows[0]["loss"] * (1 + rate)} for rate in (0.1, 0.2)]
+    found = seeds_spread(Runs.read(write(tmp_path / "runs.csv", [*rows, *swept])))
+    assert found == pytest.approx(np.sqrt(2) * np.log(1.001), rel=1e-6)
+
+
+def test_a_loss_that_nothing_lowers_has_no_law(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="all runs have the loss 2.5: there is nothing that N"):
+        fitted(tmp_path, [row | {"loss": 2.5} for row in table(HOFFMANN, Grid(4, 3))])
 
 
 def test_one_seed_has_no_spread(tmp_path: Path) -> None:
