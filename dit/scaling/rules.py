@@ -60,8 +60,8 @@ class PowerRule(Rule):
             return float(self.at * (params / self.params) ** self.exponent)
         except OverflowError:
             raise ConfigError(
-                f"a rule of {self.at:g} · (N / {self.params:g})^{self.exponent:g} is beyond all numbers at N = {params}: "
-                "an exponent is usually from -1 to 1"
+                f"a rule of {self.at:g} · (N / {self.params:g})^{self.exponent:g} is beyond all numbers at "
+                f"N = {params}: an exponent is usually from -1 to 1"
             ) from None
 
 

@@ -92,9 +92,8 @@ class ScalingSpec:
     )
     window: tuple[float, float] | None = None  # samples over N that are run, from and to; null = all
     min_steps: Whole = 100  # a run of fewer is left out
-    max_epochs: Annotated[float, Field(gt=0)] | None = (
-        None  # passes over the data; a run of more is left out; null = no limit
-    )
+    # passes over the data; a run of more is left out; null = no limit
+    max_epochs: Annotated[float, Field(gt=0)] | None = None
     ranks: Whole = 1  # processes of each run, one a GPU
     device: DeviceConfig = DeviceConfig()
     data: DataShape | None = None  # null = as training.data says, which has to be there

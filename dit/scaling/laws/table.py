@@ -25,7 +25,7 @@ KNOWN = ("run", *NUMBERS, "seed", "complete", "metric", "protocol")
 CHOICES = ("metric", "protocol")  # columns that have one value in what is fitted
 TRUE, FALSE = ("true", "1", "yes"), ("false", "0", "no")
 MOST = 10_000  # rows: a law is of runs, of which nobody has more
-SPAN = (1e-60, 1e60)  # that numbers lie in: squares of what is beyond are no numbers any more
+SPAN = (1e-36, 1e36)  # that numbers lie in: to the largest exponent, what is beyond is no number any more
 NUMERAL = re.compile(
     r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?inf(inity)?|[+-]?nan", re.ASCII | re.IGNORECASE
 )
@@ -128,8 +128,8 @@ def _parsed(text: str, named: str) -> tuple[list[str], list[tuple[int, Row]]]:
         raise LawError(f"{named} has a header and no runs: expected a line a run below it")
     if len(rows) > MOST:
         raise LawError(
-            f"{named} has {len(rows)} rows, and a law is fitted to {MOST} at most: expected a line a run, of its end, and "
-            "none of the steps before"
+            f"{named} has {len(rows)} rows, and a law is fitted to {MOST} at most: expected a line a run, of its end, "
+            "and none of the steps before"
         )
     return header, rows
 
@@ -220,8 +220,8 @@ def _refuse_twice(rows: list[tuple[int, Row]], header: Sequence[str], named: str
         for what, lines in seen.items():
             if what and len(lines) > 1:
                 raise LawError(
-                    f"{named}: {at_lines(lines)} {told} ({', '.join(cell for cell in what if cell)}): keep one of them; "
-                    "repetitions with other seeds differ in `run` or `seed`"
+                    f"{named}: {at_lines(lines)} {told} ({', '.join(cell for cell in what if cell)}): keep one of "
+                    "them; repetitions with other seeds differ in `run` or `seed`"
                 )
 
 

@@ -42,8 +42,8 @@ def refuse_mixed(columns: Mapping[str, np.ndarray], lines: Sequence[int], named:
     ):
         if off.any():
             raise LawError(
-                f"{named}: {at_lines(list(np.array(lines)[off]))}: {what}: expected are flops in FLOPs, and params and tokens in "
-                "numbers, not in thousands or millions"
+                f"{named}: {at_lines(list(np.array(lines)[off]))}: {what}: expected are flops in FLOPs, and params and "
+                "tokens in numbers, not in thousands or millions"
             )
     if has_tokens:
         _refuse_samples(columns, lines, named)
@@ -55,16 +55,17 @@ def _refuse_samples(columns: Mapping[str, np.ndarray], lines: Sequence[int], nam
         same = np.isclose(tokens, columns["samples"], rtol=1e-9)
         if same.any() and not same.all():
             raise LawError(
-                f"{named}: {at_lines(list(np.array(lines)[same]))}: tokens are the samples, and elsewhere they are not: write tokens "
-                "(samples · tokens an image) in every row"
+                f"{named}: {at_lines(list(np.array(lines)[same]))}: tokens are the samples, and elsewhere they "
+                "are not: write tokens (samples · tokens an image) in every row"
             )
     each = columns["flops"] / columns["params"] / tokens
     middle = float(np.median(each))
     off = (each > SCATTER * middle) | (each < middle / SCATTER)
     if off.any():
         raise LawError(
-            f"{named}: {at_lines(list(np.array(lines)[off]))}: flops / (params · tokens) is {each[off][0]:.4g}, and {middle:.4g} in "
-            "the middle of all runs: samples among tokens? Write tokens (samples · tokens an image) in every row"
+            f"{named}: {at_lines(list(np.array(lines)[off]))}: flops / (params · tokens) is {each[off][0]:.4g}, "
+            f"and {middle:.4g} in the middle of all runs: samples among tokens? Write tokens "
+            "(samples · tokens an image) in every row"
         )
     if not RATIO[0] <= middle <= RATIO[1]:
         raise LawError(

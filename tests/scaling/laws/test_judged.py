@@ -123,7 +123,7 @@ def test_runs_of_one_seed_that_differ_in_their_rate_tell_nothing_of_seeds(tmp_pa
 
 
 def test_a_loss_that_nothing_lowers_has_no_law(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="all runs have the loss 2.5: there is nothing that N"):
+    with pytest.raises(UserError, match=r"all runs have the loss 2\.5: there is nothing that N"):
         fitted(tmp_path, [row | {"loss": 2.5} for row in table(HOFFMANN, Grid(4, 3))])
 
 

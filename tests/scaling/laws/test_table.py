@@ -110,7 +110,7 @@ FAULTS: dict[str, tuple[Callable[[Rows], Rows], str]] = {
     "the same name": (at(5, run="r1"), r"lines 3 and 7 have the same `run` \(r1\)"),
     "a number in Python's way": (at(1, loss="2_5"), r"line 3: loss is no number \('2_5'\)"),
     "digits of another script": (at(1, loss="\u0663"), "line 3: loss is no number"),
-    "beyond all units": (at(2, loss=1e-300), r"line 4: loss is beyond 1e-60 to 1e\+60"),
+    "beyond all units": (at(2, loss=1e-300), r"line 4: loss is beyond 1e-36 to 1e\+36"),
     "millions of parameters": (
         lambda made: without("tokens", "samples")([row | {"params": row["params"] / 1e6} for row in made]),
         r"lines 2, .*flops / \(6 · params\) is .* tokens a parameter: .* not in thousands or millions",
