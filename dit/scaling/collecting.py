@@ -142,12 +142,13 @@ def _held_out(run_dir: Path) -> list[dict[str, Any]]:
     """The whole rows of held_out.jsonl that have a loss; one that a kill has cut off ends them."""
     file = run_dir / HELD_OUT
     rows: list[dict[str, Any]] = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+    for line in file.read_bytes().splitlines() if file.is_file() else []:
         try:
             row = json.loads(line)
         except ValueError:
             break
-        if isinstance(row, dict) and isinstance(row.get("loss"), float) and "protocol" in row:
+        kinds = {"loss": float, "step": int, "protocol": str}
+        if isinstance(row, dict) and all(isinstance(row.get(key), kind) for key, kind in kinds.items()):
             rows.append(row)
     return rows
 

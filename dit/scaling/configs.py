@@ -12,10 +12,12 @@ from dit.scaling.spec import ScalingSpec, shared_config
 from dit.train.checkpoints import checkpoint
 from dit.train.checkpoints.archive import checkpoints_of
 
+RUNS = "runs"  # folder of the runs' directories
+
 
 def run_folder(out: Path, name: str) -> Path:
     """Name a run's directory."""
-    return out / "runs" / name
+    return out / RUNS / name
 
 
 def config_file(out: Path, name: str) -> Path:

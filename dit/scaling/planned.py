@@ -6,16 +6,18 @@ import csv
 import dataclasses
 import io
 import operator
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from dit.config import ConfigError, from_dict
 from dit.configfile import write_yaml
-from dit.errors import UserError, shown
+from dit.errors import Notice, UserError, shown
 from dit.experiments.diffusion import Experiment
 from dit.files import expand, write_atomically
 from dit.outputs import OutputError, read_record, refuse_other, write_record
-from dit.scaling.configs import branch_point, config_file, run_config, run_folder
+from dit.scaling.configs import RUNS, branch_point, config_file, run_config, run_folder
 from dit.scaling.plan import Plan, PlannedRun
 from dit.scaling.planning import make_plan
 from dit.scaling.spec import ScalingSpec, load_spec
@@ -33,12 +35,13 @@ def plan_into(spec: ScalingSpec) -> Plan:
     """Plan an experiment and write the plan; runs that have begun must stay what they are. Raises ScalingError."""
     out = spec.folder
     refuse_other(out, KIND)
-    before = read_plan(out) if (out / PLAN).is_file() else None
-    held = [] if before is None else [run.name for run in before.runs if _has_begun(out, run.name)]
-    plan = make_plan(spec, [name for name in held if before is not None and before[name].trunk is None])
+    held = _begun(out)
+    plan = make_plan(
+        spec, [name for name, begun in held.items() if begun.get("init", {}).get("branch") is None]
+    )
     configs = {run.name: run_config(spec, plan, run) for run in plan.runs}
     problems = [line for run in plan.runs for line in _changed(out, run, configs[run.name])]
-    gone = [] if before is None else [run.name for run in before.runs if run.name not in plan]
+    gone = [name for name in _names_before(out, held) if name not in plan]
     problems += [f"{name} has begun, and is not planned any more" for name in gone if name in held]
     if problems:
         raise ScalingError(
@@ -64,7 +67,8 @@ def read_plan(out: Path) -> Plan:
     try:
         return Plan.from_json(read_record(file))
     except (KeyError, TypeError, OutputError) as error:
-        raise ScalingError(f"{file} is damaged, or of another version ({error}): plan it again") from None
+        why = str(error).removeprefix(f"{file} ").partition(": give --overwrite")[0]
+        raise ScalingError(f"{file} is damaged, or of another version ({why}): plan it again") from None
 
 
 def opened(where: str, out: str | None = None, replan: bool = False) -> tuple[Path, Plan]:
@@ -89,8 +93,24 @@ def spec_of(plan: Plan) -> ScalingSpec:
 # --- what an earlier plan binds --------------------------------------------------------------------------------
 
 
-def _has_begun(out: Path, name: str) -> bool:
-    return begun_with(run_folder(out, name)) is not None
+def _begun(out: Path) -> dict[str, Mapping[str, Any]]:
+    """What each run that has begun began with, by its folder: plan.json may be gone or damaged, and the runs hold."""
+    folders = sorted((out / RUNS).iterdir()) if (out / RUNS).is_dir() else []
+    found = {folder.name: begun_with(folder) for folder in folders if folder.is_dir()}
+    return {name: begun for name, begun in found.items() if begun is not None}
+
+
+def _names_before(out: Path, held: Iterable[str]) -> list[str]:
+    """The names of an earlier plan's runs; where it is damaged, which planning mends, of those that have begun."""
+    if not (out / PLAN).is_file():
+        return []
+    try:
+        return [run.name for run in read_plan(out).runs]
+    except ScalingError as error:
+        warnings.warn(
+            f"{error}; it is made anew, with what has begun as its folder says", Notice, stacklevel=2
+        )
+        return list(held)
 
 
 def _changed(out: Path, run: PlannedRun, cfg: Experiment) -> Iterator[str]:

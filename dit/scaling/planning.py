@@ -12,7 +12,7 @@ from dit.experiments.diffusion import Experiment
 from dit.model.cost import Cost, cost
 from dit.scaling.ladder import Rung, rungs
 from dit.scaling.plan import BRANCH, SEPARATE, TRUNK, LeftOut, Plan, PlannedRun
-from dit.scaling.recipes import batch_at, lr_at
+from dit.scaling.recipes import MOST, batch_at, lr_at
 from dit.scaling.spec import DataShape, ScalingSpec, shared_config
 from dit.train.optim import WarmupStableDecay
 
@@ -92,6 +92,11 @@ class _Sized:
     def steps(self, point: float) -> int:
         """Steps that come nearest to a budget, or to so many samples over N."""
         samples = point / self.cost.training_flops if self.spec.budgets else point * self.params
+        if samples > MOST:
+            raise ConfigError(
+                f"{point:g} {'FLOPs' if self.spec.budgets else 'samples over N'} are {samples:.3g} samples for "
+                f"{self.rung.name}, more than can be counted: mend that number"
+            )
         return round(samples / self.batch)
 
     def run(self, point: float, seed: int) -> PlannedRun:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 
+from dit.config import ConfigError
 from dit.scaling.laws.predicting import Prediction, Recipe
 from dit.scaling.spec import ScalingSpec, shared_config
+
+MOST = 2.0**53  # samples of a step or a run: beyond, numbers are not whole any more
 
 
 def batch_at(spec: ScalingSpec, params: float, unruled: int) -> int:
     """Samples a step at N = params. unruled: of the training config, for a spec without a rule."""
     if spec.batch is None:
         return unruled
-    return max(1, round(spec.batch.value(round(params)) / spec.batch_multiple)) * spec.batch_multiple
+    wanted = spec.batch.value(round(params))
+    if wanted > MOST:
+        raise ConfigError(f"batch: the rule gives {wanted:.3g} samples at N = {params:.4g}: mend its numbers")
+    return max(1, round(wanted / spec.batch_multiple)) * spec.batch_multiple
 
 
 def lr_at(spec: ScalingSpec, params: float, unruled: float) -> float:

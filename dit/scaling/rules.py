@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from dit.config import Registry, config
+from dit.config import ConfigError, Registry, config
 
-Positive = Annotated[float, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Rule(ABC):
@@ -50,11 +50,19 @@ class PowerRule(Rule):
 
     at: Positive  # the number at `params` parameters
     params: Positive  # parameters without embeddings at which it is `at`
-    exponent: float  # of N: 0.6667 for batches, -0.3333 for learning rates
+    exponent: Annotated[
+        float, Field(allow_inf_nan=False)
+    ]  # of N: 0.6667 for batches, -0.3333 for learning rates
 
     def value(self, params: int) -> float:
-        """Give the number at N."""
-        return float(self.at * (params / self.params) ** self.exponent)
+        """Give the number at N. ConfigError where that is none."""
+        try:
+            return float(self.at * (params / self.params) ** self.exponent)
+        except OverflowError:
+            raise ConfigError(
+                f"a rule of {self.at:g} · (N / {self.params:g})^{self.exponent:g} is beyond all numbers at "
+                f"N = {params}: an exponent is usually from -1 to 1"
+            ) from None
 
 
 @RATES.register("mup")

@@ -92,7 +92,8 @@ class ScalingSpec:
     )
     window: tuple[float, float] | None = None  # samples over N that are run, from and to; null = all
     min_steps: Whole = 100  # a run of fewer is left out
-    max_epochs: Positive | None = None  # passes over the data; a run of more is left out; null = no limit
+    # passes over the data; a run of more is left out; null = no limit
+    max_epochs: Annotated[float, Field(gt=0)] | None = None
     ranks: Whole = 1  # processes of each run, one a GPU
     device: DeviceConfig = DeviceConfig()
     data: DataShape | None = None  # null = as training.data says, which has to be there
@@ -110,6 +111,11 @@ class ScalingSpec:
             values = getattr(self, name)
             if twice := [value for value in values if values.count(value) > 1]:
                 raise ConfigError(f"{name} has {twice[0]:g} twice")
+        names = [f"{point:.6g}" for point in self.points]
+        if alike := [name for name in names if names.count(name) > 1]:
+            raise ConfigError(
+                f"two points are {alike[0]} to six digits, by which runs are named: leave one out"
+            )
         if not self.seeds:
             raise ConfigError("seeds: give one or more, such as [0]")
         self._check_more_seeds()

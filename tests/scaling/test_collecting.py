@@ -92,6 +92,22 @@ def test_missing_runs_are_named_and_left_out(copy: Done) -> None:
         warn_of_missing(found)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"loss": 1.0, "step": "x", "protocol": "p"}',
+        b'{"loss": 1.0, "protocol": "p"}',
+        b'{"loss": 1.0, "step": 7, "protocol": 3}',
+        b"\xff\xfe",
+    ],
+)
+def test_a_row_that_is_none_is_passed_over(copy: Done, line: bytes) -> None:
+    before = collect(copy.out, copy.plan)
+    with held_out(copy, 1).open("ab") as file:
+        file.write(line + b"\n")
+    assert collect(copy.out, copy.plan) == before
+
+
 def test_what_is_not_complete_may_be_taken(copy: Done) -> None:
     begun = copy.plan.runs[2]
     shutil.rmtree(RunState(copy.out, begun).folder / "checkpoints" / f"step-{begun.steps:08d}")

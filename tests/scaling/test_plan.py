@@ -122,6 +122,15 @@ def test_a_plan_without_any_run_is_refused(digits: Digits) -> None:
         planned(digits, min_steps=10_000)
 
 
+def test_numbers_beyond_counting_are_named(digits: Digits) -> None:
+    with pytest.raises(
+        ConfigError, match=r"1e\+300 samples over N are .* samples for w16d1, more than can be"
+    ):
+        planned(digits, samples_per_param=[1e300])
+    with pytest.raises(ConfigError, match=r"batch: the rule gives 1e\+300 samples at N ="):
+        planned(digits, batch={"name": "fixed", "value": 1e300})
+
+
 def test_a_plan_needs_held_out_data(digits: Digits) -> None:
     with pytest.raises(ConfigError, match=r"training.data.val is not set"):
         planned(digits, training={"data": {"val": None}})

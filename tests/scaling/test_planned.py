@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from dit.configfile import load
+from dit.errors import Notice
 from dit.experiments.diffusion import Experiment
 from dit.outputs import OutputError
 from dit.scaling.collecting import collect
@@ -167,6 +168,29 @@ def test_other_folders_are_left_alone(digits: Digits, done: Done, tmp_path: Path
     (tmp_path / "plan.json").write_text(json.dumps({"runs": [{"name": "x"}]}))
     with pytest.raises(ScalingError, match="is damaged, or of another version"):
         opened(str(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"spec": 1, "runs": [{"name": 1}]}'])
+def test_a_damaged_plan_is_made_anew(digits: Digits, begun: Path, text: str) -> None:
+    """As its own message says; what has begun still holds, trunks too."""
+    longer = {"samples_per_param": [0.02, 0.04, 0.08]}
+    (begun / "plan.json").write_text(text)
+    with pytest.warns(Notice, match=r"plan.json is damaged.*\): plan it again; it is made anew"):
+        plan = written(digits, begun, **longer)
+    assert read_plan(begun) == plan
+    assert plan["w16d1-r0.08-s0"].trunk == "w16d1-r0.04-s0"
+    (begun / "plan.json").write_text(text)
+    with (
+        pytest.warns(Notice, match="made anew"),
+        pytest.raises(ScalingError, match=r"w16d1-r0.02-s0 has begun, and is not planned any more"),
+    ):
+        written(digits, begun, samples_per_param=[0.04])
+
+
+def test_a_lost_plan_leaves_trunks_what_they_are(digits: Digits, begun: Path) -> None:
+    (begun / "plan.json").unlink()
+    plan = written(digits, begun, samples_per_param=[0.02, 0.04, 0.08])
+    assert plan["w16d1-r0.08-s0"].trunk == "w16d1-r0.04-s0"
 
 
 def test_a_folder_needs_no_out(tmp_path: Path) -> None:

@@ -35,6 +35,12 @@ def test_maximal_updates_keep_the_rate_and_turn_the_parametrization_on() -> None
         BATCHES.parse({"name": "mup", "at": 1e-3, "base_width": 64})
 
 
+def test_a_number_beyond_all_numbers_is_named() -> None:
+    rule = BATCHES.parse({"name": "power", "at": 32, "params": 1e-5, "exponent": 500})
+    with pytest.raises(ConfigError, match="beyond all numbers at N = 1000000: an exponent is usually"):
+        rule.value(1_000_000)
+
+
 @pytest.mark.parametrize(
     "values", [{"name": "fixed", "value": 0}, {"name": "power", "at": -1, "params": 1, "exponent": 1}]
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Sequence
 
 from dit.config import did_you_mean
@@ -12,6 +13,11 @@ from dit.scaling.laws.law import LawError
 NEEDED = ("params", "flops", "loss")
 NUMBERS = (*NEEDED, "tokens", "samples", "floor")  # columns whose cells are positive numbers
 KNOWN = ("run", *NUMBERS, "seed", "complete", "metric", "protocol")
+
+MOST = 10_000  # rows: a law is of runs, of which nobody has more
+NUMERAL = re.compile(
+    r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?inf(inity)?|[+-]?nan", re.ASCII | re.IGNORECASE
+)
 
 Row = dict[str, str]
 
@@ -44,6 +50,11 @@ def parsed(text: str, named: str) -> tuple[list[str], list[tuple[int, Row]]]:
         raise LawError(f"{named} is empty: expected a header with {', '.join(NEEDED)}, and a line a run")
     if not rows:
         raise LawError(f"{named} has a header and no runs: expected a line a run below it")
+    if len(rows) > MOST:
+        raise LawError(
+            f"{named} has {len(rows)} rows, and a law is fitted to {MOST} at most: expected a line a run, of its end, "
+            "and none of the steps before"
+        )
     return header, rows
 
 
@@ -71,8 +82,5 @@ def _check_header(header: Sequence[str], named: str) -> None:
 
 
 def number(text: str) -> float | None:
-    """The number, which may be inf or nan; None for what is none."""
-    try:
-        return float(text)
-    except ValueError:
-        return None
+    """The number, which may be inf or nan; None for what is none, such as 1_000, which Python alone takes for one."""
+    return float(text) if NUMERAL.fullmatch(text.strip()) else None

@@ -93,6 +93,8 @@ def _refuse_few(points: Points, floor: Floor) -> None:
                 f"all runs have {name} = {np.exp(values[0]):.6g}: the law needs runs of at least two, better four"
             )
     lowest = float(np.exp(points.loss.min()))
+    if np.ptp(points.loss) < 1e-9:
+        raise LawError(f"all runs have the loss {lowest:g}: there is nothing that N and tokens lower")
     if floor.fixed is not None and not 0 <= floor.fixed < lowest:
         raise LawError(
             f"a floor of {floor.fixed:g} is not below the lowest loss, {lowest:g}: give one from 0 to below that, "

@@ -10,7 +10,7 @@ import numpy as np
 from dit.scaling.laws.approaches import WINDOW, budgets, distinct
 from dit.scaling.laws.fit import Fitted, Floor, fit
 from dit.scaling.laws.law import LawError
-from dit.scaling.laws.solver import DELTA, Points
+from dit.scaling.laws.solver import DELTA, EXPONENTS, Points
 from dit.scaling.laws.table import TRAINED, Runs
 
 SIZES, DECADES = 4, 1.0  # fewer carry no law
@@ -123,6 +123,9 @@ def _of_fit(runs: Runs, fitted: Fitted, floor: Floor) -> Iterator[str]:
     if fitted.has_bound_e:
         yield "E is at its bound, 0: the runs do not show where the loss ends; what is predicted far beyond is too low"
     law = fitted.law
+    for name, value in (("alpha", law.alpha), ("beta", law.beta)):
+        if not EXPONENTS[0] * 1.01 < value < EXPONENTS[1] / 1.01:
+            yield f"{name} is at its bound, {value:.3g}: no power of this kind is in these losses"
     for name, term in (
         ("A/N^alpha", law.A * runs.params**-law.alpha),
         ("B/D^beta", law.B * runs.tokens**-law.beta),

@@ -110,7 +110,7 @@ class FitRecord:
             )
         try:
             return cls._of(held)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise LawError(f"{place} is damaged ({error!r}): fit the runs again") from None
 
     @classmethod
@@ -119,6 +119,38 @@ class FitRecord:
         for name in ("ci", "profile"):
             own[name] = {key: tuple(ends) for key, ends in held[name].items()}
         own["law"] = Law(*(float(held[name]) for name in NUMBERS))
-        own["draws"] = np.array(held["bootstrap"]["params"], float).reshape(-1, 5)
+        own["draws"] = np.array(held["bootstrap"]["params"], float)
+        if own["draws"].shape[1:] != (5,):
+            raise ValueError("bootstrap.params are rows of five numbers")
         own["seed"] = int(held["bootstrap"]["seed"])
-        return cls(**own)
+        found = cls(**own)
+        found._check()
+        return found
+
+    def _check(self) -> None:
+        """ValueError, KeyError or TypeError for what no fit has written."""
+        laws = np.vstack([self.law.rows[None], self.draws])
+        if not len(self.draws) or not np.isfinite(laws).all() or (laws < 0).any() or not self.law.alpha > 0:
+            raise ValueError("E, A, B, alpha, beta and those of bootstrap.params are numbers of at least 0")
+        for name in ("params", "tokens", "flops", "loss", "predicted"):
+            column = self.column(name)
+            if not len(column) or not np.isfinite(column).all() or not (column > 0).all():
+                raise ValueError(f"runs have a {name} above 0, all of them")
+        for name in ("flops_per_param_token", "tokens_per_sample", "delta"):
+            value = getattr(self, name)
+            is_left_out = value is None and name == "tokens_per_sample"
+            if not is_left_out and not (isinstance(value, int | float) and 0 < value < np.inf):
+                raise ValueError(f"{name} is a number above 0")
+        for name, kind in (("warnings", list), ("columns", list), ("floor", dict), ("huber", float)):
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(f"{name} is a {kind.__name__}")
+        for way in ("envelope", "isoflop"):
+            self.approaches[way]["n_opt_exponent"], self.approaches[way]["points"]
+        if (
+            self.ci.keys() != self.profile.keys()
+            or not self.ci
+            or any(len(ends) != 2 for ends in self.ci.values())
+        ):
+            raise ValueError("ci and profile have two ends of every number")
+        if self.held_out is not None and "error" not in self.held_out:
+            raise ValueError("held_out has an error, or is null")

@@ -14,16 +14,12 @@ import numpy as np
 from dit.files import expand, read_text, sought
 from dit.scaling.laws.cells import NUMBERS, Row, number, parsed
 from dit.scaling.laws.law import LawError
+from dit.scaling.laws.units import USUAL, at_lines, refuse_mixed
 
 TRAINED = ("lr", "batch")  # columns of what else than N, D and the seed a run's loss hangs on
 CHOICES = ("metric", "protocol")  # columns that have one value in what is fitted
 TRUE, FALSE = ("true", "1", "yes"), ("false", "0", "no")
-NAMED = 5  # rows of one fault that a message names; of more it says how many
-USUAL = (
-    6.0  # FLOPs of training by parameter and token, where nothing but their product costs (arXiv 2001.08361)
-)
-RATIO = (0.05, 100.0)  # that FLOPs by parameter and token lie in, in mean
-SCATTER = 8.0  # by which a run's may be off the median
+SPAN = (1e-36, 1e36)  # that numbers lie in: to the largest exponent, what is beyond is no number any more
 
 
 @dataclass(frozen=True)
@@ -85,16 +81,8 @@ class Runs:
         _refuse_twice(rows, header, str(place))
         columns = {name: _numbers(rows, name, str(place)) for name in NUMBERS if name in header}
         runs = _with_tokens(rows, columns, header, choice, notes)
-        _refuse_mixed(runs, columns, str(place))
+        refuse_mixed(columns, runs.lines, str(place))
         return runs
-
-
-def _at(lines: Sequence[int]) -> str:
-    """Lines in a message: "line 3", "lines 3, 7 and 9"."""
-    shown = [str(line) for line in lines[:NAMED]]
-    if len(lines) > NAMED:
-        return f"lines {', '.join(shown)} and {len(lines) - NAMED} more"
-    return f"line {shown[0]}" if len(shown) == 1 else f"lines {', '.join(shown[:-1])} and {shown[-1]}"
 
 
 # --- which rows --------------------------------------------------------------------------------------------
@@ -133,12 +121,12 @@ def _complete(
         return rows, []
     odd = [line for line, row in rows if row["complete"].lower() not in (*TRUE, *FALSE)]
     if odd:
-        raise LawError(f"{named}: {_at(odd)}: `complete` is true or false")
+        raise LawError(f"{named}: {at_lines(odd)}: `complete` is true or false")
     left = [line for line, row in rows if row["complete"].lower() in FALSE]
     kept = [(line, row) for line, row in rows if row["complete"].lower() in TRUE]
     if not kept:
         raise LawError(f"{named}: no run is complete, so there is nothing to fit")
-    return kept, [f"{len(left)} runs are not complete and are left out ({_at(left)})"] if left else []
+    return kept, [f"{len(left)} runs are not complete and are left out ({at_lines(left)})"] if left else []
 
 
 def _refuse_twice(rows: list[tuple[int, Row]], header: Sequence[str], named: str) -> None:
@@ -158,8 +146,8 @@ def _refuse_twice(rows: list[tuple[int, Row]], header: Sequence[str], named: str
         for what, lines in seen.items():
             if what and len(lines) > 1:
                 raise LawError(
-                    f"{named}: {_at(lines)} {told} ({', '.join(cell for cell in what if cell)}): keep one of them; "
-                    "repetitions with other seeds differ in `run` or `seed`"
+                    f"{named}: {at_lines(lines)} {told} ({', '.join(cell for cell in what if cell)}): keep one of "
+                    "them; repetitions with other seeds differ in `run` or `seed`"
                 )
 
 
@@ -175,15 +163,19 @@ def _numbers(rows: list[tuple[int, Row]], column: str, named: str) -> np.ndarray
         ("is no number", [value is None for value in values]),
         ("is not finite", [value is not None and not math.isfinite(value) for value in values]),
         ("is not above 0", [value is not None and value <= 0 for value in values]),
+        (
+            f"is beyond {SPAN[0]:g} to {SPAN[1]:g}, and so in no unit that is meant",
+            [bool(value) and not SPAN[0] <= abs(value or 0) <= SPAN[1] for value in values],
+        ),
     ]
     if column == "floor":
-        faults[-1] = ("is below 0", [value is not None and value < 0 for value in values])
+        faults[3] = ("is below 0", [value is not None and value < 0 for value in values])
     for told, where in faults:
         lines = [line for (line, _), is_so in zip(rows, where, strict=True) if is_so]
         if lines:
             cell = next(row[column] for line, row in rows if line == lines[0])
             cell = f" ('{cell}')" if cell else ""
-            raise LawError(f"{named}: {_at(lines)}: {column} {told}{cell}; {mend}")
+            raise LawError(f"{named}: {at_lines(lines)}: {column} {told}{cell}; {mend}")
     return np.array(values, float)
 
 
@@ -219,37 +211,3 @@ def _with_tokens(
         float(floors[0]) if len(floors) else None, float(np.median(ratio)) if is_one else None,
         list(header), notes,
     )  # fmt: skip
-
-
-def _refuse_mixed(runs: Runs, columns: Mapping[str, np.ndarray], named: str) -> None:
-    """LawError where tokens are samples in some rows or all, or a column is in another unit."""
-    lines = np.array(runs.lines)
-    if not runs.has_tokens:
-        few = list(lines[runs.tokens < 1])
-        if few:
-            raise LawError(
-                f"{named}: {_at(few)}: flops / (6 · params) is below one token: expected are flops "
-                "in FLOPs and params in numbers"
-            )
-        return
-    if "samples" in columns:
-        same = np.isclose(runs.tokens, columns["samples"], rtol=1e-9)
-        if same.any() and not same.all():
-            raise LawError(
-                f"{named}: {_at(list(lines[same]))}: tokens are the samples, and elsewhere they are not: write tokens "
-                "(samples · tokens an image) in every row"
-            )
-    each = runs.flops / runs.params / runs.tokens
-    middle = float(np.median(each))
-    off = (each > SCATTER * middle) | (each < middle / SCATTER)
-    if off.any():
-        raise LawError(
-            f"{named}: {_at(list(lines[off]))}: flops / (params · tokens) is {each[off][0]:.4g}, and {middle:.4g} in "
-            "the middle of all runs: samples among tokens? Write tokens (samples · tokens an image) in every row"
-        )
-    if not RATIO[0] <= middle <= RATIO[1]:
-        raise LawError(
-            f"{named}: flops / (params · tokens) is {middle:.4g}, where about 6 is usual: "
-            + ("tokens look like samples; multiply them by the tokens of an image" if middle > RATIO[1] else
-               "flops, params or tokens are in another unit; plain numbers are expected")
-        )  # fmt: skip

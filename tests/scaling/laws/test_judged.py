@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dit.errors import UserError
 from dit.scaling.laws.fit import Floor
 from dit.scaling.laws.fitting import Order, fit_file
 from dit.scaling.laws.judged import held_out, seeds_spread
@@ -55,6 +56,14 @@ def bent() -> Rows:
     return [row | {"loss": row["loss"] - float(cut)} for row, cut in zip(rows, less, strict=True)]
 
 
+def chance() -> Rows:
+    """Losses that have nothing to do with N and D."""
+    losses = np.random.default_rng(0).uniform(1, 3, 24)
+    return [
+        row | {"loss": float(loss)} for row, loss in zip(table(HOFFMANN, Grid(6, 4)), losses, strict=True)
+    ]
+
+
 def spoilt() -> Rows:
     """One run of which the loss is off."""
     rows = table(HOFFMANN, Grid(6, 4), 1e-3)
@@ -66,6 +75,7 @@ CASES: dict[str, tuple[Callable[[], Rows], str]] = {
     "near budgets": (lambda: table(HOFFMANN, Grid(6, 3, first=1e18, last=5e18)), "budgets span 0.70 decades of FLOPs"),
     "small models": (lambda: table(HOFFMANN, Grid(6, 4, off=-4.0)), "at 4 of 4 budgets the largest model is the best"),
     "large models": (lambda: table(HOFFMANN, Grid(6, 4, off=4.0)), "at 4 of 4 budgets the smallest model is the best"),
+    "chance": (chance, "alpha is at its bound, 8: no power"),
     "no floor": (bent, "E is at its bound, 0"),
     "noise": (lambda: table(HOFFMANN, Grid(5, 4), 3e-2), "intervals wider than the estimate: "),
     "proportional": (proportional, "N and D go together (correlation 1.000"),
@@ -135,6 +145,11 @@ def test_a_sweep_of_learning_rates_among_the_runs_is_said(tmp_path: Path) -> Non
 def test_runs_without_a_seed_are_no_repetitions(tmp_path: Path) -> None:
     rows = [row | {"run": f"{i}"} for i, row in enumerate([*table(HOFFMANN), *table(HOFFMANN, noise=1e-3)])]
     assert seeds_spread(Runs.read(write(tmp_path / "runs.csv", rows))) is None
+
+
+def test_a_loss_that_nothing_lowers_has_no_law(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"all runs have the loss 2\.5: there is nothing that N"):
+        fitted(tmp_path, [row | {"loss": 2.5} for row in table(HOFFMANN, Grid(4, 3))])
 
 
 def test_one_seed_has_no_spread(tmp_path: Path) -> None:

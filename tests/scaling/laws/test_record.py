@@ -82,6 +82,36 @@ def test_the_floor_is_fitted_given_or_the_column_s(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "spoil",
+    [
+        {"alpha": 0},
+        {"E": -1},
+        {"runs": []},
+        {"runs": "none"},
+        {"runs": [{"params": 1.0}]},
+        {"bootstrap": {"params": [], "seed": 0}},
+        {"bootstrap": {"params": [[1, 2, 3]] * 10, "seed": 0}},
+        {"bootstrap": {"params": [[None] * 5] * 10, "seed": 0}},
+        {"flops_per_param_token": 0},
+        {"flops_per_param_token": "6"},
+        {"tokens_per_sample": "a"},
+        {"approaches": None},
+        {"held_out": "x"},
+        {"ci": {}},
+        {"warnings": None},
+    ],
+    ids=str,
+)
+def test_what_is_damaged_is_named_where_it_is_read(
+    spoil: dict[str, object], record: FitRecord, tmp_path: Path
+) -> None:
+    """Not where a number is missed, in the midst of a report."""
+    (tmp_path / "fit.json").write_text(json.dumps({**record.as_json(), **spoil}))
+    with pytest.raises(UserError, match=r"fit\.json is damaged .*: fit the runs again"):
+        FitRecord.load(tmp_path)
+
+
+@pytest.mark.parametrize(
     ("text", "said"),
     [
         ("{", "is not JSON"),

@@ -112,6 +112,28 @@ FAULTS: dict[str, tuple[Callable[[Rows], Rows], str]] = {
         "lines 4 and 10 are the same run",
     ),
     "the same name": (at(5, run="r1"), r"lines 3 and 7 have the same `run` \(r1\)"),
+    "a number in Python's way": (at(1, loss="2_5"), r"line 3: loss is no number \('2_5'\)"),
+    "digits of another script": (at(1, loss="\u0663"), "line 3: loss is no number"),
+    "beyond all units": (at(2, loss=1e-300), r"line 4: loss is beyond 1e-36 to 1e\+36"),
+    "millions of parameters": (
+        lambda made: without("tokens", "samples")([row | {"params": row["params"] / 1e6} for row in made]),
+        r"lines 2, .*flops / \(6 · params\) is .* tokens a parameter: .* not in thousands or millions",
+    ),
+    "one in millions": (
+        lambda made: without("tokens", "samples")(at(3, params=made[3]["params"] / 1e6)(made)),
+        r"line 5: flops / \(6 · params\) is .* tokens a parameter",
+    ),
+    "billions throughout": (
+        lambda made: [
+            row | {"params": row["params"] / 1e9, "tokens": row["tokens"] / 1e9, "flops": row["flops"] / 1e18}
+            for row in without("samples")(made)
+        ],
+        "tokens is below one token: expected are",
+    ),
+    "a row each step": (
+        lambda made: [made[0] | {"run": f"r{i}", "seed": i} for i in range(10_001)],
+        "has 10001 rows, and a law is fitted to 10000 at most: expected a line a run, of its end",
+    ),
     "half done": (at(5, complete="almost"), "line 7: `complete` is true or false"),
     "none done": (lambda made: [row | {"complete": "false"} for row in made], "no run is complete"),
     "samples among tokens": (
