@@ -84,11 +84,12 @@ def test_the_floor_is_fitted_given_or_the_column_s(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("{", "is not JSON"),
+        ("params,flops,loss", r"is not JSON .*: expected fit\.json"),
         ("[]", "is not a fit"),
         ('{"E": 1}', "is not a fit"),
-        ('{"kind": "scaling fit", "E": 1}', "is damaged"),
-        ('{"kind": "scaling fit", "E": "a", "ci": 3, "profile": {}}', "is damaged"),
+        ('{"kind": "scaling fit", "E": 1}', "is of version None"),
+        ('{"kind": "scaling fit", "version": 1, "E": 1}', "is damaged"),
+        ('{"kind": "scaling fit", "version": 1, "E": "a", "ci": 3, "profile": {}}', "is damaged"),
     ],
 )
 def test_what_is_no_fit_is_named(text: str, said: str, tmp_path: Path) -> None:
