@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -86,7 +87,9 @@ def read_own(path: Path) -> dict[str, Any]:
     except YamlError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if own is not None and not isinstance(own, dict):
-        what = "a list" if isinstance(own, list) else shown(own)
+        what = (
+            "a list" if isinstance(own, list) else shown(textwrap.shorten(str(own), 60, placeholder=" ..."))
+        )
         raise ConfigError(f"{path}: expected keys and values, got {what}")
     return own or {}
 

@@ -128,6 +128,10 @@ def test_a_base_that_is_no_file_name_is_refused(write, value: str) -> None:
             "flow mapping\n  at line 2, column 7:",
         ),
         ("- 1\n- 2\n", "expected keys and values, got a list"),
+        (
+            "params,flops,loss\n" + "1,2,3\n" * 99,
+            "got 'params,flops,loss 1,2,3 1,2,3 1,2,3 1,2,3 1,2,3 1,2,3 ...'",
+        ),
         ("run_dir: {{folder}}\n", "not valid YAML"),
         ("1: 2\n", "1"),
         ("on: 2\n", "expected a key, got on (line 1)"),

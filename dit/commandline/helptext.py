@@ -73,7 +73,7 @@ def help_text(
             "Configuration keys (in CONFIG.yaml, or --key.sub=value):",
             *_grouped(config),
             "",
-            *BASE,
+            BASE,
         ]
     dashes = "--" if config is None else ""
     if config is not None and topic != ALL:

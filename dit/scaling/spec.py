@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from dit.config import ConfigError, config
-from dit.configfile import load
+from dit.configfile import load, read_yaml
 from dit.errors import shown
 from dit.experiments.diffusion import Experiment
 from dit.files import expand
@@ -150,6 +150,17 @@ class ScalingSpec:
         return Path(expand(self.out))
 
 
+def _refuse_training_config(file: Path) -> None:
+    """Say once what each of its keys would: that a training config was given in place of a spec."""
+    there = set(read_yaml(file)[0])
+    names = {cls: {field.name for field in dataclasses.fields(cls)} for cls in (Experiment, ScalingSpec)}
+    if there & (names[Experiment] - names[ScalingSpec]) and not there & {"training", "ladder"}:
+        raise ConfigError(
+            f"{file} is a training config; expected the spec of a scaling experiment, which names one as "
+            f"`training: {{base: {file.name}}}` and has a `ladder` and `budgets` (docs/scaling.md, configs/scaling)"
+        )
+
+
 def load_spec(path: str | Path, out: str | None = None) -> ScalingSpec:
     """Read and check a spec's YAML file, and the training config that it names.
 
@@ -157,6 +168,7 @@ def load_spec(path: str | Path, out: str | None = None) -> ScalingSpec:
     whatever is wrong, naming the key and its file.
     """
     file = Path(expand(str(path)))
+    _refuse_training_config(file)
     spec = load(ScalingSpec, file, {} if out is None else {"out": out})
     training = dict(spec.training)
     base = training.get("base")

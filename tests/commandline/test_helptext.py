@@ -12,7 +12,7 @@ import pytest
 from pydantic import Field
 
 import dit
-from dit.commandline.helptext import describe, help_text
+from dit.commandline.helptext import BASE, describe, help_text
 from dit.config import Registry, config
 from tests.shapes import SHAPES
 
@@ -159,6 +159,7 @@ def test_help_shows_the_words_that_a_key_takes_and_its_meaning() -> None:
         """Do it."""
 
     lines = help_text(work, "it", dit_experiment(), {"shape": SHAPES}, "all").splitlines()
+    assert set(BASE.splitlines()) <= set(lines)
     rows = {line.split()[0]: " ".join(line.split()) for line in reversed(lines) if line.startswith("  ")}
     assert (
         rows["train.precision"] == "train.precision = fp32 bf16 = fp32 weights and autocast matrix products"

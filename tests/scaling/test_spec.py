@@ -55,6 +55,17 @@ def test_mistakes_are_named(digits: Digits, tmp_path: Path, keys: dict[str, Any]
         load_spec(saved(tmp_path, spec_values(digits, tmp_path / "out", **keys)))
 
 
+def test_a_training_config_in_place_of_a_spec_is_said_once(digits: Digits, tmp_path: Path) -> None:
+    training = spec_values(digits, tmp_path / "out")["training"]
+    with pytest.raises(
+        ConfigError, match=r"is a training config; .*`training: {base: spec\.yaml}`"
+    ) as caught:
+        load_spec(saved(tmp_path, training))
+    assert len(caught.value.problems) == 1
+    with pytest.raises(ConfigError, match="trainign: unknown key; did you mean training"):
+        load_spec(saved(tmp_path, {"out": "here", "trainign": training, "budgets": [1e9]}))
+
+
 def test_the_base_is_relative_to_the_spec(
     digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -110,8 +110,9 @@ def _parabolas(runs: Runs, loss: np.ndarray) -> tuple[list[list[float]], str]:
         flops, params = float(np.exp(np.log(runs.flops[own]).mean())), float(np.exp(at + middle))
         tokens = flops / params / runs.flops_per_param_token
         points.append([flops, params, tokens, float(np.exp(height - slope**2 / (4 * bend)))])
+    without = f", {unfit} of them without an optimum inside their sizes" if unfit else ""
     why = (
-        f"{len(groups)} budgets have at least {SIZES} sizes within 25% of FLOPs, {unfit} of them without an optimum "
-        f"inside their sizes; at least {BUDGETS} with one are needed"
+        f"budgets with at least {SIZES} sizes within 25% of FLOPs: {len(groups)}{without}; at least {BUDGETS} with an "
+        "optimum inside are needed"
     )
     return points, why

@@ -98,7 +98,9 @@ class FitRecord:
         try:
             held = json.loads(read_text(place))
         except ValueError as error:
-            raise LawError(f"{place} is not JSON ({error}): fit the runs again") from None
+            raise LawError(
+                f"{place} is not JSON ({error}): expected fit.json, which `scaling.py fit` writes of a table of runs"
+            ) from None
         if not isinstance(held, dict) or held.get("kind") != KIND:
             raise LawError(
                 f"{place} is not a fit of `scaling.py fit`: expected a JSON object of kind '{KIND}'"

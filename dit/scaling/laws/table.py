@@ -73,6 +73,8 @@ class Runs:
         no text.
         """
         place = Path(expand(str(path)))
+        if place.is_dir():
+            raise LawError(f"{place} is a folder; expected a CSV of runs, such as {place / 'runs.csv'}")
         if not place.is_file():
             raise LawError(f"{place}: there is no such file{sought(place)}; expected a CSV of runs")
         header, rows = parsed(read_text(place), str(place))

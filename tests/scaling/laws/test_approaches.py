@@ -65,10 +65,10 @@ def test_where_there_are_too_few_points_it_says_why(tmp_path: Path) -> None:
     own = runs(tmp_path, HOFFMANN, Grid(3, 4))
     found = approaches(own, HOFFMANN)
     assert found["isoflop"]["n_opt_exponent"] is None
-    assert "0 budgets have at least 4 sizes" in found["isoflop"]["why"]
+    assert "within 25% of FLOPs: 0; at least 3 with an optimum inside" in found["isoflop"]["why"]
     off = approaches(runs(tmp_path, HOFFMANN, Grid(7, 4, off=-4.0)), HOFFMANN)
     assert (
-        "4 budgets have at least 4 sizes within 25% of FLOPs, 4 of them without an optimum"
+        "budgets with at least 4 sizes within 25% of FLOPs: 4, 4 of them without an optimum"
         in off["isoflop"]["why"]
     )
 

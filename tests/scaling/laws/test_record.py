@@ -114,7 +114,7 @@ def test_what_is_damaged_is_named_where_it_is_read(
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("{", "is not JSON"),
+        ("params,flops,loss", r"is not JSON .*: expected fit\.json"),
         ("[]", "is not a fit"),
         ('{"E": 1}', "is not a fit"),
         ('{"kind": "scaling fit", "E": 1}', "is of version None of a fit, and this reads version 1"),

@@ -188,6 +188,8 @@ def test_what_is_no_table_is_named(text: str, said: str, tmp_path: Path) -> None
         Runs.read(file)
     with pytest.raises(UserError, match="there is no such file"):
         Runs.read(tmp_path / "nothing.csv")
+    with pytest.raises(UserError, match=r"is a folder; expected a CSV of runs, such as .*runs\.csv"):
+        Runs.read(tmp_path)
 
 
 def test_a_spreadsheet_s_file_is_read(tmp_path: Path) -> None:
