@@ -6,7 +6,6 @@ The term that trains a learned variance is in `dit/flow/variance.py`.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Annotated, ClassVar
 
 from pydantic import Field
@@ -23,7 +22,8 @@ class Context:
     """What a term may be made of: one call of the network, and what it was called with.
 
     t: (B,). coeffs: of the path at t. data, eps, x: (B, C, ...), x = alpha·data + sigma·eps. output: (B, C or 2C, ...)
-    what the network said, in the dtype of data, float32 at least. draws: of the micro-batch, for a term's own numbers.
+    what the network said, in the dtype of data, float32 at least. ends: where it sees data and eps, and its variance
+    channels if it has them. draws: of the micro-batch, for a term's own numbers.
     """
 
     path: NoisePath
@@ -34,13 +34,9 @@ class Context:
     eps: Tensor
     x: Tensor
     output: Tensor
+    ends: Endpoints
     cond: Cond
     draws: Draws
-
-    @cached_property
-    def ends(self) -> Endpoints:
-        """Where the network sees data and eps, and its variance channels if it has them."""
-        return self.prediction.endpoints(self.coeffs, self.x, self.output)
 
 
 class Auxiliary:

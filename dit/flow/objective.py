@@ -131,7 +131,8 @@ class Objective:
         per_sample, coeffs, x, output = self._call(model, data, eps, t, cond)
         if not self.terms:
             return Loss(per_sample.mean(), per_sample, t, metrics)
-        context = Context(self.path, self.prediction, t, coeffs, data, eps, x, output, cond, draws)
+        ends = self.prediction.endpoints(coeffs, x, output)
+        context = Context(self.path, self.prediction, t, coeffs, data, eps, x, output, ends, cond, draws)
         found = {term.metric: term.term(context) for term in self.terms}
         metrics = {**metrics, **{name: value.detach().mean() for name, value in found.items()}}
         auxiliary = torch.stack(list(found.values())).sum(0)
