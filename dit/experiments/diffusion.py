@@ -94,6 +94,7 @@ class Experiment(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.objective.check()
+        self.objective.check_depth(self.model.dims(self.model.patch, 1, 0).depth)
         if self.model.learn_sigma and not self.objective.uses_variance:
             raise ConfigError(
                 "model.learn_sigma gives the network variance channels that objective.auxiliary does not train; "

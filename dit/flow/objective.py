@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dit.config import ConfigError, config
-from dit.flow.auxiliary import AUXILIARIES, Auxiliary, Context
+from dit.flow.auxiliary import AUXILIARIES, Auxiliary, Context, call_tapped
 from dit.flow.couple import COUPLINGS, Coupling, Independent, Metrics
 from dit.flow.path import PATHS, Coeffs, Linear, NoisePath
 from dit.flow.predict import (
@@ -19,7 +20,6 @@ from dit.flow.predict import (
     Model,
     Prediction,
     Velocity,
-    call_network,
     check_cond,
     check_steps,
     split_channels,
@@ -112,6 +112,11 @@ class Objective:
         """Whether the network must give twice the channels."""
         return any(term.uses_variance for term in self.terms)
 
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Behind which of the network's blocks, counted from 1, the terms look at the tokens."""
+        return tuple(sorted({n for term in self.terms for n in term.taps}))
+
     def loss(
         self, model: Model, data: Tensor, cond: Cond, draws: Draws, paired: Tensor | None = None
     ) -> Loss:
@@ -128,11 +133,13 @@ class Objective:
             data.dtype
         )  # float64: bitwise t on any device and batch
         eps, metrics = self.coupling(data, self._eps(data, draws, paired), cond, draws)
-        per_sample, coeffs, x, output = self._call(model, data, eps, t, cond)
+        per_sample, coeffs, x, output, taps = self._call(model, data, eps, t, cond, self.taps)
         if not self.terms:
             return Loss(per_sample.mean(), per_sample, t, metrics)
         ends = self.prediction.endpoints(coeffs, x, output)
-        context = Context(self.path, self.prediction, t, coeffs, data, eps, x, output, ends, cond, draws)
+        context = Context(
+            self.path, self.prediction, t, coeffs, data, eps, x, output, ends, taps, cond, draws
+        )
         found = {term.metric: term.term(context) for term in self.terms}
         metrics = {**metrics, **{name: value.detach().mean() for name, value in found.items()}}
         auxiliary = torch.stack(list(found.values())).sum(0)
@@ -162,17 +169,17 @@ class Objective:
         return self._call(model, data, eps, t, cond)[0]
 
     def _call(
-        self, model: Model, data: Tensor, eps: Tensor, t: Tensor, cond: Cond
-    ) -> tuple[Tensor, Coeffs, Tensor, Tensor]:
-        """(B,) the weighted loss of one call of the network; the coefficients and x it was called at; its output."""
+        self, model: Model, data: Tensor, eps: Tensor, t: Tensor, cond: Cond, taps: tuple[int, ...] = ()
+    ) -> tuple[Tensor, Coeffs, Tensor, Tensor, Mapping[int, Tensor]]:
+        """(B,) the weighted loss of one call of the network; coefficients and x that it was of; its output and taps."""
         coeffs = self.path.coeffs(t)
         x = coeffs.mix(data, eps)
         target = self.prediction.target(coeffs, data, eps)
-        output = call_network(model, self.path, x, t, cond)
+        output, tapped = call_tapped(model, self.path, x, t, cond, taps)
         pred, _ = split_channels(output, x)
         error = (pred.to(target.dtype) - target).square().flatten(1).mean(1)
         per_sample = self.weight(coeffs, self.prediction.row(coeffs)) * error
-        return per_sample, coeffs, x, output.to(target.dtype)
+        return per_sample, coeffs, x, output.to(target.dtype), tapped
 
     def first_losses(self, t: Tensor, correlation: float = 0.0) -> Tensor:
         """(B,) float64: expected losses of a network that says 0, for unit-variance latents at times t (B,).
@@ -200,6 +207,15 @@ class Objective:
         check_steps(self.path, self.prediction)
         self._check_times()
         self._check_terms()
+
+    def check_depth(self, depth: int) -> None:
+        """ConfigError for a term that looks behind a block which a network of `depth` blocks does not have."""
+        for term in self.terms:
+            if term.taps and max(term.taps) > depth:
+                raise ConfigError(
+                    f"auxiliary {AUXILIARIES.name_of(term)} looks behind block {max(term.taps)}, and the network has "
+                    f"{depth}: name blocks from 1 to {depth}"
+                )
 
     def _check_terms(self) -> None:
         names = [AUXILIARIES.name_of(term) for term in self.terms]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from dit.config import ConfigError, from_dict, to_dict
 from dit.configfile import load
-from dit.flow.auxiliary import AUXILIARIES, Auxiliary, Context, Direction
+from dit.flow.auxiliary import AUXILIARIES, Auxiliary, Context, Direction, LayerSync
 from dit.flow.discrete import DiscreteVP
 from dit.flow.objective import Objective
 from dit.flow.path import VP, Linear, NoisePath
@@ -36,7 +37,8 @@ def context(
     coeffs = path.coeffs(t)
     x = coeffs.mix(data, eps)
     ends = prediction.endpoints(coeffs, x, output)
-    return Context(path, prediction, t, coeffs, data, eps, x, output, ends, {}, draws(len(t)))
+    tokens = dict(zip((8, 16), normal(2, len(t), 3, 6, seed=7).float(), strict=True))
+    return Context(path, prediction, t, coeffs, data, eps, x, output, ends, tokens, {}, draws(len(t)))
 
 
 def inside(path: NoisePath, prediction: Prediction, count: int = 5) -> Tensor:
@@ -115,6 +117,19 @@ def test_the_same_term_twice_is_refused() -> None:
         Objective(auxiliary=(Direction(), Direction(weight=2.0))).check()
 
 
+class Tapping:
+    """A network that says `output`, whose tokens behind block n are turned the further the larger n is."""
+
+    def __init__(self, output: Tensor, tokens: Tensor):
+        self.output, self.tokens, self.asked = output, tokens, [()]
+        self.scale = torch.tensor(1.0, requires_grad=True)
+
+    def __call__(self, x: Tensor, model_time: Tensor, cond: Cond, taps: tuple[int, ...] = ()) -> Any:
+        self.asked.append(taps)
+        behind = tuple(self.tokens[0].roll(n % 5, 2) + self.scale * self.tokens[0] for n in taps)
+        return (self.output, behind) if taps else self.output
+
+
 # --- how they add up ---------------------------------------------------------------------------------------
 
 
@@ -164,13 +179,16 @@ def test_the_first_losses_know_no_term() -> None:
 def test_every_term_waits_for_no_device_and_has_a_gradient(name: str) -> None:
     objective = Objective(**DDPM, auxiliary=AUXILIARIES[name]())
     data, output = normal(8, 4, 2, 2, dtype=torch.float32), answers()[:8].requires_grad_()
-    objective.loss(says(output), data, {}, draws(8))  # tables are computed once, at first
+    model = Tapping(output, normal(1, 8, 3, 6, seed=7).float())
+    objective.loss(model, data, {}, draws(8))  # tables are computed once, at first
     with NoSync():
-        loss = objective.loss(says(output), data, {}, draws(8))
+        loss = objective.loss(model, data, {}, draws(8))
+    assert loss.auxiliary is not None
     assert loss.auxiliary.shape == (8,)
-    (grad,) = torch.autograd.grad(loss.auxiliary.sum(), output)
-    assert bool(torch.isfinite(grad).all())
-    assert bool((grad != 0).any())
+    grads = torch.autograd.grad(loss.auxiliary.sum(), [output, model.scale], allow_unused=True)
+    found = [grad for grad in grads if grad is not None]
+    assert all(bool(torch.isfinite(grad).all()) for grad in found)
+    assert any(bool((grad != 0).any()) for grad in found)
 
 
 @every_term
@@ -283,3 +301,56 @@ def test_the_first_term_of_a_silent_network_is_its_weight() -> None:
     assert loss.auxiliary is not None
     assert loss.auxiliary.tolist() == pytest.approx([0.7] * 8)
     assert math.isclose(float(loss.mean), float(loss.per_sample.mean()) + 0.7, rel_tol=1e-9)
+
+
+# --- a layer that follows a later one ----------------------------------------------------------------------
+
+
+def synced(early: Tensor, late: Tensor, term: LayerSync) -> Tensor:
+    """The term of these tokens (B, T, D)."""
+    t = torch.full((len(early),), 0.5)
+    at = context(Linear(), Velocity(), t, torch.zeros(len(early), 1, 2, 2))
+    return term.term(replace(at, taps={term.early: early, term.late: late}))
+
+
+def test_layersync_is_one_less_the_cosine_of_each_token_and_teaches_the_early_one_alone() -> None:
+    early, late = (normal(2, 5, 8, seed=i).float().requires_grad_() for i in (1, 2))
+    term = synced(early, late, LayerSync(weight=0.5, early=1, late=3))
+    cosine = torch.nn.functional.cosine_similarity(early, late, dim=2)
+    torch.testing.assert_close(term, 0.5 * (1 - cosine.mean(1)))
+    term.sum().backward()
+    assert late.grad is None
+    assert early.grad is not None
+    assert float(early.grad.abs().min()) > 0
+
+
+def test_layersync_is_0_of_tokens_alike_and_finite_of_none_in_float32() -> None:
+    tokens = normal(2, 5, 8).bfloat16()
+    alike = synced(tokens, 3 * tokens, LayerSync())
+    assert alike.dtype == torch.float32
+    torch.testing.assert_close(alike, torch.zeros(2), rtol=0, atol=1e-4)
+    nothing = torch.zeros(2, 5, 8, requires_grad=True)
+    term = synced(nothing, torch.zeros(2, 5, 8), LayerSync())
+    assert term.tolist() == pytest.approx([0.2, 0.2])
+    term.sum().backward()
+    assert nothing.grad is not None
+    assert bool(torch.isfinite(nothing.grad).all())
+
+
+def test_a_network_is_asked_for_taps_once_and_only_where_a_term_looks_at_them() -> None:
+    model = Tapping(normal(8, 3, 2, 2), normal(1, 8, 3, 6))
+    data = normal(8, 3, 2, 2)
+    Objective(auxiliary=(LayerSync(early=2, late=5), Direction())).loss(model, data, {}, draws(8))
+    Objective(auxiliary=Direction()).loss(model, data, {}, draws(8))
+    Objective(auxiliary=LayerSync()).per_sample(model, data, data, torch.full((8,), 0.5).double(), {})
+    assert model.asked == [(), (2, 5), (), ()]
+
+
+def test_blocks_that_a_network_does_not_have_are_refused() -> None:
+    objective = Objective(auxiliary=LayerSync(early=2, late=5))
+    objective.check_depth(5)
+    Objective(auxiliary=Direction()).check_depth(1)
+    with pytest.raises(ConfigError, match="layersync looks behind block 5, and the network has 4"):
+        objective.check_depth(4)
+    with pytest.raises(ConfigError, match="an early block follows a later one"):
+        LayerSync(early=5, late=5)
