@@ -23,6 +23,7 @@ import pydantic
 from dit.commandline.argv import Tool
 from dit.commandline.helptext import NOTES, Command, describe, summary
 from dit.config import Registry, config, from_dict, one_or_more, to_dict
+from dit.several import Plainest
 
 FILE = Path(__file__).with_name("schema.json")
 PLAIN: dict[str, Any] = {
@@ -144,6 +145,8 @@ class _Writer:
             before = getattr(note, "func", None) if isinstance(note, pydantic.BeforeValidator) else None
             if before is one_or_more:
                 named = {"one_or_more": named}
+            elif isinstance(note, Plainest):
+                named = {"plainest": named}
             elif not (self._is_read_alike(before) or self._only_limits(note)):
                 raise TypeError(f"dit/commandline/schema.py does not know what {note} takes")
         return named
@@ -241,6 +244,8 @@ class StandIns:
             return Literal[tuple(inner)]
         if word == "one_or_more":
             return Annotated[self._hint(inner), pydantic.BeforeValidator(one_or_more)]
+        if word == "plainest":
+            return Annotated[self._hint(inner), Plainest()]
         made = tuple(self._hint(part) for part in inner)
         if word == "union":
             return Union[made]  # noqa: UP007

@@ -94,15 +94,16 @@ class Experiment(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.objective.check()
+        self.objective.check_depth(self.model.dims(self.model.patch, 1, 0).depth)
         if self.model.learn_sigma and not self.objective.uses_variance:
             raise ConfigError(
                 "model.learn_sigma gives the network variance channels that objective.auxiliary does not train; "
-                "set objective.auxiliary: learned_range, or model.learn_sigma: false"
+                "name learned_range in objective.auxiliary, or set model.learn_sigma: false"
             )
         if self.objective.uses_variance and not self.model.learn_sigma:
             raise ConfigError(
                 "objective.auxiliary trains variance channels that the network lacks; "
-                "set model.learn_sigma: true, or leave objective.auxiliary out"
+                "set model.learn_sigma: true, or leave learned_range out of objective.auxiliary"
             )
         drawn: dict[str, SampleConfig | EvaluateConfig] = {"sample": self.sample, "evaluate": self.evaluate}
         for name, spec in drawn.items():

@@ -1,8 +1,9 @@
-"""The training objective: path + prediction + times + weight + coupling (+ an auxiliary term)."""
+"""The training objective: path + prediction + times + weight + coupling (+ auxiliary terms)."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated
 
@@ -10,15 +11,15 @@ import torch
 from torch import Tensor
 
 from dit.config import ConfigError, config
+from dit.flow.auxiliary import AUXILIARIES, Auxiliary, Context, call_tapped
 from dit.flow.couple import COUPLINGS, Coupling, Independent, Metrics
-from dit.flow.path import PATHS, Linear, NoisePath
+from dit.flow.path import PATHS, Coeffs, Linear, NoisePath
 from dit.flow.predict import (
     PREDICTIONS,
     Cond,
     Model,
     Prediction,
     Velocity,
-    call_network,
     check_cond,
     check_steps,
     split_channels,
@@ -26,18 +27,18 @@ from dit.flow.predict import (
 )
 from dit.flow.spread import SPREADS, IndependentDraws, Spread
 from dit.flow.times import TIMES, Times, Uniform, shift_time
-from dit.flow.variance import AUXILIARIES, Auxiliary
 from dit.flow.weight import WEIGHTS, UniformWeight, Weight
 from dit.rng import Draws, Purpose
+from dit.several import Plainest
 
 
 @dataclass(frozen=True)
 class Loss:
     """The loss of a micro-batch, in float32 at least.
 
-    mean: scalar to differentiate. per_sample: (B,), weighted; its mean, and the auxiliary term's, is `mean`.
+    mean: scalar to differentiate. per_sample: (B,), weighted; its mean, and the auxiliary terms', is `mean`.
     t: (B,), None for a loss without times (stage 1). metrics: scalars to log.
-    auxiliary: (B,) the auxiliary term, or None; no part of per_sample, which the first loss predicts.
+    auxiliary: (B,) the sum of the auxiliary terms, or None; no part of per_sample, which the first loss predicts.
     valid: (B,) bool, False for samples that are missing and whose loss is 0; None where none is.
     """
 
@@ -84,8 +85,8 @@ class FirstLoss:
 class Objective:
     """What is minimised: E weight·|pred − target|² over data, eps and t, the square a mean over elements.
 
-    spread: how times are drawn over the global batch. auxiliary: a term added to that, such as what trains a
-    learned variance.
+    spread: how times are drawn over the global batch. auxiliary: terms added to that, such as what trains a
+    learned variance: None, one, or a tuple of several.
     """
 
     path: Annotated[NoisePath, PATHS] = Linear()  # how data become noise: alpha and sigma of t
@@ -94,13 +95,27 @@ class Objective:
     spread: Annotated[Spread, SPREADS] = IndependentDraws()  # how times are drawn over the global batch
     weight: Annotated[Weight, WEIGHTS] = UniformWeight()  # of the loss at each time
     coupling: Annotated[Coupling, COUPLINGS] = Independent()  # which noise goes with which data
-    # loss added for a learned variance; null = none
-    auxiliary: Annotated[Auxiliary, AUXILIARIES] | None = None
+    # terms added to the loss; one alone needs no brackets, null = none
+    auxiliary: Annotated[
+        Annotated[Auxiliary, AUXILIARIES] | tuple[Annotated[Auxiliary, AUXILIARIES], ...] | None, Plainest()
+    ] = None
+
+    @property
+    def terms(self) -> tuple[Auxiliary, ...]:
+        """The auxiliary terms, in the order given."""
+        if self.auxiliary is None:
+            return ()
+        return self.auxiliary if isinstance(self.auxiliary, tuple) else (self.auxiliary,)
 
     @property
     def uses_variance(self) -> bool:
         """Whether the network must give twice the channels."""
-        return self.auxiliary is not None and self.auxiliary.uses_variance
+        return any(term.uses_variance for term in self.terms)
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Behind which of the network's blocks, counted from 1, the terms look at the tokens."""
+        return tuple(sorted({n for term in self.terms for n in term.taps}))
 
     def loss(
         self, model: Model, data: Tensor, cond: Cond, draws: Draws, paired: Tensor | None = None
@@ -118,10 +133,16 @@ class Objective:
             data.dtype
         )  # float64: bitwise t on any device and batch
         eps, metrics = self.coupling(data, self._eps(data, draws, paired), cond, draws)
-        per_sample, auxiliary = self._terms(model, data, eps, t, cond)
-        if auxiliary is None:
+        per_sample, coeffs, x, output, taps = self._call(model, data, eps, t, cond, self.taps)
+        if not self.terms:
             return Loss(per_sample.mean(), per_sample, t, metrics)
-        metrics = {**metrics, "variational_bound": auxiliary.detach().mean()}
+        ends = self.prediction.endpoints(coeffs, x, output)
+        context = Context(
+            self.path, self.prediction, t, coeffs, data, eps, x, output, ends, taps, cond, draws
+        )
+        found = {term.metric: term.term(context) for term in self.terms}
+        metrics = {**metrics, **{name: value.detach().mean() for name, value in found.items()}}
+        auxiliary = torch.stack(list(found.values())).sum(0)
         return Loss((per_sample + auxiliary).mean(), per_sample, t, metrics, auxiliary)
 
     def _eps(self, data: Tensor, draws: Draws, paired: Tensor | None) -> Tensor:
@@ -145,23 +166,20 @@ class Objective:
 
         The main term alone; a network may give variance channels whether an auxiliary term trains them or not.
         """
-        return self._terms(model, data, eps, t, cond)[0]
+        return self._call(model, data, eps, t, cond)[0]
 
-    def _terms(
-        self, model: Model, data: Tensor, eps: Tensor, t: Tensor, cond: Cond
-    ) -> tuple[Tensor, Tensor | None]:
-        """(B,) the weighted loss and (B,) the auxiliary term, if there is one, of one call of the network."""
+    def _call(
+        self, model: Model, data: Tensor, eps: Tensor, t: Tensor, cond: Cond, taps: tuple[int, ...] = ()
+    ) -> tuple[Tensor, Coeffs, Tensor, Tensor, Mapping[int, Tensor]]:
+        """(B,) the weighted loss of one call of the network; coefficients and x that it was of; its output and taps."""
         coeffs = self.path.coeffs(t)
         x = coeffs.mix(data, eps)
         target = self.prediction.target(coeffs, data, eps)
-        output = call_network(model, self.path, x, t, cond)
+        output, tapped = call_tapped(model, self.path, x, t, cond, taps)
         pred, _ = split_channels(output, x)
         error = (pred.to(target.dtype) - target).square().flatten(1).mean(1)
         per_sample = self.weight(coeffs, self.prediction.row(coeffs)) * error
-        if self.auxiliary is None:
-            return per_sample, None
-        ends = self.prediction.endpoints(coeffs, x, output.to(target.dtype))
-        return per_sample, self.auxiliary(self.path, t, x, data, ends)
+        return per_sample, coeffs, x, output.to(target.dtype), tapped
 
     def first_losses(self, t: Tensor, correlation: float = 0.0) -> Tensor:
         """(B,) float64: expected losses of a network that says 0, for unit-variance latents at times t (B,).
@@ -179,7 +197,7 @@ class Objective:
 
         The path, and the usable interval of the prediction on it, must reach from nearly clean data to nearly
         pure noise, where sampling starts, and the interval hold every step of a discrete path. Most training
-        times must fall inside; and the auxiliary term must be defined on the path.
+        times must fall inside; and each auxiliary term must be defined on the path, and be there once.
         """
         _check_reach(self.path, 0.0, 1.0, f"path {self.path}", "change its coefficients")
         lo, hi = usable(self.path, self.prediction)
@@ -188,8 +206,25 @@ class Objective:
         self._check_sigma_data()
         check_steps(self.path, self.prediction)
         self._check_times()
-        if self.auxiliary is not None:
-            self.auxiliary.check(self.path)
+        self._check_terms()
+
+    def check_depth(self, depth: int) -> None:
+        """ConfigError for a term that looks behind a block which a network of `depth` blocks does not have."""
+        for term in self.terms:
+            if term.taps and max(term.taps) > depth:
+                raise ConfigError(
+                    f"auxiliary {AUXILIARIES.name_of(term)} looks behind block {max(term.taps)}, and the network has "
+                    f"{depth}: name blocks from 1 to {depth}"
+                )
+
+    def _check_terms(self) -> None:
+        names = [AUXILIARIES.name_of(term) for term in self.terms]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ConfigError(
+                f"auxiliary names {twice[0]} {names.count(twice[0])} times: keep one of them, with the weight of all"
+            )
+        for term in self.terms:
+            term.check(self.path)
 
     def _check_sigma_data(self) -> None:
         """Whatever scales by the std of the data must have one std in mind."""

@@ -16,7 +16,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dit.config import ConfigError, Registry, config
+from dit.config import ConfigError, config
+from dit.flow.auxiliary import AUXILIARIES, Auxiliary, Context
 from dit.flow.path import NoisePath, broadcast
 from dit.flow.predict import Endpoints
 
@@ -141,24 +142,7 @@ Decoder = Callable[[Tensor, Tensor, Number], Tensor]
 DECODERS: Mapping[str, Decoder] = {"density": density, "discretised": discretised}
 
 
-# --- auxiliary terms of the objective ----------------------------------------------------------------------
-
-
-class Auxiliary:
-    """A term beside the main loss. Subclasses are frozen `@config` classes."""
-
-    uses_variance: ClassVar[bool]  # needs a network of twice the channels
-
-    def check(self, path: NoisePath) -> None:
-        """ConfigError for a path on which the term is not defined."""
-        raise NotImplementedError
-
-    def __call__(self, path: NoisePath, t: Tensor, x: Tensor, data: Tensor, ends: Endpoints) -> Tensor:
-        """(B,) at t (B,) and x (B, C, ...), data being what x was made of and ends what the network sees."""
-        raise NotImplementedError
-
-
-AUXILIARIES: Registry[Auxiliary] = Registry("auxiliary term")
+# --- the auxiliary term that trains a learned variance ------------------------------------------------------
 
 
 @AUXILIARIES.register("learned_range")
@@ -173,6 +157,7 @@ class LearnedRange(Auxiliary):
     # of the term of one step; 1.0 at 1000 steps is the paper's lambda = 0.001
     weight: Annotated[float, Field(gt=0)] = 1.0
     uses_variance: ClassVar[bool] = True
+    metric: ClassVar[str] = "variational_bound"
 
     def check(self, path: NoisePath) -> None:
         if path.num_steps is None or path.num_steps < 2:
@@ -180,8 +165,14 @@ class LearnedRange(Auxiliary):
                 f"learned_range needs a path of at least 2 discrete steps, such as ddpm, not {path}"
             )
 
+    def term(self, context: Context) -> Tensor:
+        return self(context.path, context.t, context.x, context.data, context.ends)
+
     def __call__(self, path: NoisePath, t: Tensor, x: Tensor, data: Tensor, ends: Endpoints) -> Tensor:
-        """ConfigError for such a path, or a network without variance channels."""
+        """(B,) at t (B,) and x (B, C, ...), data being what x was made of and ends what the network sees.
+
+        Raises ConfigError for a path without steps, or a network without variance channels.
+        """
         self.check(path)
         steps = path.num_steps or 0
         k = torch.round(path.snap(t.double()) * steps) - 1.0  # (B,) 0 … T − 1

@@ -15,7 +15,7 @@ from dit.config import ConfigError, config
 from dit.flow.predict import Cond
 from dit.model.block import BLOCKS, AdaLNZero, BlockConfig
 from dit.model.dims import Dims
-from dit.model.dit import DiT, DiTConfig
+from dit.model.dit import DiT, DiTConfig, Tapped
 from dit.model.embed import WideLinear
 from dit.model.modulation import FullRows, cut, modulate
 
@@ -79,11 +79,13 @@ class Classifier(DiT):
         """Logits of the classes."""
         return LogitLayer(cfg, dims)
 
-    def forward(self, x: Tensor, model_time: Tensor, cond: Cond) -> Tensor:
+    def forward(
+        self, x: Tensor, model_time: Tensor, cond: Cond, taps: tuple[int, ...] = ()
+    ) -> Tensor | Tapped:
         """x (B, C, H, W), model_time (B,) float32 or float64 -> logits (B, classes), float32 at least.
 
         Nothing in cond is read: the network is called as every other one is.
         """
-        h, c, _ = self.hidden(x, model_time, cond)  # (B, T, D), (B, D)
+        h, c, _, tapped = self.hidden(x, model_time, cond, taps)  # (B, T, D), (B, D)
         logits: Tensor = self.output(h, c)  # (B, classes)
-        return logits
+        return (logits, tapped) if taps else logits

@@ -19,7 +19,7 @@ from dit.config import ConfigError, config
 from dit.flow.predict import Cond
 from dit.model.block import OutputCost, OutputLayer, output_cost, run_block
 from dit.model.dims import Dims
-from dit.model.dit import MODELS, DiT, DiTConfig
+from dit.model.dit import MODELS, DiT, DiTConfig, Tapped
 from dit.model.embed import PatchEmbed, WideLinear
 
 
@@ -101,10 +101,16 @@ class DDT(DiT):
         for block in self.output.blocks:
             block.forward = torch.compile(block.forward, **options)  # type: ignore[call-overload]
 
-    def forward(self, x: Tensor, model_time: Tensor, cond: Cond) -> Tensor:
-        """x (B, C, H, W), model_time (B,) float32 or float64, cond -> prediction, at least float32."""
-        h, _, time = self.hidden(x, model_time, cond)  # (B, T, D), (B, D)
-        return self.as_image(self.output(x, F.silu(time.unsqueeze(1) + h)), x)
+    def forward(
+        self, x: Tensor, model_time: Tensor, cond: Cond, taps: tuple[int, ...] = ()
+    ) -> Tensor | Tapped:
+        """x (B, C, H, W), model_time (B,) float32 or float64, cond -> prediction, at least float32.
+
+        With taps (n = behind the encoder's n-th block) the prediction and their tokens, as a DiT gives them.
+        """
+        h, _, time, tapped = self.hidden(x, model_time, cond, taps)  # (B, T, D), (B, D)
+        said = self.as_image(self.output(x, F.silu(time.unsqueeze(1) + h)), x)
+        return (said, tapped) if taps else said
 
 
 class Decoder(nn.Module):

@@ -28,6 +28,7 @@ from dit.model.norms import NORMS, Norm
 from dit.model.parametrization import PARAMETRIZATIONS, Parametrization, Standard, scale
 from dit.model.sizes import SIZES, Size
 
+Tapped = tuple[Tensor, tuple[Tensor, ...]]  # a prediction, and tokens behind blocks
 EMBEDDING_STD = 0.02  # of the initial weights of embeddings and the time MLP, as in the reference
 
 
@@ -262,20 +263,28 @@ class DiT(nn.Module):
         for block in self.blocks:
             block.forward = torch.compile(block.forward, **options)
 
-    def forward(self, x: Tensor, model_time: Tensor, cond: Cond) -> Tensor:
+    def forward(
+        self, x: Tensor, model_time: Tensor, cond: Cond, taps: tuple[int, ...] = ()
+    ) -> Tensor | Tapped:
         """x (B, C, H, W), model_time (B,) float32 or float64, cond -> prediction, at least float32.
 
         (B, C, H, W), or (B, 2C, H, W) with `learn_sigma`: the prediction, then the log-variance channels.
+        With taps (n = behind the n-th block) the prediction and their tokens, (B, T, D) each, in that order.
         """
-        h, c, _ = self.hidden(x, model_time, cond)  # (B, T, D), (B, D)
-        return self.as_image(self.output(h, c), x)  # (B, C or 2C, H, W)
+        h, c, _, tapped = self.hidden(x, model_time, cond, taps)  # (B, T, D), (B, D)
+        said = self.as_image(self.output(h, c), x)  # (B, C or 2C, H, W)
+        return (said, tapped) if taps else said
 
     def as_image(self, tokens: Tensor, x: Tensor) -> Tensor:
         """(B, T, p·p·C) -> (B, C, H, W), in at least float32: as the input x is."""
         return unpatchify(tokens, self.dims.patch, self.dims.grid).to(wide(x).dtype)
 
-    def hidden(self, x: Tensor, model_time: Tensor, cond: Cond) -> tuple[Tensor, Tensor, Tensor]:
-        """The tokens after the last block (B, T, D), c (B, D) of every modulation, and the time's embedding (B, D)."""
+    def hidden(
+        self, x: Tensor, model_time: Tensor, cond: Cond, taps: tuple[int, ...] = ()
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+        """Tokens after the last block (B, T, D), c (B, D) of every modulation, the embedded time (B, D), and taps."""
+        if wrong := [n for n in taps if not 1 <= n <= len(self.blocks)]:
+            raise ValueError(f"tap {wrong[0]}: the network has blocks 1 to {len(self.blocks)}")
         given = joined([conditioner(cond) for conditioner in self.conditioners])
         h = self.patch_embed(x, given.channels) + self.position  # (B, T, D)
         if len(given.residuals) > len(self.blocks):
@@ -284,6 +293,7 @@ class DiT(nn.Module):
         c = F.silu(time if given.vector is None else time + given.vector)  # (B, D), of every modulation
         tokens = () if given.tokens is None else (given.tokens,)
         carried: dict[str, Tensor] = {} if self.modulation is None else {"shared": self.modulation(c)}
+        after: dict[int, Tensor] = {}
         for i, block in enumerate(self.blocks):
             h = self._joined_by(given.context, h, i)  # (B, N + T, D): tokens beside the image's come first
             if self.rotation is not None:
@@ -291,7 +301,9 @@ class DiT(nn.Module):
             h = run_block(block, self.checkpoint_blocks, carried, h, c, *tokens)  # (B, N + T, D)
             if i < len(given.residuals):
                 h = h + F.pad(given.residuals[i], (0, 0, h.shape[1] - self.dims.tokens, 0))  # (B, N + T, D)
-        return h[:, h.shape[1] - self.dims.tokens :], c, time
+            if i + 1 in taps:
+                after[i + 1] = h[:, h.shape[1] - self.dims.tokens :]  # (B, T, D)
+        return h[:, h.shape[1] - self.dims.tokens :], c, time, tuple(after[n] for n in taps)
 
     def _joined_by(self, context: Tensor | None, h: Tensor, block: int) -> Tensor:
         """The sequence that a block gets: registers come before the first, the conditioners' tokens at context_from."""

@@ -191,3 +191,14 @@ def test_variance_channels_and_what_trains_them_come_together() -> None:
         assert "objective.auxiliary" in str(refused.value)
     with pytest.raises(ConfigError, match="learned_range needs a path"):
         from_dict(Experiment, {**both, "objective": {**learned, "path": "vp"}})
+    several = {**both, "objective": {**learned, "auxiliary": ["direction", "learned_range"]}}
+    assert from_dict(Experiment, several).objective.uses_variance
+
+
+def test_a_term_that_looks_behind_blocks_needs_them() -> None:
+    deep = {"data": {"path": "x"}, "model": {"size": "XL"}, "objective": {"auxiliary": ["layersync"]}}
+    from_dict(Experiment, deep)
+    with pytest.raises(
+        ConfigError, match="layersync looks behind block 16, and the network has 12: name blocks"
+    ):
+        from_dict(Experiment, {**deep, "model": {"size": "S"}})

@@ -308,3 +308,47 @@ def test_classes_come_from_the_data_unless_the_config_has_room_for_more():
 def test_impossible_configs_are_refused_with_a_reason(fields, message):
     with pytest.raises(ConfigError, match=message):
         from_dict(DiTConfig, fields)
+
+
+# --- tokens behind blocks ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS.names())
+@pytest.mark.parametrize("checkpoint_blocks", [False, True])
+def test_taps_are_the_image_s_tokens_behind_blocks_beside_the_same_prediction(name, checkpoint_blocks):
+    """Not those of registers or of conditions in the sequence, in the order asked for; gradients go through them."""
+    beside = {
+        "registers": 2,
+        "cond": [{"name": "class", "context": 3}],
+        "checkpoint_blocks": checkpoint_blocks,
+    }
+    cfg = from_dict(MODELS[name], {"width": 32, "depth": 3, "heads": 2, **beside})
+    model, seen = trained(cfg), []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, given, out: seen.append(out))
+    said, taps = model(*inputs(cfg), taps=(3, 1))
+    behind = [out[0] if isinstance(out, tuple) else out for out in seen]
+    assert len(behind) == 3
+    assert [tuple(tap.shape) for tap in taps] == [(3, 16, 32)] * 2
+    for tap, n in zip(taps, (3, 1), strict=True):
+        assert torch.equal(tap, behind[n - 1][:, -16:])
+    assert torch.equal(said, model(*inputs(cfg)))
+    taps[1].square().sum().backward()
+    assert float(model.blocks[0].mlp.fc1.weight.grad.abs().max()) > 0
+    assert model.blocks[1].mlp.fc1.weight.grad is None
+
+
+@pytest.mark.parametrize("wrong", [0, 4])
+def test_a_tap_behind_no_block_is_refused(wrong):
+    cfg = DiTConfig(width=32, depth=3, heads=2)
+    with pytest.raises(ValueError, match=f"tap {wrong}: the network has blocks 1 to 3"):
+        trained(cfg)(*inputs(cfg), taps=(1, wrong))
+
+
+def test_a_network_with_taps_compiles_to_one_graph():
+    torch.compiler.reset()
+    cfg = DiTConfig(width=32, depth=1, heads=2)
+    model = trained(cfg)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    out, expected = (network(*inputs(cfg), taps=(1,)) for network in (compiled, model))
+    torch.testing.assert_close(out, expected)

@@ -80,6 +80,26 @@ def test_operational_changes_are_taken_and_recorded(tmp_path: Path) -> None:
     assert "train.global_batch" not in second["changes"]
 
 
+def test_auxiliary_terms_are_the_same_run_in_whichever_form_they_are_given(tmp_path: Path) -> None:
+    """A mapping is how runs before there were several terms have it written; one more term is another run."""
+    plain = {"path": "ddpm", "prediction": "eps", "auxiliary": "learned_range"}
+    cfg = experiment(tmp_path, model={"learn_sigma": True}, objective=plain)
+    before = to_dict(cfg)
+    assert before["objective"]["auxiliary"] == {"name": "learned_range", "weight": 1.0}
+    for form in (["learned_range"], {"name": "learned_range"}, [{"name": "learned_range", "weight": "1"}]):
+        again = experiment(tmp_path, model={"learn_sigma": True}, objective={**plain, "auxiliary": form})
+        assert differences(before, again, "here") == {}
+        assert to_dict(again) == before
+    both = {**plain, "auxiliary": ["learned_range", "direction"]}
+    more = experiment(tmp_path, model={"learn_sigma": True}, objective=both)
+    with pytest.raises(ConfigError, match=r"objective\.auxiliary"):
+        differences(before, more, "here")
+    assert differences(to_dict(more), more, "here") == {}
+    older = to_dict(experiment(tmp_path))
+    del older["objective"]["auxiliary"]
+    assert differences(older, experiment(tmp_path, objective={"auxiliary": []}), "here") == {}
+
+
 @pytest.mark.parametrize(
     ("config", "lines", "stage"),
     [

@@ -48,6 +48,23 @@ def test_micro_batches_see_what_the_whole_sees() -> None:
     assert [len(p.label) for p in samples.micro_batches(5)] == [5, 5, 5, 1]
 
 
+def test_auxiliary_terms_of_micro_batches_are_those_of_the_whole() -> None:
+    stored, added = batch(), task(objective={"auxiliary": "direction"})
+    samples, _ = batch_samples(stored, added, Draws(1, 5, stored.slots, 16), CPU)
+
+    def model(x: torch.Tensor, t: torch.Tensor, cond: object) -> torch.Tensor:
+        return x.flip(1)
+
+    whole = added.loss(model, samples)
+    parts = [added.loss(model, part) for part in samples.micro_batches(4)]
+    auxiliary = torch.cat([part.auxiliary for part in parts if part.auxiliary is not None])
+    torch.testing.assert_close(auxiliary, whole.auxiliary)
+    assert float(auxiliary.std()) > 0
+    means = torch.stack([part.metrics["direction"] for part in parts])
+    torch.testing.assert_close(means.mean(), whole.metrics["direction"])
+    torch.testing.assert_close(torch.stack([part.mean for part in parts]).mean(), whole.mean)
+
+
 def test_stored_noise_stays_with_its_sample() -> None:
     """To the device, through micro-batches, to the loss: of a network that says 0 it is the mean of (eps - data)²."""
     stored = replace(batch(), moments=batch().moments[:, :1])
@@ -151,6 +168,7 @@ def losses_of(scale: float, n: int = 64, objective: dict | None = None, seed: in
         {"path": "vp", "prediction": "v"},
         {"coupling": {"name": "ot", "group": 16}},
         {"coupling": {"name": "sinkhorn", "group": 16}},
+        {"auxiliary": ["direction"]},
         {"path": "ve", "prediction": "data", "times": "edm", "weight": "edm", "spread": "stratified"},
     ],
 )
