@@ -9,7 +9,6 @@ SiT's time runs from noise (0) to data (1), so its velocity points from noise to
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import product
 from typing import Any, Literal
 
@@ -21,6 +20,8 @@ from dit.config import config, from_dict
 from dit.flow.objective import Objective
 from dit.flow.path import VP, Cosine, Linear, NoisePath
 from dit.flow.predict import Eps, Prediction, ReverseVelocity, Score
+from dit.interop.format import DiTFormat
+from dit.interop.outward import to_theirs
 from dit.interop.weights import (
     OUTPUT,
     Arguments,
@@ -28,11 +29,9 @@ from dit.interop.weights import (
     ReferenceNetwork,
     StateDict,
     WeightsError,
-    check,
     network,
     parse_arguments,
-    to_ours,
-    to_theirs,
+    without_discarded,
 )
 from dit.model.dit import DiT
 
@@ -51,7 +50,7 @@ PREDICTIONS: dict[PredictionName, Prediction] = {
 
 
 @config
-class SiT:
+class SiT(DiTFormat):
     """A SiT of this path and prediction, by the names of its command line."""
 
     path: PathName = "Linear"  # its --path-type: Linear, GVP or VP
@@ -63,12 +62,7 @@ class SiT:
 
         WeightsError where the state dict does not fit.
         """
-        check(state, arguments)
-        kept = replace(arguments, learn_sigma=False)
-        if not arguments.learn_sigma:
-            return kept, to_ours(state, kept)
-        rows = {name: _first_half(state[name], arguments.patch_size) for name in OUTPUT}
-        return kept, to_ours({**state, **rows}, kept)
+        return without_discarded(state, arguments)
 
     def objective(self, arguments: Arguments) -> Objective:
         """What the weights were trained with."""
@@ -87,14 +81,8 @@ class SiT:
         return {**state, **padded} if self.learn_sigma else state
 
 
-def _first_half(weight: Tensor, patch: int) -> Tensor:
-    """Take of the output layer's rows (p q 2C) those of the first C channels: (p q C, ...)."""
-    rows = rearrange(weight, "(p q c) ... -> p q c ...", p=patch, q=patch)
-    return rearrange(rows[:, :, : rows.shape[2] // 2], "p q c ... -> (p q c) ...")
-
-
 def _with_second_half(weight: Tensor, patch: int) -> Tensor:
-    """The inverse of `_first_half`, with zeros for what is not known."""
+    """The output layer's rows (p q C) with as many of zeros, which are discarded: (p q 2C, ...)."""
     rows = rearrange(weight, "(p q c) ... -> p q c ...", p=patch, q=patch)
     return rearrange(torch.cat([rows, torch.zeros_like(rows)], dim=2), "p q c ... -> (p q c) ...")
 

@@ -18,8 +18,11 @@ from dit.data.shards.manifest import Manifest
 from dit.experiments.diffusion import Experiment
 from dit.experiments.trained import Trained
 from dit.interop import convert, facebook_dit, sit
-from dit.interop.convert import Choices, Format, from_run, read_weights, to_run
+from dit.interop.convert import from_run, to_run
 from dit.interop.facebook_dit import FacebookDiT
+from dit.interop.files import read_weights
+from dit.interop.format import Format
+from dit.interop.latents import Choices
 from dit.interop.sit import SiT
 from dit.interop.weights import WeightsError
 from dit.model.dit import DiTConfig
@@ -32,7 +35,7 @@ from tests.train.runs import at_step, go, values
 
 CPU = torch.device("cpu")
 HEADS = Choices(num_heads=4)
-FORMATS: dict[str, tuple[Format, Any]] = {
+FORMATS: dict[str, tuple[Format[Any], Any]] = {
     "facebook_dit": (FacebookDiT(), facebook_dit.from_state_dict),
     "sit": (SiT(), sit.from_state_dict),
 }

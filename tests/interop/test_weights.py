@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from dit.config import ConfigError
+from dit.interop.outward import arguments_of, to_theirs
 from dit.interop.weights import (
     Arguments,
     WeightsError,
-    arguments_of,
     check,
     infer,
     network,
@@ -17,7 +17,6 @@ from dit.interop.weights import (
     ratio_of,
     their_name,
     to_ours,
-    to_theirs,
 )
 from dit.model.dit import DiTConfig
 from tests.interop.reference import TINY, shapes, weights
