@@ -294,17 +294,7 @@ def _choices(codec_keys: dict[str, str], **given: float | str | None) -> Choices
 
 
 def _report(done: Converted) -> None:
-    print(f"{done.folder}: {done.arguments}")
-    model: Any = done.experiment.model
-    if model.stored_position:
-        print(
-            "note: the position table is not the computed one and is kept as it is; training from these weights "
-            "needs model.stored_position=true"
-        )
-    if not done.arguments.has_null:
-        print("note: these weights know no null class: sample them with --cfg_scale=1")
-    codec = "" if done.experiment.codec else " --codec.path=VAE"
-    print(f"Sample from it: python tools/sample.py {done.folder} --out=SAMPLES{codec}")
+    print("\n".join(done.told()))
 
 
 COMMANDS = {

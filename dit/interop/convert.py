@@ -44,6 +44,20 @@ class Converted:
     arguments: RunArguments
     experiment: Experiment
 
+    def told(self) -> list[str]:
+        """Lines for a person: what it is, what to know of it, and how to sample from it."""
+        model: Any = self.experiment.model
+        rows = [f"{self.folder}: {self.arguments}"]
+        if model.stored_position:
+            rows.append(
+                "note: the position table is not the computed one and is kept as it is; training from these weights "
+                "needs model.stored_position=true"
+            )
+        if not self.arguments.has_null:
+            rows.append("note: these weights know no null class: sample them with --cfg_scale=1")
+        codec = "" if self.experiment.codec else " --codec.path=VAE"
+        return [*rows, f"Sample from it: python tools/sample.py {self.folder} --out=SAMPLES{codec}"]
+
 
 def to_run(
     source: str | Path, out: str | Path, format: Format[KnownArguments], choices: Choices

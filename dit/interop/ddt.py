@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import torch
 from einops import rearrange
@@ -246,7 +246,7 @@ def to_theirs(model: DiT) -> dict[str, Tensor]:
             f"DDT has no such network; it differs in the shapes of {', '.join(wrong[:5])}: its decoder is as wide as "
             "its encoder, with as many heads, and its MLPs are of 4 times the width"
         )
-    _check_attention(model)
+    check_attention(model)
     found = {}
     for name, parameter in model.named_parameters():
         theirs, weight = their_name(name, dims.depth), parameter.detach()
@@ -256,16 +256,6 @@ def to_theirs(model: DiT) -> dict[str, Tensor]:
             weight = rearrange(weight, "(p q c) ... -> (c p q) ...", p=dims.patch, q=dims.patch)
         found[theirs] = weight
     return found
-
-
-def _check_attention(model: DiT) -> None:
-    """Refuse, by WeightsError, logits and heads that no weight's shape tells."""
-    decoder = cast(DDTConfig, model.cfg).decoder(model.dims)
-    if decoder.heads != model.dims.heads:
-        raise WeightsError(
-            f"DDT's decoder has its encoder's {model.dims.heads} heads, this one's {decoder.heads}"
-        )
-    check_attention(model)
 
 
 def from_state_dict(state_dict: StateDict, **model_arguments: Any) -> Pretrained:
