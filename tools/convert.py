@@ -31,7 +31,7 @@ from dit.interop.pipeline.given import from_run as to_pipeline
 from dit.interop.pipeline.taken import to_run as from_pipeline
 from dit.interop.push import check_name
 from dit.interop.push import push as push_to_hub
-from dit.interop.sit import PathName, PredictionName, SiT
+from dit.interop.sit import PathName, PredictionName, SiT, TimeName
 from dit.train.checkpoints.export import export as write_export
 
 Heads = Annotated[int | None, "attention heads; none = those of S, B, L or XL, by the width"]
@@ -69,6 +69,9 @@ def sit(
     *,
     path: Annotated[PathName, "its path, as SiT names it"] = "Linear",
     prediction: Annotated[PredictionName, "what it predicts, as SiT names it"] = "velocity",
+    time: Annotated[
+        TimeName | None, "whose time; none = REPA's where the weights hold its projectors, else SiT's"
+    ] = None,
     num_heads: Heads = None,
     num_classes: Classes = None,
     scaling_factor: Scale = None,
@@ -76,12 +79,15 @@ def sit(
 ) -> None:
     """willisma/SiT's weights as a run directory OUT that tools/sample.py takes, and init.from of training.
 
-    The output rows that SiT computes and discards are left out. --codec.path=FOLDER: as for facebook-dit.
+    The output rows that SiT computes and discards are left out, and REPA's projectors. --codec.path=FOLDER: as for
+    facebook-dit.
     """
     choices = _choices(
         codec_keys, num_heads=num_heads, num_classes=num_classes, scaling_factor=scaling_factor
     )
-    _report(to_run(weights, out, from_dict(SiT, {"path": path, "prediction": prediction}), choices))
+    _report(
+        to_run(weights, out, from_dict(SiT, {"path": path, "prediction": prediction, "time": time}), choices)
+    )
 
 
 def lightningdit(
