@@ -69,9 +69,7 @@ def sit(
     *,
     path: Annotated[PathName, "its path, as SiT names it"] = "Linear",
     prediction: Annotated[PredictionName, "what it predicts, as SiT names it"] = "velocity",
-    time: Annotated[
-        TimeName | None, "whose time; none = REPA's where the weights hold its projectors, else SiT's"
-    ] = None,
+    time: Annotated[TimeName | None, "whose time; none = REPA's with its projectors, else SiT's"] = None,
     num_heads: Heads = None,
     num_classes: Classes = None,
     scaling_factor: Scale = None,
@@ -94,13 +92,9 @@ def lightningdit(
     weights: Annotated[str, "a .pt or .safetensors such as lightningdit-xl-imagenet256-64ep.pt"],
     out: Annotated[str, "a new folder"],
     *,
-    latents_stats: Annotated[
-        str | None, "latents_stats.pt: each channel's mean and std, by which latents were normalised"
-    ] = None,
+    latents_stats: Annotated[str | None, "latents_stats.pt: mean and std of the latents' channels"] = None,
     factor: Annotated[int | None, "pixels of a latent pixel, on a side; none = the codec's, or 16"] = None,
-    num_heads: Annotated[
-        int | None, "attention heads; none = by norms or rotary tables, else as of S, B, L or XL"
-    ] = None,
+    num_heads: Annotated[int | None, "attention heads; none = as the weights or the width tell"] = None,
     num_classes: Classes = None,
     scaling_factor: Annotated[
         float | None, "latents were multiplied with it, after latents_stats; none = 1, or the codec's"

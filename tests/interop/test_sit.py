@@ -182,11 +182,8 @@ def test_other_objectives_are_not_given_out() -> None:
 
 def repa() -> dict[str, Tensor]:
     """A SiT's weights without discarded rows, with what REPA trains beside them."""
-    return {
-        **weights(learn_sigma=False),
-        "projectors.0.0.weight": torch.ones(64, 32),
-        "projectors.0.0.bias": torch.ones(64),
-    }
+    beside = {"projectors.0.0.weight": torch.ones(64, 32), "projectors.0.0.bias": torch.ones(64)}
+    return {**weights(learn_sigma=False), **beside}
 
 
 def test_repas_projectors_are_left_out_and_its_time_is_ours() -> None:
@@ -196,7 +193,7 @@ def test_repas_projectors_are_left_out_and_its_time_is_ours() -> None:
         sit.from_state_dict(repa(), **arguments),
         sit.from_state_dict(weights(learn_sigma=False), **arguments),
     )
-    assert (made.path, made.prediction) == (Linear(), Velocity())
+    assert (made.path, made.prediction) == (Linear(model_time_noise=1.0), Velocity())
     x, t, y = normal(2, 4, 8, 8).float(), torch.tensor([0.25, 0.75]), torch.tensor([3, 10])
     with torch.no_grad():
         assert torch.equal(made.model(x, t, y), plain.model(x, t, y))
