@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -297,7 +298,7 @@ def _report(done: Converted) -> None:
     print("\n".join(done.told()))
 
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., None]] = {
     "facebook-dit": facebook_dit,
     "sit": sit,
     "lightningdit": lightningdit,

@@ -92,7 +92,7 @@ def read_stats(path: str, channels: int) -> LatentNorm:
     WeightsError for anything else.
     """
     held = _load(Path(expand(path)))
-    parts = [held.get(name) for name in ("mean", "std")] if isinstance(held, dict) else []
+    parts: list[Any] = [held.get(name) for name in ("mean", "std")] if isinstance(held, dict) else []
     if not parts or not all(isinstance(p, Tensor) and p.numel() == max(p.shape) == channels for p in parts):
         has = {k: tuple(getattr(v, "shape", ())) for k, v in held.items()} if isinstance(held, dict) else held
         raise WeightsError(

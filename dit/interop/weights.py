@@ -134,7 +134,7 @@ def infer(
     label dropout, whose label table lacks the null row. mlp_width: of MLPs by other names, which `mlp_ratio` is then
     of. WeightsError where it is no state dict of such a model.
     """
-    needed = (PATCHES, POSITION, LABELS, HIDDEN, OUTPUT[0])
+    needed: tuple[str, ...] = (PATCHES, POSITION, LABELS, HIDDEN, OUTPUT[0])
     if mlp_width is not None:
         needed = (PATCHES, POSITION, LABELS, OUTPUT[0])
     if missing := [name for name in needed if name not in state]:
