@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,13 +22,17 @@ from dit.commandline.cli import run
 from dit.config import from_dict, to_dict
 from dit.data.codecs.codec import CODECS, parse_codec
 from dit.interop import card
-from dit.interop.convert import Choices, Converted, from_run, to_run
+from dit.interop.convert import Converted, from_run, to_run
+from dit.interop.ddt import DDT
 from dit.interop.facebook_dit import FacebookDiT
+from dit.interop.format import Format
+from dit.interop.latents import Choices
+from dit.interop.lightningdit import LightningDiT
 from dit.interop.pipeline.given import from_run as to_pipeline
 from dit.interop.pipeline.taken import to_run as from_pipeline
 from dit.interop.push import check_name
 from dit.interop.push import push as push_to_hub
-from dit.interop.sit import PathName, PredictionName, SiT
+from dit.interop.sit import PathName, PredictionName, SiT, TimeName
 from dit.train.checkpoints.export import export as write_export
 
 Heads = Annotated[int | None, "attention heads; none = those of S, B, L or XL, by the width"]
@@ -65,6 +70,7 @@ def sit(
     *,
     path: Annotated[PathName, "its path, as SiT names it"] = "Linear",
     prediction: Annotated[PredictionName, "what it predicts, as SiT names it"] = "velocity",
+    time: Annotated[TimeName | None, "whose time; none = REPA's with its projectors, else SiT's"] = None,
     num_heads: Heads = None,
     num_classes: Classes = None,
     scaling_factor: Scale = None,
@@ -72,12 +78,66 @@ def sit(
 ) -> None:
     """willisma/SiT's weights as a run directory OUT that tools/sample.py takes, and init.from of training.
 
-    The output rows that SiT computes and discards are left out. --codec.path=FOLDER: as for facebook-dit.
+    The output rows that SiT computes and discards are left out, and REPA's projectors. --codec.path=FOLDER: as for
+    facebook-dit.
     """
     choices = _choices(
         codec_keys, num_heads=num_heads, num_classes=num_classes, scaling_factor=scaling_factor
     )
-    _report(to_run(weights, out, from_dict(SiT, {"path": path, "prediction": prediction}), choices))
+    _report(
+        to_run(weights, out, from_dict(SiT, {"path": path, "prediction": prediction, "time": time}), choices)
+    )
+
+
+def lightningdit(
+    weights: Annotated[str, "a .pt or .safetensors such as lightningdit-xl-imagenet256-64ep.pt"],
+    out: Annotated[str, "a new folder"],
+    *,
+    latents_stats: Annotated[str | None, "latents_stats.pt: mean and std of the latents' channels"] = None,
+    factor: Annotated[int | None, "pixels of a latent pixel, on a side; none = the codec's, or 16"] = None,
+    num_heads: Annotated[int | None, "attention heads; none = as the weights or the width tell"] = None,
+    num_classes: Classes = None,
+    scaling_factor: Annotated[
+        float | None, "latents were multiplied with it, after latents_stats; none = 1, or the codec's"
+    ] = None,
+    **codec_keys: str,
+) -> None:
+    """hustvl/LightningDiT's weights as a run directory OUT that tools/sample.py takes, and init.from of training.
+
+    SwiGLU, RMSNorm, rotary positions, norms of queries and keys, and blocks without shifts are seen in the weights.
+    --codec.path=FOLDER: as for facebook-dit.
+    """
+    choices = _choices(
+        codec_keys,
+        num_heads=num_heads,
+        num_classes=num_classes,
+        scaling_factor=scaling_factor,
+        latents_stats=latents_stats,
+        factor=factor,
+    )
+    _report(to_run(weights, out, LightningDiT(), choices))
+
+
+def ddt(
+    weights: Annotated[str, "a .ckpt, .pt or .safetensors, such as DDT-XL's model.ckpt"],
+    out: Annotated[str, "a new folder"],
+    *,
+    num_encoder_blocks: Annotated[
+        int | None, "blocks of the encoder; none = 22, where there are XL's 28"
+    ] = None,
+    input_size: Annotated[int, "latent pixels on a side: 64 for images of 512 pixels"] = 32,
+    patch_size: Annotated[int, "latent pixels of a patch, on a side"] = 2,
+    scaling_factor: Scale = None,
+    **codec_keys: str,
+) -> None:
+    """MCG-NJU/DDT's weights as a run directory OUT that tools/sample.py takes, and init.from of training.
+
+    What the weights do not tell are the encoder's share of the blocks and the sizes of inputs and patches.
+    --codec.path=FOLDER: as for facebook-dit.
+    """
+    given = {"num_encoder_blocks": num_encoder_blocks, "input_size": input_size, "patch_size": patch_size}
+    choices = _choices(codec_keys, scaling_factor=scaling_factor)
+    _report(to_run(weights, out, from_dict(DDT, given), choices))
 
 
 def diffusers(
@@ -131,10 +191,7 @@ def to_facebook_dit(
     push: Push = None,
 ) -> None:
     """A checkpoint's weights as a state dict for facebookresearch/DiT: eps on DDPM's linear betas."""
-    _check_push(push)
-    line, is_new = from_run(run_or_ckpt, out, FacebookDiT(), weights, overwrite)
-    print(f"{line}\n{out}: a state dict for facebookresearch/DiT{'' if is_new else ALREADY}")
-    _push(push, *card.with_card(run_or_ckpt, weights, out, card.FACEBOOK, overwrite))
+    _out(run_or_ckpt, out, FacebookDiT(), card.FACEBOOK, weights, overwrite, push)
 
 
 def to_sit(
@@ -149,10 +206,31 @@ def to_sit(
     push: Push = None,
 ) -> None:
     """A checkpoint's weights as a state dict for willisma/SiT: a path with model times of 1 - t."""
-    _check_push(push)
-    line, is_new = from_run(run_or_ckpt, out, SiT(learn_sigma=learn_sigma), weights, overwrite)
-    print(f"{line}\n{out}: a state dict for willisma/SiT{'' if is_new else ALREADY}")
-    _push(push, *card.with_card(run_or_ckpt, weights, out, card.SIT, overwrite))
+    _out(run_or_ckpt, out, SiT(learn_sigma=learn_sigma), card.SIT, weights, overwrite, push)
+
+
+def to_lightningdit(
+    run_or_ckpt: Annotated[str, "a run directory or one checkpoint in it"],
+    out: Annotated[str, "a new .pt or .safetensors file"],
+    *,
+    weights: Weights = "ema",
+    overwrite: Overwrite = False,
+    push: Push = None,
+) -> None:
+    """A checkpoint's weights as a state dict for hustvl/LightningDiT: runs of the objective sit, of blocks it has."""
+    _out(run_or_ckpt, out, LightningDiT(), card.LIGHTNING, weights, overwrite, push)
+
+
+def to_ddt(
+    run_or_ckpt: Annotated[str, "a run directory or one checkpoint in it"],
+    out: Annotated[str, "a new .pt or .safetensors file"],
+    *,
+    weights: Weights = "ema",
+    overwrite: Overwrite = False,
+    push: Push = None,
+) -> None:
+    """A checkpoint's weights as a state dict for MCG-NJU/DDT: runs of model ddt and of the objective sit."""
+    _out(run_or_ckpt, out, DDT(), card.DDT, weights, overwrite, push)
 
 
 def export(
@@ -185,6 +263,22 @@ def export(
     _push(push, *card.with_card(source, weights, out, card.OURS, overwrite))
 
 
+def _out(
+    run_or_ckpt: str,
+    out: str,
+    format: Format[Any],
+    use: card.Use,
+    weights: str,
+    overwrite: bool,
+    push: str | None,
+) -> None:
+    """Write a state dict for another project and its card, say so, and upload both where that is asked for."""
+    _check_push(push)
+    line, is_new = from_run(run_or_ckpt, out, format, weights, overwrite)
+    print(f"{line}\n{out}: a state dict for {use.repository}{'' if is_new else ALREADY}")
+    _push(push, *card.with_card(run_or_ckpt, weights, out, use, overwrite))
+
+
 def _check_push(name: str | None) -> None:
     if name is not None:
         check_name(name)
@@ -195,31 +289,25 @@ def _push(name: str | None, *paths: Path) -> None:
         print(f"pushed to {push_to_hub(name, paths)}")
 
 
-def _choices(codec_keys: dict[str, str], **given: float | None) -> Choices:
+def _choices(codec_keys: dict[str, str], **given: float | str | None) -> Choices:
     codec = to_dict(parse_codec({"name": "vae"}, codec_keys)) if codec_keys else None
     return from_dict(Choices, {**given, "codec": codec})
 
 
 def _report(done: Converted) -> None:
-    print(f"{done.folder}: {done.arguments}")
-    model: Any = done.experiment.model
-    if model.stored_position:
-        print(
-            "note: the position table is not the computed one and is kept as it is; training from these weights "
-            "needs model.stored_position=true"
-        )
-    if done.arguments.class_dropout_prob == 0:
-        print("note: these weights know no null class: sample them with --cfg_scale=1")
-    codec = "" if done.experiment.codec else " --codec.path=VAE"
-    print(f"Sample from it: python tools/sample.py {done.folder} --out=SAMPLES{codec}")
+    print("\n".join(done.told()))
 
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., None]] = {
     "facebook-dit": facebook_dit,
     "sit": sit,
+    "lightningdit": lightningdit,
+    "ddt": ddt,
     "diffusers": diffusers,
     "to-facebook-dit": to_facebook_dit,
     "to-sit": to_sit,
+    "to-lightningdit": to_lightningdit,
+    "to-ddt": to_ddt,
     "to-diffusers": to_diffusers,
     "export": export,
 }

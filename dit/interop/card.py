@@ -36,6 +36,7 @@ class Use:
     library: str
     code: str
     notes: Sequence[str] = ()
+    repository: str = ""  # whose form it is, where that is another project's
 
 
 OURS = Use(
@@ -57,12 +58,18 @@ state = torch.load("{NAME}", weights_only=True)  # of .safetensors: safetensors.
 model = facebook_dit.from_state_dict(state, **arguments)  # those of facebookresearch/DiT's constructor
 """,
     ("Made for the repository facebookresearch/DiT.",),
+    "facebookresearch/DiT",
 )
-SIT = Use(
-    "pytorch",
-    FACEBOOK.code.replace("facebook_dit", "sit").replace("facebookresearch/DiT", "willisma/SiT"),
-    ("Made for the repository willisma/SiT.",),
-)
+
+
+def _made_for(module: str, repository: str) -> Use:
+    code = FACEBOOK.code.replace("facebook_dit", module).replace("facebookresearch/DiT", repository)
+    return Use("pytorch", code, (f"Made for the repository {repository}.",), repository)
+
+
+SIT = _made_for("sit", "willisma/SiT")
+LIGHTNING = _made_for("lightningdit", "hustvl/LightningDiT")
+DDT = _made_for("ddt", "MCG-NJU/DDT")
 
 
 def with_card(

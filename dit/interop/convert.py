@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import argparse
-import pickle
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Any
 
 import torch
-from pydantic import Field
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dit.config import ConfigError, config, from_dict, to_dict
+from dit.config import ConfigError, from_dict, to_dict
 from dit.configfile import write_yaml
-from dit.data.codecs.autoencoders import unknown_vae
 from dit.data.codecs.base import CodecConfig
-from dit.data.codecs.codec import CODECS
-from dit.data.codecs.norm import LatentNorm, codec_norm
 from dit.experiments.diffusion import Experiment
 from dit.experiments.trained import Trained
 from dit.files import expand, sync
 from dit.flow.objective import Objective
-from dit.interop.weights import Arguments, Count, StateDict, WeightsError, infer, network
+from dit.interop.files import read_weights, write_weights
+from dit.interop.format import Format, KnownArguments, RunArguments
+from dit.interop.latents import Choices, contract_of
+from dit.interop.weights import StateDict, WeightsError, network
 from dit.model.dit import DiT, DiTConfig
 from dit.outputs import claim, claim_file
 from dit.ranks.group import World
@@ -38,83 +33,7 @@ from dit.train.engines.base import Fragment
 from dit.train.run_dir import CONFIG
 from dit.version import code_version
 
-SCALE = 0.18215  # of Stable Diffusion's first VAEs, which DiT and SiT were trained with
-FACTOR = 8  # pixels a latent pixel, of the same
-
-
-class Format(Protocol):
-    """A project whose weights are known: `FacebookDiT`, `SiT`."""
-
-    def ours(self, state: StateDict, arguments: Arguments) -> tuple[Arguments, dict[str, Tensor]]:
-        """(arguments of our network, its weights)."""
-
-    def objective(self, arguments: Arguments) -> Objective:
-        """What the weights were trained with."""
-
-    def theirs(self, model: DiT, objective: Objective) -> dict[str, Tensor]:
-        """The project's state dict of our network."""
-
-
-# --- foreign files -----------------------------------------------------------------------------------------
-
-
-def read_weights(path: str | Path) -> dict[str, StateDict]:
-    """{"ema": ..., "model": ...} from a .safetensors or a .pt file.
-
-    The file holds a state dict, or the dictionary that the projects' training scripts save, with "ema" and "model"
-    in it; one of them stands for both. Wrappers' prefixes (module., _orig_mod.) are taken off. No pickle is trusted.
-    """
-    path = Path(expand(str(path)))
-    try:
-        if path.suffix == ".safetensors":
-            held: Any = load_file(path)
-        else:
-            with torch.serialization.safe_globals([argparse.Namespace]):  # of training scripts: plain values
-                held = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
-        reason = str(error).split(".", 1)[0]  # torch's goes on to advise that the file be trusted
-        raise WeightsError(
-            f"cannot read weights from {path}: expected a .safetensors file, or a .pt of tensors as torch.save writes "
-            f"it ({type(error).__name__}: {reason})"
-        ) from error
-    trained = isinstance(held, dict) and ("ema" in held or "model" in held)
-    states = [_bare(held[kind]) for kind in ("ema", "model") if kind in held] if trained else [_bare(held)]
-    if not all(state and all(isinstance(t, Tensor) for t in state.values()) for state in states):
-        raise WeightsError(f"{path} holds no state dict, nor one under 'ema' or 'model'")
-    return {"ema": states[0], "model": states[-1]}
-
-
-def _bare(state: Any) -> dict[str, Tensor]:
-    """Without what DistributedDataParallel and torch.compile put before names; empty if it is no state dict."""
-    names = dict(state) if isinstance(state, dict) else {}
-    for prefix in ("module.", "_orig_mod."):
-        names = {str(name).removeprefix(prefix): tensor for name, tensor in names.items()}
-    return names
-
-
-def write_weights(path: Path, state: StateDict) -> None:
-    """A state dict as .safetensors, or as a .pt that torch.load reads; whole or not at all."""
-    tensors = {name: t.detach().cpu().clone().contiguous() for name, t in state.items()}
-    partial = path.with_name(f".{path.name}.partial")
-    write: Callable[[Any, Path], None] = save_file if path.suffix == ".safetensors" else torch.save
-    write(tensors, partial)
-    sync(partial)
-    partial.replace(path)
-    sync(path.parent)
-
-
 # --- in ----------------------------------------------------------------------------------------------------
-
-
-@config
-class Choices:
-    """What the weights do not say. None: as is known of the project's own models."""
-
-    num_heads: Count | None = None  # of the attention; null = as usual for the width
-    # classes without the null row; null = as the table says
-    num_classes: Annotated[int, Field(ge=0)] | None = None
-    codec: Annotated[CodecConfig, CODECS] | None = None  # the VAE that they go with
-    scaling_factor: Annotated[float, Field(gt=0)] | None = None  # what its latents were multiplied with
 
 
 @dataclass(frozen=True)
@@ -122,26 +41,42 @@ class Converted:
     """What became of a file: the folder, the model's arguments, and the config."""
 
     folder: Path
-    arguments: Arguments
+    arguments: RunArguments
     experiment: Experiment
 
+    def told(self) -> list[str]:
+        """Lines for a person: what it is, what to know of it, and how to sample from it."""
+        model: Any = self.experiment.model
+        rows = [f"{self.folder}: {self.arguments}"]
+        if model.stored_position:
+            rows.append(
+                "note: the position table is not the computed one and is kept as it is; training from these weights "
+                "needs model.stored_position=true"
+            )
+        if not self.arguments.has_null:
+            rows.append("note: these weights know no null class: sample them with --cfg_scale=1")
+        codec = "" if self.experiment.codec else " --codec.path=VAE"
+        return [*rows, f"Sample from it: python tools/sample.py {self.folder} --out=SAMPLES{codec}"]
 
-def to_run(source: str | Path, out: str | Path, format: Format, choices: Choices) -> Converted:
+
+def to_run(
+    source: str | Path, out: str | Path, format: Format[KnownArguments], choices: Choices
+) -> Converted:
     """A run directory with one checkpoint, of step 0, made of a foreign file; there whole or not at all.
 
     Raises WeightsError for weights that do not fit, ConfigError where `out` is not a new folder.
     """
     new_folder(out)
     states = read_weights(source)
-    arguments = infer(states["ema"], choices.num_heads, choices.num_classes)
+    arguments = format.infer(states["ema"], choices.num_heads, choices.num_classes)
     kept, ema = format.ours(states["ema"], arguments)
     live = ema if states["model"] is states["ema"] else format.ours(states["model"], arguments)[1]
     del states  # gigabytes
-    experiment = experiment_of(out, format.objective(kept), kept.model("position" in ema), choices.codec)
+    contract = contract_of(kept, choices, format.factor, format.scale)
+    model, norm = kept.model("position" in ema), "dataset" if choices.latents_stats else "codec"
+    experiment = experiment_of(out, format.objective(kept), model, choices.codec, norm)
     weights = Weights(live, ema, network(ema, kept))
-    return Converted(
-        write_run(out, weights, experiment, contract_of(kept, choices), source), arguments, experiment
-    )
+    return Converted(write_run(out, weights, experiment, contract, source), arguments, experiment)
 
 
 def new_folder(out: str | Path) -> Path:
@@ -188,49 +123,25 @@ def write_run(
 
 
 def experiment_of(
-    out: str | Path, objective: Objective, model: DiTConfig, codec: CodecConfig | None
+    out: str | Path, objective: Objective, model: DiTConfig, codec: CodecConfig | None, norm: str = "codec"
 ) -> Experiment:
-    """A config that the weights could have been trained with; the data are not known."""
+    """A config that the weights could have been trained with; the data are not known. norm: of the latents."""
     values = {
         "data": {"path": "unknown"},
         "run_dir": str(out),
         "model": to_dict(model),
         "objective": to_dict(objective),
-        "latents": {"norm": "codec"},
+        "latents": {"norm": norm},
         "codec": to_dict(codec) if codec else None,
     }
     return from_dict(Experiment, values)
-
-
-def contract_of(arguments: Arguments, choices: Choices) -> dict[str, Any]:
-    """What sampling must know of the latents: see `Parts.contract`."""
-    identity, factor = unknown_vae(arguments.in_channels, choices.scaling_factor or SCALE), FACTOR
-    if choices.codec:
-        codec = choices.codec.build()
-        identity, factor = codec.identity(), codec.factor
-        if codec.channels != arguments.in_channels:
-            raise ConfigError(
-                f"the codec has {codec.channels} channels, the model {arguments.in_channels}; give the codec that "
-                "the weights were trained with"
-            )
-    norm = codec_norm(identity)
-    if choices.scaling_factor:
-        scale = (1.0 / choices.scaling_factor,) * arguments.in_channels
-        norm = LatentNorm(mean=(0.0,) * arguments.in_channels, std=scale)
-    return {
-        "norm": to_dict(norm),
-        "codec": identity,
-        "shape": [arguments.in_channels, arguments.input_size, arguments.input_size],
-        "image_size": arguments.input_size * factor,
-        "classes": [f"class_{i}" for i in range(arguments.num_classes)],
-    }
 
 
 # --- out ---------------------------------------------------------------------------------------------------
 
 
 def from_run(
-    run_or_checkpoint: str, out: str | Path, format: Format, weights: str, overwrite: bool = False
+    run_or_checkpoint: str, out: str | Path, format: Format[Any], weights: str, overwrite: bool = False
 ) -> tuple[str, bool]:
     """Write weights ("ema", "model" or another average) of a checkpoint as a file for the project: .pt or .safetensors.
 

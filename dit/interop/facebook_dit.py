@@ -14,6 +14,8 @@ from dit.flow.discrete import DiscreteVP
 from dit.flow.objective import Objective
 from dit.flow.predict import Eps
 from dit.flow.variance import LearnedRange
+from dit.interop.format import DiTFormat
+from dit.interop.outward import to_theirs
 from dit.interop.weights import (
     Arguments,
     Pretrained,
@@ -23,12 +25,11 @@ from dit.interop.weights import (
     network,
     parse_arguments,
     to_ours,
-    to_theirs,
 )
 from dit.model.dit import DiT
 
 
-class FacebookDiT:
+class FacebookDiT(DiTFormat):
     """eps on DDPM's 1000 steps with linear betas; the embedder gets the step k. A learned variance follows."""
 
     def ours(self, state: StateDict, arguments: Arguments) -> tuple[Arguments, dict[str, Tensor]]:

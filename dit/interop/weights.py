@@ -9,15 +9,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, TypeVar
+from dataclasses import dataclass, replace
+from typing import Annotated, Protocol, TypeVar
 
 import torch
+from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 
-from dit.config import ConfigError, config, flatten, from_dict, to_dict
-from dit.errors import UserError, shown
+from dit.config import ConfigError, config, from_dict, to_dict
+from dit.errors import UserError
 from dit.flow.path import NoisePath
 from dit.flow.predict import Cond, Prediction
 from dit.model.dit import DiT, DiTConfig
@@ -44,8 +45,6 @@ PATCHES, POSITION, LABELS = "x_embedder.proj.weight", "pos_embed", "y_embedder.e
 OUTPUT, HIDDEN = ("final_layer.linear.weight", "final_layer.linear.bias"), "blocks.0.mlp.fc1.weight"
 # Heads are not in the weights: those of the paper's widths (arXiv 2212.09748, table 1)
 HEADS = {SIZES[name].width: SIZES[name].heads for name in ("S", "B", "L", "XL")}
-SHAPES = ("size", "width", "depth", "heads", "head_width", "patch", "mlp_ratio", "num_classes", "learn_sigma")
-UNSEEN = ("checkpoint_blocks", "stored_position")  # keys of a model that change none of its numbers
 SAME_TABLE = 1e-6  # up to this a position table is the computed one: float32 rounding of sines
 
 
@@ -73,6 +72,20 @@ class Arguments:
     def names(self) -> Names:
         """Ours, theirs: parts of parameter names, replaced in this order."""
         return NAMES
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """Stored functions of the shapes, beside the position table."""
+        return ()
+
+    @property
+    def has_null(self) -> bool:
+        """Whether the label table has a null row."""
+        return self.class_dropout_prob > 0
+
+    def inferred(self, state: StateDict) -> Arguments:
+        """The arguments that a state dict's shapes speak for, with as many heads as these."""
+        return infer(state, self.num_heads)
 
     def model(self, stored_position: bool = False) -> DiTConfig:
         """Our config of the same network; of a named size where there is one."""
@@ -109,19 +122,28 @@ def their_name(name: str, names: Names = NAMES) -> str:
     return name
 
 
-def infer(state: StateDict, num_heads: int | None = None, num_classes: int | None = None) -> Arguments:
+def infer(
+    state: StateDict,
+    num_heads: int | None = None,
+    num_classes: int | None = None,
+    mlp_width: int | None = None,
+) -> Arguments:
     """The arguments of the model that a state dict is of, from its shapes.
 
     num_heads: where the width is not one of the paper's. num_classes: for a model that was trained without
-    label dropout, whose label table lacks the null row. WeightsError where it is no state dict of such a model.
+    label dropout, whose label table lacks the null row. mlp_width: of MLPs by other names, which `mlp_ratio` is then
+    of. WeightsError where it is no state dict of such a model.
     """
-    needed = (PATCHES, POSITION, LABELS, HIDDEN, OUTPUT[0])
+    needed: tuple[str, ...] = (PATCHES, POSITION, LABELS, HIDDEN, OUTPUT[0])
+    if mlp_width is not None:
+        needed = (PATCHES, POSITION, LABELS, OUTPUT[0])
     if missing := [name for name in needed if name not in state]:
         some = ", ".join(list(state)[:5])
         raise WeightsError(f"no weights of a DiT or SiT: {', '.join(missing)} are missing; there are {some}")
-    if (axes := [state[name].ndim for name in needed]) != [4, 3, 2, 2, 2]:
+    expected = [4, 3, 2, 2, 2][: len(needed)]
+    if (axes := [state[name].ndim for name in needed]) != expected:
         raise WeightsError(
-            f"no weights of a DiT or SiT: {', '.join(needed)} have {axes} axes, not 4, 3, 2, 2, 2"
+            f"no weights of a DiT or SiT: {', '.join(needed)} have {axes} axes, not {', '.join(map(str, expected))}"
         )
     width, channels, patch, _ = state[PATCHES].shape
     tokens, side = state[POSITION].shape[1], math.isqrt(state[POSITION].shape[1])
@@ -132,7 +154,7 @@ def infer(state: StateDict, num_heads: int | None = None, num_classes: int | Non
     heads = num_heads or HEADS.get(width)
     if heads is None:
         raise WeightsError(f"the number of heads of a model of width {width} is not known: give --num_heads")
-    rows, hidden = len(state[LABELS]), len(state[HIDDEN])
+    rows, hidden = len(state[LABELS]), len(state[HIDDEN]) if mlp_width is None else mlp_width
     return Arguments(
         input_size=side * patch,
         patch_size=patch,
@@ -184,7 +206,7 @@ def _few(rows: list[str], shown: int = 12) -> list[str]:
 def _correction(state: StateDict, arguments: Arguments) -> str:
     """Which arguments the shapes speak for instead, where they speak for any."""
     try:
-        found = to_dict(infer(state, arguments.num_heads))
+        found = to_dict(arguments.inferred(state))
     except (WeightsError, ConfigError):
         return ""
     given = to_dict(arguments)
@@ -213,62 +235,37 @@ def to_ours(state: StateDict, arguments: Arguments) -> dict[str, Tensor]:
     return found if (position - computed).abs().max() <= SAME_TABLE else {**found, "position": position}
 
 
-def to_theirs(model: DiT) -> dict[str, Tensor]:
-    """The reference's state dict of our network's weights; its tensors are the network's own.
+AnyArguments = TypeVar("AnyArguments")
+Known = TypeVar("Known", bound=Arguments)
 
-    WeightsError for a network that the reference does not have.
+
+def without_discarded(state: StateDict, arguments: Known) -> tuple[Known, dict[str, Tensor]]:
+    """(arguments of our network, its weights), as `to_ours`: without the output rows that `learn_sigma` adds.
+
+    They are computed and discarded where no variance is learned, as in SiT.
     """
-    return named_as_theirs(model)
+    check(state, arguments)
+    kept = replace(arguments, learn_sigma=False)
+    if not arguments.learn_sigma:
+        return kept, to_ours(state, kept)
+    rows = {name: _first_half(state[name], arguments.patch_size) for name in OUTPUT}
+    return kept, to_ours({**state, **rows}, kept)
 
 
-def check_has_no_more(model: DiT, also: tuple[str, ...] = ()) -> None:
-    """Refuse, by WeightsError, a network whose configuration differs from the reference's in more than shapes.
-
-    also: dotted keys that may differ too.
-    """
-    ours, reference = (flatten(to_dict(cfg)) for cfg in (model.cfg, DiTConfig()))
-    free = {*SHAPES, *UNSEEN, *also}
-    keys = (k for k in sorted({*ours, *reference} - free) if not k.startswith("parametrization."))
-    differing = [k for k in keys if ours.get(k) != reference.get(k)]
-    if differing:
-        rows = (f"{k} {shown(reference.get(k))} there, {shown(ours.get(k))} here" for k in differing)
-        raise WeightsError(f"the reference has no such network; it differs in {'; '.join(rows)}")
+def _first_half(weight: Tensor, patch: int) -> Tensor:
+    """Take of the output layer's rows (p q 2C) those of the first C channels: (p q C, ...)."""
+    rows = rearrange(weight, "(p q c) ... -> p q c ...", p=patch, q=patch)
+    return rearrange(rows[:, :, : rows.shape[2] // 2], "p q c ... -> (p q c) ...")
 
 
-def named_as_theirs(model: DiT, also: tuple[str, ...] = ()) -> dict[str, Tensor]:
-    """As `to_theirs`, of a network whose configuration may differ in the keys `also` too."""
-    check_has_no_more(model, also)
-    named = {their_name(name): p.detach() for name, p in model.named_parameters()}
-    if unknown := sorted(named.keys() ^ arguments_of(model).shapes().keys() - {POSITION}):
-        raise WeightsError(f"the reference has no such network; it differs in {', '.join(unknown[:5])}")
-    patches = named[PATCHES].unflatten(1, (model.dims.channels, model.dims.patch, model.dims.patch))
-    return {POSITION: model.position[None], **named, PATCHES: patches}
+class Built(Protocol):
+    """What `network` needs to know of a network."""
+
+    def build(self, stored_position: bool = False) -> DiT:
+        """The network without numbers, on the meta device."""
 
 
-def arguments_of(model: DiT) -> Arguments:
-    """The reference's arguments for our network, whatever blocks that has."""
-    d = model.dims
-    if d.attention_scale is not None:
-        raise WeightsError(
-            f"the reference scales attention's logits by 1/√(head width), this network by {d.attention_scale:.4g} "
-            "(model.parametrization.base_head_width)"
-        )
-    if d.grid[0] != d.grid[1]:
-        raise WeightsError(f"the reference knows square inputs only, this network's is {d.image_size}")
-    return Arguments(
-        input_size=d.image_size[0],
-        patch_size=d.patch,
-        in_channels=d.channels,
-        hidden_size=d.width,
-        depth=d.depth,
-        num_heads=d.heads,
-        mlp_ratio=ratio_of(d.mlp_width, d.width),
-        num_classes=d.num_classes,
-        learn_sigma=d.out_channels == 2 * d.channels,
-    )
-
-
-def network(ours: StateDict, arguments: Arguments) -> DiT:
+def network(ours: StateDict, arguments: Built) -> DiT:
     """The network with these weights of ours (see `to_ours`), which become its own; for evaluation."""
     model = arguments.build("position" in ours)
     model.load_state_dict(dict(ours), assign=True)
@@ -304,9 +301,6 @@ class ReferenceNetwork(nn.Module):
             y = {"label": torch.where(y == self.dit.dims.num_classes, -1, y)}
         out: Tensor = self.dit(x, model_time, y)
         return out
-
-
-AnyArguments = TypeVar("AnyArguments")
 
 
 def parse_arguments(given: Mapping[str, object], kind: type[AnyArguments]) -> AnyArguments:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dit.config import ConfigError, from_dict, to_dict
@@ -18,8 +17,10 @@ from dit.data.shards.manifest import Manifest
 from dit.experiments.diffusion import Experiment
 from dit.experiments.trained import Trained
 from dit.interop import convert, facebook_dit, sit
-from dit.interop.convert import Choices, Format, from_run, read_weights, to_run
+from dit.interop.convert import from_run, to_run
 from dit.interop.facebook_dit import FacebookDiT
+from dit.interop.format import Format
+from dit.interop.latents import Choices
 from dit.interop.sit import SiT
 from dit.interop.weights import WeightsError
 from dit.model.dit import DiTConfig
@@ -32,7 +33,7 @@ from tests.train.runs import at_step, go, values
 
 CPU = torch.device("cpu")
 HEADS = Choices(num_heads=4)
-FORMATS: dict[str, tuple[Format, Any]] = {
+FORMATS: dict[str, tuple[Format[Any], Any]] = {
     "facebook_dit": (FacebookDiT(), facebook_dit.from_state_dict),
     "sit": (SiT(), sit.from_state_dict),
 }
@@ -46,47 +47,6 @@ def file(tmp_path: Path) -> Path:
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-# --- files -------------------------------------------------------------------------------------------------
-
-
-def test_the_files_that_the_projects_publish_and_their_training_saves(tmp_path: Path) -> None:
-    """The official ones are plain; a training script's hold model, ema, opt and argparse's args."""
-    live, average = weights(1), weights(2)
-    held = {"model": live, "ema": average, "opt": {"state": {}}, "args": argparse.Namespace(epochs=3)}
-    torch.save(held, tmp_path / "trained.pt")
-    found = read_weights(tmp_path / "trained.pt")
-    assert same(found["ema"], average)
-    assert same(found["model"], live)
-    torch.save({"ema": average}, tmp_path / "ema.pt")
-    save_file(average, tmp_path / "plain.safetensors")
-    torch.save({f"module._orig_mod.{name}": t for name, t in average.items()}, tmp_path / "wrapped.pt")
-    torch.save(average, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
-    for name in ("ema.pt", "plain.safetensors", "wrapped.pt", "old.pt"):
-        found = read_weights(tmp_path / name)
-        assert found["ema"] is found["model"]
-        assert same(found["ema"], average), name
-
-
-class Evil:
-    def __reduce__(self) -> Any:
-        return (print, ("a pickle was trusted",))
-
-
-def test_what_is_no_state_dict_is_refused_and_no_pickle_is_run(tmp_path: Path, capsys) -> None:
-    held = {"number": {"ema": 3}, "list": [1], "empty": {}, "mixed": {"model": {"a": torch.zeros(1), "b": 2}}}
-    for name, content in held.items():
-        torch.save(content, tmp_path / name)
-        with pytest.raises(WeightsError, match=f"{name} holds no state dict"):
-            read_weights(tmp_path / name)
-    torch.save({"model": Evil()}, tmp_path / "evil.pt")
-    (tmp_path / "text.pt").write_text("no weights")
-    (tmp_path / "text.safetensors").write_text("no weights")
-    for name in ("evil.pt", "text.pt", "text.safetensors", "nowhere.pt", "nowhere.safetensors"):
-        with pytest.raises(WeightsError, match=f"cannot read weights from .*{name}"):
-            read_weights(tmp_path / name)
-    assert capsys.readouterr().out == ""
 
 
 # --- in ----------------------------------------------------------------------------------------------------

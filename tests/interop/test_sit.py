@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from dit.config import ConfigError
+from dit.errors import Notice
 from dit.flow.objective import Objective
 from dit.flow.path import Linear
-from dit.flow.predict import ReverseVelocity
+from dit.flow.predict import ReverseVelocity, Velocity
 from dit.interop import sit
-from dit.interop.sit import PATHS, PREDICTIONS, PathName, PredictionName, SiT
+from dit.interop.sit import PATHS, PREDICTIONS, PathName, PredictionName, SiT, TimeName
 from dit.interop.weights import Arguments, Pretrained, WeightsError, network, parse_arguments
 from dit.model.dit import DiTConfig
 from dit.sample.denoise import Denoiser
@@ -177,3 +178,42 @@ def test_other_objectives_are_not_given_out() -> None:
             SiT().theirs(model, objective)
     assert PATHS.keys() == set(get_args(PathName))
     assert PREDICTIONS.keys() == set(get_args(PredictionName))
+
+
+def repa() -> dict[str, Tensor]:
+    """A SiT's weights without discarded rows, with what REPA trains beside them."""
+    beside = {"projectors.0.0.weight": torch.ones(64, 32), "projectors.0.0.bias": torch.ones(64)}
+    return {**weights(learn_sigma=False), **beside}
+
+
+def test_repas_projectors_are_left_out_and_its_time_is_ours() -> None:
+    """Its velocity goes from data (0) to noise (1); the very network is SiT's."""
+    arguments = {**TINY, "learn_sigma": False}
+    made, plain = (
+        sit.from_state_dict(repa(), **arguments),
+        sit.from_state_dict(weights(learn_sigma=False), **arguments),
+    )
+    assert (made.path, made.prediction) == (Linear(model_time_noise=1.0), Velocity())
+    x, t, y = normal(2, 4, 8, 8).float(), torch.tensor([0.25, 0.75]), torch.tensor([3, 10])
+    with torch.no_grad():
+        assert torch.equal(made.model(x, t, y), plain.model(x, t, y))
+    assert torch.equal(made.path.model_time(t), t)
+    with pytest.warns(
+        Notice, match=r"2 entries of projectors \(projectors\.0\.0\.bias, .*whose time is taken"
+    ):
+        found = SiT().infer(repa(), num_heads=4)
+    assert not found.learn_sigma
+
+
+@pytest.mark.parametrize(("time", "state"), [("repa", weights(learn_sigma=False)), ("sit", repa())])
+def test_whose_time_it_is_can_be_said(time: TimeName, state: dict[str, Tensor]) -> None:
+    kind = SiT(time=time)
+    kept, _ = kind.ours(state, parse_arguments({**TINY, "learn_sigma": False}, Arguments))
+    expected = Velocity() if time == "repa" else ReverseVelocity()
+    assert kind.objective(kept).prediction == expected
+
+
+@pytest.mark.parametrize("fields", [{"path": "VP"}, {"prediction": "score"}])
+def test_what_repa_does_not_train_is_refused(fields: dict) -> None:
+    with pytest.raises(ConfigError, match="REPA trains velocity on Linear or GVP"):
+        sit.from_state_dict(repa(), **fields, **{**TINY, "learn_sigma": False})

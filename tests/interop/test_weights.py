@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from dit.config import ConfigError
+from dit.interop.outward import arguments_of, to_theirs
 from dit.interop.weights import (
     Arguments,
     WeightsError,
-    arguments_of,
     check,
     infer,
     network,
@@ -17,7 +17,6 @@ from dit.interop.weights import (
     ratio_of,
     their_name,
     to_ours,
-    to_theirs,
 )
 from dit.model.dit import DiTConfig
 from tests.interop.reference import TINY, shapes, weights
@@ -190,37 +189,6 @@ def test_what_is_no_dit_is_refused(change: dict, says: str) -> None:
 def test_heads_of_an_unknown_width_must_be_said() -> None:
     with pytest.raises(WeightsError, match="width 32 is not known: give --num_heads"):
         infer(weights())
-
-
-@pytest.mark.parametrize(
-    ("fields", "says"),
-    [
-        ({"block": {"name": "adaln_zero", "qk_norm": True}}, r"it differs in block\.qk_norm"),
-        ({"cond": []}, "it differs in cond"),
-    ],
-)
-def test_a_network_that_the_reference_lacks_is_not_given_out(fields: dict, says: str) -> None:
-    from dit.config import from_dict
-
-    model = from_dict(DiTConfig, {"size": "nano", **fields}).build(8, 4, 10)
-    with pytest.raises(WeightsError, match=says):
-        to_theirs(model)
-
-
-@pytest.mark.parametrize(
-    "fields", [{"time_frequencies": "ddpm"}, {"block": {"name": "adaln_zero", "mlp_epsilon": 1e-5}}]
-)
-def test_a_network_that_computes_something_else_with_the_same_weights_is_not_given_out(fields: dict) -> None:
-    from dit.config import from_dict
-
-    model = from_dict(DiTConfig, {"size": "nano", **fields}).build(8, 4, 10)
-    with pytest.raises(WeightsError, match=r"it differs in (time_frequencies|block\.mlp_epsilon)"):
-        to_theirs(model)
-
-
-def test_only_squares_are_given_out() -> None:
-    with pytest.raises(WeightsError, match="square inputs only"):
-        to_theirs(DiTConfig(size="nano").build((8, 16), 4, 10))
 
 
 def test_no_two_of_our_names_become_one() -> None:

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from dit.config import ConfigError, from_dict, to_dict
-from dit.interop.weights import WeightsError, arguments_of
+from dit.interop.outward import arguments_of
+from dit.interop.weights import WeightsError
 from dit.model.block import BLOCKS
 from dit.model.cost import cost
 from dit.model.dit import DiT, DiTConfig

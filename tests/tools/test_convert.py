@@ -14,14 +14,17 @@ import tools.sample
 from dit.commandline.cli import run
 from dit.experiments.trained import Trained
 from dit.interop import facebook_dit, sit
+from dit.rng import Draws, Purpose
 from dit.sample.generate import Sampler, SamplerSpec
 from tests.commands import call, execute
 from tests.datasets import Digits
+from tests.interop.goldens import GOLDENS
 from tests.interop.random_models import DDPM, random_run
 from tests.interop.reference import TINY, weights
 from tests.train.runs import go, values
 
 DRAW = ("--num_samples=3", "--classes=0,3", "--num_steps=2", "--cfg_scale=2")
+READ_BY = {"lightningdit": "hustvl/LightningDiT", "ddt": "MCG-NJU/DDT"}
 READERS = {"facebook-dit": facebook_dit.from_state_dict, "sit": sit.from_state_dict}
 
 
@@ -76,6 +79,49 @@ def test_images_of_converted_weights_are_those_of_the_reference(
     expected = sampler.images(torch.arange(3), torch.tensor([0, 3, 0]))
     assert expected.std() > 1
     assert (images(drawn) == expected).all()
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_a_run_of_theirs_draws_as_a_loop_over_their_network_does(
+    name: str, digits: Digits, tmp_path: Path, capsys
+) -> None:
+    """Euler in their own time: from noise at 0 to data at 1, along the velocity that the network says."""
+    golden, run, drawn, steps = GOLDENS[name], tmp_path / "run", tmp_path / "drawn", 4
+    torch.save({"ema": {f"module.{k}": t for k, t in golden.state().items()}}, tmp_path / "in.pt")
+    assert convert(golden.command, tmp_path / "in.pt", run, *golden.flags, f"--codec.path={digits.vae}") == 0
+    words = ("--solver=euler", f"--num_steps={steps}", "--num_samples=3", "--classes=0,3", "--save_latents")
+    assert call(tools.sample.main, run, *words, f"--out={drawn}") == 0
+    made = golden.network()
+    x = Draws(SamplerSpec().seed, 0, torch.arange(3), 1).normal(Purpose.PRIOR, (4, 8, 8))
+    with torch.no_grad():
+        for step in range(steps):
+            x = x + made.model(x, torch.full((3,), step / steps), torch.tensor([0, 3, 0])) / steps
+    with np.load(drawn / "latents.npz") as held:
+        torch.testing.assert_close(torch.from_numpy(held["arr_0"]), x, rtol=0, atol=1e-5)
+    assert x.std() > 0.5
+    capsys.readouterr()
+    assert convert(f"to-{golden.command}", run, tmp_path / "out.safetensors") == 0
+    assert f"a state dict for {READ_BY[golden.command]}" in capsys.readouterr().out
+    assert READ_BY[golden.command] in (tmp_path / "out.md").read_text()
+
+
+def test_what_their_weights_do_not_tell_is_said_or_asked_for(tmp_path: Path, capsys) -> None:
+    for golden in GOLDENS.values():
+        torch.save(golden.state(), tmp_path / f"{golden.command}.pt")
+    assert convert("ddt", tmp_path / "ddt.pt", tmp_path / "ddt") == 1
+    assert "give --num_encoder_blocks" in capsys.readouterr().err
+    held = {"mean": torch.zeros(1, 4, 1, 1), "std": 2 * torch.ones(1, 4, 1, 1)}
+    torch.save(held, tmp_path / "latents_stats.pt")
+    stats = f"--latents_stats={tmp_path / 'latents_stats.pt'}"
+    assert convert("lightningdit", tmp_path / "lightningdit.pt", tmp_path / "a") == 0
+    assert "--latents_stats=FILE" in capsys.readouterr().err
+    assert convert("lightningdit", tmp_path / "lightningdit.pt", tmp_path / "b", stats, "--factor=4") == 0
+    assert capsys.readouterr().err == ""
+    trained = Trained.load(str(tmp_path / "b"), "ema", torch.device("cpu"))
+    assert (trained.norm.std, trained.contract["image_size"]) == ((2.0,) * 4, 32)
+    assert trained.experiment.latents.norm == "dataset"
+    assert convert("to-sit", tmp_path / "b", tmp_path / "no.pt") == 1
+    assert "it differs in block" in capsys.readouterr().err
 
 
 def test_a_codec_that_was_not_said_is_asked_for_and_taken(digits: Digits, file: Path, capsys) -> None:

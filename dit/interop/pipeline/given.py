@@ -21,7 +21,8 @@ from dit.experiments.trained import Trained
 from dit.files import expand, sync, write_atomically
 from dit.flow.predict import usable
 from dit.interop import card
-from dit.interop.convert import load_dit, write_weights
+from dit.interop.convert import load_dit
+from dit.interop.files import write_weights
 from dit.interop.pipeline import loading, time_layer, transformer
 from dit.interop.pipeline.schedulers import FILE, Scheduler, scheduler_for
 from dit.interop.pipeline.taken import INDEX, PIPELINE

@@ -11,7 +11,8 @@ from dit.data.codecs.autoencoders import Vae
 from dit.data.codecs.norm import LatentNorm
 from dit.files import expand
 from dit.flow.objective import Objective
-from dit.interop.convert import Choices, Converted, Weights, contract_of, experiment_of, write_run
+from dit.interop.convert import Converted, Weights, experiment_of, write_run
+from dit.interop.latents import Choices, contract_of
 from dit.interop.pipeline import schedulers, transformer
 from dit.interop.pipeline.transformer import Transformer
 from dit.interop.weights import LABELS, WeightsError, network, to_ours

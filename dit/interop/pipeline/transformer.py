@@ -19,7 +19,8 @@ from torch import Tensor
 from dit.config import ConfigError, flatten, from_dict, to_dict
 from dit.errors import shown
 from dit.files import read_text
-from dit.interop.convert import read_weights
+from dit.interop.files import read_weights
+from dit.interop.outward import arguments_of, check_has_no_more, named_as_theirs
 from dit.interop.weights import (
     LABELS,
     POSITION,
@@ -27,10 +28,7 @@ from dit.interop.weights import (
     Arguments,
     StateDict,
     WeightsError,
-    arguments_of,
-    check_has_no_more,
     mismatches,
-    named_as_theirs,
 )
 from dit.model.block import AdaLNZero
 from dit.model.dit import DiT, DiTConfig

@@ -16,7 +16,7 @@ from diffusers import DiTPipeline
 import dit
 from dit.config import ConfigError, from_dict
 from dit.experiments.trained import Trained
-from dit.interop.convert import Choices
+from dit.interop.latents import Choices
 from dit.interop.pipeline.given import Given, from_run
 from dit.interop.pipeline.taken import to_run
 from dit.interop.weights import WeightsError
