@@ -46,14 +46,16 @@ class SamplerSpec:
 
     def __post_init__(self) -> None:
         named = [g for g in self.guidance if isinstance(g, ClassifierFree)]
+        names = [GUIDANCES.name_of(g) for g in named]
         if len(named) > 1:
             raise ConfigError(
-                f"guidance names cfg {len(named)} times, which would guide twice: keep one of them"
+                f"guidance names {' and '.join(names)}, which would guide twice: keep one of them"
             )
         if named and self.cfg_scale not in (1.0, named[0].scale):
             raise ConfigError(
                 f"cfg_scale = {self.cfg_scale:g} is short for guidance {{name: cfg, scale: {self.cfg_scale:g}}}, and "
-                f"guidance has cfg with scale {named[0].scale:g}: set cfg_scale to 1, or take cfg out of guidance"
+                f"guidance has {names[0]} with scale {named[0].scale:g}: set cfg_scale to 1, or take {names[0]} out of "
+                "guidance"
             )
         jumping = [g for g in self.guidance if g.jumps]
         if jumping and self.solver.nfe(1) is None:
