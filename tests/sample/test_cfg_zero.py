@@ -164,6 +164,15 @@ def test_the_default_is_the_papers_share_of_steps_and_the_first_one_at_least(ste
     assert seen == [True] * 2 * count + [False] * 2 * (steps - count)
 
 
+@pytest.mark.parametrize("steps", [7, 10, 30, 49, 250])
+def test_a_share_of_whole_steps_is_so_many_steps_however_it_is_rounded(steps: int) -> None:
+    times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1]
+    for count in range(1, steps):
+        guidance = ClassifierFreeZero(scale=2.0, zero_init=count / steps)
+        for t in (times, times.float()):
+            assert int(guidance._rests(t).sum()) == count
+
+
 @pytest.mark.parametrize("name", ["euler", "heun", "midpoint", "rk4", "dpmpp_2m", "unipc"])
 def test_an_ode_stays_where_it_began(name: str) -> None:
     path, x = Linear(), normal(3, 4, 2, 2)
