@@ -5,6 +5,7 @@ Image i depends on (checkpoint, spec, i) alone: its noise is keyed by (seed, i),
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -18,6 +19,7 @@ from torch import Tensor
 from dit.config import ConfigError, config, one_or_more
 from dit.flow.path import NoisePath
 from dit.flow.predict import Model, Prediction, check_labels
+from dit.flow.times import BASE_DIMENSION
 from dit.rng import Draws, Purpose
 from dit.sample.denoise import DenoiseFn, Denoiser
 from dit.sample.finite import NotFiniteError, check_finite, first_not_finite
@@ -94,7 +96,7 @@ class SamplerSpec:
                 f"solver {self.solver} takes the learned variance of the network, and it has none "
                 "(model.learn_sigma: false); take the variance small or large"
             )
-        self.grid(self.num_steps, path, prediction)
+        self.grid.sized(BASE_DIMENSION)(self.num_steps, path, prediction)
 
     def guided(self, denoise: DenoiseFn, context: Context) -> DenoiseFn:
         """The denoiser under all the guidance; the very same one where there is none."""
@@ -141,7 +143,7 @@ class Sampler:
 
     def times(self) -> Tensor:
         """The grid, (num_steps + 1,) float64."""
-        return self.spec.grid(self.spec.num_steps, self.path, self.prediction)
+        return self.spec.grid.sized(math.prod(self.shape))(self.spec.num_steps, self.path, self.prediction)
 
     def noise(self, index: Tensor) -> Tensor:
         """(B, C, H, W) the standard normal noise that images `index` (B,) are made from, before the path scales it."""

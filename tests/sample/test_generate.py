@@ -440,3 +440,14 @@ def test_a_grid_holds_each_image_in_its_place() -> None:
         assert (grid[y : y + 2, x : x + 3] == i).all()
     assert (grid[4:6, 9:12] == 255).all()  # the sixth place is empty
     assert (grid[0] == 255).all()
+
+
+def test_a_grid_shifted_by_dimension_is_of_the_latents_shape() -> None:
+    one, other = (
+        replace(sampler(Counting(), num_steps=4, grid={"name": "uniform", "shift": shift}), shape=(4, 64, 64))
+        for shift in ("dimension", 2.0)
+    )
+    assert torch.equal(one.times(), other.times())
+    assert torch.equal(
+        one.latents(torch.arange(1), torch.arange(1)), other.latents(torch.arange(1), torch.arange(1))
+    )
