@@ -179,7 +179,7 @@ def from_dict(cls: type[C], values: Mapping[str, Any]) -> C:
 
 def _problems(cls: type, error: Any) -> list[Complaint]:
     """Pydantic's account of one error in our words; errors of nested registry members keep their own keys."""
-    loc = tuple(str(part) for part in error["loc"] if not str(part).startswith("function-"))
+    loc = tuple(str(part) for part in error["loc"] if not str(part).startswith(("function-", "literal[")))
     cause = error.get("ctx", {}).get("error")
     if isinstance(cause, ConfigError):
         return [Complaint(loc + p.key, p.message) for p in cause.problems]

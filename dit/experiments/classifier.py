@@ -91,7 +91,7 @@ class ClassifierTask(PlainTask):
         data = self.norm.draw(samples.moments, samples.draws)  # (B, C, H, W)
         path = self.noise.path
         u = self.noise.spread(samples.draws).double()  # in float32 a time depends on its place in the batch
-        t = self.noise.times(u, path).to(data.dtype)  # (B,)
+        t = self.noise.times(u, path, data[0].numel()).to(data.dtype)  # (B,)
         x = path.coeffs(t).mix(data, samples.draws.normal(Purpose.EPS, data.shape[1:]))
         logits = call_network(network, path, x, t, {})  # (B, classes)
         each = F.cross_entropy(logits, samples.label.clamp(min=0), reduction="none")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 from typing import Annotated, Literal
 
@@ -119,6 +120,7 @@ class Experiment(RunConfig):
 
     def task(self, manifest: Manifest, world: World) -> LatentTask:
         """What is trained on these data; ConfigError where the coupling does not fit them or the micro-batch."""
+        self.objective.check(math.prod((manifest.channels, *manifest.input_size)))
         check_noise(self.objective.coupling, manifest, self.data.val if self.val.every else None)
         micro = self.train.micro(world)
         if micro % self.objective.coupling.group:

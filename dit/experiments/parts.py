@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -16,6 +17,7 @@ from dit.experiments.diffusion import Experiment
 from dit.experiments.drawer import Drawer, ShownTally
 from dit.experiments.figures import costs_of, figures_hook
 from dit.experiments.latents import codec_doubts, latent_contract
+from dit.flow.times import shift_of
 from dit.model.dit import MODELS, DiT
 from dit.model.parametrization import PARAMETRIZATIONS
 from dit.progress import Bar
@@ -74,8 +76,19 @@ def _about(cfg: Experiment, manifest: Manifest) -> dict[str, str]:
         **({PARAMETRIZATIONS.name_of(parametrization): scaled} if scaled is not None else {}),
         "forward": f"{cost.multiply_adds / 1e9:.3f} G multiply-adds an image = {cost.forward_flops / 1e9:.3f} GFLOP",
         "objective": named(cfg.objective),
+        **_shift(cfg, manifest),
         "codec": f"{codec}{f' in {public(str(place))}' if place else ''} (the data's: {manifest.codec['name']}), "
         f"latents normalised by {cfg.latents.norm}",
+    }
+
+
+def _shift(cfg: Experiment, manifest: Manifest) -> dict[str, str]:
+    """The number behind the word, where times are shifted by the latents' dimension."""
+    if cfg.objective.times.shift != "dimension":
+        return {}
+    dimension = math.prod((manifest.channels, *manifest.input_size))
+    return {
+        "shift": f"{shift_of('dimension', dimension):.4g} of the times, for {dimension} numbers in a latent"
     }
 
 

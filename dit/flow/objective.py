@@ -26,7 +26,7 @@ from dit.flow.predict import (
     usable,
 )
 from dit.flow.spread import SPREADS, IndependentDraws, Spread
-from dit.flow.times import TIMES, Times, Uniform, shift_time
+from dit.flow.times import BASE_DIMENSION, TIMES, Times, Uniform, shift_time
 from dit.flow.weight import WEIGHTS, UniformWeight, Weight
 from dit.rng import Draws, Purpose
 from dit.several import Plainest
@@ -129,7 +129,7 @@ class Objective:
         if len(draws.slots) != len(data):
             raise ValueError(f"draws for {len(draws.slots)} slots were given for {len(data)} samples")
         check_cond(cond, len(data))
-        t = self.time(self.spread(draws).double()).to(
+        t = self.time(self.spread(draws).double(), data[0].numel()).to(
             data.dtype
         )  # float64: bitwise t on any device and batch
         eps, metrics = self.coupling(data, self._eps(data, draws, paired), cond, draws)
@@ -157,9 +157,12 @@ class Objective:
             )
         return paired.to(data.dtype)
 
-    def time(self, u: Tensor) -> Tensor:
-        """t (B,) from uniform u (B,): the times' distribution, clamped here to the usable interval."""
-        return self.times(u, self.path).clamp(*usable(self.path, self.prediction))
+    def time(self, u: Tensor, dimension: int | None = None) -> Tensor:
+        """t (B,) from uniform u (B,): the times' distribution, clamped here to the usable interval.
+
+        dimension: numbers in a latent, which the shift of that name is of.
+        """
+        return self.times(u, self.path, dimension).clamp(*usable(self.path, self.prediction))
 
     def per_sample(self, model: Model, data: Tensor, eps: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """(B,) weighted loss at given data, eps (B, C, ...) and t (B,), in float32 at least.
@@ -192,8 +195,8 @@ class Objective:
         a, b = self.prediction.row(coeffs)
         return self.weight(coeffs, (a, b)) * (a.square() + b.square() + 2 * correlation * a * b)
 
-    def check(self) -> None:
-        """ConfigError for parts that cannot be trained or sampled together.
+    def check(self, dimension: int = BASE_DIMENSION) -> None:
+        """ConfigError for parts that cannot be trained or sampled together, on latents of so many numbers.
 
         The path, and the usable interval of the prediction on it, must reach from nearly clean data to nearly
         pure noise, where sampling starts, and the interval hold every step of a discrete path. Most training
@@ -205,7 +208,7 @@ class Objective:
         _check_reach(self.path, lo, hi, what, "choose another prediction such as v")
         self._check_sigma_data()
         check_steps(self.path, self.prediction)
-        self._check_times()
+        self._check_times(dimension)
         self._check_terms()
 
     def check_depth(self, depth: int) -> None:
@@ -234,10 +237,11 @@ class Objective:
             said = ", ".join(f"{name}.sigma_data = {value:g}" for name, value in found.items())
             raise ConfigError(f"{said}: they are one number, the std of the data; set them alike")
 
-    def _check_times(self) -> None:
+    def _check_times(self, dimension: int) -> None:
         lo, hi = usable(self.path, self.prediction)
         u = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
-        t = shift_time(self.times.quantile(u, self.path), self.times.shift)  # not snapped: a step is no end
+        t = self.times.quantile(u, self.path)  # not snapped: a step is no end
+        t = shift_time(t, self.times.shift, dimension)
         outside = float(((t <= lo) | (t >= hi)).double().mean())
         if outside > 0.1:
             raise ConfigError(

@@ -4,6 +4,6 @@ The files of solvers and guidances are imported here, so that their registries a
 `dit.sample` is.
 """
 
-from dit.sample import adaptive, ancestral, correct, langevin, multistep, runge_kutta, sde
+from dit.sample import adaptive, ancestral, cfg_zero, correct, langevin, multistep, runge_kutta, sde
 
-__all__ = ["adaptive", "ancestral", "correct", "langevin", "multistep", "runge_kutta", "sde"]
+__all__ = ["adaptive", "ancestral", "cfg_zero", "correct", "langevin", "multistep", "runge_kutta", "sde"]

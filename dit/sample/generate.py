@@ -5,6 +5,7 @@ Image i depends on (checkpoint, spec, i) alone: its noise is keyed by (seed, i),
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -18,6 +19,7 @@ from torch import Tensor
 from dit.config import ConfigError, config, one_or_more
 from dit.flow.path import NoisePath
 from dit.flow.predict import Model, Prediction, check_labels
+from dit.flow.times import BASE_DIMENSION
 from dit.rng import Draws, Purpose
 from dit.sample.denoise import DenoiseFn, Denoiser
 from dit.sample.finite import NotFiniteError, check_finite, first_not_finite
@@ -46,14 +48,16 @@ class SamplerSpec:
 
     def __post_init__(self) -> None:
         named = [g for g in self.guidance if isinstance(g, ClassifierFree)]
+        names = [GUIDANCES.name_of(g) for g in named]
         if len(named) > 1:
             raise ConfigError(
-                f"guidance names cfg {len(named)} times, which would guide twice: keep one of them"
+                f"guidance names {' and '.join(names)}, which would guide twice: keep one of them"
             )
         if named and self.cfg_scale not in (1.0, named[0].scale):
             raise ConfigError(
                 f"cfg_scale = {self.cfg_scale:g} is short for guidance {{name: cfg, scale: {self.cfg_scale:g}}}, and "
-                f"guidance has cfg with scale {named[0].scale:g}: set cfg_scale to 1, or take cfg out of guidance"
+                f"guidance has {names[0]} with scale {named[0].scale:g}: set cfg_scale to 1, or take {names[0]} out of "
+                "guidance"
             )
         jumping = [g for g in self.guidance if g.jumps]
         if jumping and self.solver.nfe(1) is None:
@@ -92,7 +96,7 @@ class SamplerSpec:
                 f"solver {self.solver} takes the learned variance of the network, and it has none "
                 "(model.learn_sigma: false); take the variance small or large"
             )
-        self.grid(self.num_steps, path, prediction)
+        self.grid.sized(BASE_DIMENSION)(self.num_steps, path, prediction)
 
     def guided(self, denoise: DenoiseFn, context: Context) -> DenoiseFn:
         """The denoiser under all the guidance; the very same one where there is none."""
@@ -139,7 +143,7 @@ class Sampler:
 
     def times(self) -> Tensor:
         """The grid, (num_steps + 1,) float64."""
-        return self.spec.grid(self.spec.num_steps, self.path, self.prediction)
+        return self.spec.grid.sized(math.prod(self.shape))(self.spec.num_steps, self.path, self.prediction)
 
     def noise(self, index: Tensor) -> Tensor:
         """(B, C, H, W) the standard normal noise that images `index` (B,) are made from, before the path scales it."""

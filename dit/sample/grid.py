@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import accumulate, repeat
 from typing import Annotated, Literal
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from dit.config import ConfigError, Registry, config
 from dit.flow.path import NoisePath
 from dit.flow.predict import Prediction, Velocity, usable
-from dit.flow.times import Shift, shift_time
+from dit.flow.times import Shift, shift_of, shift_time
 
 
 def sampling_interval(path: NoisePath, prediction: Prediction) -> tuple[float, float]:
@@ -32,6 +33,13 @@ class Grid:
     def times(self, num_steps: int, path: NoisePath, lo: float, hi: float) -> Tensor:
         """(num_steps + 1,) float64 on the CPU, falling from about hi to about lo; not snapped yet."""
         raise NotImplementedError
+
+    def sized(self, dimension: int) -> Grid:
+        """This grid for latents of so many numbers each: the shift `dimension` becomes one."""
+        shift: Shift | None = getattr(self, "shift", None)
+        if shift != "dimension":
+            return self
+        return replace(self, shift=shift_of(shift, dimension))  # type: ignore[type-var]
 
     def __call__(self, num_steps: int, path: NoisePath, prediction: Prediction) -> Tensor:
         """(num_steps + 1,) float64 on the CPU, strictly falling from t_hi to t_lo of the sampling interval.
@@ -74,7 +82,7 @@ GRIDS: Registry[Grid] = Registry("grid")
 class ShiftedGrid(Grid):
     """Even steps of some variable, shifted like training times: shift > 1 spends more of them near noise."""
 
-    shift: float
+    shift: Shift
 
     def spacing(self, u: Tensor) -> Tensor:
         """Times from u (n,), both falling from 1 to 0, before shift and interval."""
@@ -92,7 +100,9 @@ class ShiftedGrid(Grid):
 class UniformGrid(ShiftedGrid):
     """Even steps in t."""
 
-    shift: Shift = 1.0  # of times; more than 1 = finer steps near noise
+    shift: Shift = (
+        1.0  # of times; more than 1 = finer steps near noise; dimension = √(numbers in a latent / 4096)
+    )
 
     def spacing(self, u: Tensor) -> Tensor:
         return u
@@ -103,7 +113,9 @@ class UniformGrid(ShiftedGrid):
 class QuadraticGrid(ShiftedGrid):
     """Even steps in sqrt(t): finer near data (DDIM, arXiv 2010.02502, appendix D.2)."""
 
-    shift: Shift = 1.0  # of times; more than 1 = finer steps near noise
+    shift: Shift = (
+        1.0  # of times; more than 1 = finer steps near noise; dimension = √(numbers in a latent / 4096)
+    )
 
     def spacing(self, u: Tensor) -> Tensor:
         return u.square()
@@ -118,7 +130,7 @@ class NoiseGrid(Grid):
 
     sigma_min: float
     sigma_max: float
-    shift: float
+    shift: Shift
 
     def __post_init__(self) -> None:
         if self.sigma_min >= self.sigma_max:
@@ -146,7 +158,9 @@ class KarrasGrid(NoiseGrid):
     sigma_min: Annotated[float, Field(gt=0)] = 0.002  # least noise level sigma/alpha
     sigma_max: Annotated[float, Field(gt=0)] = 80.0  # largest noise level sigma/alpha
     rho: Annotated[float, Field(gt=0)] = 7.0  # more = finer steps near data
-    shift: Shift = 1.0  # of times; more than 1 = finer steps near noise
+    shift: Shift = (
+        1.0  # of times; more than 1 = finer steps near noise; dimension = √(numbers in a latent / 4096)
+    )
 
     def levels(self, most: float, least: float, num_steps: int) -> Tensor:
         power = 1.0 / self.rho
@@ -160,7 +174,9 @@ class LogSNRGrid(NoiseGrid):
 
     sigma_min: Annotated[float, Field(gt=0)] = 0.002  # least noise level sigma/alpha
     sigma_max: Annotated[float, Field(gt=0)] = 160.0  # largest sigma/alpha; vp and ddpm have a little less
-    shift: Shift = 1.0  # of times; more than 1 = finer steps near noise
+    shift: Shift = (
+        1.0  # of times; more than 1 = finer steps near noise; dimension = √(numbers in a latent / 4096)
+    )
 
     def levels(self, most: float, least: float, num_steps: int) -> Tensor:
         return torch.linspace(math.log(most), math.log(least), num_steps, dtype=torch.float64).exp()

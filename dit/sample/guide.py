@@ -122,7 +122,9 @@ class ClassifierFree(Guidance):
     def __post_init__(self) -> None:
         lo, hi = self.interval
         if not 0 <= lo < hi <= 1:
-            raise ConfigError(f"cfg's interval must be [lo, hi] with 0 <= lo < hi <= 1, got [{lo}, {hi}]")
+            raise ConfigError(
+                f"{GUIDANCES.name_of(self)}'s interval must be [lo, hi] with 0 <= lo < hi <= 1, got [{lo}, {hi}]"
+            )
 
     @property
     def is_neutral(self) -> bool:
@@ -139,12 +141,13 @@ class ClassifierFree(Guidance):
     def check(self, channels: int) -> None:
         if self.channels is not None and self.channels > channels:
             raise ConfigError(
-                f"cfg's channels = {self.channels}, but there are {channels}; leave it out to guide them all"
+                f"{GUIDANCES.name_of(self)}'s channels = {self.channels}, but there are {channels}; "
+                "leave it out to guide them all"
             )
 
     def guide(self, denoise: DenoiseFn, context: Context | None) -> DenoiseFn:
-        """The guided denoiser; it refuses an empty `cond`. Only `rescale` needs the context."""
-        path = self._path(context) if self.rescale else None
+        """The guided denoiser; it refuses an empty `cond`. Of cfg, only `rescale` needs the context."""
+        path = self._path(context) if self._needs_path else None
 
         def guided(x: Tensor, t: Tensor, cond: Cond) -> Endpoints:
             if not cond:
@@ -157,9 +160,8 @@ class ClassifierFree(Guidance):
             both = denoise(torch.cat([x, x[rows]]), torch.cat([t, t[rows]]), with_null(cond, x, rows))
             conditional, dropped = each(lambda v: v[: len(x)], both), each(lambda v: v[len(x) :], both)
             wanted = each(lambda v: v[rows], conditional)
-            mixed = self._mix(dropped, wanted)
-            if path is not None:
-                mixed = self._rescaled(mixed, wanted, path.coeffs(t[rows]), x[rows])
+            coeffs = None if path is None else path.coeffs(t[rows])
+            mixed = self._mix(dropped, wanted, coeffs, x[rows])
             if isinstance(rows, slice):
                 return mixed
             return each(lambda v, new: v.index_copy(0, rows, new), conditional, mixed)
@@ -173,12 +175,19 @@ class ClassifierFree(Guidance):
             return slice(None)
         return ((t >= lo) & (t <= hi)).nonzero()[:, 0]
 
-    def _mix(self, dropped: Endpoints, conditional: Endpoints) -> Endpoints:
+    @property
+    def _needs_path(self) -> bool:
+        return self.rescale > 0
+
+    def _mix(self, dropped: Endpoints, conditional: Endpoints, coeffs: Coeffs | None, x: Tensor) -> Endpoints:
+        """The guided endpoints of x (B, C, ...), from those of both branches; coeffs: None unless `_needs_path`."""
         mixed, n = dropped.lerp(conditional, self.scale), self.channels
-        if n is None:
+        if n is not None:
+            self.check(conditional.data.shape[1])
+            mixed = each(lambda a, b: torch.cat([a[:, :n], b[:, n:]], 1), mixed, conditional)
+        if not self.rescale or coeffs is None:
             return mixed
-        self.check(conditional.data.shape[1])
-        return each(lambda a, b: torch.cat([a[:, :n], b[:, n:]], 1), mixed, conditional)
+        return self._rescaled(mixed, conditional, coeffs, x)
 
     def _rescaled(self, mixed: Endpoints, conditional: Endpoints, coeffs: Coeffs, x: Tensor) -> Endpoints:
         have, want = (ends.data.flatten(1).std(1) for ends in (mixed, conditional))

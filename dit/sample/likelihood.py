@@ -231,11 +231,15 @@ class Bound(Likelihood):
     def __call__(self, problem: LikelihoodProblem, data: Tensor) -> Tensor:
         return -self.terms(problem, data).total
 
-    def times(self, problem: LikelihoodProblem) -> Tensor:
-        """(num_steps + 1,) float64, falling to the data; ConfigError where the path has no steps of its own."""
+    def times(self, problem: LikelihoodProblem, dimension: int | None = None) -> Tensor:
+        """(num_steps + 1,) float64, falling to the data. dimension: numbers in a latent.
+
+        ConfigError where the path has no steps of its own.
+        """
         path, num_steps = problem.path, self.num_steps
         if num_steps is not None:
-            return self.grid(num_steps, path, problem.prediction)
+            grid = self.grid if dimension is None else self.grid.sized(dimension)
+            return grid(num_steps, path, problem.prediction)
         if path.num_steps is None:
             raise ConfigError(
                 f"path {path} has no steps of its own: say num_steps, of which the bound is made"
@@ -247,7 +251,7 @@ class Bound(Likelihood):
     def terms(self, problem: LikelihoodProblem, data: Tensor) -> Terms:
         """The bound's terms for data (B, C, ...), in float32 at least."""
         data = data.to(torch.promote_types(data.dtype, torch.float32))
-        points = nodes(problem.path, self.times(problem))
+        points = nodes(problem.path, self.times(problem, data[0].numel()))
         first, std = points[0], problem.prior_std(points[0])
         prior = gaussian_kl(-first.alpha * data, 2.0 * math.log(first.sigma), 2.0 * math.log(std))
         steps, decoder, log_small = _none(data), _none(data), 0.0

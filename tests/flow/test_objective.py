@@ -574,3 +574,24 @@ def test_networks_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
 def test_draws_for_another_batch_are_refused() -> None:
     with pytest.raises(ValueError, match="4 slots were given for 8 samples"):
         Objective().loss(silent, torch.zeros(8, 3), {}, draws(4))
+
+
+def test_a_shift_by_dimension_is_of_the_data_that_come() -> None:
+    """(2, 64, 128) is 16,384 numbers, √4 of the base; both losses draw the same times and noise."""
+    draws, data = Draws(0, 0, torch.arange(4), 4), torch.randn(4, 2, 64, 128)
+    losses = [
+        Objective(times=LogitNormal(shift=shift)).loss(
+            lambda x, t, cond: torch.zeros_like(x), data, {}, draws
+        )
+        for shift in ("dimension", 2.0)
+    ]
+    assert torch.equal(losses[0].t, losses[1].t)
+    assert torch.equal(losses[0].per_sample, losses[1].per_sample)
+
+
+def test_times_shifted_by_dimension_are_checked_at_the_latents_size() -> None:
+    """eps on the linear path ends at t = 0.999: a shift of 1,000 (of 64 x 8 MiPixels) moves most times there."""
+    objective = Objective(prediction=Eps(), times=Uniform(shift="dimension"))
+    objective.check()
+    with pytest.raises(ConfigError, match="of the training times"):
+        objective.check(4096 * 1000**2)

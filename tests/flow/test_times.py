@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dit.config import ConfigError, to_dict
+from dit.config import ConfigError, from_dict, to_dict
 from dit.flow.discrete import DiscreteVP
 from dit.flow.path import PATHS, VP, Linear, NoisePath
 from dit.flow.times import TIMES, EDMTimes, LogitNormal, Mode, Uniform, shift_time
@@ -48,6 +48,29 @@ def test_a_time_has_the_same_bits_in_any_batch(name: str, path: NoisePath, dtype
     whole = times(u, path)
     for size in (1, 3, 100):
         assert torch.equal(torch.cat([times(part, path) for part in u.split(size)]), whole), size
+
+
+@every_time
+@pytest.mark.parametrize(
+    ("shape", "shift"), [((4, 32, 32), 1.0), ((4, 64, 64), 2.0), ((768, 16, 16), 48**0.5)]
+)
+def test_the_shift_by_dimension_is_the_root_of_the_latents_size(
+    name: str, shape: tuple, shift: float
+) -> None:
+    """√(m / 4096) of m numbers, of RAE (arXiv 2510.11690): 6.93 for 256 tokens of 768 channels."""
+    dimension = math.prod(shape)
+    found = TIMES[name](shift="dimension")(U, Linear(), dimension)
+    assert torch.equal(found, TIMES[name](shift=shift)(U, Linear()))
+    assert TIMES.parse(to_dict(TIMES[name](shift="dimension"))).shift == "dimension"
+    with pytest.raises(ConfigError, match="not known here; give a number"):
+        TIMES[name](shift="dimension")(U, Linear())
+
+
+@pytest.mark.parametrize("bad", ["dimensions", 0, -1, True])
+def test_a_shift_is_a_positive_number_or_the_word(bad: object) -> None:
+    with pytest.raises(ConfigError, match=r"^shift: expected") as error:
+        from_dict(Uniform, {"shift": bad})
+    assert {p.key for p in error.value.problems} == {("shift",)}
 
 
 @every_time

@@ -300,13 +300,15 @@ def test_neutral_guidance_changes_no_bit(network: torch.nn.Module) -> None:
     base = sampler(network, num_steps=2, **spec).latents(torch.arange(3), torch.arange(3))
     neutral = [
         {"name": "cfg", "scale": 1},
+        {"name": "cfg_zero", "scale": 1, "zero_init": 0},
         {"name": "autoguidance", "checkpoint": "nowhere", "scale": 1},
         {"name": "classifier", "checkpoint": "nowhere", "scale": 0},
         {"name": "threshold", "quantile": None, "floor": 1},
     ]
-    assert len(neutral) == len(GUIDANCES.names())
-    found = sampler(network, num_steps=2, guidance=neutral, **spec).latents(torch.arange(3), torch.arange(3))
-    assert torch.equal(found, base)
+    assert {str(one["name"]) for one in neutral} == set(GUIDANCES)
+    for given in (neutral[1:], [neutral[0], *neutral[2:]]):  # of the cfgs one alone is taken
+        found = sampler(network, num_steps=2, guidance=given, **spec)
+        assert torch.equal(found.latents(torch.arange(3), torch.arange(3)), base)
 
 
 def test_guidance_that_needs_a_checkpoint_needs_an_opener() -> None:
@@ -438,3 +440,14 @@ def test_a_grid_holds_each_image_in_its_place() -> None:
         assert (grid[y : y + 2, x : x + 3] == i).all()
     assert (grid[4:6, 9:12] == 255).all()  # the sixth place is empty
     assert (grid[0] == 255).all()
+
+
+def test_a_grid_shifted_by_dimension_is_of_the_latents_shape() -> None:
+    one, other = (
+        replace(sampler(Counting(), num_steps=4, grid={"name": "uniform", "shift": shift}), shape=(4, 64, 64))
+        for shift in ("dimension", 2.0)
+    )
+    assert torch.equal(one.times(), other.times())
+    assert torch.equal(
+        one.latents(torch.arange(1), torch.arange(1)), other.latents(torch.arange(1), torch.arange(1))
+    )

@@ -274,3 +274,18 @@ def test_a_grid_is_its_own_configuration(name: str) -> None:
     grid = made(name, shift=2.0, rho=5.0, sigma_max=70.0, sections=(4, 5))
     assert grid != GRIDS[name]()
     assert GRIDS.parse(to_dict(grid)) == grid
+
+
+@pytest.mark.parametrize("name", [n for n in GRIDS if hasattr(GRIDS[n](), "shift")])
+def test_a_shift_by_dimension_is_one_of_the_latents_size(name: str) -> None:
+    grid = GRIDS[name](shift="dimension")
+    found = grid.sized(4 * 64 * 64)
+    assert found == GRIDS[name](shift=2.0)
+    assert torch.equal(found(8, Linear(), V()), GRIDS[name](shift=2.0)(8, Linear(), V()))
+    with pytest.raises(ConfigError, match="not known here; give a number"):
+        grid(8, Linear(), V())
+
+
+@pytest.mark.parametrize("name", GRIDS.names())
+def test_a_grid_with_a_number_is_of_any_size(name: str) -> None:
+    assert GRIDS[name]().sized(7) == GRIDS[name]()

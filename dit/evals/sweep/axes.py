@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -13,10 +14,11 @@ from pydantic import Field
 from dit.config import ConfigError, config, to_dict
 from dit.sample.generate import Sampler, SamplerSpec
 from dit.sample.grid import GRIDS, Grid, UniformGrid
-from dit.sample.guide import ClassifierFree
+from dit.sample.guide import GUIDANCES, ClassifierFree
 from dit.sample.solve import SOLVERS, Heun, Solver
 
 ALWAYS = (0.0, 1.0)  # the interval that holds all times
+PLAIN = "cfg"  # the guidance that cfg_scale is short for
 
 
 @config
@@ -26,6 +28,7 @@ class Axes:
     weights: tuple[str, ...] = ("ema",)  # ema, model, or other averages, as ema_0.999
     cfg_scale: tuple[Annotated[float, Field(ge=0)], ...] = (1.0,)  # of guidance; 1 = none
     interval: tuple[tuple[float, float], ...] = (ALWAYS,)  # of t, in which there is guidance
+    guidance: tuple[str, ...] = (PLAIN,)  # cfg, cfg_zero: what scale and interval are of
     solver: tuple[Annotated[Solver, SOLVERS], ...] = (Heun(),)  # how steps are taken
     num_steps: tuple[Annotated[int, Field(ge=1)], ...] = (50,)  # of the solver
     nfe: tuple[Annotated[int, Field(ge=1)], ...] = ()  # evaluations an image, in place of steps
@@ -44,17 +47,26 @@ class Axes:
                 raise ConfigError(f"{axis.name} has {twice[0]} twice")
         for interval in self.interval:
             ClassifierFree(scale=2.0, interval=interval)  # which checks it
+        for name in self.guidance:
+            guidance_class(name)
 
     def settings(self) -> Iterator[Setting]:
         """Every point but for the seed."""
-        guided = [(s, i) for s in self.cfg_scale for i in self.interval if s != 1.0]
-        scales = {scale: [pair for pair in guided if pair[0] == scale] for scale in self.cfg_scale}
-        for weights in self.weights:
-            for scale in self.cfg_scale:
-                for _, interval in scales[scale] or [(scale, ALWAYS)]:
-                    for solver in self.solver:
-                        for steps in self.nfe or self.num_steps:
-                            yield Setting(weights, scale, interval, solver, steps, bool(self.nfe))
+        guided = list(product(self.interval, self.guidance))
+        ways = [(s, *way) for s in self.cfg_scale for way in (guided if s != 1.0 else [(ALWAYS, PLAIN)])]
+        budgets = self.nfe or self.num_steps
+        for weights, way, solver, steps in product(self.weights, ways, self.solver, budgets):
+            scale, interval, name = way
+            yield Setting(weights, scale, interval, solver, steps, bool(self.nfe), name)
+
+
+def guidance_class(name: str) -> type[ClassifierFree]:
+    """The guidance of this name. ConfigError unless it takes a scale and an interval, as cfg does."""
+    found = GUIDANCES[name]
+    if not issubclass(found, ClassifierFree):
+        fit = ", ".join(key for key, cls in GUIDANCES.items() if issubclass(cls, ClassifierFree))
+        raise ConfigError(f"guidance {name} does not take a scale and an interval; choices: {fit}")
+    return found
 
 
 def read_intervals(text: str) -> tuple[tuple[float, float], ...]:
@@ -70,7 +82,10 @@ def read_intervals(text: str) -> tuple[tuple[float, float], ...]:
 
 @dataclass(frozen=True)
 class Setting:
-    """One point of the axes. steps: the solver's, or (is_budget) evaluations of the guided denoiser an image."""
+    """One point of the axes. steps: the solver's, or (is_budget) evaluations of the guided denoiser an image.
+
+    guidance: the name of what scale and interval are of, its other fields being as they are by default.
+    """
 
     weights: str
     scale: float
@@ -78,13 +93,15 @@ class Setting:
     solver: Solver
     steps: int
     is_budget: bool = False
+    guidance: str = PLAIN
 
     def spec(self, num_steps: int, grid: Grid, seed: int) -> SamplerSpec:
         """What draws it. ConfigError where guidance and solver do not go together."""
         spec = SamplerSpec(solver=self.solver, num_steps=num_steps, grid=grid, seed=seed)
-        if self.interval == ALWAYS:
+        if self.scale == 1.0 or (self.interval, self.guidance) == (ALWAYS, PLAIN):
             return replace(spec, cfg_scale=self.scale)
-        return replace(spec, guidance=(ClassifierFree(scale=self.scale, interval=self.interval),))
+        guide = guidance_class(self.guidance)
+        return replace(spec, guidance=(guide(scale=self.scale, interval=self.interval),))
 
     @property
     def words(self) -> dict[str, str]:
@@ -94,6 +111,7 @@ class Setting:
             "weights": self.weights,
             "cfg_scale": f"{self.scale:g}",
             "interval": "" if self.scale == 1.0 or self.interval == ALWAYS else f"{low:g}:{high:g}",
+            "guidance": "" if self.scale == 1.0 or self.guidance == PLAIN else self.guidance,
             "solver": solver_words(self.solver),
         }
 

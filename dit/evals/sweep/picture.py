@@ -48,22 +48,29 @@ def draw(results: Results, file: Path) -> None:
 
 
 def _by_scale(groups: Sequence[Group]) -> list[tuple[str, list[Group]]]:
-    """Lines over the scales, each of one interval, solver and set of weights at its most steps.
+    """Lines over the scales, each of one interval, guidance, solver and set of weights at its most steps.
 
-    No guidance is a point of all intervals.
+    No guidance is a point of all intervals and kinds of guidance.
     """
-    axes = [axis for axis in varying(groups) if axis not in ("run", "cfg_scale", "interval")]
-    intervals = list(dict.fromkeys(words_of(g)["interval"] for g in groups if g.setting.scale != 1.0))
+    axes = [axis for axis in varying(groups) if axis not in ("run", "cfg_scale", "interval", "guidance")]
+    ways = list(dict.fromkeys(_way(g) for g in groups if g.setting.scale != 1.0))
+    several = [len({way[place] for way in ways}) > 1 for place in (0, 1)]
     lines: dict[str, list[Group]] = {}
     for group in groups:
         words = words_of(group)
-        for interval in intervals if group.setting.scale == 1.0 else [words["interval"]]:
-            parts = [words[axis] for axis in axes] + [f"t in {interval or '0:1'}"] * (len(intervals) > 1)
+        for interval, guidance in ways if group.setting.scale == 1.0 else [_way(group)]:
+            parts = [words[axis] for axis in axes]
+            parts += [f"t in {interval or '0:1'}"] * several[0] + [guidance] * several[1]
             lines.setdefault(", ".join(parts), []).append(group)
     most = {label: max(g.setting.steps for g in own) for label, own in lines.items()}
     kept = {label: [g for g in own if g.setting.steps == most[label]] for label, own in lines.items()}
     word = "NFE" if any(g.setting.is_budget for g in groups) else "steps"
     return [(f"{label or 'guided'} ({most[label]} {word})", own) for label, own in kept.items()]
+
+
+def _way(group: Group) -> tuple[str, str]:
+    """(interval, guidance) in words."""
+    return words_of(group)["interval"], group.setting.guidance
 
 
 def _by_nfe(
@@ -78,13 +85,17 @@ def _by_nfe(
     for label, own in kinds.items():
         best = results.best(space, name, own)
         assert best is not None  # all of them have the figure
-        taken = (best.setting.scale, best.setting.interval)
+        taken = _guidance(best)
         guided = best.setting.words
-        is_one = len({(g.setting.scale, g.setting.interval) for g in own}) == 1
-        at = "" if is_one else f"cfg {guided['cfg_scale']} {guided['interval']}".strip()
-        line = [g for g in own if (g.setting.scale, g.setting.interval) == taken]
+        is_one = len({_guidance(g) for g in own}) == 1
+        at = "" if is_one else f"{best.setting.guidance} {guided['cfg_scale']} {guided['interval']}".strip()
+        line = [g for g in own if _guidance(g) == taken]
         lines.append((", ".join(part for part in (label, at) if part) or best.setting.words["solver"], line))
     return lines
+
+
+def _guidance(group: Group) -> tuple[float, tuple[float, float], str]:
+    return group.setting.scale, group.setting.interval, group.setting.guidance
 
 
 def _line(axis: Any, label: str, groups: Sequence[Group], kind: str, space: str, name: str) -> None:

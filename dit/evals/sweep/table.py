@@ -11,7 +11,7 @@ from dit.evals.metrics.resampling import LEVEL
 from dit.evals.protocol import protocol_hash
 from dit.evals.sweep.results import Group, Results
 
-AXES = ("run", "weights", "cfg_scale", "interval", "solver")
+AXES = ("run", "weights", "cfg_scale", "interval", "guidance", "solver")
 
 
 def words_of(group: Group) -> dict[str, str]:

@@ -11,6 +11,7 @@ from dit.config import ConfigError, from_dict
 from dit.evals.sweep.axes import ALWAYS, Axes, Setting, most_steps, read_intervals
 from dit.flow.path import PATHS
 from dit.flow.predict import PREDICTIONS
+from dit.sample.cfg_zero import ClassifierFreeZero
 from dit.sample.generate import Sampler, SamplerSpec
 from dit.sample.grid import UniformGrid
 from dit.sample.solve import SOLVERS, Heun
@@ -53,6 +54,22 @@ def test_no_guidance_is_one_setting_whatever_the_intervals() -> None:
     assert found == [(*way, steps) for way in ways for steps in (5, 10)]
 
 
+def test_each_guidance_is_drawn_at_each_scale_and_none_once() -> None:
+    axes = Axes(cfg_scale=(1.0, 2.0), interval=(ALWAYS, (0.2, 0.7)), guidance=("cfg", "cfg_zero"))
+    found = list(axes.settings())
+    assert [(s.scale, s.interval, s.guidance) for s in found] == [
+        (1.0, ALWAYS, "cfg"), (2.0, ALWAYS, "cfg"), (2.0, ALWAYS, "cfg_zero"),
+        (2.0, (0.2, 0.7), "cfg"), (2.0, (0.2, 0.7), "cfg_zero"),
+    ]  # fmt: skip
+    specs = [s.spec(4, UniformGrid(), 0).in_turn for s in found]
+    assert specs[2] == (ClassifierFreeZero(scale=2.0),)
+    assert specs[4] == (ClassifierFreeZero(scale=2.0, interval=(0.2, 0.7)),)
+    assert len(set(specs)) == 5
+    assert [s.words["guidance"] for s in found] == ["", "", "cfg_zero", "", "cfg_zero"]
+    alone = Axes(cfg_scale=(1.0, 2.0), guidance=("cfg_zero",)).settings()
+    assert [s.spec(4, UniformGrid(), 0).in_turn[0].scale for s in alone] == [1.0, 2.0]
+
+
 def test_guidance_of_all_times_is_what_cfg_scale_says() -> None:
     grid = UniformGrid()
     assert Setting("ema", 2.0, ALWAYS, Heun(), 4).spec(4, grid, 3) == SamplerSpec(
@@ -68,6 +85,11 @@ def test_guidance_of_all_times_is_what_cfg_scale_says() -> None:
         ({"cfg_scale": [1, 1]}, "cfg_scale has 1.0 twice"),
         ({"seeds": []}, "seeds has no value"),
         ({"interval": [[0.7, 0.2]]}, "interval must be"),
+        ({"guidance": ["cfg_zeros"]}, "did you mean cfg_zero"),
+        (
+            {"guidance": ["threshold"]},
+            "threshold does not take a scale and an interval; choices: cfg, cfg_zero",
+        ),
         ({"num_steps": [0]}, "1 or more"),
         ({"solver": [{"name": "hen"}]}, "did you mean heun"),
     ],
