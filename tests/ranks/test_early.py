@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 TOOLS = sorted((Path(__file__).parents[2] / "tools").glob("*.py"))
-SAVING = {"train", "train_vae", "train_classifier", "encode"}  # at a scheduler's signal
+# at a scheduler's signal
+SAVING = {"train", "train_vae", "train_classifier", "encode", "sample", "evaluate", "likelihood"}
 
 KEPT = """
 import sys
