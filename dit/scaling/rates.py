@@ -133,7 +133,8 @@ class Carried:
         if here is None or there is None:
             return ""
         spread = math.hypot(here[1], there[1])
-        return f"; the vertex of a parabola moves by 2^{there[0] - here[0]:+.2f} (± {spread:.2f} over seeds)"
+        chance = "" if math.isnan(spread) else f" (± {spread:.2f} over seeds)"
+        return f"; the vertex of a parabola moves by 2^{there[0] - here[0]:+.2f}{chance}"
 
     def __str__(self) -> str:
         narrow, wide = self.narrow, self.wide
@@ -145,7 +146,7 @@ class Carried:
             "another": f"the best rate of width {narrow.width}, {first:g}, is not the best at width {wide.width}, "
             f"which is {second:g}: it costs {self.cost} of held-out loss",
         }
-        edges = [curve.width for curve in (narrow, wide) if curve.is_at_edge]
+        edges = " and ".join(str(curve.width) for curve in (narrow, wide) if curve.is_at_edge)
         beyond = f"; the best is at the edge of the rates at width {edges}: widen them" if edges else ""
         return f"{narrow.parametrization}: {said[self.outcome]}{self.drift}{beyond}"
 
@@ -166,7 +167,9 @@ def verdict(curves: Sequence[Curve]) -> str:
     found = carried(curves)
     lines = [str(one) for one in found]
     widest = {one.narrow.parametrization: one for one in found}  # the last of each is the widest
-    if {"mup", "standard"} <= set(widest):
+    if all(curve.losses.shape[1] == 1 for curve in curves):
+        lines.append("Verdict: not decided: one seed does not tell a rate from chance; give --seeds=0,1,2")
+    elif {"mup", "standard"} <= set(widest):
         lines.append(_claim(widest["mup"], widest["standard"]))
     return "\n".join(lines)
 
@@ -195,7 +198,7 @@ def table(curves: Sequence[Curve]) -> str:
         f"| {rate:g} | " + " | ".join(_cell(curve, place) for curve in curves) + " |"
         for place, rate in enumerate(curves[0].rates)
     ]
-    spreads = " | ".join(f"{curve.spread:.4f}" for curve in curves)
+    spreads = " | ".join("–" if math.isnan(c.spread) else f"{c.spread:.4f}" for c in curves)
     lines.append(f"| std over seeds, at the best | {spreads} |")
     return (
         "\n".join(lines)

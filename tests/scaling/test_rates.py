@@ -93,7 +93,7 @@ def test_every_outcome_is_told(mup: float, standard: float, said: str) -> None:
 
 def test_a_best_rate_at_the_edge_is_told_and_decides_nothing_that_may_lie_beyond() -> None:
     standard = [curve("standard", 64, 0.004), curve("standard", 256, 0.0005)]
-    assert "at the edge of the rates at width [256]" in verdict(standard)
+    assert "at the edge of the rates at width 256: widen them" in verdict(standard)
     mup = [curve("mup", 64, 0.004), curve("mup", 256, 0.004)]
     assert "Verdict: shown, that" in verdict([*standard, *mup])  # it is 0.001 or less, and not 0.004
     beyond = [curve("mup", width, 0.06) for width in (64, 256)]
@@ -104,6 +104,15 @@ def test_one_seed_tells_nothing_apart() -> None:
     found = Carried(curve("mup", 64, 0.004, seeds=1), curve("mup", 256, 0.001, seeds=1))
     assert found.outcome == "not distinguishable"
     assert math.isnan(found.wide.spread)
+
+
+def test_one_seed_decides_nothing_and_no_number_is_made_up() -> None:
+    curves = [curve(name, width, 0.004, seeds=1) for name in ("mup", "standard") for width in (64, 256)]
+    said = verdict(curves)
+    assert said.endswith(
+        "Verdict: not decided: one seed does not tell a rate from chance; give --seeds=0,1,2"
+    )
+    assert "nan" not in said
 
 
 def test_a_rate_with_a_failed_run_is_never_the_best() -> None:
