@@ -68,7 +68,7 @@ class SiT(DiTFormat):
 
     path: PathName = "Linear"  # its --path-type: Linear, GVP or VP
     prediction: PredictionName = "velocity"  # its --prediction: velocity, noise or score
-    # whose time: SiT's is 1 - t; REPA's (arXiv 2410.06940) is t; null = REPA's where the weights hold its projectors
+    # SiT's time is 1 - t, REPA's (arXiv 2410.06940) t; null = REPA's where the weights hold its projectors
     time: TimeName | None = None
     learn_sigma: bool = True  # of weights written for SiT's code: with the rows that it computes and discards
 

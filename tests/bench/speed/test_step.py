@@ -26,7 +26,7 @@ from dit.bench.speed.step_table import closing, line
 from dit.bench.speed.steppers import OurStep, Setting, StepBench
 from dit.bench.speed.turns import MedianRange
 from dit.config import ConfigError, from_dict
-from dit.interop.weights import to_theirs
+from dit.interop.outward import to_theirs
 from dit.model.dit import DiTConfig
 from dit.ranks.group import World
 from tests.rank_processes import Server
