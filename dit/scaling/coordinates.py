@@ -244,15 +244,16 @@ def _activations(engine: LocalEngine, setting: Setting) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:
-        def hook(module: nn.Module, given: Any, out: Tensor) -> None:
-            found[name] = out.detach().float()
+        def hook(module: nn.Module, given: Any, out: Tensor | tuple[Tensor, ...]) -> None:
+            tokens = out[0] if isinstance(out, tuple) else out  # a block may hand on more than its tokens
+            found[name] = tokens.detach().float()
 
         return hook
 
     hooks: list[_Hooked] = [
         module.register_forward_hook(keep(name))
         for name, module in engine.module.named_modules()
-        if isinstance(module, nn.Linear | nn.Embedding) or re.fullmatch(r"blocks\.\d+", name)
+        if isinstance(module, nn.Linear | nn.Embedding) or re.fullmatch(r"(output\.)?blocks\.\d+", name)
     ]
     try:
         setting.task.loss(engine, setting.samples)

@@ -15,6 +15,7 @@ from torch import nn
 from dit.config import ConfigError
 from dit.experiments.diffusion import Experiment
 from dit.model.dit import DiTConfig
+from dit.model.models import MODELS
 from dit.model.parametrization import MuP
 from dit.outputs import OutputError
 from dit.scaling.coordinates import FLAT, GROWS, Check, Coordinates, Setting, Size, measure, slope_of
@@ -90,6 +91,20 @@ def test_a_layer_whose_rate_is_not_scaled_is_found(monkeypatch: pytest.MonkeyPat
     found = measure(Setting.synthetic(check), check)
     assert found.steepest("mup").layer == "blocks.*.mlp.fc2"
     assert (found.steepest("mup").change or 0.0) > FLAT
+
+
+@pytest.mark.parametrize(
+    "model",
+    [{"block": {"value_residual": True}}, {"name": "ddt", "size": "nano", "decoder_depth": 1}],
+    ids=["value residual", "ddt"],
+)
+def test_blocks_of_every_kind_are_looked_at(model: dict[str, Any]) -> None:
+    """Also where a block hands on more than its tokens, and in a decoder."""
+    check = Check(widths=(32, 64), steps=(1,), seeds=(0,), batch=4)
+    setting = replace(Setting.synthetic(check), model=MODELS.parse({"name": "dit", "size": "nano", **model}))
+    layers = {size.layer for size in measure(setting, check).sizes}
+    assert "blocks.*" in layers
+    assert ("output.blocks.*" in layers) == (model.get("name") == "ddt")
 
 
 @pytest.mark.parametrize("power", [-0.5, 0.0, 1.0])
