@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import codecs
+import csv
 import errno
 import fcntl
+import io
 import json
 import math
 import os
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +79,15 @@ def _no_text(data: bytes, place: int, encoding: str, named: str) -> str:
 
 
 # --- paths -------------------------------------------------------------------------------------------------
+
+
+def as_csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """Give the text of a CSV file: a line of the columns' names, and one for each row, which has no other keys."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def json_line(line: str | bytes) -> Any:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +12,8 @@ from typing import Any
 from dit.errors import Notice
 from dit.evals import record
 from dit.evals.valloss import QUARTERS
-from dit.files import write_atomically
+from dit.files import as_csv, write_atomically
+from dit.scaling.laws import cells
 from dit.scaling.plan import Plan, PlannedRun
 from dit.scaling.planned import ScalingError
 from dit.scaling.states import RunState
@@ -22,8 +21,8 @@ from dit.scaling.states import RunState
 HELD_OUT, FILE = "held_out.jsonl", "held_out_loss"
 QUARTER = [f"loss_q{i + 1}" for i in range(QUARTERS)]
 COLUMNS = (
-    "run", "params", "samples", "tokens", "flops", "loss", "metric", "seed", "complete", "params_total", "protocol",
-    "size", "width", "depth", "heads", "budget", "kind", "steps", "batch", "lr", *QUARTER,
+    *cells.COLUMNS, "params_total", "protocol", "size", "width", "depth", "heads", "budget", "kind", "steps", "batch",
+    "lr", *QUARTER,
 )  # fmt: skip
 
 
@@ -81,12 +80,8 @@ def collect(
 
 def write_table(collected: Collected, file: Path) -> None:
     """Write the table as CSV."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(collected.rows)
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, text.getvalue().encode())
+    write_atomically(file, as_csv(COLUMNS, collected.rows).encode())
 
 
 def _nothing(out: Path, plan: Plan, metric: str, protocol: str | None, missing: Mapping[str, str]) -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import operator
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,7 +13,7 @@ from dit.config import ConfigError, from_dict
 from dit.configfile import write_yaml
 from dit.errors import Notice, UserError, shown
 from dit.experiments.diffusion import Experiment
-from dit.files import expand, write_atomically
+from dit.files import as_csv, expand, write_atomically
 from dit.outputs import OutputError, read_record, refuse_other, write_record
 from dit.scaling.configs import RUNS, branch_point, config_file, run_config, run_folder
 from dit.scaling.plan import Plan, PlannedRun
@@ -54,7 +52,7 @@ def plan_into(spec: ScalingSpec) -> Plan:
         write_yaml(config_file(out, name), cfg)
     for name in gone:
         config_file(out, name).unlink(missing_ok=True)
-    write_atomically(out / TABLE, as_csv(plan).encode())
+    write_atomically(out / TABLE, runs_csv(plan).encode())
     write_record(out / PLAN, plan.as_json())
     return plan
 
@@ -144,14 +142,10 @@ def _same_point(was: str | None, now: str | None) -> bool:
 # --- told ------------------------------------------------------------------------------------------------------
 
 
-def as_csv(plan: Plan) -> str:
+def runs_csv(plan: Plan) -> str:
     """The runs as CSV, a line each, with the columns of `PlannedRun`."""
-    text = io.StringIO()
     names = [field.name for field in dataclasses.fields(PlannedRun)]
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(dataclasses.asdict(run) for run in plan.runs)
-    return text.getvalue()
+    return as_csv(names, (dataclasses.asdict(run) for run in plan.runs))
 
 
 def as_table(plan: Plan, out: Path, device: str, ranks: int) -> str:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from dit.config import to_dict
-from dit.files import write_atomically
+from dit.files import as_csv, write_atomically
 from dit.outputs import claim, write_record
 from dit.scaling.coordinates import Check, Coordinates, Setting
 
@@ -47,11 +45,7 @@ def write(found: Coordinates, out: Path, made: Mapping[str, Any]) -> None:
 
 def write_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows of the same keys, with these as the first line."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(file, text.getvalue().encode())
+    write_atomically(file, as_csv(list(rows[0]), rows).encode())
 
 
 def table(found: Coordinates) -> str:

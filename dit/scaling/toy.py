@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,13 +13,14 @@ import torch
 from dit.config import ConfigError
 from dit.evals import plane
 from dit.evals.protocol import protocol_hash
-from dit.files import write_atomically
+from dit.files import as_csv, write_atomically
 from dit.flow.couple import Independent
 from dit.flow.objective import Objective
 from dit.outputs import claim, read_record, write_record
 from dit.progress import Bar
 from dit.sample.denoise import Denoiser
 from dit.scaling.floors import PLANE, even, floor
+from dit.scaling.laws import cells
 from dit.scaling.laws.fit import Floor, fit
 from dit.scaling.laws.law import Law
 from dit.scaling.laws.solver import Points
@@ -32,19 +31,7 @@ FLOOR_SAMPLES = 2**15
 FLOPS = 6  # of training by parameter and point: 2 a multiply-add, forward and twice that backward
 RECORD, TABLE, CELLS = "toy.json", "runs.csv", "runs"
 KINDS = ("fit", "exact")  # of floors that are compared
-COLUMNS = (
-    "run",
-    "params",
-    "samples",
-    "tokens",
-    "flops",
-    "loss",
-    "metric",
-    "seed",
-    "complete",
-    "protocol",
-    "floor",
-)
+COLUMNS = (*cells.COLUMNS, "protocol", "floor")
 PROBLEMS = {
     "eight_gaussians": plane.PlaneProblem(
         "Gaussian noise to eight Gaussians", plane.normal, plane.eight_gaussians, 5.2, 5.2
@@ -188,13 +175,8 @@ def _row(name: str, ladder: ToyLadder, loss: float, digest: str, known: float) -
 
 
 def _as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(
-        {name: str(value).lower() if value is True else value for name, value in row.items()} for row in rows
-    )
-    return text.getvalue()
+    worded = ({key: str(cell).lower() if cell is True else cell for key, cell in row.items()} for row in rows)
+    return as_csv(COLUMNS, worded)
 
 
 # --- what is predicted -------------------------------------------------------------------------------------

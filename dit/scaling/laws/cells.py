@@ -13,6 +13,8 @@ from dit.scaling.laws.law import LawError
 NEEDED = ("params", "flops", "loss")
 NUMBERS = (*NEEDED, "tokens", "samples", "floor")  # columns whose cells are positive numbers
 KNOWN = ("run", *NUMBERS, "seed", "complete", "metric", "protocol")
+# with which every table of runs that is made here begins
+COLUMNS = ("run", "params", "samples", "tokens", "flops", "loss", "metric", "seed", "complete")
 
 MOST = 10_000  # rows: a law is of runs, of which nobody has more
 NUMERAL = re.compile(
