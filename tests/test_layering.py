@@ -60,13 +60,14 @@ MAY_IMPORT = {
     "train.ema": "errors config train.posthoc train.engines",
     "train.settings": "files config ranks data train.optim train.faults train.engines train.ema",
     "train.task": "rng flow data",
-    "train.meters": "files ranks flow evals",
+    "train.rows": "files",
+    "train.meters": "ranks flow evals train.rows",
     "train.hooks": "errors progress sample train.engines train.ema train.meters",
     "train.held_out": "errors progress config rng ranks data evals train.engines train.ema train.settings train.task"
     " train.hooks train.meters",
     "train.run_dir": "errors files version scalars config configfile ranks train.settings train.checkpoints"
     " outputs",
-    "train.branch": "errors files version config ranks evals train.engines train.meters train.run_dir"
+    "train.branch": "errors files version config ranks evals train.engines train.rows train.run_dir"
     " train.settings train.checkpoints",
     "train.plan": "errors version config ranks model data train.optim train.engines train.settings train.task"
     " train.hooks train.run_dir train.branch train.checkpoints",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,14 +15,14 @@ from dit.configfile import read_own
 from dit.errors import UserError
 from dit.evals import record
 from dit.experiments.diffusion import Experiment
-from dit.files import expand, json_line
+from dit.files import expand
 from dit.model.cost import cost
 from dit.scalars import resolved
 from dit.train.checkpoints import checkpoint
+from dit.train.rows import HELD_OUT, METRICS, logged
 from dit.train.run_dir import CONFIG, HISTORY
 
 Row = Mapping[str, Any]
-METRICS, HELD_OUT = "metrics.jsonl", "held_out.jsonl"
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,13 @@ class RunTold:
         """Read a run directory. Raises UserError where it is none, or has logged nothing yet."""
         folder = Path(expand(str(run_dir)))
         record.check_run(folder)
-        steps = list(rows_of(folder / METRICS))
+        steps = list(logged(folder / METRICS))
         if not steps:
             raise UserError(
                 f"{folder} has logged no step yet ({METRICS}): wait for train.log_every steps, or leave it out"
             )
         _check(steps, folder / METRICS, {"step": int, "samples": int})
-        held_out, starts = (list(rows_of(folder / file)) for file in (HELD_OUT, HISTORY))
+        held_out, starts = (list(logged(folder / file)) for file in (HELD_OUT, HISTORY))
         config = _config(folder)
         _check([config], folder / CONFIG, {"train.steps": int, "train.global_batch": int})
         return cls(name or folder.name, folder, config, steps, held_out, record.read(folder), starts)
@@ -111,19 +111,6 @@ class RunTold:
         """Training time up to steps, between logged ones in proportion."""
         logged = [0, *(row["step"] for row in self.steps)]
         return [float(value) for value in np.interp(steps, logged, [0.0, *self.seconds])]
-
-
-def rows_of(path: Path) -> Iterator[Row]:
-    """The whole rows of a file of JSON lines; none where there is no file. A line that a kill has cut off ends them."""
-    if not path.is_file():
-        return
-    for line in path.read_bytes().splitlines():
-        try:
-            row = json_line(line)
-        except ValueError:  # no JSON, or no text
-            return
-        if isinstance(row, dict):
-            yield row
 
 
 def _check(rows: Sequence[Row], path: Path, kinds: Mapping[str, type]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +16,9 @@ from dit.scaling.laws import cells
 from dit.scaling.plan import Plan, PlannedRun
 from dit.scaling.planned import ScalingError
 from dit.scaling.states import RunState
+from dit.train.rows import HELD_OUT, logged
 
-HELD_OUT, FILE = "held_out.jsonl", "held_out_loss"
+FILE = "held_out_loss"
 QUARTER = [f"loss_q{i + 1}" for i in range(QUARTERS)]
 COLUMNS = (
     *cells.COLUMNS, "params_total", "protocol", "size", "width", "depth", "heads", "budget", "kind", "steps", "batch",
@@ -134,18 +134,10 @@ def _names(run_dir: Path) -> set[str]:
 
 
 def _held_out(run_dir: Path) -> list[dict[str, Any]]:
-    """The whole rows of held_out.jsonl that have a loss; one that a kill has cut off ends them."""
-    file = run_dir / HELD_OUT
-    rows: list[dict[str, Any]] = []
-    for line in file.read_bytes().splitlines() if file.is_file() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            break
-        kinds = {"loss": float, "step": int, "protocol": str}
-        if isinstance(row, dict) and all(isinstance(row.get(key), kind) for key, kind in kinds.items()):
-            rows.append(row)
-    return rows
+    """The rows of held_out.jsonl that have a loss."""
+    kinds = {"loss": float, "step": int, "protocol": str}
+    rows = logged(run_dir / HELD_OUT)
+    return [row for row in rows if all(isinstance(row.get(key), kind) for key, kind in kinds.items())]
 
 
 def _shared_protocol(found: Iterable[tuple[PlannedRun, bool, Sequence[Figure]]]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,16 +9,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dit.files import try_lock
+from dit.files import json_line, try_lock
 from dit.scaling.configs import branch_point, run_folder
 from dit.scaling.plan import Plan, PlannedRun
 from dit.train.checkpoints import checkpoint
 from dit.train.checkpoints.archive import checkpoints_of
 from dit.train.checkpoints.checkpoint import CheckpointError
+from dit.train.rows import METRICS
 from dit.train.run_dir import LOCK
 
 TAIL = 1 << 16  # bytes of a log in which its last line is
-METRICS, LOGS = "metrics.jsonl", "logs"
+LOGS = "logs"
 
 
 def log_file(out: Path, name: str) -> Path:
@@ -42,7 +42,7 @@ def last_row(run_dir: Path) -> Mapping[str, Any]:
         lines = opened.read().splitlines()
     for line in reversed(lines):
         try:
-            row = json.loads(line)
+            row = json_line(line)
         except ValueError:  # cut off by a kill, or still being written
             continue
         return row if isinstance(row, dict) else {}

@@ -12,7 +12,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,12 @@ from dit.train.checkpoints import checkpoint, linking
 from dit.train.checkpoints.archive import checkpoints_of
 from dit.train.checkpoints.checkpoint import Checkpoint, CheckpointError, check_same_data
 from dit.train.engines.zero_config import BEFORE
-from dit.train.meters import truncate
+from dit.train.rows import HELD_OUT, METRICS, logged, truncate
 from dit.train.run_dir import HISTORY
 from dit.train.settings import RunConfig
 from dit.version import code_version
 
-METRICS, HELD_OUT, CURVES, SNAPSHOTS = "metrics.jsonl", "held_out.jsonl", "tensorboard", "snapshots"
+CURVES, SNAPSHOTS = "tensorboard", "snapshots"
 
 
 # --- where it begins ---------------------------------------------------------------------------------------
@@ -142,22 +142,13 @@ def _unlike_plan(found: Checkpoint, cfg: RunConfig, before: int) -> str | None:
 def _unlike_log(found: Checkpoint, cfg: RunConfig) -> str | None:
     """The same by what the trunk has logged: it may have had yet another train.steps for a while."""
     trunk = trunk_of(found)
-    for row in () if trunk is None else _rows(trunk / METRICS):
-        if row["step"] > found.step or not {"lr", "updates"} <= row.keys():
+    for row in () if trunk is None else logged(trunk / METRICS):
+        if not {"step", "lr", "updates"} <= row.keys() or row["step"] > found.step:
             continue
         rate = cfg.optim.lr_at(max(0, row["updates"] - 1), cfg.train.steps)
         if not math.isclose(row["lr"], rate, rel_tol=1e-9):
             return f"the learning rate at step {row['step']} is {rate:.6g}, and {trunk}/{METRICS} has {row['lr']:.6g}"
     return None
-
-
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a log."""
-    for line in path.read_bytes().splitlines() if path.is_file() else ():
-        with contextlib.suppress(ValueError):  # one that is being written, or was cut off by a kill
-            row = json.loads(line)
-            if isinstance(row, dict) and "step" in row:
-                yield row
 
 
 # --- beginning ---------------------------------------------------------------------------------------------

@@ -19,9 +19,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from dit.evals import record
 from dit.evals.valloss import QUARTERS, sums_by_quarter
-from dit.files import write_atomically
 from dit.flow.objective import Loss
 from dit.ranks import group
+from dit.train.rows import HELD_OUT, METRICS, truncate
 
 _MASK63 = (1 << 63) - 1
 # Figures of a row that tell how fast the machine was; all others are the same in every repetition of a run.
@@ -211,7 +211,7 @@ class RunLog:
 
     def __init__(self, run_dir: Path, is_main: bool):
         self.run_dir, self.is_main = run_dir, is_main
-        self.path, self.held_out_path = run_dir / "metrics.jsonl", run_dir / "held_out.jsonl"
+        self.path, self.held_out_path = run_dir / METRICS, run_dir / HELD_OUT
         self._writer: SummaryWriter | None = None
 
     def open(self, step: int, hooks_step: int | None = None) -> None:
@@ -305,15 +305,3 @@ def group_of(name: str) -> str:
     }
     groups |= {f"loss_q{i + 1}": "loss_by_t" for i in range(QUARTERS)}
     return f"{groups.get(name, 'train')}/{name}"
-
-
-def truncate(path: Path, step: int) -> None:
-    """Keep the lines of metrics.jsonl up to `step`; a half-written last line goes too. Atomic."""
-    kept = []
-    for line in path.read_bytes().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):  # no JSON, or no text: zeros, after a stop of the machine
-            break  # cut off by a kill: nothing after it can be whole
-    write_atomically(path, b"".join(line + b"\n" for line in kept))

@@ -15,7 +15,8 @@ import torch
 from dit.flow.objective import Loss
 from dit.ranks import group
 from dit.ranks.group import World
-from dit.train.meters import Meters, RunLog, truncate
+from dit.train.meters import Meters, RunLog
+from dit.train.rows import truncate
 from tests.rank_processes import Server
 
 CPU = torch.device("cpu")
