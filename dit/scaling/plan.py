@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from dit.model.cost import Cost
+
 PARAMS = (
     "parameters of the blocks and the output layer; those that embed patches, time and labels do not count"
 )
@@ -20,6 +22,11 @@ FLOPS = (
     "samples x training FLOPs an image: 2 per multiply-add, 3 x forward, attention and modulation included"
 )
 TRUNK, BRANCH, SEPARATE = "trunk", "branch", "separate"
+
+
+def params_of(cost: Cost) -> int:
+    """Count N: numbers in the blocks, their modulation included, and in what comes after them."""
+    return cost.parameters.blocks + cost.parameters.output
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,35 @@ class PlannedRun:
     hours: float
     trunk: str | None = None
     branch_step: int | None = None
+
+    @classmethod
+    def alone(
+        cls, name: str, size: str, cost: Cost, *, seed: int, batch: int, lr: float, steps: int, there_are: int
+    ) -> PlannedRun:
+        """Give a run of its own start, whose budget is what it comes to. there_are: samples of the data."""
+        dims, samples = cost.dims, steps * batch
+        flops = float(samples * cost.training_flops)
+        return cls(
+            name=name,
+            kind=SEPARATE,
+            size=size,
+            width=dims.width,
+            depth=dims.depth,
+            heads=dims.heads,
+            budget=flops,
+            seed=seed,
+            params=params_of(cost),
+            params_total=cost.parameters.trainable,
+            batch=batch,
+            lr=lr,
+            steps=steps,
+            samples=samples,
+            tokens=samples * dims.tokens,
+            epochs=samples / there_are,
+            flops=flops,
+            own_flops=flops,
+            hours=0.0,
+        )
 
     @property
     def begins_at(self) -> int:

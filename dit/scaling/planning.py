@@ -11,7 +11,7 @@ from dit.data import DataError
 from dit.experiments.diffusion import Experiment
 from dit.model.cost import Cost, cost
 from dit.scaling.ladder import Rung, rungs
-from dit.scaling.plan import BRANCH, SEPARATE, TRUNK, LeftOut, Plan, PlannedRun
+from dit.scaling.plan import BRANCH, TRUNK, LeftOut, Plan, PlannedRun, params_of
 from dit.scaling.recipes import MOST, batch_at, lr_at
 from dit.scaling.spec import DataShape, ScalingSpec, shared_config
 from dit.train.optim import WarmupStableDecay
@@ -84,7 +84,7 @@ class _Sized:
         model = {"size": None, "width": size.width, "depth": size.depth, "heads": size.heads}
         base = shared_config(spec, {f"model.{key}": value for key, value in model.items()})
         self.cost: Cost = cost(base.model, shape.input_size, shape.channels, shape.classes)
-        self.params = self.cost.parameters.blocks + self.cost.parameters.output
+        self.params = params_of(self.cost)
         self.experiment, self.optim = base, base.optim
         self.batch = batch_at(spec, self.params, base.train.global_batch)
         self.lr = lr_at(spec, self.params, base.optim.lr)
@@ -101,31 +101,12 @@ class _Sized:
 
     def run(self, point: float, seed: int) -> PlannedRun:
         """Give the run of a point, as if it were alone."""
-        size, steps = self.rung.size, self.steps(point)
-        samples = steps * self.batch
-        flops = float(samples * self.cost.training_flops)
         name = f"{self.rung.name}-{_budget_name(self.spec, point)}-s{seed}"
-        return PlannedRun(
-            name=name,
-            kind=SEPARATE,
-            size=self.rung.name,
-            width=size.width,
-            depth=size.depth,
-            heads=size.heads,
-            budget=point,
-            seed=seed,
-            params=self.params,
-            params_total=self.cost.parameters.trainable,
-            batch=self.batch,
-            lr=self.lr,
-            steps=steps,
-            samples=samples,
-            tokens=samples * self.cost.dims.tokens,
-            epochs=samples / self.shape.samples,
-            flops=flops,
-            own_flops=flops,
-            hours=self.hours(flops),
-        )
+        run = PlannedRun.alone(
+            name, self.rung.name, self.cost, seed=seed, batch=self.batch, lr=self.lr, steps=self.steps(point),
+            there_are=self.shape.samples,
+        )  # fmt: skip
+        return dataclasses.replace(run, budget=point, hours=self.hours(run.flops))
 
     def hours(self, flops: float) -> float:
         """Hours that so many FLOPs take on the devices of a run."""

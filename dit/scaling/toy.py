@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,7 @@ def run_toy(ladder: ToyLadder, out: Path, overwrite: bool = False) -> dict[str, 
     digest = protocol_hash(protocol)
     losses = _trained(ladder, out / CELLS, digest)
     rows = [_row(name, ladder, losses[name], digest, known.loss) for name in ladder.cells]
-    write_atomically(out / TABLE, _as_csv(rows).encode())
+    write_atomically(out / TABLE, as_csv(COLUMNS, rows).encode())
     found = {
         "protocol": protocol, "hash": digest, "torch": torch.__version__,
         "floor": {"loss": known.loss, "error": known.error},
@@ -153,30 +153,10 @@ def _row(name: str, ladder: ToyLadder, loss: float, digest: str, known: float) -
     budget = ladder.cells[name]
     params = sum(p.numel() for p in plane.PlaneNetwork(budget.width).parameters())
     points = budget.steps * budget.batch
-    return dict(
-        zip(
-            COLUMNS,
-            (
-                name,
-                params,
-                points,
-                points,
-                FLOPS * params * points,
-                loss,
-                "loss",
-                budget.seed,
-                True,
-                digest,
-                known,
-            ),
-            strict=True,
-        )
-    )
-
-
-def _as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    worded = ({key: str(cell).lower() if cell is True else cell for key, cell in row.items()} for row in rows)
-    return as_csv(COLUMNS, worded)
+    return {
+        "run": name, "params": params, "samples": points, "tokens": points, "flops": FLOPS * params * points,
+        "loss": loss, "metric": "loss", "seed": budget.seed, "complete": "true", "protocol": digest, "floor": known,
+    }  # fmt: skip
 
 
 # --- what is predicted -------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from dit.files import write_atomically
 from dit.outputs import claim, write_record
 from dit.scaling.collecting import collect
 from dit.scaling.configs import config_file, run_folder
-from dit.scaling.plan import SEPARATE, Plan, PlannedRun
+from dit.scaling.plan import Plan, PlannedRun
 from dit.scaling.planned import ScalingError
 from dit.scaling.rates import Curve, draw, table, verdict
 from dit.scaling.running import Orders, run_plan
@@ -115,13 +115,10 @@ class Study:
     def planned(self, cell: Cell, manifest: Manifest) -> PlannedRun:
         """Give a run as the runner takes it."""
         cfg = self.config(cell)
-        cost, batch, steps = cfg.cost(manifest), cfg.train.global_batch, cfg.train.steps
-        samples, dims, parts = steps * batch, cost.dims, cost.parameters
-        flops = float(samples * cost.training_flops)
-        return PlannedRun(
-            cell.name, SEPARATE, f"w{dims.width}d{dims.depth}", dims.width, dims.depth, dims.heads, flops, cell.seed,
-            parts.blocks + parts.output, parts.trainable, batch, cell.lr, steps, samples, samples * dims.tokens,
-            samples / manifest.samples, flops, flops, 0.0,
+        cost = cfg.cost(manifest)
+        return PlannedRun.alone(
+            cell.name, f"w{cost.dims.width}d{cost.dims.depth}", cost, seed=cell.seed, batch=cfg.train.global_batch,
+            lr=cell.lr, steps=cfg.train.steps, there_are=manifest.samples,
         )  # fmt: skip
 
     def plan(self) -> Plan:
