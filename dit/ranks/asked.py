@@ -40,11 +40,3 @@ def telling(kept: Callable[[], str]) -> Iterator[None]:
         if group.World.from_env().is_main:
             print(f"stopped: {kept()}", flush=True)
         raise
-
-
-def stop_all(stopped: bool, told: Callable[[], str]) -> None:
-    """Raise Stopped on every rank where any has stopped; rank 0 prints what was done. Collective."""
-    if any(group.gather_objects(stopped)):
-        if group.World.from_env().is_main:
-            print(told(), flush=True)
-        raise Stopped

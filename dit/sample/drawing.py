@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dit.errors import Notice, Stopped
+from dit.errors import Notice
 from dit.progress import Bar
 from dit.ranks import group
-from dit.ranks.asked import EndAsked, stop_all
+from dit.ranks.asked import EndAsked, telling
 from dit.sample.behind import Behind
 from dit.sample.denoise import DenoiseFn, stopping
 from dit.sample.generate import Sampler
@@ -73,26 +73,26 @@ def draw(
             if number in lacking:
                 product.blocks.add(number, {**product.arrays(batch), TALLY: batch.took})
 
-    def draw_mine(bar: Bar[None]) -> tuple[float, bool]:
-        """How far the latents of this rank's blocks reach, and whether it was asked to end before the last of them."""
+    def draw_mine(bar: Bar[None]) -> float:
+        """How far the latents of this rank's blocks reach."""
         reach, wanted = 0.0, [blocks.samples(number) for number in mine]
         denoise = stopping(sampler.denoise, asked or EndAsked())
         drawn = draw_batches(sampler, labels, wanted, blocks.size, denoise)
-        try:
-            with Behind(sampler.device) as behind:
-                for number, batch in zip(mine, drawn, strict=True):
-                    reach = max(reach, batch.reach)
-                    behind.do(keep, number, batch)
-                    if world.is_main:
-                        bar.update(left - _lacking(products, missing) - bar.n)
-        except Stopped:
-            return reach, True
-        return reach, False
+        with Behind(sampler.device) as behind:
+            for number, batch in zip(mine, drawn, strict=True):
+                reach = max(reach, batch.reach)
+                behind.do(keep, number, batch)
+                if world.is_main:
+                    bar.update(left - _lacking(products, missing) - bar.n)
+        return reach
 
-    with Bar[None](total=left, unit="image", hidden=not (world.is_main and todo), desc="sampling") as bar:
-        reach, stopped = group.together(partial(draw_mine, bar))
-        bar.update(0 if stopped else left - bar.n)
-    stop_all(stopped, lambda: _kept(blocks, _lacking(products, missing)))
+    hidden = not (world.is_main and todo)
+    with (
+        telling(lambda: _kept(blocks, _lacking(products, missing))),
+        Bar[None](total=left, unit="image", hidden=hidden, desc="sampling") as bar,
+    ):
+        reach = group.together(partial(draw_mine, bar))
+        bar.update(left - bar.n)
     _warn_once(reach, world)
 
 
@@ -112,7 +112,7 @@ def _say_already(blocks: Blocks, left: int, world: group.World) -> None:
 
 def _kept(blocks: Blocks, left: int) -> str:
     """What is said where an end was asked for."""
-    return f"stopped: {blocks.count - left} of {blocks.count} images are drawn and kept; the same command goes on"
+    return f"{blocks.count - left} of {blocks.count} images are drawn and kept; the same command goes on"
 
 
 def _lacking(products: Sequence[Product], missing: Sequence[set[int]]) -> int:
