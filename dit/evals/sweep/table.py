@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Sequence
 
 from dit.evals.metrics.resampling import LEVEL
 from dit.evals.protocol import protocol_hash
 from dit.evals.sweep.results import Group, Results
+from dit.files import as_csv as csv_text
 
 AXES = ("run", "weights", "cfg_scale", "interval", "guidance", "solver")
 
@@ -145,9 +144,7 @@ def as_csv(results: Results) -> str:
         *AXES, "num_steps", "budget", "seed", "nfe", "network_evaluations", "step", "images", "features",
         *figures, *ends, "not_finite", "cell", "protocol",
     ]  # fmt: skip
-    text = io.StringIO()
-    writer = csv.DictWriter(text, head, lineterminator="\n")
-    writer.writeheader()
+    rows = []
     for group in results.groups:
         for cell, found in group.cells:
             values = {} if found is None else found.values
@@ -162,7 +159,7 @@ def as_csv(results: Results) -> str:
                 own = dict(held.get("figures", {}))
                 for name, (low, high) in held.get("intervals", {}).items():
                     own |= {f"{name}_low": low, f"{name}_high": high}
-                writer.writerow(row | own | {"features": space, "protocol": held.get("hash")})
+                rows.append(row | own | {"features": space, "protocol": held.get("hash")})
             if not results.spaces:
-                writer.writerow(row)
-    return text.getvalue()
+                rows.append(row)
+    return csv_text(head, rows)
