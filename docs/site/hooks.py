@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-SHOWN = {".md", ".png", ".json"}  # of benchmarks/
 # Where a link from a page leads, in the checkout and in the site.
 MOVED = [
     (r"\]\((?:\.\./)?CONTRIBUTING\.md", "](contributing.md"),
@@ -25,8 +24,7 @@ def on_files(files: Any, config: Any) -> Any:
     from mkdocs.structure.files import File  # which the tests do without
 
     for path in sorted((ROOT / "benchmarks").iterdir()):
-        if path.suffix in SHOWN:
-            files.append(File.generated(config, f"benchmarks/{path.name}", abs_src_path=str(path)))
+        files.append(File.generated(config, f"benchmarks/{path.name}", abs_src_path=str(path)))
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").replace("](docs/", "](")
     files.append(File.generated(config, "contributing.md", content=text))
     for path in sorted((ROOT / "docs").glob("*.ipynb")):

@@ -22,14 +22,23 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", line).strip().lower().replace(" ", "-") for line in lines}
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+PAGES = ["README.md", "CONTRIBUTING.md"]
+PAGES += sorted(str(page.relative_to(ROOT)) for page in (ROOT / "benchmarks").glob("*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page: str) -> None:
     links = LINK.findall((ROOT / page).read_text())
-    assert links
+    assert links or page not in ("README.md", "CONTRIBUTING.md")
     for path, anchor in links:
-        there = ROOT / (path or page)
+        there = (ROOT / page).parent / path if path else ROOT / page
         assert there.exists(), f"{page} links to {path}"
         assert not anchor or anchor in anchors(there), f"{page} links to {path}#{anchor}"
+
+
+def test_no_page_takes_the_place_of_another_in_the_site() -> None:
+    pages = [page.stem for page in (ROOT / "benchmarks").iterdir() if page.suffix in (".md", ".html")]
+    assert len(pages) == len(set(pages)), "x.md becomes x.html in the site: name one of the two otherwise"
 
 
 def test_the_readme_is_a_start() -> None:
