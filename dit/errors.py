@@ -31,6 +31,11 @@ class UserError(ValueError):
     """Something outside the code is wrong. The text says what came, what was expected and how to mend it."""
 
 
+def plural(count: int, noun: str) -> str:
+    """Write a count with its noun: 1 run, 2 runs."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def shown(value: Any) -> str:
     """Write a value as a message shows it: text in quotes, all else as YAML would have it."""
     if value is None or isinstance(value, bool):

@@ -21,7 +21,7 @@ from dit.commandline.cli import run as run_tool
 from dit.commandline.flags import options_as_flags
 from dit.config import ConfigError
 from dit.configfile import load
-from dit.errors import UserError
+from dit.errors import UserError, plural
 from dit.experiments.diffusion import Experiment
 from dit.files import expand
 from dit.model.cost import PEAK_FLOPS, peak_flops
@@ -118,7 +118,9 @@ def collect(
     warn_of_missing(found)
     file = folder / "runs.csv" if table is None else Path(expand(table))
     write_table(found, file)
-    print(f"{len(found.rows)} runs of {len(planned.runs)}, {metric}, protocol {found.protocol}: {file}")
+    print(
+        f"{len(found.rows)} of {plural(len(planned.runs), 'run')}, {metric}, protocol {found.protocol}: {file}"
+    )
 
 
 def fit(
@@ -183,12 +185,17 @@ def predict(
     mfu: Annotated[float, "share of the device's peak that training is assumed to reach"] = 0.4,
     json_file: Annotated[str | None, "write the figures here too"] = None,
 ) -> None:
-    """Print what a fit says of a budget: N, D, steps, batch and rate, the loss with its interval, and GPU-hours."""
+    """Print what a fit says of a budget: N, D, steps, batch and rate, the loss with its interval, and GPU-hours.
+
+    Warnings of the fit are repeated: they hold of what it predicts. Hours need --device.
+    """
     if json_file is not None:
         claim_report(Path(expand(json_file)))  # before the work
     peak = None if device is None else peak_flops(device)
     if device is not None and peak is None:
         raise UserError(f"--device={device}: its peak is not known; expected one of {', '.join(PEAK_FLOPS)}")
+    if device is None and (gpus, mfu) != (1, 0.4):
+        raise UserError("--gpus and --mfu say for how many hours of --device, which is not given")
     hours = None if device is None or peak is None else Device(device, peak, mfu, gpus)
     found = predict_optimum(FitRecord.load(fitted), flops, tokens_per_sample, hours)
     if spec is not None:

@@ -25,6 +25,7 @@ TRAINING = "training"  # what rows say under "by" that training itself measured 
 TAKEN_BACK = (
     "taken_back"  # of a line that is no row: rows of training above it, of later steps, count no more
 )
+COST = "network_evaluations"  # of a row, and of a record of drawn images: the networks', an image
 CURVES = (
     "tensorboard/evaluations"  # a folder of its own: training takes back what it wrote itself, and not this
 )
@@ -156,10 +157,11 @@ def curves(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def drawn_by(spec: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What a row says of how its images were drawn, from their record: the settings behind the hash, and the seed."""
+    """What a row says of how its images were drawn, from their record: the settings behind the hash, seed and cost."""
     if spec is None:
         return {}
-    return {"sampler": drawn_how(spec), "seed": (spec.get("sampler") or {}).get("seed")}
+    cost = {COST: spec[COST]} if spec.get(COST) is not None else {}
+    return {"sampler": drawn_how(spec), "seed": (spec.get("sampler") or {}).get("seed"), **cost}
 
 
 def told(row: Mapping[str, Any], figure: str) -> Told:

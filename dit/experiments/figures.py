@@ -181,8 +181,11 @@ def figures_hook(cfg: Experiment, manifest: Manifest, norm: LatentNorm, world: W
     with _own_draws(world.device):
         drawer = Drawer.of(cfg, wanted.spec, manifest, norm, world)
         against = Against.open(wanted, (side, side), cfg.folder / FOLDER, world.device)
-    how = {"sampler": to_dict(wanted.spec), "precision": cfg.train.precision, "classes": drawer.classes}
-    about = _cost(cfg, manifest, drawer)
+    each = drawer.evaluations()
+    how = {
+        "sampler": to_dict(wanted.spec), "precision": cfg.train.precision, "classes": drawer.classes, record.COST: each,
+    }  # fmt: skip
+    about = _cost(cfg, manifest, each)
     return [SampleFigures(wanted, drawer, against, cfg.train.steps, how, about)]
 
 
@@ -192,8 +195,8 @@ def costs_of(hooks: Sequence[Hook]) -> dict[str, str]:
     return {"figures": told[0]} if told else {}
 
 
-def _cost(cfg: Experiment, manifest: Manifest, drawer: Drawer) -> str:
-    wanted, each, cost = cfg.evaluate, drawer.evaluations(), cfg.cost(manifest)
+def _cost(cfg: Experiment, manifest: Manifest, each: float | None) -> str:
+    wanted, cost = cfg.evaluate, cfg.cost(manifest)
     limit = f"put off while they have more than {wanted.max_share:.0%} of the run's time"
     if each is None:
         return f"{wanted.num_samples:,} images by a solver that chooses its steps, each time; {limit}"

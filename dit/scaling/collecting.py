@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dit.errors import Notice
+from dit.errors import Notice, plural
 from dit.evals import record
 from dit.evals.valloss import QUARTERS
 from dit.files import as_csv, write_atomically
@@ -19,10 +19,11 @@ from dit.scaling.states import RunState
 from dit.train.rows import HELD_OUT, logged
 
 FILE = "held_out_loss"
+EVALUATIONS = "evaluations"  # of the networks for an image, of figures of drawn images
 QUARTER = [f"loss_q{i + 1}" for i in range(QUARTERS)]
 COLUMNS = (
     *cells.COLUMNS, "params_total", "protocol", "size", "width", "depth", "heads", "budget", "kind", "steps", "batch",
-    "lr", *QUARTER,
+    "lr", *QUARTER, EVALUATIONS,
 )  # fmt: skip
 
 
@@ -120,11 +121,16 @@ def _figures(run_dir: Path, metric: str) -> list[Figure]:
             for row in _held_out(run_dir)
         ]
     return [
-        Figure(row["figures"][name], row["step"], row["hash"], {})
+        Figure(row["figures"][name], row["step"], row["hash"], _cost(row))
         for row in record.read(run_dir)
         for name in row["figures"]
         if metric in (name, record.titled(row, name))
     ]
+
+
+def _cost(row: Mapping[str, Any]) -> dict[str, float]:
+    """What drawing an image took, where a row of figures tells it."""
+    return {EVALUATIONS: row[record.COST]} if record.COST in row else {}
 
 
 def _names(run_dir: Path) -> set[str]:
@@ -166,4 +172,4 @@ def warn_of_missing(collected: Collected) -> None:
     """Say which runs are not in the table, in one Notice."""
     if collected.missing:
         whys = "; ".join(f"{name} ({why})" for name, why in collected.missing.items())
-        warnings.warn(f"{len(collected.missing)} runs are left out: {whys}", Notice, stacklevel=2)
+        warnings.warn(f"{plural(len(collected.missing), 'run')} left out: {whys}", Notice, stacklevel=2)

@@ -11,7 +11,7 @@ from typing import Any
 
 from dit.config import ConfigError, from_dict
 from dit.configfile import write_yaml
-from dit.errors import Notice, UserError, shown
+from dit.errors import Notice, UserError, plural, shown
 from dit.experiments.diffusion import Experiment
 from dit.files import as_csv, expand, write_atomically
 from dit.outputs import OutputError, read_record, refuse_other, write_record
@@ -157,7 +157,10 @@ def as_table(plan: Plan, out: Path, device: str, ranks: int) -> str:
     whole, apart = plan.flops, plan.separate_flops
     saved = f"; branching saves {1 - whole / apart:.0%} of {apart:.3g}" if apart > whole else ""
     on = device if ranks == 1 else f"{ranks} x {device}"
-    lines += ["", f"{len(plan.runs)} runs, {whole:.3g} FLOPs{saved}; {_hours(plan.hours)} in all on {on}"]
+    lines += [
+        "",
+        f"{plural(len(plan.runs), 'run')}, {whole:.3g} FLOPs{saved}; {_hours(plan.hours)} in all on {on}",
+    ]
     return "\n".join([*lines, f"a config for each run is in {out / 'plan'}"])
 
 

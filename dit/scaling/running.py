@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from dit.errors import Interrupted, Stopped
+from dit.errors import Interrupted, Stopped, plural
 from dit.progress import Bar, say
 from dit.ranks import group
 from dit.scaling.configs import config_file
@@ -98,7 +98,7 @@ class _Runner:
         self._drop_complete()
         total = sum(run.own_flops for run in self.runs)
         if not self.open:
-            say(f"all {len(self.runs)} runs are complete already; everything is in {self.out / 'runs'}")
+            say(f"complete already: {plural(len(self.runs), 'run')}; everything is in {self.out / 'runs'}")
             return
         try:
             with Bar[None](total=total, initial=self._done(), unit="FLOP", desc="runs", scale=True) as bar:
@@ -112,9 +112,9 @@ class _Runner:
         if self.failed:
             raise ScalingError(
                 "\n".join(f"{name}: {why}" for name, why in self.failed.items())
-                + f"\n{len(self.failed)} of {len(self.runs)} runs failed; the same command tries them again"
+                + f"\n{len(self.failed)} of {plural(len(self.runs), 'run')} failed; the same command tries them again"
             )
-        say(f"all {len(self.runs)} runs are complete; everything is in {self.out / 'runs'}")
+        say(f"complete: {plural(len(self.runs), 'run')}; everything is in {self.out / 'runs'}")
 
     def _course(self, bar: Bar[None]) -> None:
         looked = 0.0

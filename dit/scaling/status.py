@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from dit.errors import plural
 from dit.scaling.plan import Plan
 from dit.scaling.planned import aligned
 from dit.scaling.starting import claim_file
@@ -40,7 +41,7 @@ def status(out: Path, plan: Plan, default_speed: float) -> str:
     measured = any(state.speed for state in states)
     rate = "at measured rates" if measured else f"at {default_speed:.3g} FLOP/s, as none is measured yet"
     end = (
-        f"{complete} of {len(states)} runs are complete, {done / whole:.0%} of {whole:.3g} FLOPs; "
+        f"{complete} of {plural(len(states), 'run')} complete, {done / whole:.0%} of {whole:.3g} FLOPs; "
         f"{tqdm.format_interval(sum(left.values()))} left one after the other, {rate}"
     )
     return "\n".join([*aligned(HEAD, rows), "", end])

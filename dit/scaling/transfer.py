@@ -19,6 +19,7 @@ from pydantic import Field
 from dit.config import ConfigError, config, to_dict
 from dit.configfile import write_yaml
 from dit.data.shards.manifest import Manifest
+from dit.errors import plural
 from dit.experiments.diffusion import Experiment
 from dit.files import write_atomically
 from dit.outputs import claim, write_record
@@ -197,7 +198,7 @@ def _protocol(study: Study, losses: str) -> str:
     cfg = study.cfg
     return (
         f"Held-out losses (protocol {losses}) after {cfg.train.steps} steps of {cfg.train.global_batch} samples, "
-        f"{len(study.grid.seeds)} seeds, EMA weights; base width of mup: {study.base_width} (the same runs)."
+        f"{plural(len(study.grid.seeds), 'seed')}, EMA weights; base width of mup: {study.base_width} (the same runs)."
     )
 
 

@@ -33,9 +33,18 @@ def last(file: Path) -> dict[str, Any]:
     return found
 
 
-def measured(done: Done, place: int, value: float, digest: str = "abc", step: int | None = None) -> None:
+def measured(
+    done: Done,
+    place: int,
+    value: float,
+    digest: str = "abc",
+    step: int | None = None,
+    cost: int | None = None,
+) -> None:
     run = done.plan.runs[place]
+    drawn = record.drawn_by({"sampler": {}, "network_evaluations": cost}) if cost else {}
     row = {
+        **drawn,
         "step": run.steps if step is None else step,
         "figures": {"frechet": value},
         "hash": digest,
@@ -88,7 +97,7 @@ def test_missing_runs_are_named_and_left_out(copy: Done) -> None:
     assert found.missing[never.name] == "not begun"
     assert found.missing[begun.name] == f"not complete: step {begun.steps} of {begun.steps}"
     assert found.missing[lost.name] == "no held_out_loss"
-    with pytest.warns(Notice, match=f"3 runs are left out: {never.name} \\(not begun\\)"):
+    with pytest.warns(Notice, match=f"3 runs left out: {never.name} \\(not begun\\)"):
         warn_of_missing(found)
 
 
@@ -155,3 +164,12 @@ def test_a_figure_that_nobody_measured_is_named_beside_those_there_are(copy: Don
         ScalingError, match=r"has no fid of any run(.|\n)*There are: frechet \(x\), held_out_loss"
     ):
         collect(copy.out, copy.plan, "fid")
+
+
+def test_the_cost_of_drawn_images_goes_with_their_figures(copy: Done, tmp_path: Path) -> None:
+    for place in range(4):
+        measured(copy, place, 10.0, cost=64)
+    assert [row["evaluations"] for row in collect(copy.out, copy.plan, "frechet").rows] == [64] * 4
+    write_table(collect(copy.out, copy.plan), tmp_path / "runs.csv")
+    with (tmp_path / "runs.csv").open() as file:
+        assert {row["evaluations"] for row in csv.DictReader(file)} == {""}

@@ -54,12 +54,12 @@ def test_all_runs_are_complete(done: Done) -> None:
         assert column(RunState(done.out, run).folder, "step") == list(range(1, run.steps + 1))
     said = status(done.out, done.plan, 1e9)
     assert said.count("complete") == len(done.plan.runs) + 1
-    assert "4 of 4 runs are complete, 100%" in said
+    assert "4 of 4 runs complete, 100%" in said
 
 
 def test_complete_runs_are_not_run_again(done: Done, capfd: pytest.CaptureFixture[str]) -> None:
     run_plan(done.out, done.plan, Orders(starter=refuse))
-    assert "all 4 runs are complete already" in capfd.readouterr().out
+    assert "complete already: 4 runs" in capfd.readouterr().out
 
 
 def test_a_branch_has_the_loss_of_a_run_from_its_start(digits: Digits, done: Done, tmp_path: Path) -> None:

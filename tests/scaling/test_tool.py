@@ -34,7 +34,7 @@ def test_plan_and_status_of_a_spec(file: Path, tmp_path: Path, capsys: pytest.Ca
     assert "w16d1-r0.04-s0" in said
     assert (tmp_path / "out" / "plan.csv").is_file()
     assert tool("status", file) == tool("status", tmp_path / "out") == 0
-    assert "0 of 4 runs are complete" in capsys.readouterr().out
+    assert "0 of 4 runs complete" in capsys.readouterr().out
     assert tool("plan", file, f"--out={tmp_path / 'there'}") == 0
     assert (tmp_path / "there" / "plan.json").is_file()
 
@@ -43,10 +43,10 @@ def test_run_and_collect_of_an_experiment_that_is_complete(
     done: Done, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert tool("run", done.out) == 0
-    assert "all 4 runs are complete already" in capsys.readouterr().out
+    assert "complete already: 4 runs" in capsys.readouterr().out
     assert tool("collect", done.out, f"--table={tmp_path / 'a.csv'}") == 0
     assert len((tmp_path / "a.csv").read_text().splitlines()) == 5
-    assert "4 runs of 4, held_out_loss, protocol " in capsys.readouterr().out
+    assert "4 of 4 runs, held_out_loss, protocol " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def test_from_runs_to_a_prediction(tmp_path: Path, capsys: pytest.CaptureFixture
     held = json.loads((out / "fit.json").read_text())
     assert "23 runs of runs.csv" in said.out
     assert f"{held['alpha']:.5g}" in said.out
-    assert "warning: 1 runs are not complete and are left out (line 5)" in said.err
+    assert "warning: not complete and left out: 1 run (line 5)" in said.err
     with Image.open(out / "residuals.png") as picture:
         assert len(picture.convert("L").getcolors()) > 20
     assert call(fit, runs, f"--out={out}", FEW) == 0  # an earlier fit is replaced
@@ -44,6 +44,10 @@ def test_from_runs_to_a_prediction(tmp_path: Path, capsys: pytest.CaptureFixture
     found = json.loads(figures.read_text())
     assert found["figures"]["samples"] == pytest.approx(found["figures"]["tokens"] / 256)
     assert "GPU-hours  701.8 of h100 at an assumed MFU of 40%" in capsys.readouterr().out
+    assert call(predict, out / "fit.json", "--flops=1e21", "--gpus=8") == 1
+    assert "--gpus and --mfu say for how many hours of --device" in capsys.readouterr().err
+    assert call(fit, out / "fit.json", f"--out={out}", FEW) == 1
+    assert "is no CSV of runs: it begins with '{'" in capsys.readouterr().err
 
 
 def test_batch_rate_and_steps_by_a_spec(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -119,7 +119,7 @@ def _numbers(material: Material) -> Table:
         ends = " … ".join("open" if end is None else f"{end:.4g}" for end in (low, high))
         rows.append([name, f"{value:.5g}", _between(fit.ci[name], 4) if name in fit.ci else UNKNOWN, ends])
     note = "N_opt ∝ C^n_opt_exponent. A and B belong to their exponents: alone they say little."
-    return Table("The law's numbers", ["", "estimate", "bootstrap 95%", "profile 95%"], rows, note)
+    return Table("The law's numbers", ["number", "estimate", "bootstrap 95%", "profile 95%"], rows, note)
 
 
 def _optima(material: Material) -> Table:
@@ -144,7 +144,7 @@ def _optima(material: Material) -> Table:
         "Bias: of the approach's exponent of N_opt, by exact losses of the fitted law at these runs. Parabolas are "
         "not the law's shape, and an envelope is as coarse as the grid of sizes."
     )
-    return Table("Exponents by each approach", ["approach", "N_opt", "D_opt", "bias", ""], rows, note)
+    return Table("Exponents by each approach", ["approach", "N_opt", "D_opt", "bias", "note"], rows, note)
 
 
 def _smaller(material: Material) -> Table:
@@ -184,4 +184,4 @@ def _published(material: Material) -> Table:
     rows.append(["DiT", UNKNOWN, UNKNOWN, f"FID = {DIT_LAW[0]:g} · G^{DIT_LAW[1]:g}",
                  "arXiv 2212.09748: G in 1e9 multiply-adds of a forward pass, 400,000 steps each"])  # fmt: skip
     note = "Of other data, models and losses: exponents can be compared, coefficients and losses hardly."
-    return Table("Published laws", ["", "N_opt", "D_opt", "loss", "of"], rows, note)
+    return Table("Published laws", ["law", "N_opt", "D_opt", "loss", "of"], rows, note)

@@ -79,6 +79,11 @@ def _check_header(header: Sequence[str], named: str) -> None:
     for mark, what in ((";", "semicolons"), ("\t", "tabs")):
         if any(mark in name for name in header):
             raise LawError(f"{told[:160]}: {what} stand between the cells, where commas are expected")
+    if len(header) < len(NEEDED) and not set(header) & set(KNOWN):
+        raise LawError(
+            f"{named} is no CSV of runs: it begins with {','.join(header)[:60]!r}; expected a header with "
+            f"{', '.join(NEEDED)}, as `collect` writes it of an experiment"
+        )
     hints = [did_you_mean(name, header) for name in missing]
     raise LawError(f"{told}{next((hint for hint in hints if hint), '')}. Needed are {', '.join(NEEDED)}")
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.ndimage import minimum_filter
 
+from dit.errors import plural
 from dit.scaling.laws.law import Law, LawError
 from dit.scaling.laws.solver import ALPHA, BETA, A, B, E, Points, Solved, solve
 
@@ -85,7 +86,8 @@ def _refuse_few(points: Points, floor: Floor) -> None:
     needed = len(floor.free) + 1
     if len(points) < needed:
         raise LawError(
-            f"{len(points)} runs, and the law has {needed - 1} numbers to fit: at least {needed} runs are needed"
+            f"{plural(len(points), 'run')}, and the law has {needed - 1} numbers to fit: at least {needed} runs are "
+            "needed"
         )
     for name, values in (("params", points.params), ("tokens", points.tokens)):
         if np.ptp(values) < 1e-6:

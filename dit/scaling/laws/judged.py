@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from dit.errors import plural
 from dit.scaling.laws.approaches import WINDOW, budgets, distinct
 from dit.scaling.laws.fit import Fitted, Floor, fit
 from dit.scaling.laws.law import LawError
@@ -138,7 +139,7 @@ def _of_fit(runs: Runs, fitted: Fitted, floor: Floor) -> Iterator[str]:
     off = np.abs(residuals) > max(OUTLYING * robust, 2 * DELTA)
     if off.any():
         yield (
-            f"{off.sum()} runs lie more than {OUTLYING:g} (robust) standard deviations off the law: "
+            f"{plural(int(off.sum()), 'run')} off the law by more than {OUTLYING:g} (robust) standard deviations: "
             f"{', '.join(np.array(runs.run)[off][:8])}; a fit without them may differ by more than the intervals say"
         )
     typical = float(np.sqrt((residuals**2).sum() / max(len(runs) - len(floor.free), 1)))

@@ -65,6 +65,7 @@ class Prediction:
     samples: float | None = None
     recipe: Recipe | None = None
     device: Device | None = None
+    of_fit: tuple[str, ...] = ()  # what the fit itself warns of
 
     @property
     def steps(self) -> int | None:
@@ -76,11 +77,8 @@ class Prediction:
     @property
     def warnings(self) -> list[str]:
         """What should be known before the prediction is believed."""
-        if self.beyond > FAR:
-            return [
-                f"{self.beyond:.3g} times the FLOPs of the largest run: so far beyond, the law is a guess"
-            ]
-        return []
+        far = f"{self.beyond:.3g} times the FLOPs of the largest run: so far beyond, the law is a guess"
+        return [far] * (self.beyond > FAR) + [f"of the fit: {warning}" for warning in self.of_fit]
 
     def as_json(self) -> dict[str, Any]:
         """The values for a file of figures."""
@@ -167,5 +165,5 @@ def predict(
     return Prediction(
         flops, params, tokens, loss, ends[0], ends[1], ends[2],
         float(flops / np.max(record.column("flops"))), k,
-        None if each is None else tokens / each, device=device,
+        None if each is None else tokens / each, device=device, of_fit=tuple(record.warnings),
     )  # fmt: skip

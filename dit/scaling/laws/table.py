@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from dit.errors import plural
 from dit.files import expand, read_text, sought
 from dit.scaling.laws.cells import NUMBERS, Row, number, parsed
 from dit.scaling.laws.law import LawError
@@ -99,7 +100,7 @@ def _chosen(
         want = wanted[column]
         there = list(dict.fromkeys(row.get(column, "") for _, row in rows))
         counts = {value: [line for line, row in rows if row.get(column, "") == value] for value in there}
-        listed = ", ".join(f"'{value}' ({len(lines)} rows)" for value, lines in counts.items())
+        listed = ", ".join(f"'{value}' ({plural(len(lines), 'row')})" for value, lines in counts.items())
         if want is not None and want not in counts:
             raise LawError(
                 f"{named} has no {column} '{want}': there {'is' if len(there) == 1 else 'are'} "
@@ -128,7 +129,7 @@ def _complete(
     kept = [(line, row) for line, row in rows if row["complete"].lower() in TRUE]
     if not kept:
         raise LawError(f"{named}: no run is complete, so there is nothing to fit")
-    return kept, [f"{len(left)} runs are not complete and are left out ({at_lines(left)})"] if left else []
+    return kept, [f"not complete and left out: {plural(len(left), 'run')} ({at_lines(left)})"] if left else []
 
 
 def _refuse_twice(rows: list[tuple[int, Row]], header: Sequence[str], named: str) -> None:

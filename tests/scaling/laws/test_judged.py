@@ -80,7 +80,7 @@ CASES: dict[str, tuple[Callable[[], Rows], str]] = {
     "noise": (lambda: table(HOFFMANN, Grid(5, 4), 3e-2), "intervals wider than the estimate: "),
     "proportional": (proportional, "N and D go together (correlation 1.000"),
     "no size": (lambda: crossed(1e7, 3e7, 1e8, law=Law(1.69, 1e-9, 410.7, 0.34, 0.28)), "A/N^alpha is below 0.001"),
-    "an outlier": (spoilt, "1 runs lie more than 6 (robust) standard deviations off the law: line 5"),
+    "an outlier": (spoilt, "1 run off the law by more than 6 (robust) standard deviations: line 5"),
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ def test_it_is_the_law_s_optimum(record: FitRecord) -> None:
     assert (found.params, found.tokens, found.loss) == record.law.optimum(1e22, 6.0)
     assert found.samples == found.tokens / 256
     assert found.beyond == pytest.approx(10)
-    assert found.warnings == []
+    assert found.warnings == [f"of the fit: {one}" for one in record.warnings]
     assert found.loss_interval[0] < HOFFMANN.optimum(1e22)[2] < found.loss_interval[1]
     assert found.params_interval[0] < HOFFMANN.optimum(1e22)[0] < found.params_interval[1]
 
@@ -34,6 +35,12 @@ def test_intervals_widen_beyond_the_runs(record: FitRecord) -> None:
     widths = [(high - low) / found.params for found in (near, far) for low, high in [found.params_interval]]
     assert widths[1] > 2 * widths[0]
     assert "1e+04 times the FLOPs of the largest run" in far.warnings[0]
+
+
+def test_what_the_fit_warns_of_is_said_of_its_predictions(record: FitRecord) -> None:
+    warned = dataclasses.replace(record, warnings=["E is at its bound"])
+    assert predict(warned, 1e20).warnings == ["of the fit: E is at its bound"]
+    assert predict(warned, 1e20).as_json()["warnings"] == ["of the fit: E is at its bound"]
 
 
 def test_hours_are_flops_over_what_the_device_reaches(record: FitRecord) -> None:

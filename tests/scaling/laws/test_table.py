@@ -68,7 +68,7 @@ def test_runs_that_are_not_complete_are_left_out_and_that_is_said(tmp_path: Path
     made = at(3, complete="False", loss="")(rows())
     runs = Runs.read(write(tmp_path / "runs.csv", made))
     assert len(runs) == 7
-    assert runs.notes == ["1 runs are not complete and are left out (line 5)"]
+    assert runs.notes == ["not complete and left out: 1 run (line 5)"]
 
 
 def test_one_of_several_metrics_and_protocols_is_chosen(tmp_path: Path) -> None:
