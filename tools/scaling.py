@@ -29,25 +29,25 @@ from dit.outputs import claim_report, write_record
 from dit.reports.scaling.material import read_material
 from dit.reports.scaling.page import as_text as report_text
 from dit.reports.scaling.page import write_report
-from dit.scaling import telling
 from dit.scaling.arrays import submit
 from dit.scaling.collecting import collect as collect_figures
 from dit.scaling.collecting import warn_of_missing, write_table
-from dit.scaling.coordinates import Check, Setting, measure
-from dit.scaling.floors import PLANE
+from dit.scaling.floor.floors import PLANE
+from dit.scaling.floor.toy import ToyLadder, run_toy
+from dit.scaling.floor.toy import as_text as toy_text
 from dit.scaling.laws import telling as laws_telling
 from dit.scaling.laws.fitting import Order, fit_file
 from dit.scaling.laws.predicting import Device
 from dit.scaling.laws.predicting import predict as predict_optimum
 from dit.scaling.laws.record import FILE, FitRecord
+from dit.scaling.mup import telling
+from dit.scaling.mup.coordinates import Check, Setting, measure
+from dit.scaling.mup.transfer import Grid, Study, run_study
 from dit.scaling.planned import as_table, opened, spec_of
 from dit.scaling.recipes import with_recipe
 from dit.scaling.running import Orders, run_plan
 from dit.scaling.spec import load_spec
 from dit.scaling.status import status as status_table
-from dit.scaling.toy import ToyLadder, run_toy
-from dit.scaling.toy import as_text as toy_text
-from dit.scaling.transfer import Grid, Study, run_study
 
 Where = Annotated[
     str, "spec, a YAML file as in configs/scaling, or the folder of an experiment that is planned"

@@ -16,8 +16,8 @@ from dit.experiments.diffusion import Experiment
 from dit.model.parametrization import MuP, Standard
 from dit.outputs import OutputError
 from dit.scaling.configs import config_file
+from dit.scaling.mup.transfer import FILES, Grid, Study, run_study
 from dit.scaling.running import Orders, Start
-from dit.scaling.transfer import FILES, Grid, Study, run_study
 from tests.commands import Forked
 from tests.datasets import Digits
 from tests.train.runs import values

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dit.config import ConfigError
-from dit.scaling.rates import Carried, Curve, Difference, carried, draw, table, verdict
+from dit.scaling.mup.rates import Carried, Curve, Difference, carried, draw, table, verdict
 
 RATES = (0.001, 0.002, 0.004, 0.008, 0.016)
 

@@ -18,8 +18,8 @@ from dit.model.dit import DiTConfig
 from dit.model.models import MODELS
 from dit.model.parametrization import MuP
 from dit.outputs import OutputError
-from dit.scaling.coordinates import FLAT, GROWS, Check, Coordinates, Setting, Size, measure, slope_of
-from dit.scaling.widths import at_width, base_of, parametrized
+from dit.scaling.mup.coordinates import FLAT, GROWS, Check, Coordinates, Setting, Size, measure, slope_of
+from dit.scaling.mup.widths import at_width, base_of, parametrized
 from tests.datasets import Digits
 from tests.train.runs import experiment, values
 from tools.scaling import coordinates

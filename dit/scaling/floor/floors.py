@@ -18,7 +18,7 @@ from torch import Tensor
 from dit.config import ConfigError
 from dit.flow.couple import Independent
 from dit.flow.objective import Objective
-from dit.scaling.known import Boxes, Known, Mixture
+from dit.scaling.floor.known import Boxes, Known, Mixture
 
 QUARTERS = 4  # of t, as the held-out loss has them
 MEMORY = 2**19  # numbers at a time

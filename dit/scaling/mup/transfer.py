@@ -25,12 +25,12 @@ from dit.files import write_atomically
 from dit.outputs import claim, write_record
 from dit.scaling.collecting import collect
 from dit.scaling.configs import config_file, run_folder
+from dit.scaling.mup.rates import Curve, draw, table, verdict
+from dit.scaling.mup.telling import write_csv
+from dit.scaling.mup.widths import at_width, base_of, checked_widths, parametrized
 from dit.scaling.plan import Plan, PlannedRun
 from dit.scaling.planned import ScalingError
-from dit.scaling.rates import Curve, draw, table, verdict
 from dit.scaling.running import Orders, run_plan
-from dit.scaling.telling import write_csv
-from dit.scaling.widths import at_width, base_of, checked_widths, parametrized
 
 BASE = "base"  # begins the names of runs that all parametrizations share
 FILES = ("transfer.png", "transfer.csv", "transfer.md", "transfer.json")

@@ -19,7 +19,7 @@ from dit.flow.objective import Objective
 from dit.outputs import claim, read_record, write_record
 from dit.progress import Bar
 from dit.sample.denoise import Denoiser
-from dit.scaling.floors import PLANE, even, floor
+from dit.scaling.floor.floors import PLANE, even, floor
 from dit.scaling.laws import cells
 from dit.scaling.laws.fit import Floor, fit
 from dit.scaling.laws.law import Law
@@ -44,7 +44,7 @@ PROBLEMS = {
 class ToyLadder:
     """What is trained: every width for every number of steps and seed, each with a schedule of its own.
 
-    problem: one of `dit.scaling.floors.PLANE`.
+    problem: one of `dit.scaling.floor.floors.PLANE`.
     """
 
     problem: str = "eight_gaussians"

@@ -17,8 +17,8 @@ from dit.flow.predict import Data, Eps, Velocity, usable
 from dit.flow.times import TIMES, LogitNormal
 from dit.flow.weight import WEIGHTS
 from dit.rng import Draws, Purpose
-from dit.scaling.floors import PLANE, eight_gaussians, even, floor, floor_of_classes
-from dit.scaling.known import Boxes, Mixture, truncated_normal
+from dit.scaling.floor.floors import PLANE, eight_gaussians, even, floor, floor_of_classes
+from dit.scaling.floor.known import Boxes, Mixture, truncated_normal
 from tests.gaussian import PAIR_IDS, PAIRS, Gaussian
 from tests.gaussian import Mixture as TwoGaussians
 

@@ -31,7 +31,7 @@ from dit.model.dit import DiTConfig
 from dit.progress import Bar
 from dit.ranks.group import World
 from dit.rng import Draws
-from dit.scaling.widths import at_width, base_of, checked_widths, parametrized
+from dit.scaling.mup.widths import at_width, base_of, checked_widths, parametrized
 from dit.train.engines.local import LocalEngine
 from dit.train.optim import ConstantRate, OptimConfig
 from dit.train.task import LatentTask, Samples, Task, batch_samples, synthetic_samples

@@ -12,11 +12,11 @@ import tools.scaling
 from dit.config import ConfigError
 from dit.evals import plane
 from dit.outputs import OutputError
-from dit.scaling import toy
+from dit.scaling.floor import toy
+from dit.scaling.floor.toy import ToyLadder, predictions, run_toy
 from dit.scaling.laws.fitting import Order, fit_file
 from dit.scaling.laws.law import Law
 from dit.scaling.laws.table import Runs
-from dit.scaling.toy import ToyLadder, predictions, run_toy
 from tests.commands import call
 
 SMALL = ("--widths=4,6,8,12", "--steps=2,4,8,16", "--seeds=0")

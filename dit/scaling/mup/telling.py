@@ -10,7 +10,7 @@ from typing import Any
 from dit.config import to_dict
 from dit.files import as_csv, write_atomically
 from dit.outputs import claim, write_record
-from dit.scaling.coordinates import Check, Coordinates, Setting
+from dit.scaling.mup.coordinates import Check, Coordinates, Setting
 
 FILES = ("coordinates.png", "coordinates.csv", "coordinates.json")
 PANEL = 3.4  # inches, of a panel's side
