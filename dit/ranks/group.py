@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dit.errors import Stopped, UserError
 from dit.ranks import early
-from dit.ranks.join import JoinError, Meeting, patience, ranks_text
+from dit.ranks.join import SECONDS, JoinError, Meeting, patience, ranks_text
 from dit.ranks.world import World
 
 T = TypeVar("T")
@@ -80,35 +80,40 @@ def session(timeout: timedelta = timedelta(minutes=30)) -> Iterator[World]:
 def _init_group(backend: str, world: World, launched: bool, timeout: timedelta) -> None:
     """Find the other ranks, within dit.ranks.join.patience(), and connect to them. Raises JoinError.
 
-    Not where nobody launched this process, nor under torchrun, whose agents meet before their ranks start.
+    torchrun's agents meet before their ranks start, and have a store. It goes with them: a rank whose launcher was
+    killed meanwhile would wait for it as long as a collective may take, in C, where no signal is heard.
     """
-    if not launched or "TORCHELASTIC_RUN_ID" in os.environ:
+    if not launched:
         td.init_process_group(backend, timeout=timeout)
         return
+    soon = timedelta(seconds=patience())
+    store = None if "TORCHELASTIC_RUN_ID" in os.environ else _meet(world)
+    how: dict[str, Any] = (
+        {} if store is None else {"store": store, "rank": world.rank, "world_size": world.size}
+    )
+    try:
+        td.init_process_group(backend, timeout=soon, **how)
+    except RuntimeError as error:
+        what = f"all {world.size} ranks are there, but " if store is not None else ""
+        raise JoinError(
+            f"{what}rank {world.rank} on {node_name()} cannot connect to the others: {error}. Each rank is reached at "
+            "the address that its node's name resolves to, or that of the interface which GLOO_SOCKET_IFNAME names; "
+            f"any port must be open between nodes; {SECONDS}=N waits longer"
+        ) from error
+    td.distributed_c10d._get_default_store().set_timeout(timeout)
+    # its name in older ones comes second
+    set_timeout = getattr(td, "set_timeout", None) or td.distributed_c10d._set_pg_timeout
+    set_timeout(timeout)
+
+
+def _meet(world: World) -> Any:
+    """Give the store of ranks that nobody brought together, once all have come. Raises JoinError."""
     try:
         place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     except (KeyError, ValueError):
         raise JoinError("MASTER_ADDR and MASTER_PORT must name rank 0's node and a port of it") from None
     nodes = tuple(os.environ.get("DIT_NODES", "").split())
-    store = Meeting(world.rank, world.size, node_name(), _job_and_restart(), *place, nodes).join()
-    store.set_timeout(timeout)
-    try:
-        td.init_process_group(
-            backend,
-            store=store,
-            rank=world.rank,
-            world_size=world.size,
-            timeout=timedelta(seconds=patience()),
-        )
-    except RuntimeError as error:
-        raise JoinError(
-            f"all {world.size} ranks are there, but rank {world.rank} on {node_name()} cannot connect to the others: "
-            f"{error}. Each rank is reached at the address that its node's name resolves to, or that of the interface "
-            "which GLOO_SOCKET_IFNAME names; any port must be open between nodes"
-        ) from error
-    # its name in older ones comes second
-    set_timeout = getattr(td, "set_timeout", None) or td.distributed_c10d._set_pg_timeout
-    set_timeout(timeout)
+    return Meeting(world.rank, world.size, node_name(), _job_and_restart(), *place, nodes).join()
 
 
 def _job_and_restart() -> str:

@@ -25,6 +25,10 @@ TOLD = 15  # lines of a failed run's log that are shown
 ENDED_EARLY = (Stopped.status, Interrupted.status)
 
 
+class RunsFailed(ScalingError):
+    """Some runs ended with an error of their own, as the text says; all others are complete, or wait for them."""
+
+
 @dataclass(frozen=True)
 class Orders:
     """How a plan is run. only: names of runs; none = all. jobs: at a time. ranks: processes of each."""
@@ -110,7 +114,7 @@ class _Runner:
         if self.asked is not None:
             self._stopped()
         if self.failed:
-            raise ScalingError(
+            raise RunsFailed(
                 "\n".join(f"{name}: {why}" for name, why in self.failed.items())
                 + f"\n{len(self.failed)} of {plural(len(self.runs), 'run')} failed; the same command tries them again"
             )

@@ -119,6 +119,19 @@ def test_rank_0_that_dies_while_others_wait(ranks: Server) -> None:
     assert "heard nothing of rank 0 of this job" in text or "cannot reach rank 0" in text
 
 
+def test_torchrun_that_is_gone_when_a_rank_comes(ranks: Server) -> None:
+    """Its store went with it: the rank does not wait for as long as a collective may take."""
+    env = slurm(1, 2, group.free_port(), "n1", 1) | {
+        "TORCHELASTIC_RUN_ID": "none",
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+    }
+    (text,) = errors(start(ranks, env))
+    assert "rank 1 on n1 cannot connect to the others" in text
+    assert "DIT_JOIN_SECONDS=N waits longer" in text
+
+
 @pytest.mark.parametrize("text", ["0", "-3", "soon", "nan", "inf"])
 def test_what_is_no_number_of_seconds_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv(join.SECONDS, text)

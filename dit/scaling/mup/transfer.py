@@ -23,14 +23,15 @@ from dit.errors import plural
 from dit.experiments.diffusion import Experiment
 from dit.files import write_atomically
 from dit.outputs import claim, write_record
+from dit.progress import say
 from dit.scaling.collecting import collect
 from dit.scaling.configs import config_file, run_folder
 from dit.scaling.mup.rates import Curve, draw, table, verdict
 from dit.scaling.mup.telling import write_csv
 from dit.scaling.mup.widths import at_width, base_of, checked_widths, parametrized
 from dit.scaling.plan import Plan, PlannedRun
-from dit.scaling.planned import ScalingError
-from dit.scaling.running import Orders, run_plan
+from dit.scaling.running import Orders, RunsFailed, run_plan
+from dit.scaling.states import LOGS
 
 BASE = "base"  # begins the names of runs that all parametrizations share
 FILES = ("transfer.png", "transfer.csv", "transfer.md", "transfer.json")
@@ -173,17 +174,18 @@ def run_study(study: Study, orders: Orders) -> str:
     A run that fails counts as a rate that is too high, and is named. Raises ScalingError where nothing was measured,
     ConfigError where every rate of a width failed; Stopped where a signal ended it: the same command goes on.
     """
-    plan, failed = study.plan(), ""
+    plan = study.plan()
     try:
         run_plan(study.out, plan, orders)
-    except ScalingError as error:
-        failed = str(error)
+    except RunsFailed as error:
+        say(str(error))
     found = collect(study.out, plan)
     losses = {str(row["run"]): float(row["loss"]) for row in found.rows}
     curves = study.curves(losses)
     said = f"{table(curves)}\n\n{verdict(curves)}\n\n{_protocol(study, found.protocol)}"
-    if failed:
-        said += f"\n\nFailed, and counted as rates that are too high:\n{failed}"
+    if found.missing:
+        failed = "; ".join(f"{name} ({why})" for name, why in found.missing.items())
+        said += f"\n\nFailed, and counted as rates that are too high: {failed}. Why is in {LOGS}/."
     write_csv(study.out / FILES[1], list(_rows(study, losses)))
     draw(curves, study.out / FILES[0])
     write_atomically(study.out / FILES[2], f"{said}\n".encode())
