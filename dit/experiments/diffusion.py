@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Annotated, Literal
 
 import torch
@@ -21,6 +21,7 @@ from dit.experiments.latents import (
     check_noise,
     open_codec,
 )
+from dit.flow.auxiliary import AUXILIARIES
 from dit.flow.objective import Objective
 from dit.model.cost import Cost, Memory, cost
 from dit.model.models import MODELS, DiTConfig
@@ -106,6 +107,12 @@ class Experiment(RunConfig):
                 "objective.auxiliary trains variance channels that the network lacks; "
                 "set model.learn_sigma: true, or leave learned_range out of objective.auxiliary"
             )
+        needing = [AUXILIARIES.name_of(term) for term in self.objective.terms if term.needs_drop]
+        if needing and not self.train.label_drop:
+            raise ConfigError(
+                f"objective.auxiliary {needing[0]} needs a network that knows the dropped condition too, and "
+                "train.label_drop is 0; set it to 0.1"
+            )
         drawn: dict[str, SampleConfig | EvaluateConfig] = {"sample": self.sample, "evaluate": self.evaluate}
         for name, spec in drawn.items():
             if spec.every:
@@ -123,10 +130,10 @@ class Experiment(RunConfig):
         self.objective.check(math.prod((manifest.channels, *manifest.input_size)))
         check_noise(self.objective.coupling, manifest, self.data.val if self.val.every else None)
         micro = self.train.micro(world)
-        if micro % self.objective.coupling.group:
+        if micro % self.objective.group:
             raise ConfigError(
-                f"a micro-batch of {micro} samples is no multiple of objective.coupling.group = "
-                f"{self.objective.coupling.group}; change train.micro_batch or the group"
+                f"a micro-batch of {micro} samples is no multiple of {self.objective.group}, the group of "
+                "objective.coupling or objective.auxiliary; change train.micro_batch or the group"
             )
         # the statistics of generated latents are not their own
         has_unit_variance = self.latents.norm == "dataset" and not manifest.eps
@@ -134,7 +141,8 @@ class Experiment(RunConfig):
 
     def cost(self, manifest: Manifest) -> Cost:
         """Parameters, FLOPs and memory of the model on these data."""
-        return cost(self.model, manifest.input_size, manifest.channels, len(manifest.classes))
+        model = cost(self.model, manifest.input_size, manifest.channels, len(manifest.classes))
+        return replace(model, forwards=self.objective.forwards)
 
     def memory(self, manifest: Manifest, world: World, stage: int, frozen: int = 0) -> Memory:
         """What a rank holds at a ZeRO stage. frozen: numbers in parameters that are not trained."""

@@ -6,7 +6,7 @@ Here are the axis and the terms that train nothing but the network. The one that
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any, ClassVar, cast
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dit.config import ConfigError, Registry, config
 from dit.flow.path import Coeffs, NoisePath
-from dit.flow.predict import Cond, Endpoints, Model, Prediction, call_network
+from dit.flow.predict import Cond, Endpoints, Model, Prediction, call_network, split_channels
 from dit.rng import Draws
 
 
@@ -27,7 +27,8 @@ class Context:
     t: (B,). coeffs: of the path at t. data, eps, x: (B, C, ...), x = alpha·data + sigma·eps. output: (B, C or 2C, ...)
     what the network said, in the dtype of data, float32 at least. ends: where it sees data and eps, and its variance
     channels if it has them. taps: n -> (B, T, D), tokens behind the network's n-th block, of the terms' `taps` alone,
-    in whatever dtype they were computed. draws: of the micro-batch, for a term's own numbers.
+    in whatever dtype they were computed. draws: of the micro-batch, for a term's own numbers. weight: (B,) of the main
+    loss. call: the network once more, (x, t, cond) -> output, where a term's `forwards` says so.
     """
 
     path: NoisePath
@@ -42,6 +43,13 @@ class Context:
     taps: Mapping[int, Tensor]
     cond: Cond
     draws: Draws
+    weight: Tensor
+    call: Callable[[Tensor, Tensor, Cond], Tensor]
+
+    @property
+    def pred(self) -> Tensor:
+        """(B, C, ...) what the network predicts, without variance channels."""
+        return split_channels(self.output, self.x)[0]
 
 
 class Auxiliary:
@@ -49,6 +57,15 @@ class Auxiliary:
 
     uses_variance: ClassVar[bool] = False  # needs a network of twice the channels
     metric: ClassVar[str]  # name of its mean in the log, its weight in it
+    forwards: ClassVar[int] = (
+        0  # forward passes of the network beside the one that is trained, without gradients
+    )
+    needs_drop: ClassVar[bool] = False  # works by a network that knows the dropped condition too
+
+    @property
+    def slots(self) -> int:
+        """How many consecutive slots it looks at together; they must stay in one micro-batch."""
+        return 1
 
     @property
     def taps(self) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -20,6 +21,7 @@ from dit.flow.predict import (
     Model,
     Prediction,
     Velocity,
+    call_network,
     check_cond,
     check_steps,
     split_channels,
@@ -113,6 +115,22 @@ class Objective:
         return any(term.uses_variance for term in self.terms)
 
     @property
+    def group(self) -> int:
+        """How many consecutive slots the coupling and the terms need in one micro-batch."""
+        return math.lcm(self.coupling.group, *(term.slots for term in self.terms))
+
+    @property
+    def forwards(self) -> int:
+        """Forward passes of the network that the terms take beside the one that is trained, each time."""
+        return sum(term.forwards for term in self.terms)
+
+    @property
+    def uncoupled(self) -> Objective:
+        """The same of samples that know nothing of each other: any batch will do."""
+        alone = tuple(term for term in self.terms if term.slots == 1)
+        return replace(self, coupling=Independent(), auxiliary=alone)
+
+    @property
     def taps(self) -> tuple[int, ...]:
         """Behind which of the network's blocks, counted from 1, the terms look at the tokens."""
         return tuple(sorted({n for term in self.terms for n in term.taps}))
@@ -138,8 +156,9 @@ class Objective:
             return Loss(per_sample.mean(), per_sample, t, metrics)
         ends = self.prediction.endpoints(coeffs, x, output)
         context = Context(
-            self.path, self.prediction, t, coeffs, data, eps, x, output, ends, taps, cond, draws
-        )
+            self.path, self.prediction, t, coeffs, data, eps, x, output, ends, taps, cond, draws,
+            self.weight(coeffs, self.prediction.row(coeffs)), partial(call_network, model, self.path),
+        )  # fmt: skip
         found = {term.metric: term.term(context) for term in self.terms}
         metrics = {**metrics, **{name: value.detach().mean() for name, value in found.items()}}
         auxiliary = torch.stack(list(found.values())).sum(0)

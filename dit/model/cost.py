@@ -102,6 +102,7 @@ class Cost:
     parameters: Parameters
     multiply_adds: int  # of a forward pass, per image
     checkpoint_blocks: bool
+    forwards: int = 0  # passes of an objective's terms, without gradients, beside the one that is trained
 
     @property
     def forward_flops(self) -> int:
@@ -110,8 +111,11 @@ class Cost:
 
     @property
     def training_flops(self) -> int:
-        """Count those of a training step, per image: 3 × forward. What checkpointing computes again is not counted."""
-        return 3 * self.forward_flops
+        """Count those of a training step, per image: 3 × forward, and the objective's other forward passes.
+
+        What checkpointing computes again is not counted.
+        """
+        return (3 + self.forwards) * self.forward_flops
 
     def hours(self, images: int, peak: float, mfu: float) -> float:
         """Hours to train on so many images (with repeats) at that share of `peak` (FLOP/s of all devices)."""

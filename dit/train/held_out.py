@@ -138,8 +138,8 @@ def open_held_out(cfg: RunConfig, manifest: Manifest, task: Task, world: World) 
     grid = task.group * (min(max(GRID, task.group), count) // task.group)
     if not grid:
         raise ConfigError(
-            f"{count} samples of {cfg.data.val} are fewer than the {task.group} that objective.coupling.group takes "
-            "together: hold more data out, or set val.samples higher or val.every: 0"
+            f"{count} samples of {cfg.data.val} are fewer than the {task.group} that the objective takes together "
+            "(group of coupling or auxiliary): hold more data out, or set val.samples higher or val.every: 0"
         )
     micro = next(
         m for m in range(min(grid, cfg.train.micro(world)), 0, -1) if grid % m == 0 and m % task.group == 0

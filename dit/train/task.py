@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dit.data.codecs.norm import LatentNorm
 from dit.data.loading.stream import Batch
-from dit.flow.couple import COST_DROP, Independent
+from dit.flow.couple import COST_DROP
 from dit.flow.objective import FirstLoss, Loss, Objective
 from dit.rng import Draws, Purpose
 
@@ -107,10 +107,10 @@ class LatentTask:
 
     @property
     def group(self) -> int:
-        return self.objective.coupling.group
+        return self.objective.group
 
     def uncoupled(self) -> LatentTask:
-        return replace(self, objective=replace(self.objective, coupling=Independent()))
+        return replace(self, objective=self.objective.uncoupled)
 
     def drops(self, draws: Draws) -> Tensor:
         return draws.uniform(Purpose.DROP) < self.label_drop

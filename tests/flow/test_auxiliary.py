@@ -37,8 +37,24 @@ def context(
     coeffs = path.coeffs(t)
     x = coeffs.mix(data, eps)
     ends = prediction.endpoints(coeffs, x, output)
-    tokens = dict(zip((8, 16), normal(2, len(t), 3, 6, seed=7).float(), strict=True))
-    return Context(path, prediction, t, coeffs, data, eps, x, output, ends, tokens, {}, draws(len(t)))
+    tokens = dict(zip((7, 8, 16), normal(3, len(t), 3, 6, seed=7).float(), strict=True))
+    cond = {"label": torch.arange(len(t)) % 3 - 1, "drop": torch.arange(len(t)) % 4 == 3}
+    return Context(
+        path,
+        prediction,
+        t,
+        coeffs,
+        data,
+        eps,
+        x,
+        output,
+        ends,
+        tokens,
+        cond,
+        draws(len(t)),
+        t.clone(),
+        lambda *_: output / 2,
+    )
 
 
 def inside(path: NoisePath, prediction: Prediction, count: int = 5) -> Tensor:
@@ -127,15 +143,19 @@ class Tapping:
     def __call__(self, x: Tensor, model_time: Tensor, cond: Cond, taps: tuple[int, ...] = ()) -> Any:
         self.asked.append(taps)
         behind = tuple(self.tokens[0].roll(n % 5, 2) + self.scale * self.tokens[0] for n in taps)
-        return (self.output, behind) if taps else self.output
+        drop = cond.get("drop")  # an answer to no condition is another one
+        output = (
+            self.output if drop is None else torch.where(drop.reshape(-1, 1, 1, 1), 0.5, 1.0) * self.output
+        )
+        return (output, behind) if taps else output
 
 
 # --- how they add up ---------------------------------------------------------------------------------------
 
 
-def answers(channels: int = 4) -> Tensor:
-    """What a network with a learned variance says of 16 latents of so many channels."""
-    return normal(16, 2 * channels, 2, 2, seed=9, dtype=torch.float32)
+def answers(count: int = 16, channels: int = 4) -> Tensor:
+    """What a network with a learned variance says of so many latents."""
+    return normal(count, 2 * channels, 2, 2, seed=9, dtype=torch.float32)
 
 
 def test_terms_add_up_and_each_is_logged_by_its_name() -> None:
@@ -178,13 +198,15 @@ def test_the_first_losses_know_no_term() -> None:
 @every_term
 def test_every_term_waits_for_no_device_and_has_a_gradient(name: str) -> None:
     objective = Objective(**DDPM, auxiliary=AUXILIARIES[name]())
-    data, output = normal(8, 4, 2, 2, dtype=torch.float32), answers()[:8].requires_grad_()
-    model = Tapping(output, normal(1, 8, 3, 6, seed=7).float())
-    objective.loss(model, data, {}, draws(8))  # tables are computed once, at first
+    count = max(8, objective.group)
+    data, output = normal(count, 4, 2, 2, dtype=torch.float32), answers(count).requires_grad_()
+    cond: Cond = {"label": torch.arange(count), "drop": torch.arange(count) % 4 == 3}
+    model = Tapping(output, normal(1, count, 3, 6, seed=7).float())
+    objective.loss(model, data, cond, draws(count))  # tables are computed once, at first
     with NoSync():
-        loss = objective.loss(model, data, {}, draws(8))
+        loss = objective.loss(model, data, cond, draws(count))
     assert loss.auxiliary is not None
-    assert loss.auxiliary.shape == (8,)
+    assert loss.auxiliary.shape == (count,)
     grads = torch.autograd.grad(loss.auxiliary.sum(), [output, model.scale], allow_unused=True)
     found = [grad for grad in grads if grad is not None]
     assert all(bool(torch.isfinite(grad).all()) for grad in found)
@@ -194,8 +216,9 @@ def test_every_term_waits_for_no_device_and_has_a_gradient(name: str) -> None:
 @every_term
 def test_every_term_compiles_in_one_graph(name: str) -> None:
     torch._dynamo.reset()
-    term, t = AUXILIARIES[name](), torch.tensor([0.001, 0.3, 0.9])
-    at = context(DiscreteVP(), Eps(), t, answers()[:3], learns_variance=True)
+    term = AUXILIARIES[name]()
+    t = torch.tensor([0.001, 0.3, 0.9]).repeat(term.slots)
+    at = context(DiscreteVP(), Eps(), t, answers(len(t)), learns_variance=True)
     compiled = torch.compile(term.term, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(at), term.term(at))
 

@@ -87,20 +87,24 @@ def test_neither_do_losses_on_micro_batch_prefetch_or_what_hooks_do(
 def test_auxiliary_terms_are_the_same_on_any_ranks_micro_batches_and_stages(
     digits: Digits, ranks: Server, tmp_path: Path, stage: int
 ) -> None:
-    """Of the prediction, and of tokens behind blocks, which each have a place in the log."""
-    terms = ["direction", {"name": "layersync", "early": 1, "late": 2, "weight": 0.5}]
+    """Of the prediction, of tokens behind blocks, of several samples, with a second pass: each is in the log."""
+    terms = [
+        "direction", {"name": "layersync", "early": 1, "late": 2, "weight": 0.5},
+        {"name": "dispersive", "layer": 1, "group": 4}, "contrastive", "model_guidance",
+    ]  # fmt: skip
+    names = ["direction", "layersync", "dispersive", "contrastive", "model_guidance"]
     chosen = {"objective": {"auxiliary": terms}}
     alone, sharded = tmp_path / "alone", tmp_path / "sharded"
     go(values(digits, alone, engine="local", **chosen, train={"steps": 4, "micro_batch": 32}))
     ranks.run(2, go, values(digits, sharded, zero={"stage": stage}, **chosen, train={"steps": 4}))
     assert column(sharded, "batch_hash") == column(alone, "batch_hash")
-    for name in ("loss", "direction", "layersync", "grad_norm"):
+    for name in ("loss", "grad_norm", *names):
         np.testing.assert_allclose(column(sharded, name), column(alone, name), rtol=1e-4, atol=1e-6)
     assert column(alone, "direction")[0] == pytest.approx(1.0)  # a new network says 0
-    assert column(alone, "layersync")[-1] > 0
+    assert all(column(alone, name)[-1] != 0 for name in names)
     plain = tmp_path / "plain"
     go(values(digits, plain, engine="local", train={"steps": 1, "micro_batch": 32}))
-    added = column(alone, "direction")[0] + column(alone, "layersync")[0]
+    added = sum(column(alone, name)[0] for name in names)
     assert column(alone, "loss")[0] == pytest.approx(column(plain, "loss")[0] + added)
 
 

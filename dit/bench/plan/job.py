@@ -116,7 +116,7 @@ def job_of(cfg: Experiment, asked: Asked) -> Job:
         zero=cfg.zero,
         checkpoint=cfg.checkpoint,
         cap=cfg.train.micro_batch,
-        group=cfg.objective.coupling.group,
+        group=cfg.objective.group,
         frozen=_frozen(cfg.model, shape, cfg.train.freeze),
         is_local=cfg.engine == "local",
         sample_bytes=shape.stored,

@@ -142,7 +142,7 @@ def on_all(job: Job, device: DeviceFacts, ranks: int, curve: Curve) -> Estimate:
     if not sizes:
         reason = (
             f"no micro-batch divides a rank's share of {local} samples and is a multiple of "
-            f"objective.coupling.group = {job.group}"
+            f"{job.group}, the group of objective.coupling or objective.auxiliary"
         )
         return replace(found, reason=reason)
     usable = Device(int(USABLE * device.memory), device.on_host, ranks)

@@ -60,7 +60,7 @@ BROKEN: dict[str, tuple[Callable[[Digits, Path], Sections], str]] = {
     "micro-batch": (lambda d, f: {"train": {"micro_batch": 5}}, "train.micro_batch = 5 does not divide"),
     "coupling's group": (
         lambda d, f: {"objective": {"coupling": {"name": "ot", "group": 16}}},
-        "a micro-batch of 8 samples is no multiple of objective.coupling.group = 16",
+        "a micro-batch of 8 samples is no multiple of 16, the group of objective.coupling",
     ),
     "coupling's noise": (
         lambda d, f: {"objective": {"coupling": "reflow"}},
@@ -80,7 +80,7 @@ BROKEN: dict[str, tuple[Callable[[Digits, Path], Sections], str]] = {
                 "train": {"global_batch": 64, "micro_batch": 64},
             }
         ),
-        "are fewer than the 64 that objective.coupling.group takes together",
+        "are fewer than the 64 that the objective takes together",
     ),
     "pictures' codec": (
         lambda d, f: {"sample": {"every": 1}, "codec": {"path": "gone"}},
