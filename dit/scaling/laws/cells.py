@@ -56,8 +56,8 @@ def parsed(text: str, named: str) -> tuple[list[str], list[tuple[int, Row]]]:
         raise LawError(f"{named} has a header and no runs: expected a line a run below it")
     if len(rows) > MOST:
         raise LawError(
-            f"{named} has more than {MOST} rows, and a law is fitted to so many at most: expected a line a run, of its end, "
-            "and none of the steps before"
+            f"{named} has more than {MOST} rows, and a law is fitted to so many at most: expected a line a run, of its "
+            "end, and none of the steps before"
         )
     return header, rows
 

@@ -82,7 +82,8 @@ class Runs:
             raise LawError(f"{place}: there is no such file{sought(place)}; expected a CSV of runs")
         if place.stat().st_size > LARGEST:
             raise LawError(
-                f"{place} has {place.stat().st_size / 2**20:.0f} MiB, more than any table of runs: expected a line a run"
+                f"{place} has {place.stat().st_size / 2**20:.0f} MiB, more than any table of runs: expected a line a "
+                "run"
             )
         header, rows = parsed(read_text(place), str(place))
         rows, choice = _chosen(rows, {"metric": metric, "protocol": protocol}, str(place))
