@@ -197,12 +197,19 @@ def write_atomically(path: Path, data: bytes, tag: str = "") -> None:
     """Write a file so that it is there whole or not at all, even if the machine stops.
 
     tag: goes into the name it has while it is written; writers that may be at it at the same time need their own.
+    Raises OSError, which names the file also where the system does not, as on a full disk; what was there stays.
     """
     beside = path.with_name(f".{path.name}{tag}.partial")
-    with beside.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with beside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        if error.filename is not None:  # of opening it
+            raise
+        beside.unlink()  # or it would take what space there is
+        raise OSError(error.errno, error.strerror, str(path)) from None
     beside.replace(path)
     sync(path.parent)
 

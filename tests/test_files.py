@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from dit.errors import UserError
 from dit.files import FileError, decoded, expand, read_text, sought, write_atomically
+from tests.surroundings import files_of_at_most
 
 ROOT = Path(__file__).resolve().parents[1]
 GERMAN = "# Größe\nrun_dir: läufe/π\n"
@@ -243,3 +244,12 @@ def test_what_was_there_stays_where_writing_fails(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="partial"):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"good"
+
+
+def test_a_file_that_has_no_room_is_named_and_takes_none(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_atomically(path, b"good")
+    with files_of_at_most(4096), pytest.raises(OSError, match=r"File too large: .*a.json'"):
+        write_atomically(path, bytes(5000))
+    assert path.read_bytes() == b"good"
+    assert list(tmp_path.iterdir()) == [path]

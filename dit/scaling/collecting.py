@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,12 @@ class Figure:
 
 @dataclass(frozen=True)
 class Collected:
-    """The table, and what is not in it: run -> why."""
+    """The table, and what is not in it: run -> why. trained_on: digest of training data -> runs, of those in it."""
 
     rows: Sequence[Mapping[str, Any]]
     missing: Mapping[str, str]
     protocol: str
+    trained_on: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 def collect(
@@ -76,7 +77,17 @@ def collect(
         raise ScalingError(_nothing(out, plan, metric, protocol, missing))
     shared = protocol or _shared_protocol(found)
     rows = [_row(run, done, _of(figures, shared), metric) for run, done, figures in found]
-    return Collected(rows, missing, shared)
+    return Collected(rows, missing, shared, _by_data(out, [run for run, _, _ in found]))
+
+
+def _by_data(out: Path, runs: Iterable[PlannedRun]) -> dict[str, list[str]]:
+    """Digest of training data -> names of the runs that were trained on them, as far as they say."""
+    found: dict[str, list[str]] = {}
+    for run in runs:
+        digest = RunState(out, run).trained_on
+        if digest is not None:
+            found.setdefault(digest, []).append(run.name)
+    return found
 
 
 def write_table(collected: Collected, file: Path) -> None:
@@ -169,7 +180,16 @@ def _of(figures: Sequence[Figure], protocol: str) -> Figure:
 
 
 def warn_of_missing(collected: Collected) -> None:
-    """Say which runs are not in the table, in one Notice."""
+    """Say which runs are not in the table, in one Notice; and in another that they are of several sets of data."""
+    if len(collected.trained_on) > 1:
+        sets = "; ".join(
+            f"{digest[:12]}: {', '.join(names)}" for digest, names in collected.trained_on.items()
+        )
+        warnings.warn(
+            f"runs were trained on {len(collected.trained_on)} unlike sets of data, and one law is of one: {sets}",
+            Notice,
+            stacklevel=2,
+        )
     if collected.missing:
         whys = "; ".join(f"{name} ({why})" for name, why in collected.missing.items())
         warnings.warn(f"{plural(len(collected.missing), 'run')} left out: {whys}", Notice, stacklevel=2)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from dit.config import flatten, to_dict
 from dit.experiments.diffusion import Experiment
 from dit.scaling.plan import Plan, PlannedRun
 from dit.scaling.planning import decay_begins
@@ -63,3 +65,16 @@ def run_config(spec: ScalingSpec, plan: Plan, run: PlannedRun) -> Experiment:
     if run.trunk is not None:
         keys["init.branch"] = str(branch_point(out, run))
     return shared_config(spec, keys)
+
+
+def overridden(spec: ScalingSpec, configs: Iterable[Experiment]) -> list[str]:
+    """Name the keys that `training` itself sets, its base apart, and some run has otherwise, for the plan decides them.
+
+    Not val.every, which runs without it have at their last step in any case.
+    """
+    given = flatten({key: value for key, value in spec.training.items() if key != "base"})
+    shared, runs = flatten(to_dict(shared_config(spec))), [flatten(to_dict(cfg)) for cfg in configs]
+    differ = {key for run in runs for key in {*run, *shared} if run.get(key) != shared.get(key)} - {
+        "val.every"
+    }
+    return [key for key in given if any(other == key or other.startswith(f"{key}.") for other in differ)]

@@ -5,21 +5,23 @@ from __future__ import annotations
 import dataclasses
 import operator
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dit.config import ConfigError, from_dict
 from dit.configfile import write_yaml
+from dit.data import DataError
+from dit.data.shards.manifest import Manifest
 from dit.errors import Notice, UserError, plural, shown
 from dit.experiments.diffusion import Experiment
 from dit.files import as_csv, expand, write_atomically
 from dit.outputs import OutputError, read_record, refuse_other, write_record
-from dit.scaling.configs import RUNS, branch_point, config_file, run_config, run_folder
+from dit.scaling.configs import RUNS, branch_point, config_file, overridden, run_config, run_folder
 from dit.scaling.plan import Plan, PlannedRun
 from dit.scaling.planning import make_plan
-from dit.scaling.spec import ScalingSpec, load_spec
-from dit.scaling.states import last_step
+from dit.scaling.spec import ScalingSpec, load_spec, shared_config
+from dit.scaling.states import RunState, last_step
 from dit.train.run_dir import begun_with, differences
 
 PLAN, TABLE, KIND = "plan.json", "plan.csv", "folder of a scaling experiment"
@@ -41,11 +43,19 @@ def plan_into(spec: ScalingSpec) -> Plan:
     problems = [line for run in plan.runs for line in _changed(out, run, configs[run.name])]
     gone = [name for name in _names_before(out, held) if name not in plan]
     problems += [f"{name} has begun, and is not planned any more" for name in gone if name in held]
+    problems += other_data(out, plan, shared_config(spec))
     if problems:
         raise ScalingError(
             f"{out} holds runs of another plan:\n"
             + "\n".join(problems)
             + "\nRuns may be added to an experiment, not changed: give the spec its old values, or another --out."
+        )
+    without_effect = overridden(spec, configs.values())
+    if without_effect:
+        warnings.warn(
+            f"`training` of the spec sets {', '.join(without_effect)}, which the plan decides: that has no effect",
+            Notice,
+            stacklevel=2,
         )
     (out / "plan").mkdir(parents=True, exist_ok=True)
     for name, cfg in configs.items():
@@ -78,7 +88,11 @@ def opened(where: str, out: str | None = None, replan: bool = False) -> tuple[Pa
     if place.is_dir():
         if out is not None:
             raise ConfigError(f"{where} is an experiment's folder already: leave --out out")
-        return place, read_plan(place)
+        plan = read_plan(place)
+        problems = other_data(place, plan, shared_config(spec_of(plan))) if replan else []
+        if problems:
+            raise ScalingError("\n".join(problems))
+        return place, plan
     spec = load_spec(place, out)
     return spec.folder, plan_into(spec) if replan else read_plan(spec.folder)
 
@@ -111,6 +125,27 @@ def _names_before(out: Path, held: Iterable[str]) -> list[str]:
         return list(held)
 
 
+def other_data(out: Path, plan: Plan, base: Experiment) -> list[str]:
+    """Say which runs have been trained on other data than there are now: one law is of one distribution.
+
+    Nothing where the data are not here, as of a plan that is made elsewhere.
+    """
+    trained = {run.name: RunState(out, run).trained_on for run in plan.runs}
+    if not any(trained.values()):
+        return []
+    try:
+        now = base.data.open().manifest.digest
+    except DataError:
+        return []
+    others = [name for name, digest in trained.items() if digest not in (None, now)]
+    if not others:
+        return []
+    return [
+        f"{', '.join(others)}: trained on other data than {base.data.name} has now, and one law is of one set of data: "
+        "bring the data back, or give another --out"
+    ]
+
+
 def _changed(out: Path, run: PlannedRun, cfg: Experiment) -> Iterator[str]:
     """What a run that has begun would have otherwise, a line each."""
     before = begun_with(run_folder(out, run.name))
@@ -121,7 +156,7 @@ def _changed(out: Path, run: PlannedRun, cfg: Experiment) -> Iterator[str]:
             rows = [line for line in str(error).splitlines() if line.startswith("  ")]
             yield "\n".join([f"{run.name}:", *rows])
             return
-        for key, is_same in (("train.steps", operator.eq), ("init.branch", _same_point)):
+        for key, is_same in BOUND.items():
             if key in operational and not is_same(*operational[key]):
                 was, now = operational[key]
                 yield f"{run.name}:\n  {key}: {shown(was)} there, {shown(now)} now"
@@ -134,9 +169,28 @@ def _changed(out: Path, run: PlannedRun, cfg: Experiment) -> Iterator[str]:
             )
 
 
+def _same_held_out(was: str | None, now: str | None) -> bool:
+    """Whether two places hold the same held-out samples; where one is not here, `collect` sees by what was measured."""
+    try:
+        return Manifest.load(str(was)).digest == Manifest.load(str(now)).digest
+    except DataError:
+        return True
+
+
 def _same_point(was: str | None, now: str | None) -> bool:
     """Whether two places of a checkpoint are of one run and step: an experiment's folder may be moved."""
     return was is not None and now is not None and Path(was).parts[-3:] == Path(now).parts[-3:]
+
+
+# Keys that a run may change between its starts, and not within an experiment, with what tells whether they have:
+# losses on other held-out samples are not compared.
+BOUND: Mapping[str, Callable[[Any, Any], bool]] = {
+    "train.steps": operator.eq,
+    "init.branch": _same_point,
+    "val.samples": operator.eq,
+    "val.batches": operator.eq,
+    "data.val": _same_held_out,
+}
 
 
 # --- told ------------------------------------------------------------------------------------------------------

@@ -42,6 +42,11 @@ def make_plan(spec: ScalingSpec, trunks: Collection[str] = ()) -> Plan:
             found, lacking = _family(sized, seed, trunks)
             runs += found
             left_out += lacking
+    if base.val.batches is not None and len({run.batch for run in runs}) > 1:
+        raise ConfigError(
+            f"training.val.batches = {base.val.batches}: batches are of several sizes here, so that runs would be "
+            "measured on unlike held-out samples, which are not compared; give val.samples in its place"
+        )
     if not runs:
         whys = "\n".join(f"  {one.name}: {one.why}" for one in left_out)
         raise ConfigError(f"no point of the experiment can be run:\n{whys}")

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 from dit.errors import Interrupted, Stopped, plural
+from dit.files import write_atomically
 from dit.progress import Bar, say
 from dit.ranks import group
 from dit.scaling.configs import config_file
@@ -111,6 +112,9 @@ class _Runner:
             for active in self.active:
                 active.process.kill()
             raise
+        except BaseException:  # a full disk, say, on which nothing can be noted: no run is left to itself
+            self._end()
+            raise
         if self.asked is not None:
             self._stopped()
         if self.failed:
@@ -132,8 +136,7 @@ class _Runner:
             if self.open:
                 time.sleep(POLL)
         if self.asked is not None:
-            for active in self.active:
-                active.process.send_signal(signal.SIGTERM)
+            self._terminate()
         while self.active:
             self._reap()
             time.sleep(POLL)
@@ -203,6 +206,17 @@ class _Runner:
 
     # --- ending --------------------------------------------------------------------------------------------
 
+    def _terminate(self) -> None:
+        """Have all runs save and end."""
+        for active in self.active:
+            active.process.send_signal(signal.SIGTERM)
+
+    def _end(self) -> None:
+        """Do so and wait for them, without a word of what becomes of each."""
+        self._terminate()
+        while any(active.process.poll() is None for active in self.active):
+            time.sleep(POLL)
+
     def _reap(self) -> None:
         for active in list(self.active):
             status = active.process.poll()
@@ -224,11 +238,18 @@ class _Runner:
     def _why(self, run: PlannedRun, status: int) -> str:
         log = log_file(self.out, run.name)
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-TOLD:]
-        how = f"by signal {-status}" if status < 0 else f"with status {status}"
-        return "\n".join([f"ended {how} before its last step ({log}):", *(f"    {line}" for line in lines)])
+        how = f"by {_signal_name(-status)}" if status < 0 else f"with status {status}"
+        said = [f"    {line}" for line in lines] or ["    it has said nothing"]
+        return "\n".join([f"ended {how} before its last step ({log}):", *said])
 
     def _fail(self, run: PlannedRun, why: str) -> None:
         self.failed[run.name] = why
         del self.open[run.name]
-        failure_file(self.out, run.name).write_text(why, encoding="utf-8")
         say(f"{run.name}: {why}")
+        write_atomically(failure_file(self.out, run.name), why.encode())
+
+
+def _signal_name(number: int) -> str:
+    """As SIGKILL, with what it is a sign of where nobody here gave it."""
+    name = signal.Signals(number).name if number in [*signal.Signals] else f"signal {number}"
+    return f"{name} (for want of memory, if nobody sent it)" if number == signal.SIGKILL else name

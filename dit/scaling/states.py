@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -110,6 +111,15 @@ class RunState:
     def is_running(self) -> bool:
         """Whether a process trains it now, whoever started that."""
         return is_held(self.folder / LOCK)
+
+    @cached_property
+    def trained_on(self) -> str | None:
+        """Digest of its training data, by its newest checkpoint; None where there is none, or that does not say."""
+        for path in checkpoint.candidates(checkpoints_of(self.folder)):
+            with contextlib.suppress(CheckpointError, OSError):  # broken, or being removed by the run
+                digest = checkpoint.read(path, verify=False).meta.get("data", {}).get("digest")
+                return None if digest is None else str(digest)
+        return None
 
     @property
     def has_begun(self) -> bool:

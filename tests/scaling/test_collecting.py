@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -123,6 +124,19 @@ def test_what_is_not_complete_may_be_taken(copy: Done) -> None:
     rows = {row["run"]: row for row in collect(copy.out, copy.plan, partial=True).rows}
     assert rows[begun.name]["complete"] == "false"
     assert len(rows) == len(copy.plan.runs)
+
+
+def test_runs_of_unlike_data_are_said(copy: Done) -> None:
+    trained = collect(copy.out, copy.plan).trained_on
+    assert list(trained.values()) == [[run.name for run in copy.plan.runs]]
+    run = copy.plan.runs[3]
+    place = RunState(copy.out, run).folder / "checkpoints" / f"step-{run.steps:08d}"
+    meta = json.loads((place / "meta.json").read_text())
+    meta["data"]["digest"] = "0123456789abcdef"
+    (place / "meta.json").write_text(json.dumps(meta))
+    (place / "COMPLETE").write_text(hashlib.sha256((place / "meta.json").read_bytes()).hexdigest())
+    with pytest.warns(Notice, match=f"on 2 unlike sets of data, .*; 0123456789ab: {run.name}$"):
+        warn_of_missing(collect(copy.out, copy.plan))
 
 
 def test_protocols_are_not_mixed(copy: Done) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dit.config import ConfigError
 from dit.configfile import load
 from dit.errors import Notice
 from dit.experiments.diffusion import Experiment
@@ -134,6 +136,7 @@ def test_longer_runs_are_those_from_their_start(digits: Digits, begun: Path, tmp
         ({"lr": {"at": 3e-3}}, r"w16d1-r0.04-s0:\n  optim.lr: 0.002 there, 0.003 now"),
         ({"training": {"train": {"global_batch": 8}}}, r"train.global_batch: 16 there, 8 now"),
         ({"decay": 0.5}, r"optim.schedule.decay: 0.2 there, 0.5 now"),
+        ({"training": {"val": {"samples": 16}}}, r"w16d1-r0.02-s0:\n  val.samples: 32 there, 16 now"),
         ({"samples_per_param": [0.04]}, r"w16d1-r0.02-s0 has begun, and is not planned any more"),
         ({"samples_per_param": [0.02, 0.03, 0.04]}, r"step 8, which that has passed \(step 14\) without keeping a"),
     ],
@@ -147,6 +150,62 @@ def test_runs_that_have_begun_do_not_change(
     with pytest.raises(ScalingError, match=words):
         written(digits, begun, **keys)
     assert {file: file.read_bytes() for file in before} == before
+
+
+def test_data_may_be_moved_and_not_replaced(digits: Digits, begun: Path, tmp_path: Path) -> None:
+    """Neither those that are trained on nor those that the loss is of."""
+    for key, there, other in (
+        ("path", digits.moments, digits.moments_val),
+        ("val", digits.moments_val, digits.moments),
+    ):
+        shutil.copytree(there, tmp_path / key)
+        written(digits, begun, training={"data": {key: str(tmp_path / key)}})
+        before = (begun / "plan.json").read_bytes()
+        with pytest.raises(ScalingError, match=r"trained on other data|data.val: .* there"):
+            written(digits, begun, training={"data": {key: str(other)}})
+        assert (begun / "plan.json").read_bytes() == before
+
+
+def test_data_that_were_replaced_in_place_are_noticed(digits: Digits, begun: Path, tmp_path: Path) -> None:
+    """By whoever goes on with the folder, too; where they are gone it is planned without them."""
+    place = tmp_path / "data"
+    shutil.copytree(digits.moments, place)
+    keys: dict[str, Any] = {"training": {"data": {"path": str(place)}}}
+    written(digits, begun, **keys)
+    assert opened(str(begun), replan=True)[0] == begun
+    shutil.rmtree(place)
+    shutil.copytree(digits.moments_val, place)
+    for again in (lambda: written(digits, begun, **keys), lambda: opened(str(begun), replan=True)):
+        with pytest.raises(
+            ScalingError, match=r"w16d1-r0.04-s0, .*: trained on other data than .*/data has now"
+        ):
+            again()
+    assert opened(str(begun))[0] == begun  # to look at
+    shutil.rmtree(place)
+    assert opened(str(begun), replan=True)[0] == begun
+
+
+def test_keys_of_training_that_the_plan_decides_are_named(digits: Digits, tmp_path: Path) -> None:
+    training = {"optim": {"lr": 0.5, "schedule": "cosine"}, "model": {"size": "nano"}, "val": {"every": 0}}
+    with pytest.warns(Notice) as said:
+        plan = written(digits, tmp_path, training={**training, "seed": 0})  # as all runs have it
+    (text,) = [str(one.message) for one in said]
+    assert text.startswith(
+        "`training` of the spec sets optim.lr, optim.schedule, model.size, which the plan decides"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # what has an effect, or is the base's, is not named
+        plan_into(spec(digits, tmp_path, lr=None, training={"optim": {"lr": 0.5}}))
+    assert plan.runs
+
+
+def test_held_out_batches_of_several_sizes_are_refused(digits: Digits, tmp_path: Path) -> None:
+    keys: dict[str, Any] = {"training": {"val": {"batches": 2, "samples": 32}}}
+    written(digits, tmp_path, **keys)  # batches of one size
+    with pytest.raises(ConfigError, match=r"val.batches = 2: batches are of several sizes here"):
+        written(
+            digits, tmp_path, batch={"name": "power", "at": 16, "params": 5664, "exponent": 0.6667}, **keys
+        )
 
 
 def test_keys_that_change_nothing_of_a_result_may_change(digits: Digits, begun: Path) -> None:

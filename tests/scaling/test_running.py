@@ -155,6 +155,42 @@ def test_no_jobs_are_refused(done: Done) -> None:
         run_plan(done.out, done.plan, Orders(jobs=0))
 
 
+class _Ended:
+    """A process that ended with a status."""
+
+    def __init__(self, status: int):
+        self.status = status
+
+    def poll(self) -> int | None:
+        return self.status
+
+    def send_signal(self, number: int) -> None:
+        raise AssertionError("it has ended")
+
+    kill = None
+
+
+def test_a_run_that_was_killed_says_by_what(digits: Digits, tmp_path: Path) -> None:
+    plan = plan_into(spec(digits, tmp_path))
+    name = plan.runs[0].name
+    with pytest.raises(
+        ScalingError, match=rf"{name}: ended by SIGKILL \(for want of memory, (.|\n)* said nothing"
+    ):
+        run_plan(tmp_path, plan, Orders(only=[name], starter=lambda start: _Ended(-signal.SIGKILL)))
+
+
+def test_what_cannot_be_noted_leaves_no_run_to_itself(digits: Digits, tmp_path: Path) -> None:
+    """As on a full disk: the other run saves and ends before the command does."""
+    plan, told = plan_into(spec(digits, tmp_path)), list[int]()
+    (tmp_path / "logs" / f".{plan.runs[0].name}.failed.partial").mkdir(parents=True)  # in the way
+    processes = [_Ended(1), _Ending(told)]
+    with pytest.raises(IsADirectoryError):
+        run_plan(
+            tmp_path, plan, Orders(jobs=2, starter=lambda start: processes[start.run is not plan.runs[0]])
+        )
+    assert told == [signal.SIGTERM]
+
+
 # --- ends before the end -------------------------------------------------------------------------------------------
 
 

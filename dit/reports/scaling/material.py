@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ import numpy as np
 from dit.errors import UserError
 from dit.files import expand, read_text
 from dit.scaling.laws.approaches import budgets
+from dit.scaling.laws.cells import number, parsed
 from dit.scaling.laws.intervals import percentiles
 from dit.scaling.laws.record import FitRecord
 from dit.scaling.laws.table import Runs
@@ -131,12 +130,10 @@ def _columns(fit: FitRecord, place: Path) -> dict[str, np.ndarray]:
     """Numbers of the fit's runs by column."""
     checked = Runs.read(place, fit.metric or None, fit.protocol or None)
     _check_same(fit, checked, place)
-    reader = csv.reader(io.StringIO(read_text(place)))
-    numbered = [(reader.line_num, cells) for cells in reader]
-    lines = {line: cells for line, cells in numbered if cells and not cells[0].lstrip().startswith("#")}
-    header, at = lines[min(lines)], dict(zip(checked.run, checked.lines, strict=True))
-    cells = [lines[at[str(row["run"])]] for row in fit.runs]
-    own = {name: np.array([_number(row[i]) for row in cells]) for i, name in enumerate(header)}
+    header, numbered = parsed(read_text(place), str(place))
+    lines, at = dict(numbered), dict(zip(checked.run, checked.lines, strict=True))
+    rows = [lines[at[str(row["run"])]] for row in fit.runs]
+    own = {name: np.array([_number(row[name]) for row in rows]) for name in header}
     return {name: values for name, values in own.items() if np.isfinite(values).any()}
 
 
@@ -166,10 +163,8 @@ def _some(names: Sequence[str]) -> str:
 
 def _number(text: str) -> float:
     """The number in a cell, NaN for a word."""
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
+    value = number(text)
+    return math.nan if value is None else value
 
 
 def residuals(fit: FitRecord) -> np.ndarray:

@@ -44,6 +44,8 @@ def parsed(text: str, named: str) -> tuple[list[str], list[tuple[int, Row]]]:
             else:
                 row = {name: cell.strip() for name, cell in zip(header, cells, strict=True)}
                 rows.append((reader.line_num, row))
+                if len(rows) > MOST:
+                    break
     except csv.Error as error:
         raise LawError(
             f"{named}: line {reader.line_num} is no CSV ({error}): expected cells with commas between them"
@@ -54,14 +56,15 @@ def parsed(text: str, named: str) -> tuple[list[str], list[tuple[int, Row]]]:
         raise LawError(f"{named} has a header and no runs: expected a line a run below it")
     if len(rows) > MOST:
         raise LawError(
-            f"{named} has {len(rows)} rows, and a law is fitted to {MOST} at most: expected a line a run, of its end, "
-            "and none of the steps before"
+            f"{named} has more than {MOST} rows, and a law is fitted to so many at most: expected a line a run, of its "
+            "end, and none of the steps before"
         )
     return header, rows
 
 
 def _check_header(header: Sequence[str], named: str) -> None:
-    twice = [name for name in dict.fromkeys(header) if header.count(name) > 1]
+    # without a name are those of commas at the ends of lines, which spreadsheets write: nobody reads them
+    twice = [name for name in dict.fromkeys(header) if name.strip() and header.count(name) > 1]
     if twice:
         raise LawError(f"{named}: column '{twice[0]}' is there {header.count(twice[0])} times: keep one")
     near = {name: name.strip().lower() for name in header}

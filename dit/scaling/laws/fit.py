@@ -89,6 +89,11 @@ def _refuse_few(points: Points, floor: Floor) -> None:
             f"{plural(len(points), 'run')}, and the law has {needed - 1} numbers to fit: at least {needed} runs are "
             "needed"
         )
+    if points.pairs < needed:
+        raise LawError(
+            f"{len(points)} runs at {points.pairs} pairs of params and tokens, and the law has {needed - 1} numbers to "
+            f"fit: at least {needed} unlike pairs are needed; seeds and rates repeat one, and tell only of noise"
+        )
     for name, values in (("params", points.params), ("tokens", points.tokens)):
         if np.ptp(values) < 1e-6:
             raise LawError(

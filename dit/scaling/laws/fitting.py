@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from dit.scaling.laws.approaches import approaches
+from dit.scaling.laws.cells import number
 from dit.scaling.laws.fit import Fitted, Floor, fit
 from dit.scaling.laws.intervals import NAMES, bootstrap, figures, percentiles, profile
 from dit.scaling.laws.judged import held_out, warnings
@@ -57,10 +58,9 @@ def read_floor(text: str, runs: Runs) -> tuple[Floor, dict[str, Any]]:
                 f"{', '.join(runs.columns)}. Give its value, or --floor=fit"
             )
         return Floor(runs.floor), {"kind": "exact", "value": runs.floor}
-    try:
-        value = float(text)
-    except ValueError:
-        raise LawError(f"--floor={text}: expected fit, exact or a number") from None
+    value = number(text)
+    if value is None:
+        raise LawError(f"--floor={text}: expected fit, exact or a number")
     return Floor(value), {"kind": "value", "value": value}
 
 

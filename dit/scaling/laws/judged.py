@@ -17,6 +17,7 @@ from dit.scaling.laws.table import TRAINED, Runs
 SIZES, DECADES = 4, 1.0  # fewer carry no law
 TOGETHER = 0.98  # correlation of log N and log D from which their terms can hardly be told apart
 OUTLYING = 6.0  # standard deviations of a run that something else than noise has moved
+NAMED = 3  # pairs of runs in a warning
 SHARE = 1e-3  # of the loss, below which a term is as good as not there
 
 
@@ -100,6 +101,23 @@ def _of_design(runs: Runs) -> Iterator[str]:
                 f"grid or beyond; add {side} models there"
             )
     yield from _of_studies(runs)
+    yield from _of_copies(runs)
+
+
+def _of_copies(runs: Runs) -> Iterator[str]:
+    """Runs of one N and D with one loss to the last digit: no two seeds have that, but a run that is there twice."""
+    first: dict[tuple[Any, ...], int] = {}
+    again: list[tuple[str, str]] = []
+    for i, point in enumerate(_points(runs)):
+        held = first.setdefault((point, runs.trained[i], float(runs.loss[i])), i)
+        if held != i:
+            again.append((runs.run[held], runs.run[i]))
+    if again:
+        named = "; ".join(f"{was} and {now}" for was, now in again[:NAMED])
+        yield (
+            f"{plural(len(again), 'run')} with the very loss of another of the same N and D, such as {named}: one run "
+            "under two names or seeds makes intervals too narrow; keep one of each"
+        )
 
 
 def _of_studies(runs: Runs) -> Iterator[str]:

@@ -38,6 +38,11 @@ class Points:
         return len(self.loss)
 
     @property
+    def pairs(self) -> int:
+        """Count pairs of params and tokens that are unlike, to a relative 1e-5: runs less their repetitions."""
+        return len(np.unique(np.round(np.stack([self.params, self.tokens], 1), 5), axis=0))
+
+    @property
     def basis(self) -> np.ndarray:
         """(5, 5): ways for theta to move that hardly hang together, as a term's scale and exponent do.
 

@@ -20,6 +20,8 @@ from dit.scaling.laws.units import USUAL, at_lines, refuse_mixed
 TRAINED = ("lr", "batch")  # columns of what else than N, D and the seed a run's loss hangs on
 CHOICES = ("metric", "protocol")  # columns that have one value in what is fitted
 TRUE, FALSE = ("true", "1", "yes"), ("false", "0", "no")
+LARGEST = 2**26  # bytes of a file: 10,000 runs of 6 kB
+ROUNDED = 1e-3  # by which tokens over samples differ where both are written with a few digits
 SPAN = (1e-36, 1e36)  # that numbers lie in: to the largest exponent, what is beyond is no number any more
 
 
@@ -78,6 +80,11 @@ class Runs:
             raise LawError(f"{place} is a folder; expected a CSV of runs, such as {place / 'runs.csv'}")
         if not place.is_file():
             raise LawError(f"{place}: there is no such file{sought(place)}; expected a CSV of runs")
+        if place.stat().st_size > LARGEST:
+            raise LawError(
+                f"{place} has {place.stat().st_size / 2**20:.0f} MiB, more than any table of runs: expected a line a "
+                "run"
+            )
         header, rows = parsed(read_text(place), str(place))
         rows, choice = _chosen(rows, {"metric": metric, "protocol": protocol}, str(place))
         rows, notes = _complete(rows, header, str(place))
@@ -200,7 +207,7 @@ def _with_tokens(
     if not has_tokens:
         notes = [*notes, f"no column `tokens`: they are flops / ({USUAL:g} · params)"]
     ratio = tokens / columns["samples"] if has_tokens and "samples" in columns else np.zeros(0)
-    is_one = len(ratio) > 0 and np.ptp(ratio) < 1e-6 * ratio.min()
+    is_one = len(ratio) > 0 and np.ptp(ratio) < ROUNDED * ratio.min()
     floors = np.unique(columns.get("floor", ()))
     if len(floors) > 1:
         raise LawError(

@@ -14,6 +14,8 @@ USUAL = (
 )
 RATIO = (0.05, 100.0)  # that FLOPs by parameter and token lie in, in mean
 SCATTER = 8.0  # by which a run's may be off the median
+AN_IMAGE = (1.0, 1e6)  # tokens of a sample; 1e6 are an image of 1000 x 1000 patches
+UNLIKE = 100.0  # by which a run's may be off the median: patches of 8 to 1 differ by 64, units by 1000
 EACH = (1e-6, 1e9)  # that tokens by parameter lie in, where they are derived from flops
 
 
@@ -58,6 +60,7 @@ def _refuse_samples(columns: Mapping[str, np.ndarray], lines: Sequence[int], nam
                 f"{named}: {at_lines(list(np.array(lines)[same]))}: tokens are the samples, and elsewhere they "
                 "are not: write tokens (samples · tokens an image) in every row"
             )
+        _refuse_odd_samples(tokens / columns["samples"], lines, named)
     each = columns["flops"] / columns["params"] / tokens
     middle = float(np.median(each))
     off = (each > SCATTER * middle) | (each < middle / SCATTER)
@@ -74,3 +77,17 @@ def _refuse_samples(columns: Mapping[str, np.ndarray], lines: Sequence[int], nam
                if middle > RATIO[1] else
                "flops, params or tokens are in another unit; plain numbers are expected")
         )  # fmt: skip
+
+
+def _refuse_odd_samples(an_image: np.ndarray, lines: Sequence[int], named: str) -> None:
+    """LawError where samples are in another unit than tokens. an_image (n,): tokens over samples."""
+    middle = float(np.median(an_image))
+    off = (an_image > UNLIKE * middle) | (an_image < middle / UNLIKE)
+    mend = "samples are images seen, in plain numbers, and tokens are samples · tokens an image"
+    if off.any():
+        raise LawError(
+            f"{named}: {at_lines(list(np.array(lines)[off]))}: tokens / samples is {an_image[off][0]:.4g}, and "
+            f"{middle:.4g} in the middle of all runs: {mend}"
+        )
+    if not AN_IMAGE[0] * (1 - 1e-6) <= middle <= AN_IMAGE[1]:
+        raise LawError(f"{named}: tokens / samples is {middle:.4g}, which are no tokens of an image: {mend}")

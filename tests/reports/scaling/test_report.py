@@ -147,6 +147,19 @@ def test_what_a_table_lacks_is_not_drawn(made, tmp_path, one_figure) -> None:
     assert (tmp_path / "report" / "isoflop.png").exists()
 
 
+def test_a_table_is_read_as_the_fit_reads_it(made, tmp_path) -> None:
+    """Lines above the header that have nothing in them; a number in Python's way is a word."""
+    text = made[1].read_text()
+    header, first, *rest = text.splitlines()
+    given = f"{header},more\n{first},1_000\n" + "".join(f"{line},{i}\n" for i, line in enumerate(rest))
+    (tmp_path / "runs.csv").write_text(" ,,\n# a comment\n" + given)
+    material = read_material(FitRecord.load(made[0]), "runs.csv", tmp_path / "runs.csv")
+    plain = read_material(FitRecord.load(made[0]), "runs.csv", made[1])
+    assert {*material.more} == {*plain.more, "more"}
+    assert np.isnan(material.more["more"][0])
+    assert [one.best for one in material.rates] == [one.best for one in plain.rates]
+
+
 def test_sampling_costs_are_a_third_of_training(made) -> None:
     material = read_material(FitRecord.load(made[0]), "runs.csv", made[1])
     assert material.forward_flops is not None

@@ -137,6 +137,11 @@ def test_a_law_without_e_has_e_zero() -> None:
             "4 runs, and the law has 4 numbers to fit: at least 5 runs",
         ),
         (points(HOFFMANN, Grid(1, 9)), Floor(), None),
+        (  # three seeds of each
+            Points.of(*(np.tile(np.exp(c), 3) for c in vars(points(HOFFMANN, Grid(2, 2))).values())),
+            Floor(),
+            "12 runs at 4 pairs of params and tokens, and the law has 5 numbers to fit: at least 6 unlike pairs",
+        ),
         (points(HOFFMANN), Floor(5.0), "a floor of 5 is not below the lowest loss"),
         (points(HOFFMANN), Floor(-1.0), "give one from 0"),
         (points(HOFFMANN), Floor(float("nan")), "a floor of nan"),

@@ -90,6 +90,14 @@ def test_what_data_cannot_carry_is_said(rows: Callable[[], Rows], said: str, tmp
     assert any(said in text for text in warnings), warnings
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_run_under_two_names_is_named(seed: int, tmp_path: Path) -> None:
+    rows = [row | {"run": f"r{i}", "seed": 0} for i, row in enumerate(table(HOFFMANN, Grid(8, 6), 2e-4))]
+    warnings = fitted(tmp_path, [*rows, rows[5] | {"run": "again", "seed": seed}]).warnings
+    said = "1 run with the very loss of another of the same N and D, such as r5 and again: one run under two names"
+    assert any(said in text for text in warnings), warnings
+
+
 def test_seeds_that_spread_more_than_the_residuals(tmp_path: Path) -> None:
     """Seeds of one point apart, all else on the law: impossible for noise, and so a sign of something else."""
     rows = with_tokens(table(HOFFMANN, Grid(8, 8)))

@@ -132,7 +132,7 @@ FAULTS: dict[str, tuple[Callable[[Rows], Rows], str]] = {
     ),
     "a row each step": (
         lambda made: [made[0] | {"run": f"r{i}", "seed": i} for i in range(10_001)],
-        "has 10001 rows, and a law is fitted to 10000 at most: expected a line a run, of its end",
+        "has more than 10000 rows, and a law is fitted to so many at most: expected a line a run, of its end",
     ),
     "half done": (at(5, complete="almost"), "line 7: `complete` is true or false"),
     "none done": (lambda made: [row | {"complete": "false"} for row in made], "no run is complete"),
@@ -147,6 +147,18 @@ FAULTS: dict[str, tuple[Callable[[Rows], Rows], str]] = {
     "samples for tokens": (
         lambda made: [row | {"tokens": row["samples"]} for row in made],
         "is 1536, where about 6 is usual: tokens look like samples",
+    ),
+    "millions of samples": (
+        lambda made: [row | {"samples": row["samples"] / 1e6} for row in made],
+        r"tokens / samples is 2\.56e\+08, which are no tokens of an image",
+    ),
+    "thousands of samples in one": (
+        lambda made: at(5, samples=made[5]["samples"] / 1e3)(made),
+        r"line 7: tokens / samples is 2\.56e\+05, and 256 in the middle of all runs",
+    ),
+    "more samples than tokens": (
+        lambda made: [row | {"samples": 4 * row["tokens"]} for row in made],
+        r"tokens / samples is 0\.25, which are no tokens",
     ),
     "petaflops": (
         lambda made: [row | {"flops": row["flops"] / 1e15} for row in made],
@@ -192,10 +204,22 @@ def test_what_is_no_table_is_named(text: str, said: str, tmp_path: Path) -> None
         Runs.read(tmp_path)
 
 
+def test_digits_that_were_cut_still_tell_tokens_of_an_image(tmp_path: Path) -> None:
+    made = [row | {name: f"{row[name]:.5g}" for name in ("tokens", "samples")} for row in rows()]
+    assert Runs.read(write(tmp_path / "runs.csv", made)).tokens_per_sample == pytest.approx(TOKENS, rel=1e-3)
+
+
+def test_a_file_of_another_kind_is_not_read_into_memory(tmp_path: Path) -> None:
+    with (tmp_path / "metrics.csv").open("wb") as file:
+        file.truncate(2**36)  # a hole, which takes no space
+    with pytest.raises(UserError, match="has 65536 MiB, more than any table of runs"):
+        Runs.read(tmp_path / "metrics.csv")
+
+
 def test_a_spreadsheet_s_file_is_read(tmp_path: Path) -> None:
-    """With a byte-order mark, Windows line ends, quotes and blank lines."""
+    """With a byte-order mark, Windows line ends, quotes, blank lines, and commas at the ends of lines."""
     plain = write(tmp_path / "plain.csv", rows())
-    text = plain.read_text().replace("r0", '"r0, again"').replace("\n", "\r\n") + "\r\n"
+    text = plain.read_text().replace("r0", '"r0, again"').replace("\n", ",,,\r\n") + "\r\n"
     (tmp_path / "other.csv").write_bytes(b"\xef\xbb\xbf" + text.encode())
     runs = Runs.read(tmp_path / "other.csv")
     assert runs.run[0] == "r0, again"
