@@ -32,6 +32,7 @@ class DrawOptions:
         "balanced"  # image i is of classes[i mod n], or (random) of one drawn by (seed, i)
     )
     batch_size: int | None = None  # images at a time and rank, and in a block that is kept; none = 64, or all
+    compile: bool = False  # the blocks with torch.compile: a minute or two at first, then quicker on a GPU
     overwrite: bool = False  # replace what another spec has drawn there
 
     @property

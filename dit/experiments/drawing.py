@@ -87,6 +87,7 @@ def _record(trained: Trained, sampler: Sampler, order: DrawOrder, size: int) -> 
     return described(trained, sampler) | {
         "codec": dict(order.codec_keys),
         "precision": order.precision,
+        "compile": trained.compiled,
         "classes": order.classes,
         "label_order": order.label_order,
         "batch_size": size,

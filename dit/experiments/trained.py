@@ -54,10 +54,17 @@ class Trained:
     average: Average = field(
         default_factory=lambda: Average("ema")
     )  # which one these are, and how much of the first weights it holds
+    compiled: bool = False  # the blocks, for a batch size each
 
     @classmethod
-    def load(cls, run_or_checkpoint: str, weights: str, device: torch.device) -> Trained:
-        """Load a run directory's newest good checkpoint, or one checkpoint. weights: "ema" or "model"."""
+    def load(
+        cls, run_or_checkpoint: str, weights: str, device: torch.device, *, compiled: bool = False
+    ) -> Trained:
+        """Load a run directory's newest good checkpoint, or one checkpoint. weights: "ema" or "model".
+
+        compiled: blocks are compiled, once for each batch size that they meet: at most two where guidance has an
+        interval, and one without.
+        """
         found = checkpoint.resolve(run_or_checkpoint)
         if not found.is_sharded and weights == MAIN:
             (weights,) = found.weights  # an exported file has one set, which is what is meant
@@ -77,9 +84,11 @@ class Trained:
         model.load_state_dict(Reader(found).state_dict(weights))
         norm = from_dict(LatentNorm, contract["norm"])
         model = model.to(device).eval()
+        if compiled:
+            model.compile_blocks(dynamic=False)
         facts = (found.step, found.path, weights, found.updates, found.digest)
         average = Average.of_checkpoint(found.meta, weights)
-        return cls(model, experiment, norm, contract, *facts, average)
+        return cls(model, experiment, norm, contract, *facts, average, compiled)
 
     def denoiser(self, device: torch.device, precision: Precision) -> Denoiser:
         """The model as a denoiser of noisy latents, without gradients of its weights."""
@@ -121,7 +130,9 @@ class Trained:
             (shape[0], shape[1], shape[2]),
             spec,
             device,
-            Checkpoints(objective.path, contract, str(self.path), self.weights, device, precision),
+            Checkpoints(
+                objective.path, contract, str(self.path), self.weights, device, precision, self.compiled
+            ),
             model_advice="compute in float32 (--precision=fp32)" if precision == "bf16" else "",
             codec_advice="" if opened is None else opened.advice,
             classes=len(contract["classes"]),
@@ -177,7 +188,8 @@ class Trained:
 class Checkpoints:
     """Opens other runs for guidance (`dit.sample.guide.Opener`); on other latents or another path they are refused.
 
-    path, contract, named: of the model that is guided. weights: "ema" or "model", of what is opened.
+    path, contract, named: of the model that is guided. weights: "ema" or "model", of what is opened. compiled: the
+    blocks of models, as of the one that is guided.
     """
 
     path: NoisePath
@@ -186,6 +198,7 @@ class Checkpoints:
     weights: str
     device: torch.device
     precision: Precision
+    compiled: bool = False
     opened: dict[str, dict[str, Any]] = field(default_factory=dict)  # name as given -> what was found there
     held: dict[str, Any] = field(
         default_factory=dict
@@ -194,7 +207,7 @@ class Checkpoints:
     def denoiser(self, run_or_checkpoint: str) -> DenoiseFn:
         """Open that of another run of tools/train.py, whatever it predicts."""
         if run_or_checkpoint not in self.held:
-            other = Trained.load(run_or_checkpoint, self.weights, self.device)
+            other = Trained.load(run_or_checkpoint, self.weights, self.device, compiled=self.compiled)
             objective = other.experiment.objective
             self._take(run_or_checkpoint, objective.path, other)
             network = with_precision(other.model, self.device, self.precision)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from torch._dynamo.utils import counters
 
 import tools.sample
 import tools.shards
@@ -147,6 +149,32 @@ def test_ranks_and_the_codec_change_nothing(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["two"]
     monkeypatch.setattr("dit.experiments.trained.open_codec", lambda *args: pytest.fail("no codec is needed"))
     assert call(tools.sample.main, run, *BASE, f"--save_pairs={tmp_path / 'one'}") == 0
+
+
+def test_records_from_before_there_was_compiling_are_of_none(
+    run: Path, pairs: Path, tmp_path: Path, capsys
+) -> None:
+    copy = Path(shutil.copytree(pairs, tmp_path / "copy"))
+    record = json.loads((copy / "spec.json").read_text())
+    assert record.pop("compile") is False
+    (copy / "spec.json").write_text(json.dumps(record))
+    assert call(tools.sample.main, run, *BASE, f"--save_pairs={copy}") == 0
+    assert "drawn already by the same spec" in capsys.readouterr().out
+    assert call(tools.sample.main, run, *BASE, "--compile", f"--save_pairs={copy}") == 1
+    assert "compile" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_compiled_blocks_draw_the_same_to_rounding(run: Path, tmp_path: Path) -> None:
+    """Compiled once for a batch's size, and once more for the pairs of branches inside of guidance's interval."""
+    torch.compiler.reset()
+    counters.clear()
+    guided = (*BASE[:1], *BASE[2:], "--guidance={name: cfg, scale: 2, interval: [0.3, 0.7]}")
+    for out, flags in (("eager", ()), ("compiled", ("--compile",))):
+        assert call(tools.sample.main, run, *guided, *flags, f"--save_pairs={tmp_path / out}") == 0
+    ours, theirs = (stored(tmp_path / out)["latents"] for out in ("compiled", "eager"))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    assert counters["stats"]["unique_graphs"] == 2
 
 
 @pytest.fixture

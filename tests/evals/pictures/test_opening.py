@@ -142,6 +142,8 @@ def test_a_drawn_folder_without_images_or_with_another_number_of_them_says_so(tm
         ({"codec": {"codec_dtype": "bfloat16"}}, False),
         ({"sampler": {"solver": {"name": "euler"}, "seed": 5}}, False),
         ({"precision": "bf16"}, False),
+        ({"compile": False}, True),
+        ({"compile": True}, False),
         ({"label_order": "balanced"}, False),
         ({"classes": [4]}, False),
     ],
