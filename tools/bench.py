@@ -18,6 +18,9 @@ if __name__ == "__main__":
 
 from dit.bench.plan import telling as plan_telling
 from dit.bench.plan.job import Asked
+from dit.bench.sampling import telling as sampling
+from dit.bench.sampling.images import SampleBench
+from dit.bench.sampling.solvers import SolversBench
 from dit.bench.speed import telling as speed
 from dit.bench.speed.draws import DrawsBench
 from dit.bench.speed.loader import LoaderBench
@@ -109,6 +112,36 @@ def trace(
 
 
 @options_as_flags
+def sample(
+    *,
+    device: Annotated[Literal["cpu", "cuda"] | None, "where; cuda if there is one"] = None,
+    threads: Annotated[int, "torch CPU threads, where the device is the CPU"] = 1,
+    options: SampleBench,
+    json_file: Annotated[str | None, "write the figures here too"] = None,
+) -> None:
+    """Images a second of our sampler beside the same network in a plain loop; what guidance costs, and in an interval.
+
+    Latents are drawn, not decoded. A cost is the time of guided sampling over that of sampling without guidance, in the
+    same turn. On a GPU: --size=XL --batch=64 --precision=bf16 --compile.
+    """
+    sampling.sample(device, threads, options, json_file)
+
+
+@options_as_flags
+def solvers(
+    *,
+    cfg: SolversBench,
+    json_file: Annotated[str | None, "write the figures here too"] = None,
+) -> None:
+    """How far each solver ends from the exact solution, by evaluations of a Gaussian mixture's exact velocity, float64.
+
+    All solvers of the registry that take no noise and the steps that they are told. The order is measured by halving
+    the step; exit status 1 where one is not as theory says.
+    """
+    sampling.errors(cfg, json_file)
+
+
+@options_as_flags
 def zero(
     *,
     cfg: ZeroBench,
@@ -180,6 +213,8 @@ COMMANDS = {
     "checkpoint": checkpoint,
     "draws": draws,
     "step": step,
+    "sample": sample,
+    "solvers": solvers,
     "zero": zero,
     "plan": plan,
     "trace": trace,
