@@ -16,6 +16,7 @@ if __name__ == "__main__":
 
     answer(__file__)  # --help and what is mistyped, before them too
 
+from dit.bench.gpu import telling as gpu_telling
 from dit.bench.plan import telling as plan_telling
 from dit.bench.plan.job import Asked
 from dit.bench.sampling import telling as sampling
@@ -141,6 +142,27 @@ def solvers(
     sampling.errors(cfg, json_file)
 
 
+def gpu(
+    *,
+    out: Annotated[str, "folder of gpu.json, gpu.md and the trace; what is there is gone on with"],
+    seconds: Annotated[
+        float, "in all: an item begins only where its estimate fits into what is left"
+    ] = 540.0,
+    only: Annotated[
+        str | None, "items by name, comma-separated, also where they were measured before"
+    ] = None,
+    toy: Annotated[bool, "every item at toy size, on any machine: whether it runs"] = False,
+    device: Annotated[Literal["cpu", "cuda"] | None, "where; cuda if there is one"] = None,
+) -> None:
+    """Measure everything that only a GPU can tell, in order of worth; each result is written at once.
+
+    The training step of all sizes (P1), tests that need a GPU, a plain DiT beside ours (P2), sampling, a trace, and
+    more: dit/bench/gpu/items.py. Each item is a process of its own; one that fails is recorded and stops no other, and
+    what is not reached is listed. The same command goes on with what is missing.
+    """
+    gpu_telling.gpu(out, seconds, only, toy, device)
+
+
 @options_as_flags
 def zero(
     *,
@@ -215,6 +237,7 @@ COMMANDS = {
     "step": step,
     "sample": sample,
     "solvers": solvers,
+    "gpu": gpu,
     "zero": zero,
     "plan": plan,
     "trace": trace,

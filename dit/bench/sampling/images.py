@@ -70,7 +70,7 @@ class Bench:
         model = DiTConfig(size=cfg.size, patch=cfg.patch)
         torch.manual_seed(0)
         module = model.build(SIDE, CHANNELS, CLASSES).eval().requires_grad_(False)
-        _stir(module)
+        stir(module)
         if cfg.compile:
             module.compile_blocks(dynamic=False)
         self.network = with_precision(module.to(device), device, cfg.precision)
@@ -177,8 +177,8 @@ def _by_cpu(cpu: list[float]) -> list[float]:
 
 
 @torch.no_grad()
-def _stir(module: nn.Module) -> None:
-    """Give layers that start at zero small weights: from zeros every sampler would draw its own noise."""
+def stir(module: nn.Module) -> None:
+    """Give layers that start at zero small weights: by zeros a network says nothing, whatever is wrong in it."""
     for p in module.parameters():
         if not bool(p.any()):
             nn.init.normal_(p, std=0.02)
