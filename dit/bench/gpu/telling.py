@@ -38,22 +38,12 @@ def gpu(
     folder of the other size, ConfigError for an item that there is not, UserError where an item failed.
     """
     began = time.monotonic()
-    # or asking for a device would keep the processes of the items, which are forked from this one, from using it
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
-    if device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    if not is_toy and not torch.cuda.is_available():
-        raise UserError(
-            "there is no CUDA device here; --toy runs every item at toy size on this machine's CPU"
-        )
+    _check_device(device, is_toy)
     folder = Path(expand(out))
     sheet, known = _begun(folder, seconds, is_toy)
     chosen = _chosen(items, only, known)
-    for item in (
-        item for item in items if item not in chosen and known.get(item.name, {}).get("status") == "ok"
-    ):
-        say(_line(item.name, known[item.name]) + " (from before)")
-
+    for name in (item.name for item in items if item not in chosen and item.name in known):
+        say(f"{_line(name, known[name])} (from before)")
     now: dict[str, dict[str, Any]] = {}
 
     def tell(item: Item, outcome: Outcome) -> None:
@@ -71,6 +61,16 @@ def gpu(
     say(f"{time.monotonic() - began:.0f} s; {folder / FIGURES}, {folder / TABLE}")
     if failed := [name for name, row in now.items() if row["status"] == "failed"]:
         raise UserError(f"failed: {', '.join(failed)}; {folder / FIGURES} has the errors")
+
+
+def _check_device(device: str | None, is_toy: bool) -> None:
+    """UserError where there is no GPU, and one is needed."""
+    # or asking for a device would keep the processes of the items, which are forked from this one, from using it
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if (device == "cuda" or not is_toy) and not torch.cuda.is_available():
+        raise UserError("there is no CUDA device here; --toy runs every item at toy size on a CPU")
 
 
 def _begun(folder: Path, seconds: float, is_toy: bool) -> tuple[Sheet, dict[str, Any]]:
