@@ -25,6 +25,7 @@ from dit.experiments.latents import (
     open_codec,
 )
 from dit.flow.path import NoisePath
+from dit.model.sharing import share_encoder
 from dit.ranks import group
 from dit.sample.classes import listed_classes
 from dit.sample.denoise import DenoiseFn, Denoiser, with_precision
@@ -101,10 +102,11 @@ class Trained:
         codec: Mapping[str, Any] | Codec | None,
         device: torch.device,
         precision: Precision,
+        share: int = 1,
     ) -> Sampler:
         """A sampler with this spec. codec: one that is open, or {"codec.path": ...}, over where training had it.
 
-        None: of latents alone; it opens no codec and decodes nothing.
+        None: of latents alone. share: evaluations in a row that share what the encoder says; ConfigError without one.
         """
         objective, contract = self.experiment.objective, self.contract
         spec.check(objective.path, objective.prediction, self.experiment.model.learn_sigma)
@@ -114,6 +116,7 @@ class Trained:
             raise ConfigError(
                 f"{self.path} was trained without classes: guidance by class has no effect; scale 1 is none"
             )
+        sharing = share_encoder(self.model, share) if share > 1 else None
         opened = codec if codec is None or isinstance(codec, Codec) else self.codec(codec, device)
         shape = tuple(contract["shape"])
 
@@ -123,7 +126,7 @@ class Trained:
             return opened.decode(self.norm.invert(x))
 
         return Sampler(
-            with_precision(self.model, device, precision),
+            with_precision(sharing or self.model, device, precision),
             objective.path,
             objective.prediction,
             decode,
@@ -136,6 +139,7 @@ class Trained:
             model_advice="compute in float32 (--precision=fp32)" if precision == "bf16" else "",
             codec_advice="" if opened is None else opened.advice,
             classes=len(contract["classes"]),
+            sharing=sharing,
         )
 
     def codec(self, keys: Mapping[str, Any], device: torch.device) -> Codec:

@@ -25,7 +25,7 @@ NOT_COMPARED = (
     "formats",
 )  # where the checkpoint lies, and what drew: `digest` says what it is
 # what records mean that lack these keys
-OLDER = {"label_order": "balanced", "preview": False, "compile": False}
+OLDER = {"label_order": "balanced", "preview": False, "compile": False, "share_encoder": 1}
 
 
 @dataclass(frozen=True)

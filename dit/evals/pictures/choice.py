@@ -25,7 +25,7 @@ KIND: Mapping[str, Any] = {
     "codec": {},
 }
 # The same of keys that came later: a record that has the older meaning is told as one that lacks the key.
-LATER: Mapping[str, Any] = {"compile": False}
+LATER: Mapping[str, Any] = {"compile": False, "share_encoder": 1}
 PLACES = ("checkpoint", "path")  # of other weights: where these lie on a machine
 
 

@@ -144,6 +144,8 @@ def test_a_drawn_folder_without_images_or_with_another_number_of_them_says_so(tm
         ({"precision": "bf16"}, False),
         ({"compile": False}, True),
         ({"compile": True}, False),
+        ({"share_encoder": 1}, True),
+        ({"share_encoder": 2}, False),
         ({"label_order": "balanced"}, False),
         ({"classes": [4]}, False),
     ],
