@@ -91,9 +91,9 @@ MAY_IMPORT = {
     "scaling.laws": "errors files progress config rng outputs",
     "serving": "errors config flow sample experiments",
     "interop": "errors files version config configfile ranks flow model data evals train experiments outputs",
-    "bench.plan": "errors files config ranks model data.codecs data.loading data.shards train.engines train.optim"
-    " train.plan train.settings experiments bench",
-    "bench": "errors files version config rng ranks flow model data train",
+    "bench.plan": "errors files progress config configfile ranks model data.codecs data.loading data.shards"
+    " train.engines train.optim train.plan train.settings experiments bench",
+    "bench": "errors files version progress config rng ranks flow model sample data train outputs",
     "api": "ambient errors files progress config configfile rng ranks flow model sample data train experiments",
     "tools": "errors files progress config configfile ranks sample data evals train stage1 experiments"
     " model scaling reports interop bench serving commandline outputs",

@@ -76,7 +76,9 @@ def main(
     check_amount(options.num_samples, options.batch_size)
     check_wanted(options, spec, codec_keys)
     with EndAsked().listening() as asked, group.session() as world:
-        trained = group.together(lambda: Trained.load(run_or_ckpt, weights, world.device))
+        trained = group.together(
+            lambda: Trained.load(run_or_ckpt, weights, world.device, compiled=options.compile)
+        )
         if world.is_main:
             trained.say_weights()
         order = options.order(trained, trained.precision(precision), codec_keys, given_fields)

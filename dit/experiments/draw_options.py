@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from dit.config import config
 from dit.experiments.draw_order import DrawOrder
@@ -32,6 +35,11 @@ class DrawOptions:
         "balanced"  # image i is of classes[i mod n], or (random) of one drawn by (seed, i)
     )
     batch_size: int | None = None  # images at a time and rank, and in a block that is kept; none = 64, or all
+    compile: bool = (
+        False  # the blocks with torch.compile, which takes a minute or two at first: for many images
+    )
+    # evaluations in a row that share what the encoder of a model: ddt says, as of the first of them; 1 = none
+    share_encoder: Annotated[int, Field(ge=1)] = 1
     overwrite: bool = False  # replace what another spec has drawn there
 
     @property
@@ -57,6 +65,7 @@ class DrawOptions:
             formats=self.forms,
             preview=self.preview,
             trajectory=self.trajectory,
+            share_encoder=self.share_encoder,
             interpolate=parse_between(self.interpolate, trained.classes) if self.interpolate else None,
         )
 

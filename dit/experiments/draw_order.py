@@ -26,6 +26,7 @@ class DrawOrder:
     for pictures. save_pairs: folder for a data set of noise and latents. overwrite: what is there is replaced.
     label_order: how images get their classes (`Labels`). formats: of the pictures, names in FORMATS or LATENTS.
     preview: latents and their false colours alone; no codec is opened. trajectory, interpolate: pictures beside them.
+    share_encoder: evaluations in a row that share what the model's encoder says.
     """
 
     classes: list[int]
@@ -42,6 +43,7 @@ class DrawOrder:
     preview: bool = False
     trajectory: bool = False
     interpolate: Between | None = None
+    share_encoder: int = 1
 
     @property
     def forms(self) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ from dit.experiments.latents import (
     open_codec,
 )
 from dit.flow.path import NoisePath
+from dit.model.sharing import share_encoder
 from dit.ranks import group
 from dit.sample.classes import listed_classes
 from dit.sample.denoise import DenoiseFn, Denoiser, with_precision
@@ -54,10 +55,17 @@ class Trained:
     average: Average = field(
         default_factory=lambda: Average("ema")
     )  # which one these are, and how much of the first weights it holds
+    compiled: bool = False  # the blocks, for a batch size each
 
     @classmethod
-    def load(cls, run_or_checkpoint: str, weights: str, device: torch.device) -> Trained:
-        """Load a run directory's newest good checkpoint, or one checkpoint. weights: "ema" or "model"."""
+    def load(
+        cls, run_or_checkpoint: str, weights: str, device: torch.device, *, compiled: bool = False
+    ) -> Trained:
+        """Load a run directory's newest good checkpoint, or one checkpoint. weights: "ema" or "model".
+
+        compiled: blocks are compiled, once for each batch size that they meet: at most two where guidance has an
+        interval, and one without.
+        """
         found = checkpoint.resolve(run_or_checkpoint)
         if not found.is_sharded and weights == MAIN:
             (weights,) = found.weights  # an exported file has one set, which is what is meant
@@ -77,9 +85,11 @@ class Trained:
         model.load_state_dict(Reader(found).state_dict(weights))
         norm = from_dict(LatentNorm, contract["norm"])
         model = model.to(device).eval()
+        if compiled:
+            model.compile_blocks(dynamic=False)
         facts = (found.step, found.path, weights, found.updates, found.digest)
         average = Average.of_checkpoint(found.meta, weights)
-        return cls(model, experiment, norm, contract, *facts, average)
+        return cls(model, experiment, norm, contract, *facts, average, compiled)
 
     def denoiser(self, device: torch.device, precision: Precision) -> Denoiser:
         """The model as a denoiser of noisy latents, without gradients of its weights."""
@@ -92,10 +102,11 @@ class Trained:
         codec: Mapping[str, Any] | Codec | None,
         device: torch.device,
         precision: Precision,
+        share: int = 1,
     ) -> Sampler:
         """A sampler with this spec. codec: one that is open, or {"codec.path": ...}, over where training had it.
 
-        None: of latents alone; it opens no codec and decodes nothing.
+        None: of latents alone. share: evaluations in a row that share what the encoder says; ConfigError without one.
         """
         objective, contract = self.experiment.objective, self.contract
         spec.check(objective.path, objective.prediction, self.experiment.model.learn_sigma)
@@ -105,6 +116,7 @@ class Trained:
             raise ConfigError(
                 f"{self.path} was trained without classes: guidance by class has no effect; scale 1 is none"
             )
+        sharing = share_encoder(self.model, share) if share > 1 else None
         opened = codec if codec is None or isinstance(codec, Codec) else self.codec(codec, device)
         shape = tuple(contract["shape"])
 
@@ -114,17 +126,20 @@ class Trained:
             return opened.decode(self.norm.invert(x))
 
         return Sampler(
-            with_precision(self.model, device, precision),
+            with_precision(sharing or self.model, device, precision),
             objective.path,
             objective.prediction,
             decode,
             (shape[0], shape[1], shape[2]),
             spec,
             device,
-            Checkpoints(objective.path, contract, str(self.path), self.weights, device, precision),
+            Checkpoints(
+                objective.path, contract, str(self.path), self.weights, device, precision, self.compiled
+            ),
             model_advice="compute in float32 (--precision=fp32)" if precision == "bf16" else "",
             codec_advice="" if opened is None else opened.advice,
             classes=len(contract["classes"]),
+            sharing=sharing,
         )
 
     def codec(self, keys: Mapping[str, Any], device: torch.device) -> Codec:
@@ -177,7 +192,8 @@ class Trained:
 class Checkpoints:
     """Opens other runs for guidance (`dit.sample.guide.Opener`); on other latents or another path they are refused.
 
-    path, contract, named: of the model that is guided. weights: "ema" or "model", of what is opened.
+    path, contract, named: of the model that is guided. weights: "ema" or "model", of what is opened. compiled: the
+    blocks of models, as of the one that is guided.
     """
 
     path: NoisePath
@@ -186,6 +202,7 @@ class Checkpoints:
     weights: str
     device: torch.device
     precision: Precision
+    compiled: bool = False
     opened: dict[str, dict[str, Any]] = field(default_factory=dict)  # name as given -> what was found there
     held: dict[str, Any] = field(
         default_factory=dict
@@ -194,7 +211,7 @@ class Checkpoints:
     def denoiser(self, run_or_checkpoint: str) -> DenoiseFn:
         """Open that of another run of tools/train.py, whatever it predicts."""
         if run_or_checkpoint not in self.held:
-            other = Trained.load(run_or_checkpoint, self.weights, self.device)
+            other = Trained.load(run_or_checkpoint, self.weights, self.device, compiled=self.compiled)
             objective = other.experiment.objective
             self._take(run_or_checkpoint, objective.path, other)
             network = with_precision(other.model, self.device, self.precision)

@@ -24,7 +24,8 @@ NOT_COMPARED = (
     "code",
     "formats",
 )  # where the checkpoint lies, and what drew: `digest` says what it is
-OLDER = {"label_order": "balanced", "preview": False}  # what records mean that lack these keys
+# what records mean that lack these keys
+OLDER = {"label_order": "balanced", "preview": False, "compile": False, "share_encoder": 1}
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,15 @@ class DDT(DiT):
         said = self.as_image(self.output(x, F.silu(time.unsqueeze(1) + h)), x)
         return (said, tapped) if taps else said
 
+    def encode(self, x: Tensor, model_time: Tensor, cond: Cond) -> Tensor:
+        """What the encoder says of each token, (B, T, D): the part of `forward` that evaluations may share."""
+        return self.hidden(x, model_time, cond)[0]
+
+    def decode(self, x: Tensor, model_time: Tensor, said: Tensor) -> Tensor:
+        """The prediction from what the encoder says; of this very x and time it is `forward`'s, to the bit."""
+        time = self.time_embed(model_time)  # (B, D)
+        return self.as_image(self.output(x, F.silu(time.unsqueeze(1) + said)), x)
+
 
 class Decoder(nn.Module):
     """Says the prediction of an input whose every token has a condition of its own."""

@@ -25,6 +25,7 @@ from dit.sample.denoise import DenoiseFn, Denoiser
 from dit.sample.finite import NotFiniteError, check_finite, first_not_finite
 from dit.sample.grid import GRIDS, Grid, UniformGrid
 from dit.sample.guide import GUIDANCES, ClassifierFree, Context, Guidance, Opener, cfg
+from dit.sample.sharing import Sharing, telling
 from dit.sample.solve import SOLVERS, Heun, Solver
 from dit.sample.tally import CountedOpener, Tally
 
@@ -111,7 +112,8 @@ class Sampler:
 
     open: opens the checkpoints that guidance names. tally: counts what was evaluated. model_advice, codec_advice: what
     to try where latents, or the pictures made of them, are not finite; empty where nothing is known to help. classes:
-    that the model knows, where labels are to be checked.
+    that the model knows, where labels are to be checked. sharing: told of each batch and evaluation, where the model
+    keeps something between them.
     """
 
     model: Model
@@ -126,13 +128,15 @@ class Sampler:
     model_advice: str = ""
     codec_advice: str = ""
     classes: int | None = None
+    sharing: Sharing | None = None
 
     @cached_property
     def denoise(self) -> DenoiseFn:
         """The guided denoiser. The first time opens the checkpoints that the guidance names."""
         network = self.tally.of_evaluations(Denoiser(self.model, self.path, self.prediction))
         opener = None if self.open is None else CountedOpener(self.open, self.tally)
-        return self.tally.of_calls(self.spec.guided(network, Context(self.path, opener)))
+        guided = self.spec.guided(network, Context(self.path, opener))
+        return self.tally.of_calls(guided if self.sharing is None else telling(guided, self.sharing))
 
     @property
     def nfe(self) -> int | None:
@@ -180,6 +184,8 @@ class Sampler:
             return Draws(self.spec.seed, draw, index, 1).normal(Purpose.SOLVER, self.shape)
 
         self.tally.images += len(index)
+        if self.sharing is not None:
+            self.sharing.begin()
         times = self.times()
         x = self.path.prior(self.noise(index) if noise is None else noise, float(times[0]))
         drawn = self.spec.solver(denoise or self.denoise, x, times, self.path, added, {"label": label})

@@ -103,8 +103,8 @@ def cfg(scale: float) -> ClassifierFree:
 class ClassifierFree(Guidance):
     """null + scale·(conditional − null) (arXiv 2207.12598, eq. 6, scale = 1 + w).
 
-    interval: guide for t in [lo, hi] alone; elsewhere the conditional branch is the only one evaluated (arXiv
-        2404.07724). Samples of one batch may have different t. Looking at t waits for the device.
+    interval: guide for t in [lo, hi] alone; elsewhere the conditional branch is the only one evaluated, B rows
+        in place of 2B (arXiv 2404.07724). Samples of one batch may have different t. Looking at t waits for the device.
     channels: guide the first so many alone, as DiT's forward_with_cfg does with 3 of 4; the rest are the
         conditional's.
     rescale: share in which the guided data get the standard deviation, over a sample, of the conditional's (phi
@@ -173,7 +173,8 @@ class ClassifierFree(Guidance):
         lo, hi = self.interval
         if (lo, hi) == (0.0, 1.0):
             return slice(None)
-        return ((t >= lo) & (t <= hi)).nonzero()[:, 0]
+        rows = ((t >= lo) & (t <= hi)).nonzero()[:, 0]
+        return slice(None) if len(rows) == len(t) else rows  # of all, nothing is gathered and put back
 
     @property
     def _needs_path(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from torch._dynamo.utils import counters
 
 import tools.sample
 import tools.shards
@@ -147,6 +149,50 @@ def test_ranks_and_the_codec_change_nothing(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["two"]
     monkeypatch.setattr("dit.experiments.trained.open_codec", lambda *args: pytest.fail("no codec is needed"))
     assert call(tools.sample.main, run, *BASE, f"--save_pairs={tmp_path / 'one'}") == 0
+
+
+def test_records_from_before_there_was_compiling_or_sharing_are_of_none(
+    run: Path, pairs: Path, tmp_path: Path, capsys
+) -> None:
+    copy = Path(shutil.copytree(pairs, tmp_path / "copy"))
+    record = json.loads((copy / "spec.json").read_text())
+    assert (record.pop("compile"), record.pop("share_encoder")) == (False, 1)
+    (copy / "spec.json").write_text(json.dumps(record))
+    assert call(tools.sample.main, run, *BASE, f"--save_pairs={copy}") == 0
+    assert "drawn already by the same spec" in capsys.readouterr().out
+    assert call(tools.sample.main, run, *BASE, "--compile", f"--save_pairs={copy}") == 1
+    assert "compile" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_compiled_blocks_draw_the_same_to_rounding(run: Path, tmp_path: Path) -> None:
+    """Compiled once for a batch's size, and once more for the pairs of branches inside of guidance's interval."""
+    torch.compiler.reset()
+    counters.clear()
+    guided = (*BASE[:1], *BASE[2:], "--guidance={name: cfg, scale: 2, interval: [0.3, 0.7]}")
+    for out, flags in (("eager", ()), ("compiled", ("--compile",))):
+        assert call(tools.sample.main, run, *guided, *flags, f"--save_pairs={tmp_path / out}") == 0
+    ours, theirs = (stored(tmp_path / out)["latents"] for out in ("compiled", "eager"))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_an_encoder_is_shared_where_there_is_one_and_the_record_says_so(
+    digits: Digits, run: Path, tmp_path: Path, capsys
+) -> None:
+    shared = (*BASE, "--share_encoder=2")
+    assert call(tools.sample.main, run, *shared, f"--save_pairs={tmp_path / 'none'}") == 1
+    assert "this model has no encoder to share (model.name: ddt has one)" in capsys.readouterr().err
+    size = {"width": 32, "depth": 2, "heads": 2, "patch": 4, "decoder_depth": 1}
+    folder = stirred(digits, tmp_path / "ddt", model={"name": "ddt", **size})
+    for out, flags in (("one", BASE), ("two", shared)):
+        assert call(tools.sample.main, folder, *flags, f"--save_pairs={tmp_path / out}") == 0
+    assert "was left out of 50.0% of the evaluations" in capsys.readouterr().out
+    assert json.loads((tmp_path / "two" / "spec.json").read_text())["share_encoder"] == 2
+    one, two = (stored(tmp_path / out)["latents"] for out in ("one", "two"))
+    assert 0 < float((two - one).norm() / one.norm()) < 0.5
+    assert call(tools.sample.main, folder, *BASE, f"--save_pairs={tmp_path / 'two'}") == 1
+    assert "share_encoder" in capsys.readouterr().err
 
 
 @pytest.fixture

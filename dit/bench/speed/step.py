@@ -50,9 +50,10 @@ class Entry:
 
 @dataclass
 class Bench:
-    """What has been found in one setting."""
+    """What has been found in one setting. only: names of the contenders; empty = all."""
 
     setting: Setting
+    only: frozenset[str] = frozenset()
     found: dict[str, TurnFigures] = field(default_factory=dict)
     about: dict[str, dict[str, Any]] = field(default_factory=dict)
     product: float = 0.0  # FLOP/s that a large matrix product reaches here, in the dtype of the step
@@ -61,7 +62,10 @@ class Bench:
         self.cfg, self.device = self.setting.cfg, self.setting.device
 
     def entries(self) -> Iterator[Entry]:
-        """All contenders: the plain loop first, which the others are compared with."""
+        """The contenders: the plain loop first, which the others are compared with."""
+        yield from (entry for entry in self._all() if not self.only or entry.name in self.only)
+
+    def _all(self) -> Iterator[Entry]:
         yield Entry(PLAIN, partial(PlainStep, self.setting, compiled=False))
         if self.cfg.compile:
             yield Entry(PLAIN_COMPILED, partial(PlainStep, self.setting, compiled=True))
@@ -136,12 +140,15 @@ class Bench:
 # --- measuring ---------------------------------------------------------------------------------------------
 
 
-def run(cfg: StepBench, report: Report) -> dict[str, Any]:
-    """Measure {size: figures}, as JSON values; report gets each row, and all figures, as soon as they are known."""
+def run(cfg: StepBench, report: Report, only: frozenset[str] = frozenset()) -> dict[str, Any]:
+    """Measure {size: figures}, as JSON values; report gets each row, and all figures, as soon as they are known.
+
+    only: the contenders' names, what they are compared with among them; empty = all.
+    """
     figures: dict[str, Any] = {}
     with group.session() as world:
         for size in cfg.size:
-            bench = Bench(Setting(cfg, size, world))
+            bench = Bench(Setting(cfg, size, world), only)
             bench.product = product_rate(world.device, cfg.precision)
             report.line(f"{size}/{cfg.patch}, batch {cfg.batch}, {cfg.precision}; {bench.ceiling()}")
             report.line(HEADER)

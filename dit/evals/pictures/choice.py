@@ -24,6 +24,8 @@ KIND: Mapping[str, Any] = {
     "precision": "fp32",
     "codec": {},
 }
+# The same of keys that came later: a record that has the older meaning is told as one that lacks the key.
+LATER: Mapping[str, Any] = {"compile": False, "share_encoder": 1}
 PLACES = ("checkpoint", "path")  # of other weights: where these lie on a machine
 
 
@@ -57,6 +59,7 @@ def drawn_how(spec: Mapping[str, Any]) -> dict[str, Any]:
     Of whichever weights and seed.
     """
     kept = {key: spec.get(key, older) for key, older in KIND.items()}
+    kept |= {key: spec[key] for key, older in LATER.items() if spec.get(key, older) != older}
     kept["sampler"] = {k: v for k, v in _normal(kept["sampler"] or {}).items() if k != "seed"}
     return json.loads(json.dumps(_placeless(kept)))  # type: ignore[no-any-return]
 

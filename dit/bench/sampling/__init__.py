@@ -1,0 +1,1 @@
+"""How exact solvers are, and how quickly images are drawn."""
