@@ -52,7 +52,7 @@ class Purpose(IntEnum):
 
 
 def philox(
-    counter: tuple[Tensor, Tensor | int, Tensor, Tensor | int], key: tuple[int, int]
+    counter: tuple[Tensor, Tensor | int, Tensor, Tensor | int], key: tuple[Tensor | int, Tensor | int]
 ) -> tuple[Tensor, ...]:
     """Philox4x32-10: counter and key words in [0, 2^32) -> four int64 tensors in [0, 2^32), broadcast together.
 
@@ -86,12 +86,13 @@ def _key(seed: int, purpose: int) -> tuple[int, int]:
 class Draws:
     """The random numbers of some slots of one step's global batch.
 
-    seed: of the run. step: index of the batch (or of the solver's step). slots: (B,) int64, positions in the
-    global batch (or image indices), on the device where numbers are wanted. batch: size of the global batch.
+    seed: of the run. step: index of the batch (or of the solver's step); a scalar int64 tensor on the slots' device
+    gives the same numbers. slots: (B,) int64, positions in the global batch (or image indices), on the device where
+    numbers are wanted. batch: size of the global batch.
     """
 
     seed: int
-    step: int
+    step: int | Tensor
     slots: Tensor
     batch: int
 

@@ -81,6 +81,17 @@ def test_normals_do_not_depend_on_threads_and_batch(threads: int) -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("step", [0, 7, 2**32 - 1, 2**32, 2**40 + 3])
+def test_a_step_that_is_a_tensor_gives_the_numbers_of_one_that_is_not(step: int) -> None:
+    """So a CUDA graph, or a compiled function, can be given a new step."""
+    slots = torch.arange(5)
+    number, tensor = Draws(3, step, slots, 8), Draws(3, torch.tensor(step), slots, 8)
+    for one, other in ((number, tensor), (number.select(slice(1, 3)), tensor.select(slice(1, 3)))):
+        assert torch.equal(one.bits(Purpose.TIME, 7), other.bits(Purpose.TIME, 7))
+        assert torch.equal(one.normal(Purpose.EPS, (3, 2)), other.normal(Purpose.EPS, (3, 2)))
+        assert torch.equal(one.integers(Purpose.VIEW, 9), other.integers(Purpose.VIEW, 9))
+
+
 def test_the_global_batch_size_changes_no_number() -> None:
     assert torch.equal(
         draws(batch=64).bits(Purpose.EPS, 4),

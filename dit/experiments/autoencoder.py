@@ -95,6 +95,7 @@ class AutoencoderExperiment(RunConfig):
             hooks=self._hooks(manifest, task, world),
             leaf_modules=tuple({type(m) for m in module.modules() if isinstance(m, Quantizer)}),
             about=self._about(task),
+            on_host="a discriminator is used from a step of its own on" if self.discriminator else "",
         )
 
     def _about(self, task: AutoencoderTask) -> dict[str, str]:

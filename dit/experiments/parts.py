@@ -17,6 +17,7 @@ from dit.experiments.diffusion import Experiment
 from dit.experiments.drawer import Drawer, ShownTally
 from dit.experiments.figures import costs_of, figures_hook
 from dit.experiments.latents import codec_doubts, latent_contract
+from dit.flow.couple import COUPLINGS, Coupling
 from dit.flow.times import shift_of
 from dit.model.dit import MODELS, DiT
 from dit.model.parametrization import PARAMETRIZATIONS
@@ -55,7 +56,15 @@ def make_parts(cfg: Experiment, manifest: Manifest, world: World) -> Parts:
         leaf_modules=tuple({type(b) for b in blocks}),
         memory=lambda stage, frozen: cfg.memory(manifest, world, stage, frozen),
         about=_about(cfg, manifest) | costs_of(hooks),
+        on_host=_on_host(cfg.objective.coupling),
         doubts=codec_doubts(cfg.codec, manifest.codec, cfg.data.name, reads=not draws),
+    )
+
+
+def _on_host(coupling: Coupling) -> str:
+    """What of the loss the host decides, in words; "" for nothing."""
+    return (
+        f"objective.coupling = {COUPLINGS.name_of(coupling)} is solved on the CPU" if coupling.on_host else ""
     )
 
 

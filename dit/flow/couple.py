@@ -23,11 +23,13 @@ class Coupling:
 
     stored: whether eps comes with the data instead of being drawn. All but `independent` log
     `pairing_cost_drop`, the fraction by which the mean |data − eps|² lies below that of independent pairs; for
-    unit-variance data it is the correlation of data and eps.
+    unit-variance data it is the correlation of data and eps. on_host: whether the CPU computes it, and waits for the
+    device.
     """
 
     group: int = 1  # consecutive slots that are coupled with each other; it must divide the micro-batch
     stored: ClassVar[bool] = False
+    on_host: ClassVar[bool] = False
 
     def __call__(self, data: Tensor, eps: Tensor, cond: Cond, draws: Draws) -> tuple[Tensor, Metrics]:
         """(eps for each data, scalars to log); data and eps (B, ...), in the order of their slots in `draws`."""
@@ -80,6 +82,7 @@ class OptimalTransport(Coupling):
     # slots within which eps is exchanged; divides the micro-batch; CPU time n^3
     group: Annotated[int, Field(ge=2)] = 64
     within_label: bool = True  # exchange among slots of one label only
+    on_host = True
 
     @torch.no_grad()
     def __call__(self, data: Tensor, eps: Tensor, cond: Cond, draws: Draws) -> tuple[Tensor, Metrics]:

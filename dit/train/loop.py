@@ -15,8 +15,9 @@ from dit.train import recovery
 from dit.train.checkpoints.archive import whats_there
 from dit.train.faults import Fault, TrainingError
 from dit.train.run import Run
+from dit.train.step import passes
 from dit.train.stop import INTERRUPTED, StopRequest, rank_flags
-from dit.train.task import batch_samples, guarded, loss_of
+from dit.train.task import batch_samples
 
 
 class Loop:
@@ -30,14 +31,14 @@ class Loop:
         run, cfg = self.run, self.run.cfg
         draws = Draws(cfg.seed, run.step, batch.slots, cfg.train.global_batch)
         samples, fingerprints = batch_samples(batch, run.task, draws, run.engine.device)
-        losses = []
-        for micro in samples.micro_batches(run.micro):
-            with run.meters.forward.timing():
-                loss = loss_of(run.task, run.engine, micro)
-            run.engine.backward(guarded(loss, cfg.faults.max_loss))
-            losses.append(loss)
-        self._check_first_loss(batch, losses)
-        applied = run.engine.step(run.lr)
+        if run.graph is not None and samples.valid is None:
+            losses, applied = run.graph(samples, run.lr)
+            self._check_first_loss(batch, losses)
+        else:
+            timing = run.meters.forward.timing
+            losses = passes(run.task, run.engine, samples, run.micro, cfg.faults.max_loss, timing)
+            self._check_first_loss(batch, losses)
+            applied = run.engine.step(run.lr)
         if applied:
             run.ema.update()
         run.meters.add_step(losses, fingerprints)

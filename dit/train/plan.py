@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dit.config import to_dict
+from dit.config import ConfigError, to_dict
 from dit.data.loading.mixture import Mixture
 from dit.data.loading.quarantine import Quarantine
 from dit.data.loading.stream import Stream
@@ -31,7 +31,7 @@ from dit.train.checkpoints import checkpoint
 from dit.train.checkpoints.archive import checkpoints_of
 from dit.train.checkpoints.checkpoint import Checkpoint, CheckpointError, Reader
 from dit.train.engines.local import check_alone
-from dit.train.engines.zero_config import BEFORE, Choice, Device, choose
+from dit.train.engines.zero_config import BEFORE, Choice, Device, choose, unsharded
 from dit.train.hooks import Hook
 from dit.train.optim import freeze
 from dit.train.run_dir import begun_with, settled, stage_of
@@ -49,6 +49,7 @@ class Parts:
     flops_per_image: of a training step. leaf_modules: see DeepSpeedEngine.
     memory: (ZeRO stage, numbers in frozen parameters) -> what a rank holds; None: all but the activations is counted.
     about: rows of what is printed at the start, by name ("model", "objective", "codec").
+    on_host: what of the loss the host decides in each step, so that no CUDA graph can hold it; "" for nothing.
     doubts: what in the configuration contradicts the data: refused in a new run, warned of in one that goes on.
     """
 
@@ -60,6 +61,7 @@ class Parts:
     leaf_modules: tuple[type[nn.Module], ...] = ()
     memory: Callable[[int, int], Memory] | None = None
     about: dict[str, str] = field(default_factory=dict)
+    on_host: str = ""
     doubts: tuple[str, ...] = ()
 
 
@@ -133,13 +135,26 @@ class Plan:
     @cached_property
     def sharding(self) -> Choice:
         """The ZeRO stage, and why. ConfigError where the ranks cannot be grouped as asked."""
+        if self.cfg.is_plain:
+            return unsharded(self.cfg.zero, self.memory(0), self.device)
         self.cfg.zero.check(self.world)
         return choose(self.cfg.zero, self.memory, self.device, kept=self.stage_before)
 
     def check_engine(self) -> None:
-        """ConfigError for the local engine on several ranks."""
+        """ConfigError for the local engine on several ranks, and for CUDA graphs where there can be none."""
         if self.cfg.engine == "local":
             check_alone(self.world)
+        if not self.cfg.train.graphs:
+            return
+        if self.parts.on_host:
+            raise ConfigError(
+                f"train.graphs: {self.parts.on_host}, which no CUDA graph can hold: leave it out"
+            )
+        if self.world.device.type != "cuda":
+            raise ConfigError(
+                "train.graphs launches CUDA graphs, and there is no GPU here (or CUDA_VISIBLE_DEVICES is empty): leave "
+                "it out, or train on a GPU"
+            )
 
     def memory(self, stage: int) -> Memory:
         """What a rank holds at a ZeRO stage."""

@@ -22,6 +22,7 @@ from dit.train.meters import Meters
 from dit.train.plan import Parts
 from dit.train.records import Records
 from dit.train.settings import RunConfig
+from dit.train.step import StepGraph
 from dit.train.task import Task
 
 
@@ -30,7 +31,7 @@ class Run:
     """All that a training run consists of, and how far it has come. The loop takes it; every method is collective.
 
     identity: JSON values that go into every checkpoint (config, data, contract, code version).
-    peak_flops: of all ranks' devices together, or None. step: steps done.
+    graph: launches steps, or None: by train.graphs. peak_flops: of all ranks' devices together, or None. step: done.
     hooks_are_due: those of the last step, which a run that was stopped leaves to its next start.
     """
 
@@ -45,6 +46,7 @@ class Run:
     faults: Faults
     watch: Watch
     archive: Archive
+    graph: StepGraph | None = None
     peak_flops: float | None = None
     step: int = 0
     hooks_are_due: bool = False
@@ -174,6 +176,8 @@ class Run:
         self.records.close()
         self.feed.close()
         self.archive.close(at_once)
+        if self.graph is not None:
+            self.graph.close()
 
     def _state(self) -> State:
         return State(self.engine.fragments(), self.ema.averages, self.engine.module)

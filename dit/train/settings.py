@@ -27,6 +27,7 @@ class TrainConfig:
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16 = fp32 weights and autocast matrix products
     log_every: int = 10  # steps between lines of the log
     max_skipped: int = 20  # updates skipped in a row before the run stops
+    graphs: bool = False  # launch a step as one CUDA graph: for small models; needs a GPU and engine: plain
     threads: int | None = None  # torch CPU threads a rank; null = as the environment says
     # The ranks that hold the others up are named, and the run ends. A rank that is not heard of is after half as long.
     hang_timeout: float | None = 300.0  # seconds without progress in a step or in its data; null = no limit
@@ -182,8 +183,8 @@ class RunConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     zero: ZeroConfig = ZeroConfig()
     val: ValConfig = ValConfig()
-    # deepspeed; local = plain torch on one rank, for comparison
-    engine: Literal["deepspeed", "local"] = "deepspeed"
+    # deepspeed; plain = torch alone, nothing sharded, the same checkpoints; local = that on one rank, for comparison
+    engine: Literal["deepspeed", "plain", "local"] = "deepspeed"
     init: InitConfig = InitConfig()
 
     @property
@@ -197,8 +198,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.val.every and self.data.val is None:
             raise ConfigError("val.every is set, but data.val (a folder of held-out shards) is not")
-        if self.engine == "local" and (self.zero.offload != "none" or self.zero.hpz > 1):
-            raise ConfigError("zero.offload and zero.hpz are DeepSpeed's: leave them out, or engine: local")
+        self._check_engine()
         beyond = [step for step in self.checkpoint.at if step > self.train.steps]
         if beyond:
             raise ConfigError(
@@ -207,6 +207,35 @@ class RunConfig:
             )
         self.optim.schedule.check(self.optim.warmup, self.train.steps)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether torch alone applies the updates, and nothing is sharded."""
+        return self.engine != "deepspeed"
+
+    def _check_engine(self) -> None:
+        """ConfigError for what the engine does not do."""
+        if self.train.graphs and not self.is_plain:
+            raise ConfigError(
+                "train.graphs needs engine: plain: DeepSpeed decides on the host between a step's kernels, which no "
+                "CUDA graph can hold. Set engine: plain, or leave train.graphs out"
+            )
+        if not self.is_plain:
+            return
+        if self.zero.offload != "none" or self.zero.hpz > 1:
+            raise ConfigError(
+                f"zero.offload and zero.hpz are DeepSpeed's: leave them out, or engine: {self.engine}"
+            )
+        if self.engine == "plain" and self.zero.stage not in ("auto", 0):
+            raise ConfigError(
+                f"zero.stage = {self.zero.stage} is DeepSpeed's: engine: plain shards nothing, as 0 and auto say. "
+                "Leave out zero.stage, or engine: plain"
+            )
+        if self.engine == "plain" and self.zero.communication == "bf16":
+            raise ConfigError(
+                "zero.communication = bf16 is DeepSpeed's: engine: plain sends gradients in fp32. Leave out "
+                "zero.communication, or engine: plain"
+            )
+
 
 # A change of these is taken and recorded; a change of any other key would make it another run and is refused.
 # data.path, data.mix and codec are here because the identity of the data and of their codec is in the manifests,
@@ -214,7 +243,7 @@ class RunConfig:
 OPERATIONAL = (
     "run_dir", "engine", "zero", "checkpoint", "faults", "sample", "evaluate", "val", "codec", "data.path",
     "data.mix", "data.val", "data.prefetch", "data.readers", "data.max_quarantined", "data.cache",
-    "train.steps", "train.micro_batch", "train.log_every", "train.max_skipped", "train.compile", "train.threads",
-    "train.hang_timeout", "ema.snapshot_every", "init.branch",
+    "train.steps", "train.micro_batch", "train.log_every", "train.max_skipped", "train.compile", "train.graphs",
+    "train.threads", "train.hang_timeout", "ema.snapshot_every", "init.branch",
     "model.checkpoint_blocks", "classifier.checkpoint_blocks", "perceptual.weights",
 )  # fmt: skip

@@ -19,7 +19,7 @@ from dit.train.checkpoints.archive import Archive, whats_there
 from dit.train.checkpoints.probe import Probe
 from dit.train.ema import Ema
 from dit.train.engines.base import Engine
-from dit.train.engines.local import LocalEngine
+from dit.train.engines.plain import PlainEngine
 from dit.train.faults import Faults
 from dit.train.feed import Feed
 from dit.train.loop import Loop
@@ -28,6 +28,7 @@ from dit.train.preflight import checks
 from dit.train.records import Records
 from dit.train.run import Run
 from dit.train.settings import RunConfig
+from dit.train.step import StepGraph
 from dit.train.stop import stop_request
 from dit.train.summary import summary
 from dit.train.task import synthetic_samples
@@ -127,18 +128,22 @@ def build(plan: Plan) -> Run:
     facts: dict[str, Any] = {
         "flops_per_sample": parts.flops_per_image
     }  # of a training step: `compare-runs` draws against FLOPs
-    if cfg.engine != "local":
+    if not cfg.is_plain:
         facts |= {"stage": zero.stage, **({"why": zero.why} if zero.why else {})}
     folder = run_dir.claim(cfg, world, facts)
     engine = _engine(plan, module)
     ema, records = Ema(engine, cfg.ema), Records(folder, world)
     samples = synthetic_samples(stored_shape(plan.manifest), len(plan.manifest.classes), world.device)
+    graph = None
+    if cfg.train.graphs and isinstance(engine, PlainEngine):
+        graph = StepGraph(parts.task, engine, cfg.train.micro(world), cfg.faults.max_loss)
     return Run(
         cfg=cfg,
         folder=folder,
         identity=plan.identity,
         parts=parts,
         engine=engine,
+        graph=graph,
         ema=ema,
         feed=Feed(stream, cfg.data.prefetch, records.say),
         records=records,
@@ -162,8 +167,8 @@ def _left_out(stream: Stream, blocks: Iterable[tuple[int, int]]) -> str:
 def _engine(plan: Plan, module: nn.Module) -> Engine:
     cfg, world = plan.cfg, plan.world
     accumulation = cfg.train.local_batch(world) // cfg.train.micro(world)
-    if cfg.engine == "local":
-        return LocalEngine(module, cfg.optim, world, accumulation=accumulation, precision=cfg.train.precision)
+    if cfg.is_plain:
+        return PlainEngine(module, cfg.optim, world, accumulation=accumulation, precision=cfg.train.precision)
     from dit.train.engines.zero_engine import DeepSpeedEngine  # takes seconds to import
 
     return DeepSpeedEngine(

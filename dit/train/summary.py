@@ -39,7 +39,7 @@ def rows(plan: Plan) -> dict[str, str]:
         "steps": _steps(plan),
         "rate": _rate(plan),
         "ema": _averages(plan.cfg.ema, plan.cfg.train.steps),
-        **({"sharding": plan.sharding.why} if plan.sharding.why and plan.cfg.engine != "local" else {}),
+        **({"sharding": plan.sharding.why} if plan.sharding.why else {}),
     }
 
 
@@ -53,8 +53,9 @@ def _device(plan: Plan) -> str:
     device, size = plan.world.device, plan.world.size
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} thread(s) a rank"
-    how = "plain torch" if plan.cfg.engine == "local" else f"ZeRO stage {plan.sharding.stage}"
-    return f"{size} x {name}{threads}, {plan.cfg.train.precision}, {how}"
+    how = "plain torch" if plan.cfg.is_plain else f"ZeRO stage {plan.sharding.stage}"
+    graphs = ", a CUDA graph a step" if plan.cfg.train.graphs else ""
+    return f"{size} x {name}{threads}, {plan.cfg.train.precision}, {how}{graphs}"
 
 
 def _parameters(plan: Plan) -> str:

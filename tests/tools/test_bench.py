@@ -166,10 +166,17 @@ def test_zero(tmp_path):
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["protocol"]["ranks"] == [2, 4]
     for rows in found["figures"].values():
-        assert list(rows) == ["DDP", "stage 0", "stage 1", "stage 2", "stage 3"]
+        assert list(rows) == ["DDP", "plain", "stage 0", "stage 1", "stage 2", "stage 3"]
         for row in rows.values():  # P3, docs/guarantees.md
             assert row["sent_bytes"] == pytest.approx(row["formula_bytes"], rel=0.1)
+            assert row["is_within"]
             assert row["of_ddp"]["median"] > 0
+        assert (
+            rows["plain"]["sent_bytes"] == rows["plain"]["formula_bytes"] == rows["stage 0"]["formula_bytes"]
+        )
+        assert (
+            rows["plain"]["of_plain"] == rows["plain"]["cpu_of_plain"] == {"median": 1, "low": 1, "high": 1}
+        )
 
 
 def test_a_batch_that_cannot_be_shared_is_refused_first():

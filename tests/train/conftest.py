@@ -14,7 +14,7 @@ from dit.data.loading.stream import Stream
 from dit.data.shards.manifest import Manifest
 from tests.datasets import Digits, altered
 from tests.rank_processes import Server
-from tests.train.runs import BATCH, Values, go, values
+from tests.train.runs import BATCH, Engine, Values, engine_of, go, values
 
 
 @pytest.fixture(scope="session")
@@ -40,13 +40,13 @@ def reference(
 @pytest.fixture(scope="session")
 def sharded(
     digits: Digits, ranks: Server, hooked: Values, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[int], Path]:
-    """stage -> the run of two ranks at that ZeRO stage, 2 micro-batches a step."""
+) -> Callable[[Engine], Path]:
+    """engine -> the run of two ranks on it (a number is a ZeRO stage), 2 micro-batches a step."""
 
     @cache
-    def run(stage: int) -> Path:
-        run_dir = tmp_path_factory.mktemp(f"stage{stage}")
-        ranks.run(2, go, values(digits, run_dir, zero={"stage": stage}, **hooked))
+    def run(engine: Engine) -> Path:
+        run_dir = tmp_path_factory.mktemp(f"stage{engine}")
+        ranks.run(2, go, values(digits, run_dir, **engine_of(engine), **hooked))
         return run_dir
 
     return run

@@ -28,6 +28,15 @@ from tests.datasets import Digits
 
 STEPS, BATCH, LR = 20, 32, 2e-3
 Values = dict[str, Any]
+# How several ranks share a step: DeepSpeed at each ZeRO stage, and plain torch.
+Engine = int | str
+PLAIN: Engine = "plain"
+ENGINES: tuple[Engine, ...] = (0, 1, 2, 3, PLAIN)
+
+
+def engine_of(chosen: Engine) -> Values:
+    """The sections of a run on an engine."""
+    return {"engine": "plain"} if chosen == PLAIN else {"zero": {"stage": chosen}}
 
 
 def values(digits: Digits, run_dir: Path, **sections: Any) -> Values:

@@ -54,9 +54,12 @@ def test_a_broken_block_ends_the_run_unless_there_is_a_budget(
         go(quarantined(digits, tmp_path / "run", broken, 0, engine="local"))
 
 
-def test_the_same_on_one_rank_and_two(digits: Digits, broken: Path, ranks: Server, tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["deepspeed", "plain"])
+def test_the_same_on_one_rank_and_two(
+    digits: Digits, broken: Path, ranks: Server, tmp_path: Path, engine: str
+) -> None:
     go(quarantined(digits, tmp_path / "one", broken, engine="local"))
-    ranks.run(2, go, quarantined(digits, tmp_path / "two", broken))
+    ranks.run(2, go, quarantined(digits, tmp_path / "two", broken, engine=engine))
     assert column(tmp_path / "two", "batch_hash") == column(tmp_path / "one", "batch_hash")
     losses = [np.array(column(tmp_path / run, "loss")) for run in ("one", "two")]
     assert np.abs(losses[0] / losses[1] - 1).max() < 1e-4

@@ -22,8 +22,8 @@ from tests.datasets import Digits
 from tests.rank_processes import Server
 from tests.train.conftest import Poisoned
 from tests.train.on_ranks import steps_beside_reference
+from tests.train.runs import ENGINES, at_step, engine_of, forked, go, state, values
 from tests.train.runs import STEPS as STEPS_OF_A_RUN
-from tests.train.runs import at_step, forked, go, state, values
 
 STEPS = 5
 
@@ -35,21 +35,21 @@ def test_at_every_stage_it_is_an_unsharded_average_and_stands_still_on_skipped_u
     runs = [
         values(
             digits,
-            tmp_path / str(stage),
+            tmp_path / str(engine),
             data={"path": str(poisoned.folder)},
-            zero={"stage": stage},
-            ema={"warmup": stage != 1},
+            **engine_of(engine),
+            ema={"warmup": engine != 1},
         )
-        for stage in (0, 1, 2, 3)
+        for engine in ENGINES
     ]
     for found in ranks.run(2, steps_beside_reference, runs, STEPS):
-        for stage, steps in enumerate(found):
+        for engine, steps in zip(ENGINES, found, strict=True):
             for step, seen in enumerate(steps):
                 applied = step != poisoned.step
-                assert seen["applied"] is applied, (stage, step)
-                assert seen["weights changed"] is applied, (stage, step)
-                assert seen["average changed"] is applied, (stage, step)
-                assert seen["average is the reference"], (stage, step)
+                assert seen["applied"] is applied, (engine, step)
+                assert seen["weights changed"] is applied, (engine, step)
+                assert seen["average changed"] is applied, (engine, step)
+                assert seen["average is the reference"], (engine, step)
                 assert seen["skipped"] == int(step >= poisoned.step)
                 assert seen["in a row"] == int(not applied)
                 assert np.isfinite(seen["grad_norm"]) == applied

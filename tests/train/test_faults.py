@@ -19,7 +19,7 @@ from dit.train.task import guarded
 from tests.datasets import Digits, altered
 from tests.rank_processes import Server
 from tests.train.conftest import Poisoned
-from tests.train.runs import Values, built, column, go, values
+from tests.train.runs import ENGINES, Values, built, column, engine_of, go, values
 
 # --- a sample whose loss is too large ----------------------------------------------------------------------
 
@@ -92,9 +92,9 @@ def steps_with_a_bad_gradient(runs: list[Values], bad: float) -> list[list[tuple
 def test_a_gradient_that_is_bad_on_one_rank_skips_the_update_on_all(
     digits: Digits, ranks: Server, tmp_path: Path, bad: float
 ) -> None:
-    runs = [values(digits, tmp_path / str(stage), zero={"stage": stage}) for stage in (0, 1, 2, 3)]
+    runs = [values(digits, tmp_path / str(engine), **engine_of(engine)) for engine in ENGINES]
     found = ranks.run(2, steps_with_a_bad_gradient, runs, bad)
-    assert found == [[[(True, 0), (False, 1), (True, 1)]] * 4] * 2
+    assert found == [[[(True, 0), (False, 1), (True, 1)]] * len(ENGINES)] * 2
 
 
 # --- spikes ------------------------------------------------------------------------------------------------

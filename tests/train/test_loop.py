@@ -29,9 +29,11 @@ from tests.train.runs import (
     BATCH,
     LR,
     STEPS,
+    Engine,
     at_step,
     column,
     differing,
+    engine_of,
     flip_bit,
     forked,
     go,
@@ -42,7 +44,7 @@ from tests.train.runs import (
     values,
 )
 
-Sharded = Callable[[int], Path]
+Sharded = Callable[[Engine], Path]
 
 
 def without_speeds(run_dir: Path) -> list[dict[str, Any]]:
@@ -83,9 +85,9 @@ def test_neither_do_losses_on_micro_batch_prefetch_or_what_hooks_do(
     assert relative(column(tmp_path, "loss"), column(reference, "loss")) < 1e-6
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("engine", [1, 3, "plain"])
 def test_auxiliary_terms_are_the_same_on_any_ranks_micro_batches_and_stages(
-    digits: Digits, ranks: Server, tmp_path: Path, stage: int
+    digits: Digits, ranks: Server, tmp_path: Path, engine: Engine
 ) -> None:
     """Of the prediction, of tokens behind blocks, of several samples, with a second pass: each is in the log."""
     terms = [
@@ -96,7 +98,7 @@ def test_auxiliary_terms_are_the_same_on_any_ranks_micro_batches_and_stages(
     chosen = {"objective": {"auxiliary": terms}}
     alone, sharded = tmp_path / "alone", tmp_path / "sharded"
     go(values(digits, alone, engine="local", **chosen, train={"steps": 4, "micro_batch": 32}))
-    ranks.run(2, go, values(digits, sharded, zero={"stage": stage}, **chosen, train={"steps": 4}))
+    ranks.run(2, go, values(digits, sharded, **engine_of(engine), **chosen, train={"steps": 4}))
     assert column(sharded, "batch_hash") == column(alone, "batch_hash")
     for name in ("loss", "grad_norm", *names):
         np.testing.assert_allclose(column(sharded, name), column(alone, name), rtol=1e-4, atol=1e-6)
@@ -143,15 +145,18 @@ def test_elastic_1_2_1_ranks_at_stages_1_3_0(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_elastic_1_2_4_2_ranks(digits: Digits, ranks: Server, tmp_path: Path, precision: str) -> None:
+@pytest.mark.parametrize("chain", [[(2, 3), (4, 1), (2, 2)], [(2, "plain"), (4, 3), (4, "plain")]], ids=str)
+def test_elastic_from_one_rank_to_others_and_other_engines(
+    digits: Digits, ranks: Server, tmp_path: Path, chain: list[tuple[int, Engine]], precision: str
+) -> None:
     sections: dict[str, Any] = {"checkpoint": {"every": 5, "keep": 0}}
     train = {"precision": precision}
     whole = tmp_path / "whole"
     ranks.run(1, go, values(digits, whole, engine="local", train=train, **sections))
     before, step = whole, 5
-    for size, stage in ((2, 3), (4, 1), (2, 2)):
+    for size, engine in chain:
         run = forked(before, step, tmp_path / f"at{step}")
-        ranks.run(size, go, values(digits, run, zero={"stage": stage}, train=train, **sections))
+        ranks.run(size, go, values(digits, run, **engine_of(engine), train=train, **sections))
         assert column(run, "batch_hash") == column(whole, "batch_hash")
         tolerance = 1e-5 if precision == "fp32" else 1e-3
         assert relative(column(run, "loss"), column(whole, "loss")) < tolerance
@@ -173,19 +178,20 @@ def killed_at(job: Job, run_dir: Path, step: int) -> int:
     return log.read_text().count("\n")
 
 
+@pytest.mark.parametrize("engine", [2, "plain"])
 def test_killed_and_started_again_it_is_the_same_run_bit_for_bit(
-    digits: Digits, ranks: Server, sharded: Sharded, hooked: dict, tmp_path: Path
+    digits: Digits, ranks: Server, sharded: Sharded, hooked: dict, tmp_path: Path, engine: Engine
 ) -> None:
-    """SIGKILL on two ranks at stage 2, before the first checkpoint and after the second; the uninterrupted run is the
+    """SIGKILL on two ranks, before the first checkpoint and after the second; the uninterrupted run is the
     one of the stage tests."""
-    given = values(digits, tmp_path, zero={"stage": 2}, checkpoint={"every": 4, "keep": 2}, **hooked)
+    given = values(digits, tmp_path, **engine_of(engine), checkpoint={"every": 4, "keep": 2}, **hooked)
     for step in (2, 10):
         job = ranks.start(2, go_until, given, STEPS - 1, tmp_path / "never")
         assert killed_at(job, tmp_path, step) < STEPS
     (tmp_path / "metrics.jsonl").open("a").write('{"step": 99, "lo')  # and in the middle of a line
     ranks.run(2, go, given)
-    assert without_speeds(tmp_path) == without_speeds(sharded(2))
-    assert differing(state(at_step(tmp_path, STEPS)), state(at_step(sharded(2), STEPS))) == []
+    assert without_speeds(tmp_path) == without_speeds(sharded(engine))
+    assert differing(state(at_step(tmp_path, STEPS)), state(at_step(sharded(engine), STEPS))) == []
     assert not list((tmp_path / "checkpoints").glob("*.partial"))
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2
     assert len((tmp_path / "history.jsonl").read_text().splitlines()) == 3

@@ -22,7 +22,20 @@ from dit.train.stop import StopRequest
 from tests.datasets import Digits, altered
 from tests.rank_processes import RanksFailed, Server
 from tests.train.conftest import Poisoned
-from tests.train.runs import STEPS, Values, at_step, built, column, differing, forked, go, state, values
+from tests.train.runs import (
+    STEPS,
+    Engine,
+    Values,
+    at_step,
+    built,
+    column,
+    differing,
+    engine_of,
+    forked,
+    go,
+    state,
+    values,
+)
 
 # --- the optimizer's state ---------------------------------------------------------------------------------
 
@@ -53,12 +66,17 @@ def skipping_from(given: Values, checkpoint_step: int, first_step: int) -> None:
     Loop(run).train(StopRequest())
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("engine", [0, 2, 3, "plain"])
 def test_weights_that_are_spoilt_are_never_saved_and_the_run_goes_back(
-    digits: Digits, ranks: Server, sharded: Callable[[int], Path], hooked: dict, tmp_path: Path, stage: int
+    digits: Digits,
+    ranks: Server,
+    sharded: Callable[[Engine], Path],
+    hooked: dict,
+    tmp_path: Path,
+    engine: Engine,
 ) -> None:
     """NaN in the optimizer at 11 spoils the weights in step 12; the next are skipped; the last checkpoint is of 10."""
-    every = {"checkpoint": {"every": 5, "keep": 0}, "zero": {"stage": stage}}
+    every = {"checkpoint": {"every": 5, "keep": 0}, **engine_of(engine)}
     given = values(digits, tmp_path / "run", **every, train={"max_skipped": 4}, faults={"returns": 1})
     ranks.run(2, spoilt_at, given, 11)
     run = tmp_path / "run"
@@ -68,7 +86,7 @@ def test_weights_that_are_spoilt_are_never_saved_and_the_run_goes_back(
     assert column(run, "samples")[-1] == (STEPS - 5) * 32
     assert column(run, "skipped")[-1] == 0
     # as a run that goes on from that checkpoint behind those steps
-    expected = forked(sharded(stage), 10, tmp_path / "expected")
+    expected = forked(sharded(engine), 10, tmp_path / "expected")
     ranks.run(2, skipping_from, values(digits, expected, **every), 10, 15)
     assert column(run, "loss")[-5:] == column(expected, "loss")[-5:]
     assert differing(state(at_step(run, STEPS)), state(at_step(expected, STEPS))) == []
@@ -223,12 +241,12 @@ def come_apart(given: Values) -> None:
     recovery.save(run)
 
 
-@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("engine", [0, 2, "plain"])
 def test_ranks_whose_weights_have_come_apart_are_named(
-    digits: Digits, ranks: Server, tmp_path: Path, stage: int
+    digits: Digits, ranks: Server, tmp_path: Path, engine: Engine
 ) -> None:
     with pytest.raises(RanksFailed) as failed:
-        ranks.run(2, come_apart, values(digits, tmp_path, zero={"stage": stage}))
+        ranks.run(2, come_apart, values(digits, tmp_path, **engine_of(engine)))
     for kind, text in failed.value.errors.values():
         assert kind == TrainingError.__name__
         assert "the model weights of rank 1 compute a probe loss of" in text

@@ -66,11 +66,32 @@ def test_a_micro_batch_that_does_not_divide_the_share_is_refused() -> None:
         {"zero": {"stage": 4}},
         {"zero": {"stage": True}},
         {"engine": "horovod"},
+        {"train": {"graphs": True}},  # on DeepSpeed
+        {"engine": "plain", "zero": {"stage": 1}},
+        {"engine": "plain", "zero": {"stage": 3, "hpz": 2}},
+        {"engine": "plain", "zero": {"offload": "optimizer"}},
+        {"engine": "plain", "zero": {"communication": "bf16"}},
     ],
 )
 def test_impossible_settings_are_refused(bad: dict) -> None:
     with pytest.raises(ConfigError):
         from_dict(RunConfig, {"data": {"path": "x", **bad.pop("data", {})}, **bad})
+
+
+def test_the_plain_engine_says_what_it_does_not_do() -> None:
+    def made(**sections: object) -> RunConfig:
+        return from_dict(RunConfig, {"data": {"path": "x"}, "engine": "plain", **sections})
+
+    with pytest.raises(ConfigError, match=r"zero.stage = 2 is DeepSpeed's: engine: plain shards nothing"):
+        made(zero={"stage": 2})
+    with pytest.raises(ConfigError, match=r"zero.communication = bf16 is DeepSpeed's"):
+        made(zero={"communication": "bf16"})
+    with pytest.raises(ConfigError, match=r"zero.offload and zero.hpz are DeepSpeed's"):
+        made(zero={"stage": 1, "offload": "optimizer"})
+    for zero in ({}, {"stage": 0}, {"stage": "auto", "communication": "fp32"}):
+        assert made(zero=zero).is_plain
+    with pytest.raises(ConfigError, match=r"train.graphs needs engine: plain"):
+        made(engine="deepspeed", train={"graphs": True})
 
 
 def test_the_data_path_is_required() -> None:

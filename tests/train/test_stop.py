@@ -26,11 +26,13 @@ from tests.rank_processes import RanksFailed, Server
 from tests.surroundings import signals_kept
 from tests.train.runs import (
     STEPS,
+    Engine,
     Values,
     at_step,
     built,
     column,
     differing,
+    engine_of,
     experiment,
     forked,
     go,
@@ -133,16 +135,24 @@ def test_all_ranks_hear_of_it_at_the_same_step(ranks: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "ends", "words"),
+    ("number", "ends", "words", "engine"),
     [
-        (signal.SIGTERM, Stopped, "stopped by a signal: step"),
-        (signal.SIGINT, Interrupted, "interrupted: step"),
+        (signal.SIGTERM, Stopped, "stopped by a signal: step", 2),
+        (signal.SIGINT, Interrupted, "interrupted: step", "plain"),
     ],
 )
 def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(
-    digits: Digits, ranks: Server, sharded, hooked: dict, tmp_path: Path, number: int, ends: type, words: str
+    digits: Digits,
+    ranks: Server,
+    sharded,
+    hooked: dict,
+    tmp_path: Path,
+    number: int,
+    ends: type,
+    words: str,
+    engine: Engine,
 ) -> None:
-    given = values(digits, tmp_path, zero={"stage": 2}, checkpoint={"every": 100, "keep": 0}, **hooked)
+    given = values(digits, tmp_path, **engine_of(engine), checkpoint={"every": 100, "keep": 0}, **hooked)
     job = ranks.start(2, go_until, given, STEPS - 3, tmp_path / "released")
     end = time.monotonic() + 120
     while not (tmp_path / "metrics.jsonl").is_file() or len(column(tmp_path, "step")) < 5:
@@ -159,10 +169,11 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(
     last = job.output().splitlines()[-1]
     assert last == f"{words} {int(saved.name.removeprefix('step-'))} is saved, and the same command goes on"
     ranks.run(2, go, given)
-    assert (tmp_path / "held_out.jsonl").read_text() == (sharded(2) / "held_out.jsonl").read_text()
-    assert column(tmp_path, "batch_hash") == column(sharded(2), "batch_hash")
-    assert column(tmp_path, "loss") == column(sharded(2), "loss")
-    assert differing(state(at_step(tmp_path, STEPS)), state(at_step(sharded(2), STEPS))) == []
+    quiet = sharded(engine)
+    assert (tmp_path / "held_out.jsonl").read_text() == (quiet / "held_out.jsonl").read_text()
+    assert column(tmp_path, "batch_hash") == column(quiet, "batch_hash")
+    assert column(tmp_path, "loss") == column(quiet, "loss")
+    assert differing(state(at_step(tmp_path, STEPS)), state(at_step(quiet, STEPS))) == []
 
 
 def stopped_at(given: Values, step: int) -> None:

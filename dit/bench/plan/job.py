@@ -88,6 +88,7 @@ class Job:
     group: int = 1
     frozen: int = 0
     is_local: bool = False
+    is_plain: bool = False
     sample_bytes: int = 0
     samples: int = 0
     data: str = ""
@@ -119,6 +120,7 @@ def job_of(cfg: Experiment, asked: Asked) -> Job:
         group=cfg.objective.group,
         frozen=_frozen(cfg.model, shape, cfg.train.freeze),
         is_local=cfg.engine == "local",
+        is_plain=cfg.is_plain,
         sample_bytes=shape.stored,
         samples=asked.samples or cfg.train.steps * cfg.train.global_batch,
         data=shape.origin,

@@ -158,7 +158,7 @@ def on_all(job: Job, device: DeviceFacts, ranks: int, curve: Curve) -> Estimate:
 def _way(found: Estimate, micro: int, local: int, usable: Device) -> tuple[Way, str]:
     """A step in micro-batches of this size, at the stage that the trainer would take; and what that needs, in words."""
     job, ranks = found.job, found.ranks
-    if job.is_local:
+    if job.is_plain or job.is_local:
         stage, why, needed = 0, "", job.memory(micro, 0, ranks).total
     else:
         choice = choose(job.zero, lambda stage: job.memory(micro, stage, ranks), usable)

@@ -27,7 +27,7 @@ from dit.ranks import group
 PEAK = 990e12  # FLOP/s of dense bf16 products on an H100 or H200, which P1's MFU is stated against
 PLAIN, PLAIN_COMPILED = "plain loop", "plain loop, compiled"
 BARE_PLAIN, BARE_OURS = "plain, forward + backward", "ours, forward + backward"
-LOCAL = "ours, no DeepSpeed"
+LOCAL, GRAPH = "ours, no DeepSpeed", "ours, a CUDA graph"
 
 
 @dataclass
@@ -72,6 +72,8 @@ class Bench:
         for stage in self.cfg.stages:
             yield Entry(f"ours, stage {stage}", partial(OurStep, self.setting, stage=stage))
         yield Entry(LOCAL, partial(OurStep, self.setting, stage=None))
+        if self.device.type == "cuda":
+            yield Entry(GRAPH, partial(OurStep, self.setting, stage=None, graph=True))
         yield Entry(BARE_PLAIN, partial(BareStep, self.setting, is_ours=False), BARE_PLAIN)
         yield Entry(BARE_OURS, partial(BareStep, self.setting, is_ours=True), BARE_PLAIN)
 
@@ -164,7 +166,8 @@ def run(cfg: StepBench, report: Report, only: frozenset[str] = frozenset()) -> d
 
 def turns(cfg: StepBench) -> int:
     """Say how often `run` calls `report.turn`."""
-    return len(cfg.size) * (1 + cfg.repeats) * (4 + cfg.compile + len(cfg.stages))
+    contenders = 4 + cfg.compile + len(cfg.stages) + torch.cuda.is_available()
+    return len(cfg.size) * (1 + cfg.repeats) * contenders
 
 
 def _in_turns(bench: Bench, report: Report, known: Callable[[], None]) -> None:

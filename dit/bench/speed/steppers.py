@@ -19,10 +19,12 @@ from dit.rng import Draws
 from dit.train.ema import Ema, EmaConfig
 from dit.train.engines.base import Engine
 from dit.train.engines.local import LocalEngine
+from dit.train.engines.plain import PlainEngine
 from dit.train.engines.zero_config import Stage, ZeroConfig
 from dit.train.meters import Meters
 from dit.train.optim import OptimConfig
-from dit.train.task import LatentTask, batch_samples, loss_of
+from dit.train.step import StepGraph, passes
+from dit.train.task import LatentTask, batch_samples
 
 CHANNELS, SIDE, CLASSES = 4, 32, 1000
 
@@ -112,15 +114,19 @@ class PlainStep:
 
 
 class OurStep:
-    """Our step: on an engine of a ZeRO stage, or without DeepSpeed (None)."""
+    """Our step: on an engine of a ZeRO stage, or without DeepSpeed (None), there by choice as a CUDA graph."""
 
-    def __init__(self, setting: Setting, micro: int, stage: Stage | None):
+    def __init__(self, setting: Setting, micro: int, stage: Stage | None, graph: bool = False):
         self.setting, self.micro, self.number = setting, micro, 0
         self.engine = _engine(setting, micro, stage)
         self.about = self.engine.about
         self.ema = Ema(self.engine, EmaConfig(warmup=True))
         norm = LatentNorm(mean=(0.0,) * CHANNELS, std=(1.0,) * CHANNELS)
         self.task = LatentTask(Objective(), norm, LABEL_DROP, has_unit_variance=True)
+        self.graph = None
+        if graph and isinstance(self.engine, PlainEngine):
+            self.graph = StepGraph(self.task, self.engine, micro, None)
+            self.about += ", a CUDA graph a step"
         self.meters = Meters(setting.device)
         slots = torch.arange(setting.cfg.batch)
         self.batch = Batch(
@@ -131,17 +137,19 @@ class OurStep:
         """What Loop.train_step does."""
         draws = Draws(0, self.number, self.batch.slots, self.setting.cfg.batch)
         samples, fingerprints = batch_samples(self.batch, self.task, draws, self.engine.device)
-        losses = []
-        for micro in samples.micro_batches(self.micro):
-            loss = loss_of(self.task, self.engine, micro)
-            self.engine.backward(loss.mean)
-            losses.append(loss)
-        if self.engine.step(OptimConfig().lr):
+        if self.graph is not None:
+            losses, applied = self.graph(samples, OptimConfig().lr)
+        else:
+            losses = passes(self.task, self.engine, samples, self.micro, None)
+            applied = self.engine.step(OptimConfig().lr)
+        if applied:
             self.ema.update()
         self.meters.add_step(losses, fingerprints)
         self.number += 1
 
     def close(self) -> None:
+        if self.graph is not None:
+            self.graph.close()
         self.engine.close()
 
 

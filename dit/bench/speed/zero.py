@@ -1,8 +1,9 @@
-"""ZeRO stages against torch's DistributedDataParallel: bytes that each rank sends a step (P3), and the step's time.
+"""Engines on several ranks: bytes that each rank sends a step (P3), and the step's time.
 
-Every contender trains the same model on the same global batch with the same AdamW and clipping, in fp32; all of them
-live in the same processes and take turns there. Nothing is read and no average is kept: what differs is the engine.
-docs/guarantees.md says what P3 bounds.
+DeepSpeed's ZeRO stages and torch's DistributedDataParallel beside our plain engine. Every contender trains the same
+model on the same global batch with the same AdamW and clipping, in fp32; all of them live in the same processes and
+take turns there. Nothing is read and no average is kept: what differs is the engine. docs/guarantees.md says what P3
+bounds.
 """
 
 from __future__ import annotations
@@ -28,11 +29,14 @@ from dit.model.dit import DiT, DiTConfig
 from dit.ranks import group
 from dit.ranks.group import World
 from dit.train.engines.local import LocalEngine
+from dit.train.engines.plain import PlainEngine
 from dit.train.engines.zero_config import STAGES, ZeroConfig
 from dit.train.engines.zero_engine import DeepSpeedEngine
 from dit.train.optim import OptimConfig
 
-DDP = "DDP"
+DDP, PLAIN = "DDP", "plain"
+STAGE_OF = {DDP: 0, PLAIN: 0, **{f"stage {stage}": stage for stage in STAGES}}  # whose formula holds
+WITHIN = 0.1  # of the formula, at most, that bytes may differ from it
 CHANNELS, SIDE, CLASSES, LR = 4, 16, 10, 1e-4
 
 
@@ -83,16 +87,19 @@ def _rank(rank: int, size: int, port: int, cfg: ZeroBench, out: str) -> None:
         seconds = {name: [1 / rate for rate in figures.rate] for name, figures in times.items()}
         psi = 4 * sum(p.numel() for p in _model(cfg).parameters())
         figures = {}
-        for number, name in enumerate(steps):
+        for name, step in steps.items():
             with CollectiveCounter() as counter:
-                steps[name]()
-            stage = STAGES[max(0, number - 1)]
+                step()
+            sent, expected = counter.sent(), formula(STAGE_OF[name], psi, size, cfg.accumulation)
             figures[name] = {
-                "sent_bytes": counter.sent(),
-                "formula_bytes": formula(stage, psi, size, cfg.accumulation),
+                "sent_bytes": sent,
+                "formula_bytes": expected,
+                "is_within": abs(sent / expected - 1) <= WITHIN,
                 "step_seconds": vars(MedianRange.of(seconds[name])),
                 "cpu_seconds": vars(MedianRange.of([us / 1e6 for us in times[name].cpu])),
                 "of_ddp": vars(ratio(seconds[name], seconds[DDP])),
+                "of_plain": vars(ratio(seconds[name], seconds[PLAIN])),
+                "cpu_of_plain": vars(ratio(times[name].cpu, times[PLAIN].cpu)),
             }
     if world.is_main:
         Path(out).write_text(json.dumps(figures), encoding="utf-8")
@@ -116,7 +123,8 @@ def _model(cfg: ZeroBench) -> DiT:
 def _engines(cfg: ZeroBench, world: World) -> dict[str, Callable[[], None]]:
     """A training step of each contender."""
     samples = _samples(cfg.batch // world.size, world)
-    found = {DDP: _ddp(cfg, world, samples)}
+    plain = PlainEngine(_model(cfg), OptimConfig(lr=LR), world, accumulation=cfg.accumulation)
+    found = {DDP: _ddp(cfg, world, samples), PLAIN: _step(plain, samples, cfg.accumulation)}
     for stage in STAGES:
         module = _model(cfg)
         engine = DeepSpeedEngine(

@@ -1,81 +1,29 @@
-"""A plain single-process engine behind the same interface: the reference that the ZeRO stages are tested against."""
+"""The plain engine on a single process: the reference that the ZeRO stages are tested against."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dit.config import ConfigError
 from dit.ranks.group import World
-from dit.train.engines.base import Fragment, named, set_adam_step, whole_parameters
-from dit.train.engines.heap import keep_freed_memory
-from dit.train.optim import GuardedAdamW, OptimConfig, adamw_arguments, parameter_groups, set_lr
+from dit.train.engines.plain import PlainEngine
+from dit.train.optim import OptimConfig
 
 
 def check_alone(world: World) -> None:
     """ConfigError where there are several ranks."""
     if world.size != 1:
-        raise ConfigError(f"the local engine runs on one rank, not {world.size}: set engine: deepspeed")
+        raise ConfigError(
+            f"the local engine runs on one rank, not {world.size}: set engine: deepspeed, or engine: plain"
+        )
 
 
-class LocalEngine:
-    """Plain torch: one process, fp32 parameters, optionally bf16 autocast in the forward pass."""
+class LocalEngine(PlainEngine):
+    """Plain torch on one rank."""
 
-    stage = 0  # nothing is sharded
-
-    def __init__(
-        self,
-        module: nn.Module,
-        optim: OptimConfig,
-        world: World,
-        *,
-        accumulation: int = 1,
-        precision: str = "fp32",
-    ):
+    def __init__(self, module: nn.Module, optim: OptimConfig, world: World, **choices: Any):
+        """choices: as PlainEngine's."""
         check_alone(world)
-        self.world, self.device = world, world.device
-        keep_freed_memory(self.device)
-        self.module = module.to(world.device)
-        self.updates = self.skipped = 0
-        self.accumulation = accumulation
-        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16")
-        groups = parameter_groups(self.module, optim.weight_decay, optim.eps)
-        self.optimizer = GuardedAdamW(groups, optim.clip, **adamw_arguments(optim))
-
-    @property
-    def about(self) -> str:
-        return f"plain torch: {named(self.optimizer)}"
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        with self.autocast:
-            return self.module(*args, **kwargs)  # type: ignore[no-any-return]
-
-    def backward(self, loss: Tensor) -> None:
-        (loss / self.accumulation).backward()
-
-    def step(self, lr: float) -> bool:
-        set_lr(self.optimizer, lr)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        applied = not self.optimizer.overflow
-        self.updates += applied
-        self.skipped += not applied
-        return applied
-
-    def grad_norm(self) -> float:
-        return self.optimizer._global_grad_norm
-
-    def fragments(self) -> list[Fragment]:
-        return whole_parameters(self.module, self.optimizer)
-
-    def sync_weights(self) -> None:
-        """Nothing to do: the fragments are the model's own weights."""
-
-    def set_updates(self, updates: int) -> None:
-        self.updates = updates
-        set_adam_step(self.optimizer, updates)
-
-    def close(self) -> None:
-        """Nothing to do: nobody else knows of it."""
+        super().__init__(module, optim, world, **choices)

@@ -110,6 +110,15 @@ class Choice:
         return int(self.zero.stage)
 
 
+def unsharded(zero: ZeroConfig, memory: Memory, device: Device) -> Choice:
+    """What an engine that shards nothing does: as stage 0, with `memory` in the device; where that is full, says so."""
+    needed = zero.needs(memory, 0, device)
+    why = ""
+    if needed > device.usable:
+        why = f"none: needs {_gib(needed)} GiB of {_gib(device.usable)}; engine: deepspeed shards over the ranks"
+    return Choice(replace(zero, stage=0), why)
+
+
 def choose(
     zero: ZeroConfig, memory: Callable[[int], Memory], device: Device, kept: int | None = None
 ) -> Choice:

@@ -111,15 +111,15 @@ def init(site: Site) -> str:
 
 
 def sharding(site: Site) -> str:
-    """The ranks can be grouped as zero.* asks, and on the local engine there is one."""
+    """The ranks can be grouped as zero.* asks, and the engine runs on them."""
 
     def look() -> None:
         site.plan.check_engine()
         _ = site.plan.sharding
 
     site.on_ranks(look)
-    if site.cfg.engine == "local":
-        return "plain torch, nothing sharded"
+    if site.cfg.is_plain:
+        return f"plain torch, nothing sharded{' (' + site.plan.sharding.why + ')' if site.plan.sharding.why else ''}"
     return site.plan.sharding.why or f"stage {site.plan.sharding.stage}"
 
 

@@ -213,6 +213,15 @@ def test_ranks_that_the_engine_cannot_group() -> None:
     assert estimate(small(is_local=True), GPUS["h100"], 1).way is not None
 
 
+def test_the_plain_engine_shards_nothing_on_any_ranks() -> None:
+    found = estimate(small(is_plain=True, zero=ZeroConfig(stage=0)), GPUS["h100"], 2)
+    assert found.way is not None
+    assert found.way.stage == 0
+    assert found.rate == estimate(small(zero=ZeroConfig(stage=0)), GPUS["h100"], 2).rate
+    full = replace(GPUS["h100"], memory=2 * 2**20)
+    assert "does not fit" in reason(estimate(small(is_plain=True), full, 2))
+
+
 @pytest.mark.parametrize(("word", "meant"), [("h10", "h100"), ("B20", "b200"), ("cpus", "cpu")])
 def test_an_unknown_device_names_the_nearest(word: str, meant: str) -> None:
     with pytest.raises(ConfigError, match=f"did you mean {meant}") as error:

@@ -122,6 +122,18 @@ def test_a_step_moves_what_the_formula_says(digits: Digits, ranks: Server, tmp_p
             _check_log(step, 2)
 
 
+def test_plain_torch_moves_what_stage_0_does(digits: Digits, ranks: Server, tmp_path: Path) -> None:
+    """Once a step, however many micro-batches there are."""
+    runs = [
+        values(digits, tmp_path / str(micro), model=MODEL, engine="plain", train={"micro_batch": micro})
+        for micro in (BATCH // 2, BATCH // 8)
+    ]
+    for found in ranks.run(2, steps, runs):
+        for step in found:
+            assert step.sent == formula(0, step.psi, 2, 1)
+            assert {kind.op for kind in step.found} == {"all_reduce"}
+
+
 def _check_log(step: Step, ranks: int) -> None:
     """DeepSpeed's log has the same; an all-gather by what one rank gives."""
     names = {"all_reduce": 1, "reduce": 1, "reduce_scatter_tensor": 1, "all_gather_into_tensor": ranks}

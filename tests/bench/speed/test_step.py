@@ -75,6 +75,17 @@ def test_our_step_trains_and_averages() -> None:
     )
 
 
+def test_our_step_as_a_graph_is_the_same_step() -> None:
+    """On a CPU, where what a graph holds runs uncaptured."""
+    ordinary, graph = OurStep(setting(), 2, None), OurStep(setting(), 2, None, graph=True)
+    assert graph.about == f"{ordinary.about}, a CUDA graph a step"
+    for _ in range(3):
+        ordinary.step()
+        graph.step()
+    assert graph.engine.grad_norm() == ordinary.engine.grad_norm()
+    assert all(torch.equal(a, b) for a, b in zip(graph.ema.pieces, ordinary.ema.pieces, strict=True))
+
+
 def benched(cfg: StepBench) -> tuple[dict[str, Any], list[str], list[str], int]:
     """What a run of the bench finds; what it printed and wrote meanwhile, and how many turns it told of."""
     lines, written, ticks = [], [], []  # type: ignore[var-annotated]

@@ -1,4 +1,4 @@
-"""Each ZeRO stage against plain torch for every precision x accumulation x clipping x frozen parameters (I2)."""
+"""Each ZeRO stage, and plain torch on two ranks, against one process, for all of what may interact (I2)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.datasets import Digits
 from tests.rank_processes import Server
-from tests.train.runs import BATCH, Values, go, values
+from tests.train.runs import BATCH, ENGINES, Values, engine_of, go, values
 from tests.train.short_runs import Short, short_runs
 
 pytestmark = pytest.mark.slow
@@ -58,14 +58,14 @@ def plain(digits: Digits, ranks: Server, tmp_path_factory: pytest.TempPathFactor
     return dict(zip(CASES, found, strict=True))
 
 
-@pytest.fixture(scope="module", params=STAGES)
+@pytest.fixture(scope="module", params=ENGINES)
 def sharded(
     request: pytest.FixtureRequest, digits: Digits, ranks: Server, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[Case, Short]:
-    """DeepSpeed at one stage, on two ranks."""
+    """One engine, on two ranks."""
     folder = tmp_path_factory.mktemp("sharded")
-    zero = {"stage": request.param}
-    found = ranks.run(2, short_runs, [c.values(digits, folder / str(c), zero=zero) for c in CASES], STEPS)
+    chosen = engine_of(request.param)
+    found = ranks.run(2, short_runs, [c.values(digits, folder / str(c), **chosen) for c in CASES], STEPS)
     for a, b in zip(*found, strict=True):  # both ranks see the same model
         assert all(torch.equal(a.weights[name], b.weights[name]) for name in a.weights)
         assert a.norms == b.norms

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,17 @@ import pytest
 from dit.config import ConfigError, from_dict
 from dit.model.cost import Memory, state_memory
 from dit.ranks.group import World
-from dit.train.engines.zero_config import BUCKET, QUICKEST, STAGES, USABLE, Device, Stage, ZeroConfig, choose
+from dit.train.engines.zero_config import (
+    BUCKET,
+    QUICKEST,
+    STAGES,
+    USABLE,
+    Device,
+    Stage,
+    ZeroConfig,
+    choose,
+    unsharded,
+)
 from tests.datasets import Digits
 from tests.rank_processes import Server
 from tests.train.runs import at_step, experiment, go, values
@@ -87,6 +98,13 @@ BY_HAND = {0: 5.0, 1: 2.5, 2: 1.625, 3: 0.75}
 
 def needed(stage: int) -> int:
     return int(BY_HAND[stage] * 4 * BILLION) + ACTIVATIONS + (8 * BUCKET if stage else 0)
+
+
+def test_what_shards_nothing_needs_what_stage_0_does_and_says_where_that_is_too_much() -> None:
+    need = zero().needs(memory(0), 0, Device(0, False, 8))
+    fits, full = (unsharded(zero(), memory(0), Device(usable, False, 8)) for usable in (need, need - 1))
+    assert (fits.stage, fits.why, full.stage) == (0, "", 0)
+    assert re.search(r"needs 22.6 GiB of 22.6; engine: deepspeed shards", full.why)
 
 
 @pytest.mark.parametrize("ranks", [1, 8])

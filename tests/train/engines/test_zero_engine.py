@@ -1,4 +1,4 @@
-"""ZeRO stages 0-3 against plain torch, in fp32 and bf16 (I2); fragments, and skipped updates on all ranks (I4)."""
+"""ZeRO stages 0-3 and plain torch on two ranks against one (I2), in fp32 and bf16; skipped updates on all (I4)."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from torch import Tensor
 
 from dit.config import ConfigError, from_dict
 from dit.ranks.group import World
-from dit.train.engines.base import Engine
+from dit.train.engines import base
 from dit.train.engines.local import LocalEngine
 from dit.train.engines.zero_config import BUCKET, ZeroConfig
 from dit.train.optim import OptimConfig
 from tests.datasets import Digits
 from tests.rank_processes import Server
-from tests.train.runs import STEPS, Values, at_step, column, go, state, values
+from tests.train.runs import ENGINES, STEPS, Engine, Values, at_step, column, engine_of, go, state, values
 
 STAGES = [0, 1, 2, 3]
 
@@ -40,12 +40,12 @@ def flat(tensors: dict[str, Tensor], kind: str) -> Tensor:
 # --- fp32 --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("engine", ENGINES)
 def test_fp32_losses_and_gradient_norms_are_plain_torchs(
-    reference: Path, sharded: Callable[[int], Path], stage: int
+    reference: Path, sharded: Callable[[Engine], Path], engine: Engine
 ) -> None:
     """Two ranks with 2 micro-batches against one with 4: only the order of float32 sums differs."""
-    run = sharded(stage)
+    run = sharded(engine)
     assert relative(column(run, "loss"), column(reference, "loss")) < 1e-5
     assert relative(column(run, "grad_norm"), column(reference, "grad_norm")) < 1e-5
     assert column(run, "lr") == column(reference, "lr")
@@ -56,13 +56,13 @@ def test_fp32_losses_and_gradient_norms_are_plain_torchs(
     assert column(reference, "loss")[-1] < 0.97 * column(reference, "loss")[0]
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("step", [STEPS // 2, STEPS])
 def test_fp32_weights_averages_and_adams_moments_are_plain_torchs(
-    reference: Path, sharded: Callable[[int], Path], stage: int, step: int
+    reference: Path, sharded: Callable[[Engine], Path], engine: Engine, step: int
 ) -> None:
     """The moments are linear and quadratic in clipped gradients: a clip that is off by 1% shows in them."""
-    expected, found = state(at_step(reference, step)), state(at_step(sharded(stage), step))
+    expected, found = state(at_step(reference, step)), state(at_step(sharded(engine), step))
     assert found.keys() == expected.keys()
     for kind, tolerance in {"model": 1e-5, "ema": 1e-5, "exp_avg": 1e-5, "exp_avg_sq": 1e-5}.items():
         a, b = flat(expected, kind), flat(found, kind)
@@ -83,13 +83,13 @@ def bf16(digits: Digits, run_dir: Path, **sections: object) -> Values:
     return values(digits, run_dir, train={"precision": "bf16"}, **sections)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("engine", ENGINES)
 def test_bf16_agrees_with_plain_torchs_autocast(
-    digits: Digits, ranks: Server, reference: Path, bf16_reference: Path, tmp_path: Path, stage: int
+    digits: Digits, ranks: Server, reference: Path, bf16_reference: Path, tmp_path: Path, engine: Engine
 ) -> None:
     """Products are rounded to 2^-9 = 2e-3 and the ranks' gradients are added up in bf16, so single gradients differ
     by about that; over many elements the rounding averages out: 2e-4 on losses, 2e-3 on norms."""
-    ranks.run(2, go, bf16(digits, tmp_path, zero={"stage": stage}))
+    ranks.run(2, go, bf16(digits, tmp_path, **engine_of(engine)))
     assert relative(column(tmp_path, "loss"), column(bf16_reference, "loss")) < 2e-4
     assert relative(column(tmp_path, "grad_norm"), column(bf16_reference, "grad_norm")) < 2e-3
     assert column(tmp_path, "batch_hash") == column(bf16_reference, "batch_hash")
@@ -129,7 +129,7 @@ def test_buckets_are_even_and_no_larger_than_they_need_be(stage: int, numbers: i
 Trained = tuple[list[float], list[Tensor]]
 
 
-def trained(engine: Engine) -> Trained:
+def trained(engine: base.Engine) -> Trained:
     """Gradient norms, and the weights after steps of two micro-batches, of which the third has a gradient of NaN."""
     norms = []
     for step in range(6):

@@ -17,7 +17,7 @@ from tests.datasets import Digits
 from tests.rank_processes import Server
 from tests.train.checkpoints.test_checkpoint import TRUE
 from tests.train.on_ranks import resave
-from tests.train.runs import Values, at_step, built, differing, go, state, values
+from tests.train.runs import Values, at_step, built, differing, engine_of, go, state, values
 from tests.train.short_runs import Short, short_runs
 
 STEPS = 4
@@ -84,7 +84,7 @@ def test_frozen_parameters_come_back_bit_for_bit_at_every_stage(
     ranks: Server, source: Source, tmp_path: Path
 ) -> None:
     """Also into the live model: one that was just built has other numbers where this one is frozen."""
-    resaved(ranks, source, 2, tmp_path, [{"zero": {"stage": stage}} for stage in (3, 0, 1, 3, 2)])
+    resaved(ranks, source, 2, tmp_path, [engine_of(chosen) for chosen in (3, 0, "plain", 1, 3, "plain", 2)])
 
 
 OFFLOADED = [{"stage": stage, "offload": "optimizer"} for stage in (1, 2, 3)] + [
