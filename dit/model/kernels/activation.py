@@ -8,6 +8,9 @@ makes h's gradient and its bias's; plain torch keeps both, which of a DiT's MLP 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +19,23 @@ from torch import Tensor
 
 from dit.model.kernels.running import on_triton
 
+
+@dataclass(frozen=True)
+class Activation:
+    """What stands between an MLP's layers. gated: whether the first half of the channels gates the second."""
+
+    gated: bool
+    plain: Callable[[Tensor], Tensor]  # in torch: (..., M), or (..., 2·M) where it is gated -> (..., M)
+
+
+def swiglu(h: Tensor) -> Tensor:
+    """Give silu(first half)·(second half): (..., 2·M) -> (..., M) (arXiv 2002.05202)."""
+    gate, value = h.chunk(2, dim=-1)  # each (..., M)
+    return F.silu(gate) * value
+
+
+GELU = Activation(gated=False, plain=partial(F.gelu, approximate="tanh"))
+SWIGLU = Activation(gated=True, plain=swiglu)
 SCHEMA = "(Tensor h, Tensor? bias, bool gated) -> Tensor"
 SCHEMA_BACKWARD = "(Tensor given, Tensor h, Tensor? bias, bool gated) -> (Tensor, Tensor, Tensor)"
 
@@ -135,5 +155,5 @@ def activated_linear(
     """
     rows = h.reshape(-1, h.shape[-1])  # (R, M)
     offset = None if offset is None else offset.to(h.dtype)
-    out: Tensor = ActivatedLinear.apply(rows, bias, weight.to(h.dtype), offset, gated)  # type: ignore[no-untyped-call]
-    return out.unflatten(0, h.shape[:-1])
+    out: Tensor = ActivatedLinear.apply(rows, bias, weight.to(h.dtype), offset, gated)
+    return out.view(*h.shape[:-1], out.shape[-1])

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dit.model.kernels.running import FUSED
+
 ROWS, COLUMNS, WARPS = 4, 512, 8  # of a tile: 8 numbers a thread, which are 16 bytes of bfloat16
 TILES = 16  # that a program of the backward pass takes, one below the other
 
@@ -44,9 +46,7 @@ def _biased(h, bias, here, columns, inside, of_width):
 
 
 @triton.jit
-def _forward(
-    h, bias, out, rows, width, GATED: tl.constexpr, R: tl.constexpr, C: tl.constexpr
-):
+def _forward(h, bias, out, rows, width, GATED: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
     """A tile of gelu(h + bias), or of silu(first half)·(second half)."""
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)[:, None]
     columns = tl.program_id(1) * C + tl.arange(0, C)
@@ -64,16 +64,16 @@ def _forward(
 
 @triton.jit
 def _backward(
-    given, h, bias, dh, out, sums, rows, width, tiles,
-    GATED: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    given, h, bias, dh, out, sums, rows, width,
+    TILES: tl.constexpr, GATED: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Tiles below each other: the gradient of h, the activation once more, and the sums of the gradient's columns."""
     columns = tl.program_id(1) * C + tl.arange(0, C)
     of_width = columns < width
     wide = 2 * width if GATED else width
     first, second = tl.zeros((R, C), tl.float32), tl.zeros((R, C), tl.float32)
-    for i in range(tiles):
-        row = (tl.program_id(0).to(tl.int64) * tiles + i) * R + tl.arange(0, R)[:, None]
+    for i in range(TILES):
+        row = (tl.program_id(0).to(tl.int64) * TILES + i) * R + tl.arange(0, R)[:, None]
         inside = (row < rows) & of_width[None, :]
         here, there = row * wide + columns[None, :], row * width + columns[None, :]
         v = _biased(h, bias, here, columns, inside, of_width)
@@ -103,7 +103,7 @@ def forward(h: Tensor, bias: Tensor | None, out: Tensor, gated: bool) -> None:
     rows, width = out.shape
     if out.numel():
         _forward[(triton.cdiv(rows, ROWS), triton.cdiv(width, COLUMNS))](
-            h, bias, out, rows, width, GATED=gated, R=ROWS, C=COLUMNS, num_warps=WARPS
+            h, bias, out, rows, width, GATED=gated, R=ROWS, C=COLUMNS, num_warps=WARPS, **FUSED
         )
 
 
@@ -116,6 +116,19 @@ def backward(
     sums = None if bias is None else torch.zeros(parts, h.shape[1], dtype=torch.float32, device=h.device)
     if out.numel():
         _backward[(parts, triton.cdiv(width, COLUMNS))](
-            given, h, bias, dh, out, sums, rows, width, TILES, GATED=gated, R=ROWS, C=COLUMNS, num_warps=WARPS
+            given,
+            h,
+            bias,
+            dh,
+            out,
+            sums,
+            rows,
+            width,
+            TILES=TILES,
+            GATED=gated,
+            R=ROWS,
+            C=COLUMNS,
+            num_warps=WARPS,
+            **FUSED,
         )
     return h.new_empty(0, dtype=torch.float32) if sums is None else torch.sum(sums, 0)

@@ -171,5 +171,5 @@ def normed_turned_heads(
     qkv: (B, T, 3, heads, d). gain, bias: (2, d) of queries and keys; a bias needs a gain. rotation: (2, T, d/2) cosines
     and sines. centred: whether the mean is taken off (LayerNorm), or not (RMSNorm); normed: whether there is a norm.
     """
-    out: tuple[Tensor, Tensor, Tensor] = Heads.apply(qkv, gain, bias, rotation, epsilon, normed, centred)  # type: ignore[no-untyped-call]
+    out: tuple[Tensor, Tensor, Tensor] = Heads.apply(qkv, gain, bias, rotation, epsilon, normed, centred)
     return out

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dit.model.kernels.running import FUSED
+
 NUMBERS, WARPS = 2048, 8  # of a program's tile, and its warps
 TILES = 8  # that a program of the backward pass takes, one after the other
 
@@ -80,14 +82,15 @@ def _unnormed(d, v, inside, epsilon, CENTRED: tl.constexpr, WIDTH: tl.constexpr)
 @triton.jit
 def _backward(
     dq, dk, dv, qkv, gain, rotation, dqkv, sums, rows, heads,
-    tokens, tiles, epsilon,
-    NORMED: tl.constexpr, CENTRED: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
+    tokens, epsilon,
+    TILES: tl.constexpr, NORMED: tl.constexpr, CENTRED: tl.constexpr,
+    WIDTH: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """The gradient of all three from those of queries and keys, turned and normed, and of the values, as they are."""
     part, kind, at = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, W)
     of_gain, of_bias = tl.zeros((R, W), tl.float32), tl.zeros((R, W), tl.float32)
-    for i in range(tiles):
-        row = (part * tiles + i) * R + tl.arange(0, R)
+    for i in range(TILES):
+        row = (part * TILES + i) * R + tl.arange(0, R)
         token, inside = row // heads, (row < rows)[:, None] & (at < WIDTH)[None, :]
         there = (row * WIDTH)[:, None] + at[None, :]
         here = (((token * 3 + kind) * heads + row % heads) * WIDTH)[:, None] + at[None, :]
@@ -109,7 +112,7 @@ def _backward(
                     d *= tl.load(gain + kind * WIDTH + at, mask=at < WIDTH, other=0.0).to(tl.float32)[None, :]
                 d = _unnormed(d, v, inside, epsilon, CENTRED, WIDTH)
         tl.store(dqkv + here, d.to(dqkv.dtype.element_ty), mask=inside)
-    if sums is not None:
+    if sums is not None:  # noqa: SIM102 (known when it is compiled, unlike the next)
         if kind < 2:
             place = sums + ((part * 2 + kind) * 2) * WIDTH + at
             tl.store(place, tl.sum(of_gain, 0), mask=at < WIDTH)
@@ -126,13 +129,13 @@ def forward(
     qkv: Tensor, gain: Tensor | None, bias: Tensor | None, rotation: Tensor | None, q: Tensor, k: Tensor,
     epsilon: float, normed: bool, centred: bool,
 ) -> None:  # fmt: skip
-    """Fill q and k (B, T, heads, d) from qkv (B, T, 3, heads, d), contiguous; gain, bias (2, d); rotation (2, T, d/2)."""
+    """Fill q and k (B, T, heads, d) from qkv (B, T, 3, heads, d); gain, bias (2, d), rotation (2, T, d/2)."""
     batch, tokens, heads, width = q.shape
     rows, (r, w) = batch * tokens * heads, _tile(width)
     if rows:
         _forward[(triton.cdiv(rows, r), 2)](
             qkv, gain, bias, rotation, q, k, rows, heads, tokens, epsilon,
-            NORMED=normed, CENTRED=centred, WIDTH=width, R=r, W=w, num_warps=WARPS,
+            NORMED=normed, CENTRED=centred, WIDTH=width, R=r, W=w, num_warps=WARPS, **FUSED,
         )  # fmt: skip
 
 
@@ -140,14 +143,14 @@ def backward(
     dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, gain: Tensor | None, rotation: Tensor | None, dqkv: Tensor,
     epsilon: float, normed: bool, centred: bool,
 ) -> Tensor:  # fmt: skip
-    """Fill dqkv, and give the gradients of gains and biases (2 of queries and keys, 2, d), float32; empty without a gain."""
+    """Fill dqkv, and give the gradients of gains and biases (2 kinds, 2, d), float32; empty without a gain."""
     batch, tokens, heads, width = dq.shape
     rows, (r, w) = batch * tokens * heads, _tile(width)
     parts = triton.cdiv(rows, r * TILES)
     sums = None if gain is None else dq.new_empty(parts, 2, 2, width, dtype=torch.float32)
     if rows:
         _backward[(parts, 3)](
-            dq, dk, dv, qkv, gain, rotation, dqkv, sums, rows, heads, tokens, TILES, epsilon,
-            NORMED=normed, CENTRED=centred, WIDTH=width, R=r, W=w, num_warps=WARPS,
+            dq, dk, dv, qkv, gain, rotation, dqkv, sums, rows, heads, tokens, epsilon,
+            TILES=TILES, NORMED=normed, CENTRED=centred, WIDTH=width, R=r, W=w, num_warps=WARPS, **FUSED,
         )  # fmt: skip
     return dq.new_empty(0, dtype=torch.float32) if sums is None else torch.sum(sums, 0)

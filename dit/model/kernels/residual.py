@@ -50,6 +50,39 @@ def residual(
     return _residual(x, h, gate, weight, shift, epsilon, centred, stream, dtype or torch.float32)  # type: ignore[no-any-return]
 
 
+class _Normed(torch.autograd.Function):
+    """The normed stream beside the stream itself, so that their gradients come back to one pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, shift: Rows, epsilon: float, centred: bool, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, weight)
+        ctx.norm, ctx.shift = (epsilon, centred), None if shift is None else shift.dtype
+        return x.view_as(x), _residual(x, None, None, weight, shift, epsilon, centred, x.dtype, dtype)[1]
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        x, weight = ctx.saved_tensors
+        dx, _, sums = _residual_backward(*grad_outputs, x, None, None, weight, *ctx.norm, x.dtype)
+        shift = None if ctx.shift is None else sums[:, 1].to(ctx.shift)
+        return dx, sums[:, 0].to(weight.dtype), shift, None, None, None
+
+
+def normed(
+    x: Tensor,
+    weight: Tensor,
+    shift: Rows = None,
+    *,
+    epsilon: float = 1e-6,
+    centred: bool = True,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Norm and modulate the stream: (x, y) as `residual`; the x that is given back is to be used in place of x."""
+    out: tuple[Tensor, Tensor] = _Normed.apply(x, weight, shift, epsilon, centred, dtype or torch.float32)
+    return out
+
+
 def reference(
     x: Tensor, h: Tensor | None, gate: Rows, weight: Rows, shift: Rows, epsilon: float, centred: bool,
     stream: torch.dtype, dtype: torch.dtype,

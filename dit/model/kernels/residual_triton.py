@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dit.model.kernels.running import FUSED
+
 PROGRAMS = 2048  # that a backward pass is cut into, or so: some 16 for each of a large GPU's processors
 MIN_ROWS, MAX_ROWS = 4, 64  # of a program in the backward pass
 
@@ -56,8 +58,8 @@ def _forward(
 @triton.jit
 def _backward(
     dout, dy, x, h, gate, weight, dx, dh, sums,
-    gate_stride, weight_stride, tokens, width, rows, epsilon,
-    CENTRED: tl.constexpr, KINDS: tl.constexpr, BLOCK: tl.constexpr,
+    gate_stride, weight_stride, tokens, width, epsilon,
+    CENTRED: tl.constexpr, KINDS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Some rows of a sample: dx, dh, and the sums over them for gate, weight and shift. x is what was normed."""
     sample, part, at = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BLOCK)
@@ -65,8 +67,8 @@ def _backward(
     of_gate = tl.zeros((BLOCK,), tl.float32)
     of_weight = tl.zeros((BLOCK,), tl.float32)
     of_shift = tl.zeros((BLOCK,), tl.float32)
-    for i in range(rows):
-        token = part * rows + i
+    for i in range(ROWS):
+        token = part * ROWS + i
         inside = at < tl.where(token < tokens, width, 0)  # `&` with a scalar is an int in the interpreter
         here = (sample * tokens + token) * width + at
         d = tl.zeros((BLOCK,), tl.float32)
@@ -115,7 +117,7 @@ def forward(
     if x.numel():
         _forward[(samples * tokens,)](
             x, h, gate, weight, shift, out, y, _stride(gate), _stride(weight), _stride(shift), tokens, width,
-            epsilon, CENTRED=centred, BLOCK=block, num_warps=_warps(block),
+            epsilon, CENTRED=centred, BLOCK=block, num_warps=_warps(block), **FUSED,
         )  # fmt: skip
 
 
@@ -129,12 +131,13 @@ def backward(
     """
     given: Any = dout if dy is None else dy
     samples, tokens, width = given.shape
-    rows = min(max(-(-samples * tokens // PROGRAMS), MIN_ROWS), MAX_ROWS)
-    parts, kinds, block = -(-tokens // rows), sums.shape[1], triton.next_power_of_2(width)
+    rows = min(max(samples * tokens // PROGRAMS, MIN_ROWS), MAX_ROWS, max(tokens, 1))
+    rows = triton.next_power_of_2(rows)  # a kernel is compiled for each
+    parts, kinds, block = max(-(-tokens // rows), 1), sums.shape[1], triton.next_power_of_2(width)
     partial = sums if parts == 1 else sums.new_empty(samples, parts, kinds, width)
     if given.numel():
         _backward[(samples, parts)](
-            dout, dy, x, h, gate, weight, dx, dh, partial, _stride(gate), _stride(weight), tokens, width, rows,
-            epsilon, CENTRED=centred, KINDS=kinds, BLOCK=block, num_warps=_warps(block),
+            dout, dy, x, h, gate, weight, dx, dh, partial, _stride(gate), _stride(weight), tokens, width,
+            epsilon, CENTRED=centred, KINDS=kinds, ROWS=rows, BLOCK=block, num_warps=_warps(block), **FUSED,
         )  # fmt: skip
     return sums if parts == 1 else torch.sum(partial, 1)
