@@ -34,8 +34,9 @@ from dit.train.task import LatentTask
 def make_parts(cfg: Experiment, manifest: Manifest, world: World) -> Parts:
     """Make model, task and hooks for these data on this rank.
 
-    ConfigError where the coupling does not fit them or the micro-batch, DataError where their codec cannot be opened.
+    ConfigError where coupling, micro-batch or kernels do not fit here, DataError where their codec cannot be opened.
     """
+    cfg.model.kernels.check(world.device)
     norm, task = cfg.norm(manifest), cfg.task(manifest, world)
     hooks, draws = _hooks(cfg, manifest, norm, task, world), bool(cfg.sample.every or cfg.evaluate.every)
 

@@ -21,11 +21,12 @@ from torch.utils.checkpoint import checkpoint
 
 from dit.config import Registry, config
 from dit.model.dims import Dims
-from dit.model.embed import WideLinear
+from dit.model.embed import WideLinear, suited
+from dit.model.kernels.choice import Kerneled
 from dit.model.mlp import MLPS, GeluMlp, MlpConfig
 from dit.model.modulation import MODULATIONS, FullModulation, FullRows, Modulation, cut, modulate
 from dit.model.norms import EPSILON, NORMS, QK_NORMS, LayerNorm, NoNorm, Norm
-from dit.model.rope import ROPES, Rope, rotate
+from dit.model.rope import ROPES, Rope
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ class AdaLNZero(BlockConfig):
         )
 
 
-class AdaLNZeroBlock(nn.Module):
+class AdaLNZeroBlock(Kerneled):
     """x + gate·attention(modulated norm of x), then the same with the MLP."""
 
     def __init__(self, cfg: AdaLNZero, dims: Dims):
@@ -182,10 +183,11 @@ class AdaLNZeroBlock(nn.Module):
                 None,
                 None,
             )
-        h, value = self.attention(modulate(self.norm1(x), shift_attention, scale_attention), rotation, value)
-        x = x + gate_attention * h  # (B, T, D), float32 by promotion
-        h = self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))  # (B, T, D)
-        x = x + gate_mlp * h  # (B, T, D)
+        kernels, weight = self.kernels, self.attention.qkv.weight  # y is to be in the dtype of its products
+        x, y = kernels.normed(x, self.norm1, shift_attention, scale_attention, weight)
+        h, value = self.attention(y, rotation, value)  # (B, T, D)
+        x, y = kernels.added_normed(x, gate_attention, h, self.norm2, shift_mlp, scale_mlp, weight)
+        x = kernels.added(x, gate_mlp, self.mlp(y))  # (B, T, D)
         return (x, value) if self.cfg.value_residual else x
 
 
@@ -237,7 +239,7 @@ def output_cost(dims: Dims, norm: Norm) -> OutputCost:
     )
 
 
-class Attention(nn.Module):
+class Attention(Kerneled):
     """Multi-head self-attention. Rows of `qkv` are (3, heads, head width), as in timm.
 
     scale: the factor of the logits; None is 1/√(head width).
@@ -264,16 +266,11 @@ class Attention(nn.Module):
         self, x: Tensor, rotation: Tensor | None = None, first: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """(B, T, D), the table of a rope, the first block's values -> (B, T, D) and the values that others get."""
-        qkv = self.qkv(x.to(self.qkv.weight.dtype))  # (B, T, 3·D)
-        # split before the heads move: the gradient is then one copy and not two
-        q, k, v = rearrange(qkv, "b t (n h d) -> b t n h d", n=3, h=self.heads).unbind(2)  # (B, T, heads, d)
-        q, k = (norm(a).to(a.dtype) for norm, a in ((self.q_norm, q), (self.k_norm, k)))
-        q, k, v = (a.transpose(1, 2) for a in (q, k, v))  # (B, heads, T, d)
+        qkv = self.qkv(suited(x, self.qkv.weight))  # (B, T, 3·D)
+        q, k, v = self.kernels.heads(qkv, self.heads, self.q_norm, self.k_norm, rotation)  # (B, heads, T, d)
         first = v if first is None else first
         if self.mix is not None:
             v = self.mix(v, first)
-        if rotation is not None:
-            q, k = rotate(q, rotation), rotate(k, rotation)
         out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)  # (B, heads, T, d)
         mixed: Tensor = self.proj(rearrange(out, "b h t d -> b t (h d)"))  # (B, T, D)
         return mixed, first

@@ -23,6 +23,7 @@ from dit.model.block import BLOCKS, AdaLNZero, BlockConfig, OutputCost, OutputLa
 from dit.model.cond import CONDITIONERS, ClassLabel, ConditionerConfig, joined
 from dit.model.dims import Dims, grid_of
 from dit.model.embed import MAX_PERIOD, PatchEmbed, Spacing, TimeEmbed, position_table, unpatchify, wide
+from dit.model.kernels.choice import KERNELS, Auto, Kernels, use
 from dit.model.modulation import FullRows
 from dit.model.norms import NORMS, Norm
 from dit.model.parametrization import PARAMETRIZATIONS, Parametrization, Standard, scale
@@ -57,6 +58,8 @@ class DiTConfig(ModelConfig):
     mlp_ratio: float = 4.0  # hidden width of the MLPs over width
     num_classes: int | None = None  # of labels; null = as many as the data has
     learn_sigma: bool = False  # twice the output channels: a prediction, then its log-variance
+    # of what lies between a block's matrix products: plain torch (which torch.compile fuses), triton, or auto
+    kernels: Annotated[Kernels, KERNELS] = Auto()
     checkpoint_blocks: bool = False  # recompute blocks in the backward pass: a third more work, less memory
     position_table: bool = True  # add the table of places to the patches; false: rope alone tells them
     stored_position: bool = False  # keep the position table in checkpoints, as foreign weights do
@@ -200,6 +203,7 @@ class DiT(nn.Module):
         self.modulation = FullRows(width, block.shared_rows * width) if block.shared_rows else None
         self.blocks = nn.ModuleList(block.build(dims) for _ in range(dims.depth))
         self.output = self.output_layer(cfg, dims)
+        use(self, cfg.kernels)
         # functions of the shapes: not learned, so neither in state_dict nor cast with the parameters of ZeRO
         self.register_buffer("position", torch.empty(dims.tokens, width), persistent=cfg.stored_position)
         beside = cfg.registers + cfg.context

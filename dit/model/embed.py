@@ -34,6 +34,19 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """Give the dtype in which a matrix product of `x` with `weight` is computed: autocast's, or the weight's."""
+    kind = x.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return weight.dtype
+
+
+def suited(x: Tensor, weight: Tensor) -> Tensor:
+    """`x` as a layer takes it: in its weight's dtype, or as it is where that is the product's already."""
+    return x if x.dtype == product_dtype(x, weight) else x.to(weight.dtype)
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """A context in which autocast is off. The meta device has no autocast to switch off."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

@@ -6,12 +6,13 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Annotated
 
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from dit.config import Registry, config
 from dit.model.dims import Dims
+from dit.model.kernels.activation import GELU, SWIGLU
+from dit.model.kernels.choice import Kerneled
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class SwiGluMlp(MlpConfig):
         return max(1, int(2 / 3 * dims.mlp_width)) if self.hidden is None else self.hidden
 
 
-class Mlp(nn.Module):
+class Mlp(Kerneled):
     """Linear, GELU (tanh form), linear."""
 
     def __init__(self, width: int, hidden: int, bias: bool = True):
@@ -88,12 +89,10 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
-        h = self.fc1(x.to(self.fc1.weight.dtype))  # (B, T, hidden)
-        out: Tensor = self.fc2(F.gelu(h, approximate="tanh"))  # (B, T, D)
-        return out
+        return self.kernels.feed_forward(x, self.fc1, GELU, self.fc2)  # (B, T, D)
 
 
-class SwiGlu(nn.Module):
+class SwiGlu(Kerneled):
     """silu(gate)·value, then linear. Rows of `fc1` are (gate, value), so that both are one product."""
 
     def __init__(self, width: int, hidden: int, bias: bool = True):
@@ -103,6 +102,4 @@ class SwiGlu(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
-        gate, value = self.fc1(x.to(self.fc1.weight.dtype)).chunk(2, dim=-1)  # each (B, T, hidden)
-        out: Tensor = self.fc2(F.silu(gate) * value)  # (B, T, D)
-        return out
+        return self.kernels.feed_forward(x, self.fc1, SWIGLU, self.fc2)  # (B, T, D)

@@ -95,8 +95,19 @@ class NoNorm(Norm):
         return 0
 
 
-class LayerNormed(nn.Module):
+class TokenNorm(nn.Module):
+    """A norm over the last axis: (x − mean, where it is centred) / deviation · gain + bias."""
+
+    is_centred: bool
+    epsilon: float
+    gain: nn.Parameter | None
+    bias: nn.Parameter | None
+
+
+class LayerNormed(TokenNorm):
     """LayerNorm over the last axis, computed and given back in at least float32."""
+
+    is_centred = True
 
     def __init__(self, width: int, affine: bool = False, epsilon: float = EPSILON):
         super().__init__()
@@ -118,8 +129,11 @@ class LayerNormed(nn.Module):
         return F.layer_norm(full, x.shape[-1:], gain, bias, self.epsilon)
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(TokenNorm):
     """x / rms(x), times a gain, over the last axis, computed and given back in at least float32."""
+
+    is_centred = False
+    bias = None
 
     def __init__(self, width: int, gain: bool = True, epsilon: float = EPSILON):
         super().__init__()
