@@ -183,7 +183,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     zero: ZeroConfig = ZeroConfig()
     val: ValConfig = ValConfig()
-    # deepspeed; plain = torch alone, nothing sharded, the same checkpoints; local = that on one rank, for comparison
+    # deepspeed; plain = torch alone, nothing sharded, the same checkpoints; local = that on one rank
     engine: Literal["deepspeed", "plain", "local"] = "deepspeed"
     init: InitConfig = InitConfig()
 
