@@ -22,6 +22,7 @@ from dit.experiments.latents import (
     open_codec,
 )
 from dit.flow.objective import Objective
+from dit.model import sdpa
 from dit.model.cost import Cost, Memory, cost
 from dit.model.models import MODELS, DiTConfig
 from dit.ranks.group import World
@@ -106,6 +107,11 @@ class Experiment(RunConfig):
                 "objective.auxiliary trains variance channels that the network lacks; "
                 "set model.learn_sigma: true, or leave learned_range out of objective.auxiliary"
             )
+        if self.model.residual == "bfloat16" and self.train.precision != "bf16":
+            raise ConfigError(
+                f"model.residual: bfloat16 rounds nothing at train.precision: {self.train.precision}; set "
+                "train.precision: bf16, or leave it out"
+            )
         drawn: dict[str, SampleConfig | EvaluateConfig] = {"sample": self.sample, "evaluate": self.evaluate}
         for name, spec in drawn.items():
             if spec.every:
@@ -131,6 +137,13 @@ class Experiment(RunConfig):
         # the statistics of generated latents are not their own
         has_unit_variance = self.latents.norm == "dataset" and not manifest.eps
         return LatentTask(self.objective, self.norm(manifest), self.train.label_drop, has_unit_variance)
+
+    def check_device(self, manifest: Manifest, device: torch.device) -> None:
+        """ConfigError where what is named for the device (model.attention) cannot compute this model there."""
+        dtype = torch.bfloat16 if self.train.precision == "bf16" else torch.float32
+        dims = self.model.dims(manifest.input_size, manifest.channels, len(manifest.classes))
+        for stack in self.model.stacks(dims):
+            sdpa.check(self.model.attention, device, dtype, stack.head_width, stack.sequence)
 
     def cost(self, manifest: Manifest) -> Cost:
         """Parameters, FLOPs and memory of the model on these data."""

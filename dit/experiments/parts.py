@@ -18,7 +18,8 @@ from dit.experiments.drawer import Drawer, ShownTally
 from dit.experiments.figures import costs_of, figures_hook
 from dit.experiments.latents import codec_doubts, latent_contract
 from dit.flow.times import shift_of
-from dit.model.dit import MODELS, DiT
+from dit.model.dit import DiT
+from dit.model.kinds import MODELS
 from dit.model.parametrization import PARAMETRIZATIONS
 from dit.progress import Bar
 from dit.ranks.group import World
@@ -33,8 +34,10 @@ from dit.train.task import LatentTask
 def make_parts(cfg: Experiment, manifest: Manifest, world: World) -> Parts:
     """Make model, task and hooks for these data on this rank.
 
-    ConfigError where the coupling does not fit them or the micro-batch, DataError where their codec cannot be opened.
+    ConfigError where the coupling does not fit them or the micro-batch, or the device cannot compute what is asked for;
+    DataError where their codec cannot be opened.
     """
+    cfg.check_device(manifest, world.device)
     norm, task = cfg.norm(manifest), cfg.task(manifest, world)
     hooks, draws = _hooks(cfg, manifest, norm, task, world), bool(cfg.sample.every or cfg.evaluate.every)
 

@@ -1,8 +1,8 @@
 """Transformer blocks and the output layer, modulated by the condition (adaLN-Zero; arXiv 2212.09748).
 
 A block is one unit for ZeRO-3 (a leaf whose parameters are gathered together) and for torch.compile (one
-graph). The residual stream, the norms and the modulation are in float32; the matrix products take autocast's
-dtype, or that of the parameters where there is no autocast.
+graph). Norms and modulation are in float32, and so is the residual stream, unless it comes in bfloat16
+(`dit.model.stream`); the matrix products take autocast's dtype, or that of the parameters where there is no autocast.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from functools import partial
 from typing import Annotated, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
@@ -26,6 +25,7 @@ from dit.model.mlp import MLPS, GeluMlp, MlpConfig
 from dit.model.modulation import MODULATIONS, FullModulation, FullRows, Modulation, cut, modulate
 from dit.model.norms import EPSILON, NORMS, QK_NORMS, LayerNorm, NoNorm, Norm
 from dit.model.rope import ROPES, Rope, rotate
+from dit.model.sdpa import Backend, attend
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,13 @@ class AdaLNZeroBlock(nn.Module):
         self.cfg = cfg
         self.norm1 = cfg.norm.build(dims.width)
         self.attention = Attention(
-            dims.width, dims.heads, cfg.qk_norm, cfg.qkv_bias, cfg.value_residual, dims.attention_scale
+            dims.width,
+            dims.heads,
+            cfg.qk_norm,
+            cfg.qkv_bias,
+            cfg.value_residual,
+            dims.attention_scale,
+            dims.attention,
         )
         self.norm2 = cfg.norm.build(dims.width, cfg.mlp_epsilon)
         self.mlp = cfg.mlp.build(dims)
@@ -168,7 +174,7 @@ class AdaLNZeroBlock(nn.Module):
         rotation: Tensor | None = None,
         value: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """x (B, T, D) in at least float32, c (B, D) or (B, T, D) after its SiLU -> (B, T, D).
+        """x (B, T, D), c (B, D) or (B, T, D) after its SiLU -> (B, T, D) in x's dtype; sums are in at least float32.
 
         shared: (B, rows·D) of the modulation that all blocks share. rotation: (2, T, d/2) the table of `rope`. value:
         (B, heads, T, d) the first block's values, None in the first, which gives its own out: (tokens, values).
@@ -183,9 +189,9 @@ class AdaLNZeroBlock(nn.Module):
                 None,
             )
         h, value = self.attention(modulate(self.norm1(x), shift_attention, scale_attention), rotation, value)
-        x = x + gate_attention * h  # (B, T, D), float32 by promotion
+        x = (x + gate_attention * h).to(x.dtype)  # (B, T, D), the sum in float32 by promotion
         h = self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))  # (B, T, D)
-        x = x + gate_mlp * h  # (B, T, D)
+        x = (x + gate_mlp * h).to(x.dtype)  # (B, T, D)
         return (x, value) if self.cfg.value_residual else x
 
 
@@ -240,7 +246,7 @@ def output_cost(dims: Dims, norm: Norm) -> OutputCost:
 class Attention(nn.Module):
     """Multi-head self-attention. Rows of `qkv` are (3, heads, head width), as in timm.
 
-    scale: the factor of the logits; None is 1/√(head width).
+    scale: the factor of the logits; None is 1/√(head width). backend: which of torch's kernels (`dit.model.sdpa`).
     """
 
     def __init__(
@@ -251,9 +257,10 @@ class Attention(nn.Module):
         qkv_bias: bool = True,
         value_residual: bool = False,
         scale: float | None = None,
+        backend: Backend = "auto",
     ):
         super().__init__()
-        self.heads, self.scale = heads, scale
+        self.heads, self.scale, self.backend = heads, scale, backend
         self.qkv = nn.Linear(width, 3 * width, qkv_bias)
         self.proj = nn.Linear(width, width)
         self.q_norm = qk_norm.build(width // heads)
@@ -274,7 +281,7 @@ class Attention(nn.Module):
             v = self.mix(v, first)
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
-        out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)  # (B, heads, T, d)
+        out = attend(q, k, v, self.scale, self.backend)  # (B, heads, T, d)
         mixed: Tensor = self.proj(rearrange(out, "b h t d -> b t (h d)"))  # (B, T, D)
         return mixed, first
 
