@@ -37,12 +37,14 @@ def make_parts(cfg: Experiment, manifest: Manifest, world: World) -> Parts:
     ConfigError where the coupling does not fit them or the micro-batch, or the device cannot compute what is asked for;
     DataError where their codec cannot be opened.
     """
-    cfg.check_device(manifest, world.device)
+    cfg.check_device(manifest, world)
     norm, task = cfg.norm(manifest), cfg.task(manifest, world)
     hooks, draws = _hooks(cfg, manifest, norm, task, world), bool(cfg.sample.every or cfg.evaluate.every)
 
     def build() -> DiT:
         module = cfg.model.build(manifest.input_size, manifest.channels, len(manifest.classes))
+        if cfg.train.fp8 is not None:
+            cfg.train.fp8.convert(module)
         if cfg.train.compile:
             module.compile_blocks()
         return module
