@@ -161,7 +161,7 @@ def compared(losses: Mapping[str, list[float]]) -> dict[str, Any]:
     """
     reference, *_ = losses
     base = np.array(losses[reference])
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     for name, found in losses.items():
         here = np.array(found)
         with np.errstate(invalid="ignore"):  # of failed runs
