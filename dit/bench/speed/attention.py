@@ -1,7 +1,7 @@
 """Torch's kernels of attention beside each other: forward and backward, at the head widths that a model may have.
 
-At a fixed width of the tokens, so that fewer heads are wider ones and the work is the same. Queries, keys and values lie
-in memory as the model's do. What a device cannot compute is told, not measured.
+At a fixed width of the tokens, so that fewer heads are wider ones and the work is the same. Queries, keys and values
+lie in memory as the model's do. What a device cannot compute is told, not measured.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _rows(
     found = take_turns(
         [Contender(name, partial(turn, name)) for name in able], cfg.repeats, progress=progress
     )
-    exact = _pass("math", *(x.detach().float().requires_grad_() for x in (q, k, v)))
+    exact = _pass("math", *(x.detach().double().requires_grad_() for x in (q, k, v)))
     rows: list[dict[str, Any]] = []
     for name in cfg.kernels:
         row: dict[str, Any] = {"dtype": dtype, "head_width": head_width, "kernel": name}
@@ -112,7 +112,7 @@ def _pass(kernel: Backend, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...
 
 def _error(found: Tensor, exact: Tensor) -> float:
     """The relative error, over all numbers."""
-    return float((found.float() - exact).norm() / exact.norm())
+    return float((found.double() - exact).norm() / exact.norm())
 
 
 def _figures(
