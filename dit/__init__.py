@@ -12,6 +12,7 @@ Within the package nobody imports from here.
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 from dit.version import __version__
@@ -55,6 +56,11 @@ __all__ = [
     "fit",
     "load",
 ]
+
+
+# Wherever diffusers finds torchao (the extra fp8) it imports it, and both tell of parts that nobody uses here.
+for _name in ("torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 
 if not TYPE_CHECKING:  # or a type checker would believe in any name

@@ -93,6 +93,7 @@ MAY_IMPORT = {
     "interop": "errors files version config configfile ranks flow model data evals train experiments outputs",
     "bench.plan": "errors files progress config configfile ranks model data.codecs data.loading data.shards"
     " train.engines train.optim train.plan train.settings experiments bench",
+    "bench.parity": "config configfile model train experiments scaling",
     "bench": "errors files version progress config rng ranks flow model sample data train outputs",
     "api": "ambient errors files progress config configfile rng ranks flow model sample data train experiments",
     "tools": "errors files progress config configfile ranks sample data evals train stage1 experiments"
@@ -103,6 +104,7 @@ MAY_IMPORT = {
 # A third-party package -> the only modules that may name it.
 ONLY_IN = {
     "deepspeed": {"dit.train.engines.zero_engine"},
+    "torchao": {"dit.model.fp8"},
     "gradio": {"dit.serving.page", "dit.serving.server"},
     "fastapi": {"dit.serving.server"},
     "uvicorn": {"dit.serving.server"},

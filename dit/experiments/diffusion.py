@@ -23,7 +23,9 @@ from dit.experiments.latents import (
 )
 from dit.flow.auxiliary import AUXILIARIES
 from dit.flow.objective import Objective
+from dit.model import sdpa
 from dit.model.cost import Cost, Memory, cost
+from dit.model.fp8 import FP8, Fp8
 from dit.model.models import MODELS, DiTConfig
 from dit.ranks.group import World
 from dit.sample.generate import SamplerSpec
@@ -78,6 +80,8 @@ class DiffusionTrainConfig(TrainConfig):
 
     label_drop: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of labels replaced by the null condition
     compile: bool = False  # compile each block with torch.compile
+    # multiply the blocks' linear layers in float8 (torchao): tensorwise, rowwise; needs bf16; pays compiled alone
+    fp8: Annotated[Fp8, FP8] | None = None
 
 
 @config
@@ -113,6 +117,15 @@ class Experiment(RunConfig):
                 f"objective.auxiliary {needing[0]} needs a network that knows the dropped condition too, and "
                 "train.label_drop is 0; set it to 0.1"
             )
+        if self.model.residual == "bfloat16" and self.train.precision != "bf16":
+            raise ConfigError(
+                f"model.residual: bfloat16 rounds nothing at train.precision: {self.train.precision}; set "
+                "train.precision: bf16, or leave it out"
+            )
+        if self.train.fp8 is not None and self.train.precision != "bf16":
+            raise ConfigError(
+                f"train.fp8 is for train.precision: bf16, and it is {self.train.precision}; set one of the two"
+            )
         drawn: dict[str, SampleConfig | EvaluateConfig] = {"sample": self.sample, "evaluate": self.evaluate}
         for name, spec in drawn.items():
             if spec.every:
@@ -138,6 +151,16 @@ class Experiment(RunConfig):
         # the statistics of generated latents are not their own
         has_unit_variance = self.latents.norm == "dataset" and not manifest.eps
         return LatentTask(self.objective, self.norm(manifest), self.train.label_drop, has_unit_variance)
+
+    def check_device(self, manifest: Manifest, world: World) -> None:
+        """ConfigError where model.kernels, model.attention or train.fp8 name what cannot run on the rank's device."""
+        self.model.kernels.check(world.device)
+        dtype = torch.bfloat16 if self.train.precision == "bf16" else torch.float32
+        dims = self.model.dims(manifest.input_size, manifest.channels, len(manifest.classes))
+        for stack in self.model.stacks(dims):
+            sdpa.check(self.model.attention, world.device, dtype, stack.head_width, stack.sequence)
+            if self.train.fp8 is not None:
+                self.train.fp8.check(world.device, self.train.micro(world) * stack.sequence)
 
     def cost(self, manifest: Manifest) -> Cost:
         """Parameters, FLOPs and memory of the model on these data."""

@@ -19,7 +19,8 @@ from dit.experiments.figures import costs_of, figures_hook
 from dit.experiments.latents import codec_doubts, latent_contract
 from dit.flow.couple import COUPLINGS, Coupling
 from dit.flow.times import shift_of
-from dit.model.dit import MODELS, DiT
+from dit.model.dit import DiT
+from dit.model.kinds import MODELS
 from dit.model.parametrization import PARAMETRIZATIONS
 from dit.progress import Bar
 from dit.ranks.group import World
@@ -34,14 +35,17 @@ from dit.train.task import LatentTask
 def make_parts(cfg: Experiment, manifest: Manifest, world: World) -> Parts:
     """Make model, task and hooks for these data on this rank.
 
-    ConfigError where coupling, micro-batch or kernels do not fit here, DataError where their codec cannot be opened.
+    ConfigError where coupling or micro-batch do not fit them, or the device cannot compute what is asked for; DataError
+    where their codec cannot be opened.
     """
-    cfg.model.kernels.check(world.device)
+    cfg.check_device(manifest, world)
     norm, task = cfg.norm(manifest), cfg.task(manifest, world)
     hooks, draws = _hooks(cfg, manifest, norm, task, world), bool(cfg.sample.every or cfg.evaluate.every)
 
     def build() -> DiT:
         module = cfg.model.build(manifest.input_size, manifest.channels, len(manifest.classes))
+        if cfg.train.fp8 is not None:
+            cfg.train.fp8.convert(module)
         if cfg.train.compile:
             module.compile_blocks()
         return module

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,7 +81,10 @@ class Trained:
             ) from None
         contract = found.meta["contract"]
         channels, height, width = contract["shape"]
-        model = experiment.model.build((height, width), channels, len(contract["classes"]))
+        # the run's kernel of attention was chosen for another device and precision, perhaps; any computes the same
+        model = replace(experiment.model, attention="auto").build(
+            (height, width), channels, len(contract["classes"])
+        )
         model.load_state_dict(Reader(found).state_dict(weights))
         norm = from_dict(LatentNorm, contract["norm"])
         model = model.to(device).eval()

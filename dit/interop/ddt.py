@@ -35,8 +35,9 @@ from dit.interop.weights import (
 )
 from dit.interop.weights import parse_arguments as parse
 from dit.model.ddt import DDTConfig
-from dit.model.dit import MODELS, DiT
+from dit.model.dit import DiT
 from dit.model.embed import wide
+from dit.model.kinds import MODELS
 from dit.model.tables import place_tables, resize
 
 PERIOD = 10.0  # of its sinusoids of time

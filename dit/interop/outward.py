@@ -13,8 +13,8 @@ from dit.interop.weights import PATCHES, POSITION, Arguments, WeightsError, rati
 from dit.model.dit import DiT, DiTConfig
 
 SHAPES = ("size", "width", "depth", "heads", "head_width", "patch", "mlp_ratio", "num_classes", "learn_sigma")
-# keys of a model that change none of its numbers, or their rounding alone
-UNSEEN = ("checkpoint_blocks", "kernels.name", "stored_position")
+# keys of a model that change none of its numbers but by rounding
+UNSEEN = ("checkpoint_blocks", "kernels.name", "stored_position", "attention", "residual")
 
 
 def to_theirs(model: DiT) -> dict[str, Tensor]:

@@ -1,8 +1,8 @@
 """Transformer blocks and the output layer, modulated by the condition (adaLN-Zero; arXiv 2212.09748).
 
 A block is one unit for ZeRO-3 (a leaf whose parameters are gathered together) and for torch.compile (one
-graph). The residual stream, the norms and the modulation are in float32; the matrix products take autocast's
-dtype, or that of the parameters where there is no autocast.
+graph). Norms and modulation are in float32, and so is the residual stream, unless it comes in bfloat16
+(`dit.model.stream`); the matrix products take autocast's dtype, or that of the parameters where there is no autocast.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from functools import partial
 from typing import Annotated, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
@@ -27,6 +26,7 @@ from dit.model.mlp import MLPS, GeluMlp, MlpConfig
 from dit.model.modulation import MODULATIONS, FullModulation, FullRows, Modulation, cut, modulate
 from dit.model.norms import EPSILON, NORMS, QK_NORMS, LayerNorm, NoNorm, Norm
 from dit.model.rope import ROPES, Rope
+from dit.model.sdpa import Backend, attend
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,13 @@ class AdaLNZeroBlock(Kerneled):
         self.cfg = cfg
         self.norm1 = cfg.norm.build(dims.width)
         self.attention = Attention(
-            dims.width, dims.heads, cfg.qk_norm, cfg.qkv_bias, cfg.value_residual, dims.attention_scale
+            dims.width,
+            dims.heads,
+            cfg.qk_norm,
+            cfg.qkv_bias,
+            cfg.value_residual,
+            dims.attention_scale,
+            dims.attention,
         )
         self.norm2 = cfg.norm.build(dims.width, cfg.mlp_epsilon)
         self.mlp = cfg.mlp.build(dims)
@@ -169,7 +175,7 @@ class AdaLNZeroBlock(Kerneled):
         rotation: Tensor | None = None,
         value: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """x (B, T, D) in at least float32, c (B, D) or (B, T, D) after its SiLU -> (B, T, D).
+        """x (B, T, D), c (B, D) or (B, T, D) after its SiLU -> (B, T, D) in x's dtype; sums are in at least float32.
 
         shared: (B, rows·D) of the modulation that all blocks share. rotation: (2, T, d/2) the table of `rope`. value:
         (B, heads, T, d) the first block's values, None in the first, which gives its own out: (tokens, values).
@@ -242,7 +248,7 @@ def output_cost(dims: Dims, norm: Norm) -> OutputCost:
 class Attention(Kerneled):
     """Multi-head self-attention. Rows of `qkv` are (3, heads, head width), as in timm.
 
-    scale: the factor of the logits; None is 1/√(head width).
+    scale: the factor of the logits; None is 1/√(head width). backend: which of torch's kernels (`dit.model.sdpa`).
     """
 
     def __init__(
@@ -253,9 +259,10 @@ class Attention(Kerneled):
         qkv_bias: bool = True,
         value_residual: bool = False,
         scale: float | None = None,
+        backend: Backend = "auto",
     ):
         super().__init__()
-        self.heads, self.scale = heads, scale
+        self.heads, self.scale, self.backend = heads, scale, backend
         self.qkv = nn.Linear(width, 3 * width, qkv_bias)
         self.proj = nn.Linear(width, width)
         self.q_norm = qk_norm.build(width // heads)
@@ -271,7 +278,7 @@ class Attention(Kerneled):
         first = v if first is None else first
         if self.mix is not None:
             v = self.mix(v, first)
-        out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)  # (B, heads, T, d)
+        out = attend(q, k, v, self.scale, self.backend)  # (B, heads, T, d)
         mixed: Tensor = self.proj(rearrange(out, "b h t d -> b t (h d)"))  # (B, T, D)
         return mixed, first
 

@@ -19,8 +19,10 @@ from dit.config import ConfigError, config
 from dit.flow.predict import Cond
 from dit.model.block import OutputCost, OutputLayer, output_cost, run_block
 from dit.model.dims import Dims
-from dit.model.dit import MODELS, DiT, DiTConfig, Tapped
+from dit.model.dit import DiT, DiTConfig, Tapped
 from dit.model.embed import PatchEmbed, WideLinear
+from dit.model.kinds import MODELS
+from dit.model.stream import as_stream
 
 
 @MODELS.register("ddt")
@@ -58,6 +60,10 @@ class DDTConfig(DiTConfig):
             beside=0,
             modulated=dims.tokens,
         )
+
+    def stacks(self, dims: Dims) -> tuple[Dims, ...]:
+        """The encoder's shapes, and the decoder's."""
+        return (*super().stacks(dims), self.decoder(dims))
 
     def output_cost(self, dims: Dims) -> OutputCost:
         """The decoder's cost."""
@@ -130,6 +136,7 @@ class Decoder(nn.Module):
     def __init__(self, cfg: DDTConfig, dims: Dims):
         super().__init__()
         self.dims, self.checkpoint_blocks = cfg.decoder(dims), cfg.checkpoint_blocks
+        self.residual = cfg.residual
         width = self.dims.width
         self.patch_embed = PatchEmbed(self.dims)
         self.bridge = None if width == dims.width else WideLinear(dims.width, width)
@@ -144,7 +151,7 @@ class Decoder(nn.Module):
         """x (B, C, H, W), c (B, T, D) what the encoder says of each token -> (B, T, p·p·C)."""
         if self.bridge is not None:
             c = self.bridge(c)  # (B, T, D')
-        h = self.patch_embed(x)  # (B, T, D')
+        h = as_stream(self.patch_embed(x), self.residual, self.patch_embed.proj.weight.dtype)  # (B, T, D')
         carried = {} if self.rotation is None else {"rotation": self.rotation}
         for block in self.blocks:
             h = run_block(block, self.checkpoint_blocks, carried, h, c)  # (B, T, D')

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dit.config import ConfigError
+from dit.model.sdpa import Backend
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Dims:
     beside: int = 0  # tokens in the sequence that are no patches: registers, conditions
     modulated: int = 1  # conditions an image has: one, or one of each token
     attention_scale: float | None = None  # factor of attention's logits; None = 1/√(head width)
+    attention: Backend = "auto"  # which of torch's kernels computes attention
 
     def __post_init__(self) -> None:
         """Refuse shapes that cannot be built."""

@@ -9,7 +9,7 @@ A size, a block, a conditioner: each is an entry of its own table, and the netwo
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import Annotated, Any, cast
 
 import torch
@@ -17,31 +17,23 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from dit.config import ConfigError, Registry, config, did_you_mean
+from dit.config import ConfigError, config, did_you_mean
 from dit.flow.predict import Cond
 from dit.model.block import BLOCKS, AdaLNZero, BlockConfig, OutputCost, OutputLayer, output_cost, run_block
 from dit.model.cond import CONDITIONERS, ClassLabel, ConditionerConfig, joined
 from dit.model.dims import Dims, grid_of
 from dit.model.embed import MAX_PERIOD, PatchEmbed, Spacing, TimeEmbed, position_table, unpatchify, wide
 from dit.model.kernels.choice import KERNELS, Auto, Kernels, use
+from dit.model.kinds import MODELS, ModelConfig
 from dit.model.modulation import FullRows
 from dit.model.norms import NORMS, Norm
 from dit.model.parametrization import PARAMETRIZATIONS, Parametrization, Standard, scale
+from dit.model.sdpa import Backend
 from dit.model.sizes import SIZES, Size
+from dit.model.stream import Residual, as_stream
 
 Tapped = tuple[Tensor, tuple[Tensor, ...]]  # a prediction, and tokens behind blocks
 EMBEDDING_STD = 0.02  # of the initial weights of embeddings and the time MLP, as in the reference
-
-
-class ModelConfig(ABC):
-    """A kind of network, (x, model_time, cond) -> prediction, and how to build it."""
-
-    @abstractmethod
-    def build(self, input_size: int | tuple[int, int], channels: int, num_classes: int) -> nn.Module:
-        """The initialised network for inputs (B, channels, *input_size) and that many classes."""
-
-
-MODELS: Registry[ModelConfig] = Registry("model", default="dit")
 
 
 @MODELS.register("dit")
@@ -61,17 +53,18 @@ class DiTConfig(ModelConfig):
     # of what lies between a block's matrix products: plain torch (which torch.compile fuses), triton, or auto
     kernels: Annotated[Kernels, KERNELS] = Auto()
     checkpoint_blocks: bool = False  # recompute blocks in the backward pass: a third more work, less memory
+    residual: Residual = "float32"  # of the tokens between blocks; bfloat16 needs train.precision: bf16
+    # torch's kernel of attention in training: auto = torch's choice; cudnn and efficient need a GPU
+    attention: Backend = "auto"
     position_table: bool = True  # add the table of places to the patches; false: rope alone tells them
     stored_position: bool = False  # keep the position table in checkpoints, as foreign weights do
     # of the sinusoids of time: adm = 10000^(-i/128), as in DiT and SiT; ddpm = 10000^(-i/127), as in diffusers
     time_frequencies: Spacing = "adm"
     time_period: Annotated[float, Field(gt=0)] = MAX_PERIOD  # of the slowest sinusoid over 2 pi
-    time_scale: Annotated[float, Field(gt=0)] = (
-        1.0  # by which the path's model time is multiplied before them
-    )
-    registers: Annotated[int, Field(ge=0)] = (
-        0  # learned tokens in the sequence that become no patch (arXiv 2309.16588)
-    )
+    # by which the path's model time is multiplied before them
+    time_scale: Annotated[float, Field(gt=0)] = 1.0
+    # learned tokens in the sequence that become no patch (arXiv 2309.16588)
+    registers: Annotated[int, Field(ge=0)] = 0
     # numbers that a patch is pressed into before the width (arXiv 2511.13720); null = none
     bottleneck: Annotated[int, Field(ge=1)] | None = None
     context_from: Annotated[int, Field(ge=0)] = 0  # first block whose sequence has the tokens of `cond`
@@ -155,7 +148,12 @@ class DiTConfig(ModelConfig):
             out_channels=2 * channels if self.learn_sigma else channels,
             num_classes=classes,
             attention_scale=self.parametrization.attention_scale(size.width // size.heads),
+            attention=self.attention,
         )
+
+    def stacks(self, dims: Dims) -> tuple[Dims, ...]:
+        """The shapes of each stack of blocks, with all tokens that attend to each other there."""
+        return (replace(dims, beside=self.registers + self.context),)
 
     def build(
         self,
@@ -291,6 +289,7 @@ class DiT(nn.Module):
             raise ValueError(f"tap {wrong[0]}: the network has blocks 1 to {len(self.blocks)}")
         given = joined([conditioner(cond) for conditioner in self.conditioners])
         h = self.patch_embed(x, given.channels) + self.position  # (B, T, D)
+        h = as_stream(h, self.cfg.residual, self.patch_embed.proj.weight.dtype)
         if len(given.residuals) > len(self.blocks):
             raise ValueError(f"got {len(given.residuals)} residuals for {len(self.blocks)} blocks")
         time = self.time_embed(model_time)  # (B, D)
@@ -304,7 +303,8 @@ class DiT(nn.Module):
                 carried["rotation"] = self.rotation[:, -h.shape[1] :]  # (2, N + T, d/2)
             h = run_block(block, self.checkpoint_blocks, carried, h, c, *tokens)  # (B, N + T, D)
             if i < len(given.residuals):
-                h = h + F.pad(given.residuals[i], (0, 0, h.shape[1] - self.dims.tokens, 0))  # (B, N + T, D)
+                more = F.pad(given.residuals[i], (0, 0, h.shape[1] - self.dims.tokens, 0))  # (B, N + T, D)
+                h = (h + more).to(h.dtype)
             if i + 1 in taps:
                 after[i + 1] = h[:, h.shape[1] - self.dims.tokens :]  # (B, T, D)
         return h[:, h.shape[1] - self.dims.tokens :], c, time, tuple(after[n] for n in taps)

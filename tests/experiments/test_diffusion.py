@@ -91,6 +91,11 @@ def test_every_choice_on_every_axis_is_a_config_that_round_trips(axis: str, sect
             "sample, the pictures drawn during training: solver",
         ),
         ({"sample": {"every": 5, "grid": "respaced"}}, "is for discrete paths"),
+        (
+            {"model": {"residual": "bfloat16"}},
+            "rounds nothing at train.precision: fp32; set train.precision: bf16",
+        ),
+        ({"model": {"attention": "flesh"}}, "model.attention"),
         ({"sample": {"count": 0}}, "sample.count"),
         ({"codec": {"name": "vae", "pth": "x"}}, "codec.pth"),
         ({"traim": {}}, "did you mean train?"),

@@ -54,6 +54,16 @@ def test_a_group_of_the_coupling_must_divide_the_micro_batch(digits: Digits) -> 
     make_parts(cfg, manifest, World(0, 4))  # 12 a rank
 
 
+def test_a_kernel_that_the_device_lacks_is_refused_before_anything_is_built(digits: Digits) -> None:
+    manifest = Manifest.load(digits.moments)
+    for model in ({"size": "nano"}, {"name": "ddt", "size": "nano"}):
+        cfg = experiment(model={**model, "attention": "cudnn"}, train={"precision": "bf16"})
+        with pytest.raises(
+            ConfigError, match=r"cudnn cannot compute .* cpu in bfloat16 .* 32 channels and 16 tok"
+        ):
+            make_parts(cfg, manifest, World())
+
+
 def test_guidance_of_the_grids_is_opened_before_training_starts(
     digits: Digits, run: Path, tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from dit.train.checkpoints.checkpoint import CheckpointError
 from dit.train.start import train
 from tests.datasets import Digits
 from tests.experiments.test_classifier import values as classifier_values
-from tests.train.runs import values
+from tests.train.runs import sign, values
 
 CPU = torch.device("cpu")
 
@@ -46,6 +47,16 @@ def test_a_trained_model_is_the_one_that_was_trained(digits: Digits, run: Path) 
     assert other.step == 2
     weights = [t.model.state_dict()["output.proj.weight"] for t in (trained, other)]
     assert not torch.equal(*weights)
+
+
+def test_a_run_is_drawn_from_where_its_kernel_of_attention_is_not(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "elsewhere"
+    shutil.copytree(run / "checkpoints" / "step-00000003", folder)
+    sign(folder, lambda meta: meta["config"]["model"].update(attention="cudnn"))
+    here, there = (Trained.load(str(path), "ema", CPU) for path in (run, folder))
+    assert there.experiment.model.attention == "cudnn"
+    x, t, cond = torch.ones(1, 4, 8, 8), torch.full((1,), 0.5), {"label": torch.tensor([3])}
+    assert torch.equal(here.model(x, t, cond), there.model(x, t, cond))
 
 
 def test_its_sampler_decodes_with_the_datas_codec(digits: Digits, run: Path) -> None:

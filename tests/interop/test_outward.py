@@ -46,3 +46,9 @@ def test_a_flow_of_another_time_or_direction_is_not_given_out() -> None:
     for other in (Objective(path=Linear(), prediction=ReverseVelocity()), Objective(path=path)):
         with pytest.raises(WeightsError, match="X samples ReverseVelocity"):
             check_flow("X", other, path)
+
+
+def test_a_network_that_only_rounds_otherwise_is_given_out() -> None:
+    keys = {"residual": "bfloat16", "attention": "math", "checkpoint_blocks": True}
+    given, plain = (from_dict(DiTConfig, {"size": "nano", **more}).build(8, 4, 10) for more in (keys, {}))
+    assert to_theirs(given).keys() == to_theirs(plain).keys()

@@ -62,7 +62,7 @@ OPERATIONAL_CHANGES = {
     "val": {"every": 3},
     "sample": {"every": 7, "cfg_scale": 2.0},
     "codec": {"name": "vae", "path": "moved"},
-    "model": {"checkpoint_blocks": True},
+    "model": {"checkpoint_blocks": True, "attention": "math"},
 }
 
 
@@ -324,7 +324,8 @@ def test_what_is_operational_is_a_key_of_the_schema() -> None:
 
     keys = {*keys_of(Experiment), *keys_of(ClassifierExperiment), *keys_of(AutoencoderExperiment)}
     assert {k for k in OPERATIONAL if k not in keys} <= {
-        "model.checkpoint_blocks"
+        "model.checkpoint_blocks",
+        "model.attention",
     }  # inside a registry's member
     assert is_operational("zero.stage")
     assert is_operational("codec.path")

@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 
 from dit.bench.speed.plain import LABEL_DROP, PlainDiT, PlainLoop
-from dit.config import ConfigError, config, from_dict
+from dit.config import ConfigError, config
 from dit.data.codecs.norm import LatentNorm
 from dit.data.loading.stream import Batch
 from dit.flow.objective import Objective
 from dit.model.cost import cost
 from dit.model.dit import DiT, DiTConfig
+from dit.model.fp8 import FP8
+from dit.model.sdpa import Backend
+from dit.model.stream import Residual
 from dit.ranks.group import World
 from dit.rng import Draws
 from dit.train.ema import Ema, EmaConfig
@@ -40,6 +43,11 @@ class StepBench:
     precision: Literal["fp32", "bf16"] = "fp32"  # of every contender
     compile: bool = False  # ours with compiled blocks, and a compiled plain loop besides
     stages: tuple[Stage, ...] = (0, 1, 2, 3)  # of ZeRO, an engine each
+    head_width: int | None = None  # channels of a head, of every contender; null = by size
+    residual: Residual = "float32"  # of our residual stream; bfloat16 needs precision bf16
+    attention: Backend = "auto"  # torch's kernel of our attention
+    # our linear layers in float8: tensorwise, rowwise; needs precision bf16; emulated on a CPU; null = none
+    fp8: Literal["tensorwise", "rowwise"] | None = None
     steps: int = 2  # training steps a turn
     repeats: int = 5  # turns of each contender
 
@@ -47,13 +55,25 @@ class StepBench:
         if min(self.steps, self.repeats, self.batch) < 1 or not self.size:
             raise ConfigError("steps, repeats and batch are at least 1, and a size is needed")
         for size in self.size:
-            from_dict(DiTConfig, {"size": size, "patch": self.patch})
+            self.model(size)
+        if self.precision != "bf16" and (self.residual == "bfloat16" or self.fp8):
+            raise ConfigError(f"residual bfloat16 and fp8 need precision bf16, and it is {self.precision}")
         if self.micro_batch is not None and self.micro_batch < 1:
             raise ConfigError(
                 f"micro_batch is {self.micro_batch}, expected 1 or more, or null for the whole batch"
             )
         if self.batch % (self.micro_batch or self.batch):
             raise ConfigError(f"micro_batch ({self.micro_batch}) must divide batch ({self.batch})")
+
+    def model(self, size: str) -> DiTConfig:
+        """Our network of a size."""
+        return DiTConfig(
+            size=size,
+            patch=self.patch,
+            head_width=self.head_width,
+            residual=self.residual,
+            attention=self.attention,
+        )
 
 
 class Stepper(Protocol):
@@ -76,13 +96,15 @@ class Setting:
         generator = torch.Generator().manual_seed(0)
         self.latents = torch.randn(cfg.batch, CHANNELS, SIDE, SIDE, generator=generator).to(self.device)
         self.label = (torch.arange(cfg.batch) % CLASSES).to(self.device)
-        self.model = DiTConfig(size=size, patch=cfg.patch)
+        self.model = cfg.model(size)
         self.flops = cost(self.model, SIDE, CHANNELS, CLASSES).training_flops  # of a step, an image
 
     def ours(self) -> DiT:
         """Our network, its blocks compiled where that is asked for."""
         torch.manual_seed(0)
         module = self.model.build(SIDE, CHANNELS, CLASSES)
+        if self.cfg.fp8 is not None:
+            FP8[self.cfg.fp8](emulate=self.device.type == "cpu").convert(module)
         if self.cfg.compile:
             module.compile_blocks()
         return module.to(self.device)

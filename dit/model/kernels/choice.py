@@ -53,7 +53,7 @@ class Kernels(ABC):
 
     @abstractmethod
     def added(self, x: Tensor, gate: Tensor, h: Tensor) -> Tensor:
-        """Give x + gate·h."""
+        """Give x + gate·h in the dtype of x."""
 
     @abstractmethod
     def heads(
@@ -92,8 +92,8 @@ class _Plain(Kernels):
         return x, modulate(norm(x), shift, scale)
 
     def added(self, x: Tensor, gate: Tensor, h: Tensor) -> Tensor:
-        """In float32 at least, by promotion."""
-        return x + gate * h
+        """The sum in float32 at least, by promotion."""
+        return (x + gate * h).to(x.dtype)
 
     def heads(
         self, qkv: Tensor, heads: int, q_norm: nn.Module, k_norm: nn.Module, rotation: Tensor | None
@@ -154,15 +154,16 @@ class Triton(_Plain):
         factor, shift = _folded(norm, scale, shift)
         lines = _lines(x, scale), _lines(h, scale), _rows(x, gate), _rows(x, factor)
         out, y = residual(
-            *lines, None if shift is None else _rows(x, shift), **_how(norm), dtype=product_dtype(x, weight)
-        )
+            *lines, None if shift is None else _rows(x, shift), **_how(norm),
+            stream=x.dtype, dtype=product_dtype(x, weight),
+        )  # fmt: skip
         return out.view_as(x), y.view_as(x)
 
     def added(self, x: Tensor, gate: Tensor, h: Tensor) -> Tensor:
-        """In the dtype of x and the gate."""
+        """In one pass."""
         if not _fits(x, h.dtype):
             return super().added(x, gate, h)
-        return residual(_lines(x, gate), _lines(h, gate), _rows(x, gate))[0].view_as(x)
+        return residual(_lines(x, gate), _lines(h, gate), _rows(x, gate), stream=x.dtype)[0].view_as(x)
 
     def heads(
         self, qkv: Tensor, heads: int, q_norm: nn.Module, k_norm: nn.Module, rotation: Tensor | None

@@ -30,6 +30,18 @@ class Difference:
     mean: float
     half: float
 
+    @classmethod
+    def of(cls, differences: np.ndarray, chance: float = ERROR) -> Difference:
+        """Sum up paired differences, one a seed: chance moves their mean by more than `half` that rarely (Student's t).
+
+        To one side; the other is as rare.
+        """
+        count = len(differences)
+        if count < 2:
+            return cls(float(differences.mean()), math.inf)
+        spread = float(differences.std(ddof=1)) / math.sqrt(count)
+        return cls(float(differences.mean()), float(stats.t.ppf(1 - chance, count - 1)) * spread)
+
     @property
     def is_clear(self) -> bool:
         """Whether it is above 0 whatever chance does."""
@@ -75,12 +87,7 @@ class Curve:
         if not math.isfinite(self.means[place]):
             return Difference(math.inf, 0.0)
         differences = self.losses[place] - self.losses[self.best]
-        count = len(differences)
-        if count < 2:
-            return Difference(float(differences.mean()), math.inf)
-        spread = float(differences.std(ddof=1)) / math.sqrt(count)
-        quantile = float(stats.t.ppf(1 - ERROR / (len(self.rates) - 1), count - 1))
-        return Difference(float(differences.mean()), quantile * spread)
+        return Difference.of(differences, ERROR / (len(self.rates) - 1))
 
     @property
     def spread(self) -> float:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dit.config import ConfigError
+from dit.model.fp8 import float8_classes
 from dit.ranks.group import World
 from dit.train.engines.base import (
     ADAM_STATE,
@@ -45,9 +47,17 @@ deepspeed_logger.setLevel(logging.ERROR)
 
 
 def deepspeed_config(
-    zero: ZeroConfig, optim: OptimConfig, sizes: tuple[int, int, int], precision: str, numbers: int
+    zero: ZeroConfig,
+    optim: OptimConfig,
+    sizes: tuple[int, int, int],
+    precision: str,
+    numbers: int,
+    linear: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """DeepSpeed's own configuration. sizes: (global batch, micro-batch, accumulation). numbers: that are trained."""
+    """DeepSpeed's own configuration. sizes: (global batch, micro-batch, accumulation). numbers: that are trained.
+
+    linear: classes of linear layers that DeepSpeed does not know, whose gradients are sent as those of the others.
+    """
     is_alone = sizes[0] == sizes[1] * sizes[2]
     global_batch, micro_batch, accumulation = sizes
     made: dict[str, Any] = {
@@ -64,6 +74,9 @@ def deepspeed_config(
     }
     if zero.communication != "auto":
         made["communication_data_type"] = zero.communication
+    if linear:
+        known = torch_autocast.get_default_autocast_lower_precision_modules()
+        made["torch_autocast"]["lower_precision_safe_modules"] = [*known, *linear]
     if zero.communication == "fp32":  # under autocast the key above is for stage 0 alone
         made["torch_autocast"]["lower_precision_safe_modules"] = []
     return made
@@ -154,7 +167,7 @@ class DeepSpeedEngine:
         self._engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
-            config=deepspeed_config(zero, optim, sizes, precision, trained),
+            config=deepspeed_config(zero, optim, sizes, precision, trained, float8_classes(module)),
         )
         if world.size == 1:
             self._leave_out_averaging(is_rounded=precision == "bf16" and zero.communication != "fp32")

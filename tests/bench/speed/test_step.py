@@ -161,3 +161,16 @@ def test_a_micro_batch_that_was_asked_for_is_not_changed() -> None:
 def test_micro_batches_fill_the_batch() -> None:
     with pytest.raises(ConfigError, match=r"micro_batch \(3\) must divide batch \(4\)"):
         setting(micro_batch=3)
+
+
+def test_ours_has_the_arithmetic_that_is_asked_for() -> None:
+    """And the plain loop none of it, but heads of the same width."""
+    one = setting(precision="bf16", head_width=16, residual="bfloat16", attention="math", fp8="rowwise")
+    ours, plain = one.ours(), one.plain()
+    assert ours.dims.heads == plain.blocks[0].attn.num_heads == 4
+    assert (ours.cfg.residual, ours.blocks[0].attention.backend) == ("bfloat16", "math")
+    kinds = {type(m).__name__ for m in ours.blocks[0].mlp.modules()}
+    assert "Float8Linear" in kinds
+    assert one.flops == setting().flops
+    with pytest.raises(ConfigError, match="need precision bf16, and it is fp32"):
+        setting(fp8="tensorwise")
