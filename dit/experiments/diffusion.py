@@ -76,7 +76,8 @@ class DiffusionTrainConfig(TrainConfig):
     """How long, how large, how precise; and what only a conditional model of blocks has."""
 
     label_drop: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of labels replaced by the null condition
-    compile: bool = False  # compile each block with torch.compile
+    # torch.compile for each block, for the integers of the draws (the same bits) and for the loss around the network
+    compile: bool = False
 
 
 @config

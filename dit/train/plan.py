@@ -50,6 +50,7 @@ class Parts:
     memory: (ZeRO stage, numbers in frozen parameters) -> what a rank holds; None: all but the activations is counted.
     about: rows of what is printed at the start, by name ("model", "objective", "codec").
     doubts: what in the configuration contradicts the data: refused in a new run, warned of in one that goes on.
+    compiled_task: the same task for training steps, where torch.compile is used; None where it is not.
     """
 
     build: Callable[[], nn.Module]
@@ -61,6 +62,7 @@ class Parts:
     memory: Callable[[int, int], Memory] | None = None
     about: dict[str, str] = field(default_factory=dict)
     doubts: tuple[str, ...] = ()
+    compiled_task: Task | None = None
 
 
 MakeParts = Callable[[Any, Manifest, World], Parts]

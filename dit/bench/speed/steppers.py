@@ -120,7 +120,9 @@ class OurStep:
         self.about = self.engine.about
         self.ema = Ema(self.engine, EmaConfig(warmup=True))
         norm = LatentNorm(mean=(0.0,) * CHANNELS, std=(1.0,) * CHANNELS)
-        self.task = LatentTask(Objective(), norm, LABEL_DROP, has_unit_variance=True)
+        self.task = LatentTask(
+            Objective(), norm, LABEL_DROP, has_unit_variance=True, compiled=setting.cfg.compile
+        )
         self.meters = Meters(setting.device)
         slots = torch.arange(setting.cfg.batch)
         self.batch = Batch(
