@@ -81,8 +81,8 @@ MAY_IMPORT = {
     " train.preflight",
     # the autoencoder is trained by the same engine and checkpoints
     "stage1": "files progress config rng ranks flow data evals train",
-    "experiments": "ambient compiling errors files version progress config rng ranks flow model sample data evals train stage1"
-    " outputs unfinished",
+    "experiments": "ambient compiling errors files version progress config rng ranks flow model sample data evals"
+    " train stage1 outputs unfinished",
     "scaling": "errors files progress config configfile rng ranks flow model data evals train experiments outputs"
     " scaling.laws",
     "scaling.known": "config flow",
