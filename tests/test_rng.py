@@ -36,6 +36,20 @@ KNOWN = [  # counter, key, output: the vectors that come with Random123 (Salmon 
 ]
 
 
+WORD = st.integers(0, 2**32 - 1)
+
+
+@given(st.lists(st.tuples(WORD, WORD, WORD, WORD), min_size=1, max_size=9), st.tuples(WORD, WORD))
+def test_the_host_gives_the_words_of_the_device(
+    counters: list[tuple[int, ...]], key: tuple[int, int]
+) -> None:
+    """One in numpy, the other in torch: with words that are tensors, that broadcast and that are one number."""
+    c0, c1, c2, c3 = (torch.tensor(column) for column in zip(*counters, strict=True))
+    for counter in ((c0, c1, c2, c3), (c0, c1, c2[:, None], int(c3[0])), (c0[0], 5, c2[0], 2**31)):
+        for found, expected in zip(rng._rounds_on_host(counter, key), rng._rounds(counter, key), strict=True):
+            assert torch.equal(found, expected)
+
+
 def words(text: str) -> list[int]:
     return [int(w, 16) for w in text.split()]
 
