@@ -76,7 +76,7 @@ class DiffusionTrainConfig(TrainConfig):
     """How long, how large, how precise; and what only a conditional model of blocks has."""
 
     label_drop: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of labels replaced by the null condition
-    # torch.compile for each block, for the integers of the draws (the same bits) and for the loss around the network
+    # by torch.compile: each block, the draws' integers (the same bits), the loss around the network
     compile: bool = False
 
 
