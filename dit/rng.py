@@ -8,14 +8,17 @@ float32 rounding of log and cos. There is no generator state: resuming at a step
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
-from functools import lru_cache
+from functools import cache, lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from dit.compiling import compile_for_one_size
 
 _MASK = 0xFFFFFFFF
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
@@ -56,8 +59,18 @@ def philox(
 ) -> tuple[Tensor, ...]:
     """Philox4x32-10: counter and key words in [0, 2^32) -> four int64 tensors in [0, 2^32), broadcast together.
 
-    Words 0 and 2 of the counter must be int64 tensors. A product of two 32-bit numbers wraps in int64, but its
-    bit pattern is right, so the high word is a masked shift.
+    Words 0 and 2 of the counter must be int64 tensors. What lies on the CPU is computed by numpy, which takes a third
+    of the time for it and gives the same words.
+    """
+    if not torch.compiler.is_compiling() and all(map(_is_on_host, (*counter, *key))):
+        return _rounds_on_host(counter, key)
+    return _rounds(counter, key)
+
+
+def _rounds(counter: Sequence[Any], key: Sequence[Any]) -> tuple[Tensor, ...]:
+    """Compute the words in int64, where a product of two 32-bit numbers wraps, but its bit pattern is right.
+
+    So the high word is a masked shift.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -70,7 +83,32 @@ def philox(
             p0 & _MASK,
         )
         k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
-    return c0, c1, c2, c3  # type: ignore[return-value]
+    return c0, c1, c2, c3
+
+
+def _is_on_host(word: Tensor | int) -> bool:
+    return isinstance(word, int) or (type(word) is Tensor and word.device.type == "cpu")
+
+
+def _rounds_on_host(counter: Sequence[Any], key: Sequence[Any]) -> tuple[Tensor, ...]:
+    """Compute the words in numpy's uint64, in which such a product fits."""
+    m0, m1, half, mask = (np.uint64(n) for n in (_M0, _M1, 32, _MASK))
+    c0, c1, c2, c3 = (
+        np.uint64(word) if isinstance(word, int) else np.atleast_1d(word.numpy()).view(np.uint64)
+        for word in counter
+    )
+    k0, k1 = (int(word) for word in key)
+    for _ in range(_ROUNDS):
+        p0, p1 = c0 * m0, c2 * m1
+        c0, c1, c2, c3 = (
+            (p1 >> half) ^ c1 ^ np.uint64(k0),
+            p1 & mask,
+            (p0 >> half) ^ c3 ^ np.uint64(k1),
+            p0 & mask,
+        )
+        k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
+    shape = torch.broadcast_shapes(*(word.shape for word in counter if isinstance(word, Tensor)))
+    return tuple(torch.from_numpy(word.view(np.int64)).reshape(shape) for word in (c0, c1, c2, c3))
 
 
 @lru_cache(maxsize=4096)
@@ -82,6 +120,51 @@ def _key(seed: int, purpose: int) -> tuple[int, int]:
     return int(words[0]), int(words[1])
 
 
+def _words(
+    slots: Tensor, step: tuple[Tensor | int, ...], key: tuple[Tensor | int, ...], count: int
+) -> Tensor:
+    """(B, 4, count) int64 in [0, 2^32). step, key: low and high word each."""
+    index = torch.arange(count, device=slots.device)
+    counter = (index, step[0], slots.unsqueeze(1), step[1])
+    return torch.stack(philox(counter, (key[0], key[1])), dim=1)
+
+
+def _polar(words: Tensor) -> tuple[Tensor, Tensor]:
+    """Two (B, 2, n) float32 of (B, 4, n) words: u in (0, 1] of Box and Muller's radius, and their angle."""
+    return (words[:, :2] + 1).float() * 2.0**-32, words[:, 2:].float() * (2.0 * math.pi * 2.0**-32)
+
+
+def _words_of(slots: Tensor, numbers: Tensor, count: int) -> Tensor:
+    """The same words from the row of a table of `keyed`."""
+    low, high, first, second = numbers.unbind()
+    return _words(slots, (low, high), (first, second), count)
+
+
+def _polar_of(slots: Tensor, numbers: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    return _polar(_words_of(slots, numbers, count))
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return compile_for_one_size(function)
+
+
+@lru_cache(maxsize=64)
+def _keys(seed: int) -> Tensor:
+    """(purposes, 2) int64: the Philox keys of a seed, a row for each number up to the last purpose."""
+    return torch.tensor([_key(seed, purpose) for purpose in range(max(Purpose) + 1)])
+
+
+def keyed(seed: int, step: int) -> Tensor:
+    """(purposes, 4) int64 on the CPU: low and high word of the step, and the key of each purpose.
+
+    What `Draws` need as a tensor, where compiled functions are to serve all steps and purposes.
+    """
+    words = torch.tensor([[step & _MASK, step >> 32]])
+    keys = _keys(seed)
+    return torch.cat([words.expand(len(keys), 2), keys], dim=1)
+
+
 @dataclass(frozen=True)
 class Draws:
     """The random numbers of some slots of one step's global batch.
@@ -89,12 +172,16 @@ class Draws:
     seed: of the run. step: index of the batch (or of the solver's step); a scalar int64 tensor on the slots' device
     gives the same numbers. slots: (B,) int64, positions in the global batch (or image indices), on the device where
     numbers are wanted. batch: size of the global batch.
+    table: of `keyed`, on that device: integers are then made by compiled functions, bit for bit the same, of which
+    each size of slots and shape of numbers is one. Logarithm, root, sine and cosine are not compiled: a compiler's
+    are other functions than torch's, and round otherwise.
     """
 
     seed: int
     step: int | Tensor
     slots: Tensor
     batch: int
+    table: Tensor | None = field(default=None, repr=False)
 
     @property
     def device(self) -> torch.device:
@@ -103,13 +190,28 @@ class Draws:
 
     def select(self, index: slice | Tensor) -> Draws:
         """The draws of some of these slots (a micro-batch): the same numbers as in the whole."""
-        return Draws(self.seed, self.step, self.slots[index], self.batch)
+        return self.of(self.slots[index])
+
+    def of(self, slots: Tensor) -> Draws:
+        """The draws of other slots (B,) of the same step and device."""
+        return replace(self, slots=slots)
 
     def _words(self, purpose: Purpose, count: int) -> Tensor:
         """(B, 4, ceil(count / 4)) int64 in [0, 2^32)."""
-        index = torch.arange(-(-count // 4), device=self.device)
-        counter = (index, self.step & _MASK, self.slots.unsqueeze(1), self.step >> 32)
-        return torch.stack(philox(counter, _key(self.seed, purpose)), dim=1)
+        groups = -(-count // 4)
+        if self.table is not None:
+            words: Tensor = _compiled(_words_of)(self.slots, self.table[purpose], groups)
+            return words
+        return _words(self.slots, (self.step & _MASK, self.step >> 32), _key(self.seed, purpose), groups)
+
+    def _polar(self, purpose: Purpose, count: int) -> tuple[Tensor, Tensor]:
+        """Two (B, 2, ceil(count / 4)) float32: as `_polar`."""
+        if self.table is not None:
+            both: tuple[Tensor, Tensor] = _compiled(_polar_of)(
+                self.slots, self.table[purpose], -(-count // 4)
+            )
+            return both
+        return _polar(self._words(purpose, count))
 
     def bits(self, purpose: Purpose, count: int) -> Tensor:
         """(B, count) int64, uniform on [0, 2^32)."""
@@ -126,9 +228,8 @@ class Draws:
     def normal(self, purpose: Purpose, shape: Sequence[int]) -> Tensor:
         """(B, *shape) float32, standard normal (Box and Muller, 1958); |x| < 6.67."""
         count = math.prod(shape)
-        words = self._words(purpose, count)  # (B, 4, n)
-        radius = torch.sqrt(-2.0 * torch.log((words[:, :2] + 1).float() * 2.0**-32))  # of u in (0, 1]
-        angle = words[:, 2:].float() * (2.0 * math.pi * 2.0**-32)
+        u, angle = self._polar(purpose, count)  # (B, 2, n) each
+        radius = torch.sqrt(-2.0 * torch.log(u))
         both = torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=1)  # (B, 4, n)
         return both.flatten(1)[:, :count].reshape(len(self.slots), *shape)
 

@@ -35,10 +35,11 @@ MAY_IMPORT = {
     "config": "errors scalars",
     "configfile": "errors files scalars yamlfile config",
     "several": "config",
-    "rng": "",
+    "compiling": "errors",
+    "rng": "compiling",
     "ranks": "errors",
-    "flow": "config several rng",
-    "model": "config flow",
+    "flow": "compiling config several rng",
+    "model": "compiling config flow",
     "sample": "errors files progress config rng ranks flow outputs unfinished",
     "data": "errors",
     "data.origin": "config",
@@ -75,13 +76,13 @@ MAY_IMPORT = {
     " train.settings train.task outputs",
     "train.preflight": "errors version config ranks data train.settings train.run_dir train.branch train.plan"
     " train.checkpoints",
-    "train": "errors progress config rng ranks flow data train.optim train.faults train.engines train.ema"
+    "train": "compiling errors progress config rng ranks flow data train.optim train.faults train.engines train.ema"
     " train.settings train.task train.meters train.run_dir train.branch train.plan train.checkpoints"
     " train.preflight",
     # the autoencoder is trained by the same engine and checkpoints
     "stage1": "files progress config rng ranks flow data evals train",
-    "experiments": "ambient errors files version progress config rng ranks flow model sample data evals train stage1"
-    " outputs unfinished",
+    "experiments": "ambient compiling errors files version progress config rng ranks flow model sample data evals"
+    " train stage1 outputs unfinished",
     "scaling": "errors files progress config configfile ranks model data evals train experiments outputs"
     " scaling.laws",
     "scaling.mup": "errors files progress config configfile rng ranks flow model data train experiments outputs"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
-from dit.rng import Draws, Purpose, permutation, philox
+from dit import rng
+from dit.compiling import compile_for_one_size
+from dit.rng import Draws, Purpose, keyed, permutation, philox
 
 MANY = 20_000
 
@@ -29,6 +34,20 @@ KNOWN = [  # counter, key, output: the vectors that come with Random123 (Salmon 
     ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
     ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
 ]
+
+
+WORD = st.integers(0, 2**32 - 1)
+
+
+@given(st.lists(st.tuples(WORD, WORD, WORD, WORD), min_size=1, max_size=9), st.tuples(WORD, WORD))
+def test_the_host_gives_the_words_of_the_device(
+    counters: list[tuple[int, ...]], key: tuple[int, int]
+) -> None:
+    """One in numpy, the other in torch: with words that are tensors, that broadcast and that are one number."""
+    c0, c1, c2, c3 = (torch.tensor(column) for column in zip(*counters, strict=True))
+    for counter in ((c0, c1, c2, c3), (c0, c1, c2[:, None], int(c3[0])), (c0[0], 5, c2[0], 2**31)):
+        for found, expected in zip(rng._rounds_on_host(counter, key), rng._rounds(counter, key), strict=True):
+            assert torch.equal(found, expected)
 
 
 def words(text: str) -> list[int]:
@@ -286,6 +305,56 @@ def test_a_gpu_draws_the_same_integers_and_nearly_the_same_normals() -> None:
     torch.testing.assert_close(
         there.normal(Purpose.EPS, (64,)).cpu(), here.normal(Purpose.EPS, (64,)), rtol=0, atol=2e-6
     )
+
+
+# --- compiled ----------------------------------------------------------------------------------------------
+
+STEPS = (0, 1, 5, 2**31, 2**40 + 3)
+
+
+def all_kinds(d: Draws) -> list[Tensor]:
+    """Every kind of number, in sizes that fill no vector register."""
+    normals = [d.normal(purpose, (3, 7)) for purpose in (Purpose.EPS, Purpose.POSTERIOR)]
+    return [*normals, d.uniform(Purpose.TIME), d.integers(Purpose.VIEW, 3), d.bits(Purpose.STRATA, 2)]
+
+
+def same_compiled(device: str) -> None:
+    for step in STEPS:
+        plain = Draws(9, step, torch.tensor([0, 1, 4, 77, 2**33], device=device), 5)
+        compiled = Draws(9, step, plain.slots, 5, keyed(9, step).to(device))
+        for found, expected in zip(all_kinds(compiled), all_kinds(plain), strict=True):
+            assert torch.equal(found, expected)
+
+
+def test_one_graph_of_each_size_serves_all_steps_and_purposes(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.compiler.reset()
+    counter, made = CompileCounterWithBackend("eager"), {}
+
+    def compiled(function: Any) -> Any:
+        made[function] = made.get(function) or compile_for_one_size(function, backend=counter, fullgraph=True)
+        return made[function]
+
+    monkeypatch.setattr(rng, "_compiled", compiled)
+    same_compiled("cpu")
+    assert counter.frame_count == 2  # of both normals, and of all that takes one group of four words
+
+
+@pytest.mark.slow
+def test_compiled_draws_are_the_same_to_the_bit() -> None:
+    torch.compiler.reset()
+    same_compiled("cpu")
+
+
+@pytest.mark.gpu
+def test_compiled_draws_of_a_gpu_are_the_same_to_the_bit() -> None:
+    torch.compiler.reset()
+    same_compiled("cuda")
+
+
+def test_the_same_draws_of_other_slots_keep_the_table() -> None:
+    d = Draws(1, 2, torch.arange(4), 4, keyed(1, 2))
+    assert d.select(slice(2)).table is d.table
+    assert torch.equal(d.select(slice(1, 3)).slots, torch.tensor([1, 2]))
 
 
 # recorded when the first run was made

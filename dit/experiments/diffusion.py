@@ -79,7 +79,8 @@ class DiffusionTrainConfig(TrainConfig):
     """How long, how large, how precise; and what only a conditional model of blocks has."""
 
     label_drop: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of labels replaced by the null condition
-    compile: bool = False  # compile each block with torch.compile
+    # by torch.compile: each block, the draws' integers (the same bits), the loss around the network
+    compile: bool = False
     # multiply the blocks' linear layers in float8 (torchao): tensorwise, rowwise; needs bf16; pays compiled alone
     fp8: Annotated[Fp8, FP8] | None = None
 

@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -71,6 +71,7 @@ class SampleFigures:
     spent: float = 0.0
     begun: float = field(init=False)
     every: int = field(init=False)
+    name: ClassVar[str] = "figures"
 
     def __post_init__(self) -> None:
         self.begun, self.every = self.clock(), self.cfg.every

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
 
+from dit.compiling import keep_on_disk
 from dit.data.codecs.codec import CODECS
 from dit.data.codecs.norm import LatentNorm
 from dit.data.shards.manifest import Manifest
@@ -60,8 +62,9 @@ def make_parts(cfg: Experiment, manifest: Manifest, world: World) -> Parts:
         hooks=hooks,
         leaf_modules=tuple({type(b) for b in blocks}),
         memory=lambda stage, frozen: cfg.memory(manifest, world, stage, frozen),
-        about=_about(cfg, manifest) | costs_of(hooks),
+        about=_about(cfg, manifest) | _compilation(cfg) | costs_of(hooks),
         on_host=_on_host(cfg.objective.coupling),
+        compiled_task=replace(task, compiled=True) if cfg.train.compile else None,
         doubts=codec_doubts(cfg.codec, manifest.codec, cfg.data.name, reads=not draws),
     )
 
@@ -93,6 +96,15 @@ def _about(cfg: Experiment, manifest: Manifest) -> dict[str, str]:
         **_shift(cfg, manifest),
         "codec": f"{codec}{f' in {public(str(place))}' if place else ''} (the data's: {manifest.codec['name']}), "
         f"latents normalised by {cfg.latents.norm}",
+    }
+
+
+def _compilation(cfg: Experiment) -> dict[str, str]:
+    """Where compiled code is kept from here on, where there is any."""
+    if not cfg.train.compile:
+        return {}
+    return {
+        "compile": f"blocks, integers of the draws, the loss around the network; kept in {keep_on_disk()}"
     }
 
 

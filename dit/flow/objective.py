@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Annotated
+from functools import lru_cache, partial
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
 
+from dit.compiling import compile_for_one_size
 from dit.config import ConfigError, config
 from dit.flow.auxiliary import AUXILIARIES, Auxiliary, Context, call_tapped
 from dit.flow.couple import COUPLINGS, Coupling, Independent, Metrics
@@ -83,6 +84,13 @@ class FirstLoss:
         return (float(per_sample.double().mean()) - self.mean) / error
 
 
+class _Ends(NamedTuple):
+    """What comes before and after the network in a loss."""
+
+    noised: Callable[[Objective, Coeffs, Tensor, Tensor], tuple[Tensor, Tensor]]
+    weighted: Callable[[Objective, Coeffs, Tensor, Tensor, Tensor], Tensor]
+
+
 @config
 class Objective:
     """What is minimised: E weight·|pred − target|² over data, eps and t, the square a mean over elements.
@@ -136,12 +144,20 @@ class Objective:
         return tuple(sorted({n for term in self.terms for n in term.taps}))
 
     def loss(
-        self, model: Model, data: Tensor, cond: Cond, draws: Draws, paired: Tensor | None = None
+        self,
+        model: Model,
+        data: Tensor,
+        cond: Cond,
+        draws: Draws,
+        paired: Tensor | None = None,
+        *,
+        compiled: bool = False,
     ) -> Loss:
         """The loss of clean latents (B, C, ...); every random number is a function of `draws` alone.
 
         paired: (B, C, ...) the eps stored with each sample, which a `stored` coupling takes; ValueError if it
-        is missing there. Nothing here waits for the device, the OT coupling aside.
+        is missing there. compiled: what comes right before and after the network is two compiled functions, for
+        batches of one size. Nothing here waits for the device, the OT coupling aside.
         """
         data = data.to(torch.promote_types(data.dtype, torch.float32))
         if len(draws.slots) != len(data):
@@ -151,7 +167,8 @@ class Objective:
             data.dtype
         )  # float64: bitwise t on any device and batch
         eps, metrics = self.coupling(data, self._eps(data, draws, paired), cond, draws)
-        per_sample, coeffs, x, output, taps = self._call(model, data, eps, t, cond, self.taps)
+        around = _compiled() if compiled else EAGER
+        per_sample, coeffs, x, output, taps = self._call(model, data, eps, t, cond, self.taps, around)
         if not self.terms:
             return Loss(per_sample.mean(), per_sample, t, metrics)
         ends = self.prediction.endpoints(coeffs, x, output)
@@ -191,17 +208,34 @@ class Objective:
         return self._call(model, data, eps, t, cond)[0]
 
     def _call(
-        self, model: Model, data: Tensor, eps: Tensor, t: Tensor, cond: Cond, taps: tuple[int, ...] = ()
+        self,
+        model: Model,
+        data: Tensor,
+        eps: Tensor,
+        t: Tensor,
+        cond: Cond,
+        taps: tuple[int, ...] = (),
+        ends: _Ends | None = None,
     ) -> tuple[Tensor, Coeffs, Tensor, Tensor, Mapping[int, Tensor]]:
         """(B,) the weighted loss of one call of the network; coefficients and x that it was of; its output and taps."""
-        coeffs = self.path.coeffs(t)
-        x = coeffs.mix(data, eps)
-        target = self.prediction.target(coeffs, data, eps)
+        ends = ends or EAGER
+        coeffs = self.path.coeffs(
+            t
+        )  # of numbers in tables that are kept, which compiled code would make each time
+        x, target = ends.noised(self, coeffs, data, eps)
         output, tapped = call_tapped(model, self.path, x, t, cond, taps)
+        per_sample = ends.weighted(self, coeffs, output, x, target)
+        return per_sample, coeffs, x, output.to(target.dtype), tapped
+
+    def noised(self, coeffs: Coeffs, data: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+        """x = alpha·data + sigma·eps (B, C, ...) at given coefficients, and what the network should say of it."""
+        return coeffs.mix(data, eps), self.prediction.target(coeffs, data, eps)
+
+    def weighted(self, coeffs: Coeffs, output: Tensor, x: Tensor, target: Tensor) -> Tensor:
+        """(B,) the weighted loss of what the network said of x; channels beyond those of x do not count."""
         pred, _ = split_channels(output, x)
         error = (pred.to(target.dtype) - target).square().flatten(1).mean(1)
-        per_sample = self.weight(coeffs, self.prediction.row(coeffs)) * error
-        return per_sample, coeffs, x, output.to(target.dtype), tapped
+        return self.weight(coeffs, self.prediction.row(coeffs)) * error
 
     def first_losses(self, t: Tensor, correlation: float = 0.0) -> Tensor:
         """(B,) float64: expected losses of a network that says 0, for unit-variance latents at times t (B,).
@@ -268,6 +302,14 @@ class Objective:
                 f"prediction {self.prediction} can be trained on, t in [{lo:.6g}, {hi:.6g}] or beyond; "
                 "move the times' distribution inside"
             )
+
+
+EAGER = _Ends(Objective.noised, Objective.weighted)
+
+
+@lru_cache(maxsize=1)
+def _compiled() -> _Ends:
+    return _Ends(compile_for_one_size(EAGER.noised), compile_for_one_size(EAGER.weighted))
 
 
 def _check_reach(path: NoisePath, lo: float, hi: float, what: str, mend: str) -> None:

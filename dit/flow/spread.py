@@ -53,7 +53,7 @@ class LowDiscrepancy(Spread):
     """
 
     def __call__(self, draws: Draws) -> Tensor:
-        shared = Draws(draws.seed, draws.step, torch.zeros_like(draws.slots), draws.batch)
+        shared = draws.of(torch.zeros_like(draws.slots))
         return _in_stratum(_deal(draws), shared.bits(Purpose.TIME, 1)[:, 0], draws.batch)
 
 
@@ -64,7 +64,7 @@ def _deal(draws: Draws) -> Tensor:
     same on all devices, and nothing waits.
     """
     everyone = torch.arange(draws.batch, device=draws.device)
-    words = Draws(draws.seed, draws.step, everyone, draws.batch).bits(Purpose.STRATA, 2)
+    words = draws.of(everyone).bits(Purpose.STRATA, 2)
     keys = (words[:, 0] << 31) ^ words[:, 1]
     return keys.argsort(stable=True)[draws.slots]
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from dit.compiling import compile_forward
 from dit.config import ConfigError, config
 from dit.flow.predict import Cond
 from dit.model.block import OutputCost, OutputLayer, output_cost, run_block
@@ -105,7 +106,7 @@ class DDT(DiT):
         """Compile the blocks of encoder and decoder in place."""
         super().compile_blocks(**options)
         for block in self.output.blocks:
-            block.forward = torch.compile(block.forward, **options)  # type: ignore[call-overload]
+            compile_forward(block, **options)
 
     def forward(
         self, x: Tensor, model_time: Tensor, cond: Cond, taps: tuple[int, ...] = ()

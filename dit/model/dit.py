@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from dit.compiling import compile_forward
 from dit.config import ConfigError, config, did_you_mean
 from dit.flow.predict import Cond
 from dit.model.block import BLOCKS, AdaLNZero, BlockConfig, OutputCost, OutputLayer, output_cost, run_block
@@ -263,7 +264,7 @@ class DiT(nn.Module):
     def compile_blocks(self, **options: Any) -> None:
         """Compile the blocks in place (options of torch.compile); before the engine wraps the model."""
         for block in self.blocks:
-            block.forward = torch.compile(block.forward, **options)
+            compile_forward(block, **options)
 
     def forward(
         self, x: Tensor, model_time: Tensor, cond: Cond, taps: tuple[int, ...] = ()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -56,6 +56,7 @@ class ReconstructionFigures:
     every: int
     task: AutoencoderTask
     held_out: HeldOut
+    name: ClassVar[str] = "reconstructions"
 
     @property
     def protocol(self) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
@@ -47,6 +47,7 @@ class HeldOutLoss:
     every: int
     evaluate: Callable[[Engine], dict[str, float]]
     protocol: str  # hash of what has to be the same for two of these figures to be compared
+    name: ClassVar[str] = "held-out loss"
 
     def __call__(self, step: int, engine: Engine, ema: Ema, log: RunLog) -> None:
         used = ema.for_use()

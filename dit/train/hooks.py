@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -26,6 +26,10 @@ class Hook(Protocol):
 
     every: int
 
+    @property
+    def name(self) -> str:
+        """What it makes, in words."""
+
     def __call__(self, step: int, engine: Engine, ema: Ema, log: RunLog) -> None:
         """step: steps done."""
 
@@ -40,6 +44,7 @@ class SampleGrid:
     every: int
     draw: Callable[[Engine], np.ndarray]  # -> (H, W, 3) uint8
     folder: Path
+    name: ClassVar[str] = "pictures"
 
     def __call__(self, step: int, engine: Engine, ema: Ema, log: RunLog) -> None:
         used = ema.for_use()

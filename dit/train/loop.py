@@ -43,6 +43,7 @@ class Loop:
             run.ema.update()
         run.meters.add_step(losses, fingerprints)
         run.step += 1
+        run.look_at_compiling("training step")
         return self._judged(applied, batch, losses)
 
     def train(self, stop: StopRequest) -> None:
@@ -151,6 +152,7 @@ class Loop:
         if leaving or last or run.cfg.checkpoint.is_due(run.step):
             started = time.perf_counter()
             recovery.save(run)
+            run.look_at_compiling("checkpoint")
             run.records.log.point(run.step, "speed/checkpoint_stall_s", time.perf_counter() - started)
         if leaving:
             run.complete()
@@ -162,6 +164,7 @@ class Loop:
             if hook.every and (run.step % hook.every == 0 or last):
                 run.watch.at("hook", run.step)
                 hook(run.step, run.engine, run.ema, run.records.log)
+                run.look_at_compiling(hook.name)
 
     def _log(self, bar: Bar[None]) -> Fault | None:
         """Log the steps since the last logged one, and judge their mean loss."""

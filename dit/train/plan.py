@@ -51,6 +51,7 @@ class Parts:
     about: rows of what is printed at the start, by name ("model", "objective", "codec").
     on_host: what of the loss the host decides in each step, so that no CUDA graph can hold it; "" for nothing.
     doubts: what in the configuration contradicts the data: refused in a new run, warned of in one that goes on.
+    compiled_task: the same task for training steps, where torch.compile is used; None where it is not.
     """
 
     build: Callable[[], nn.Module]
@@ -63,6 +64,7 @@ class Parts:
     about: dict[str, str] = field(default_factory=dict)
     on_host: str = ""
     doubts: tuple[str, ...] = ()
+    compiled_task: Task | None = None
 
 
 MakeParts = Callable[[Any, Manifest, World], Parts]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dit.compiling import CompileWatch
 from dit.ranks import group
 from dit.ranks.group import World
 from dit.ranks.watch import Watch
@@ -47,6 +48,7 @@ class Run:
     watch: Watch
     archive: Archive
     graph: StepGraph | None = None
+    compile_watch: CompileWatch | None = None  # where something is compiled
     peak_flops: float | None = None
     step: int = 0
     hooks_are_due: bool = False
@@ -58,8 +60,8 @@ class Run:
 
     @property
     def task(self) -> Task:
-        """What is trained."""
-        return self.parts.task
+        """What is trained, as training steps compute it."""
+        return self.parts.compiled_task or self.parts.task
 
     @property
     def meters(self) -> Meters:
@@ -85,6 +87,11 @@ class Run:
     def say(self, text: str) -> None:
         """Print on rank 0."""
         self.records.say(text)
+
+    def look_at_compiling(self, part: str) -> None:
+        """Tell what `part` of a run's cycle, which has just run, has compiled: it counts for no speed."""
+        if self.compile_watch is not None:
+            self.meters.pause(self.compile_watch.look(part))
 
     # --- saving --------------------------------------------------------------------------------------------
 
@@ -140,6 +147,7 @@ class Run:
         self.restore(found)
         self.hooks_are_due = found.meta.get("hooks_are_due", False)
         self.archive.probe.check(found)
+        self.look_at_compiling("checkpoint")
         self.say(f"resuming {self.folder} at step {self.step}")
         self._say_if_rate_leaps(found.meta["config"]["train"]["steps"])
         if self.is_snapshot_due() and not self.archive.has_snapshot(self.step):  # killed before it was whole

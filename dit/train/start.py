@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dit.compiling import CompileWatch
 from dit.data.loading.stream import Stream
 from dit.errors import InterruptTold, Stopped
 from dit.ranks import group
@@ -152,6 +153,7 @@ def build(plan: Plan) -> Run:
         archive=Archive(
             folder, cfg.checkpoint, Probe(parts.task, engine, ema, samples, cfg.train.precision), world
         ),
+        compile_watch=CompileWatch(records.say, world.is_main) if parts.compiled_task else None,
         peak_flops=float(group.all_sum(torch.tensor(device_peak(world.device), device=world.device))),
     )
 

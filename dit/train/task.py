@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, Self
 
 import torch
@@ -14,7 +14,7 @@ from dit.data.codecs.norm import LatentNorm
 from dit.data.loading.stream import Batch
 from dit.flow.couple import COST_DROP
 from dit.flow.objective import FirstLoss, Loss, Objective
-from dit.rng import Draws, Purpose
+from dit.rng import Draws, Purpose, keyed
 
 
 class Network(Protocol):
@@ -61,6 +61,10 @@ class Task(Protocol):
     def group(self) -> int:
         """How many consecutive slots must stay together in a micro-batch."""
 
+    @property
+    def compiled(self) -> bool:
+        """Whether draws and losses are made by compiled functions, which is for batches of one size."""
+
     def uncoupled(self) -> Task:
         """Give the same task with samples that know nothing of each other: its loss takes any batch (the probe's)."""
 
@@ -83,6 +87,11 @@ class PlainTask:
         """Any micro-batch will do."""
         return 1
 
+    @property
+    def compiled(self) -> bool:
+        """Nothing is."""
+        return False
+
     def uncoupled(self) -> Self:
         """Itself."""
         return self
@@ -104,6 +113,7 @@ class LatentTask:
     norm: LatentNorm
     label_drop: float
     has_unit_variance: bool  # whether `norm` makes it so, which is what the first loss is predicted for
+    compiled: bool = field(default=False, repr=False)  # see Task: no part of what is trained
 
     @property
     def group(self) -> int:
@@ -118,7 +128,9 @@ class LatentTask:
     def loss(self, network: Network, samples: Samples) -> Loss:
         latents = self.norm.draw(samples.moments, samples.draws)
         cond = {"label": samples.label, "drop": samples.drop}
-        return self.objective.loss(network, latents, cond, samples.draws, paired=samples.eps)
+        return self.objective.loss(
+            network, latents, cond, samples.draws, paired=samples.eps, compiled=self.compiled
+        )
 
     def check_first_loss(self, losses: list[Loss], numel: int) -> str | None:
         """Compare each loss with what is expected at its own time: weights and times scatter far more than latents."""
@@ -151,7 +163,8 @@ def batch_samples(batch: Batch, task: Task, draws: Draws, device: torch.device) 
     def put(tensor: Tensor) -> Tensor:
         return tensor.to(device, non_blocking=True)
 
-    on_device = Draws(draws.seed, draws.step, put(draws.slots), draws.batch)
+    table = put(keyed(draws.seed, int(draws.step))) if task.compiled else None
+    on_device = Draws(draws.seed, draws.step, put(draws.slots), draws.batch, table)
     eps = None if batch.eps is None else put(batch.eps)
     valid = None if batch.valid is None or batch.whole else put(batch.valid)
     return Samples(put(batch.moments), put(batch.label), put(drop), on_device, eps, valid), fingerprints

@@ -150,8 +150,13 @@ def test_compiled_blocks_train_to_the_same_losses(
             "run_dir": str(tmp_path / f"plain{stage}"),
             "train": {**given["train"], "compile": False},
         }
-        ranks.start(1, go, given).wait(timeout=280)
+        with ranks.start(1, go, given) as job:
+            job.wait(timeout=280)
+            assert "training step: compiled 5 graph(s)" in job.output()
+            assert "torch compiled" not in job.output()  # none later
         ranks.run(1, go, plain)
+        for name in ("batch_hash", "step"):  # slots, samples, views and dropped labels, to the bit
+            assert column(Path(given["run_dir"]), name) == column(Path(plain["run_dir"]), name)
         assert column(Path(given["run_dir"]), "loss") == pytest.approx(
             column(Path(plain["run_dir"]), "loss"), rel=1e-5
         )

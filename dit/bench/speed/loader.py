@@ -88,13 +88,14 @@ def write_files(folder: Path, cfg: LoaderBench) -> Files:
             rows = array[start : start + 4096]
             rows[:] = rng.standard_normal(rows.shape, np.float32)
         array.flush()
-        _write_blocks(folder / "blocks", array)
+        write_blocks(folder / "blocks", array)
         shards = _write_plain(folder / "plain", array[: cfg.plain])
         (folder / SIZES).write_text(f"{cfg.samples} {cfg.plain}", "utf-8")
     return Files(Manifest.load(folder / "blocks"), folder / "array.npy", shards)
 
 
-def _write_blocks(folder: Path, array: np.ndarray) -> None:
+def write_blocks(folder: Path, array: np.ndarray) -> None:
+    """Write latents (n, *SHAPE) as a data set in blocks of 256."""
     ids = np.arange(len(array))
     with ShardWriter(folder, 512_000_000) as writer:
         for start in range(0, len(array), 256):

@@ -144,7 +144,9 @@ class OurStep:
         self.about = self.engine.about
         self.ema = Ema(self.engine, EmaConfig(warmup=True))
         norm = LatentNorm(mean=(0.0,) * CHANNELS, std=(1.0,) * CHANNELS)
-        self.task = LatentTask(Objective(), norm, LABEL_DROP, has_unit_variance=True)
+        self.task = LatentTask(
+            Objective(), norm, LABEL_DROP, has_unit_variance=True, compiled=setting.cfg.compile
+        )
         self.graph = None
         if graph and isinstance(self.engine, PlainEngine):
             self.graph = StepGraph(self.task, self.engine, micro, None)
