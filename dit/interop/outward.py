@@ -13,7 +13,11 @@ from dit.interop.weights import PATCHES, POSITION, Arguments, WeightsError, rati
 from dit.model.dit import DiT, DiTConfig
 
 SHAPES = ("size", "width", "depth", "heads", "head_width", "patch", "mlp_ratio", "num_classes", "learn_sigma")
-UNSEEN = ("checkpoint_blocks", "stored_position")  # keys of a model that change none of its numbers
+UNSEEN = (
+    "checkpoint_blocks",
+    "checkpoint_keep",
+    "stored_position",
+)  # keys of a model that change none of its numbers
 
 
 def to_theirs(model: DiT) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from dit.config import ConfigError, Registry, config, did_you_mean
+from dit.config import ConfigError, Registry, config
 from dit.flow.predict import Cond
 from dit.model.block import BLOCKS, AdaLNZero, BlockConfig, OutputCost, OutputLayer, output_cost, run_block
 from dit.model.cond import CONDITIONERS, ClassLabel, ConditionerConfig, joined
@@ -26,7 +26,8 @@ from dit.model.embed import MAX_PERIOD, PatchEmbed, Spacing, TimeEmbed, position
 from dit.model.modulation import FullRows
 from dit.model.norms import NORMS, Norm
 from dit.model.parametrization import PARAMETRIZATIONS, Parametrization, Standard, scale
-from dit.model.sizes import SIZES, Size
+from dit.model.recompute import Keep, Recompute
+from dit.model.sizes import SIZES, Size, check_size
 
 Tapped = tuple[Tensor, tuple[Tensor, ...]]  # a prediction, and tokens behind blocks
 EMBEDDING_STD = 0.02  # of the initial weights of embeddings and the time MLP, as in the reference
@@ -57,18 +58,20 @@ class DiTConfig(ModelConfig):
     mlp_ratio: float = 4.0  # hidden width of the MLPs over width
     num_classes: int | None = None  # of labels; null = as many as the data has
     learn_sigma: bool = False  # twice the output channels: a prediction, then its log-variance
-    checkpoint_blocks: bool = False  # recompute blocks in the backward pass: a third more work, less memory
+    # recompute blocks in the backward pass: less memory, a third more work; a number = the first so many of them
+    checkpoint_blocks: bool | Annotated[int, Field(ge=1)] = False
+    checkpoint_keep: Keep = (
+        "input"  # of such a block; products = also what matrix products and attention give
+    )
     position_table: bool = True  # add the table of places to the patches; false: rope alone tells them
     stored_position: bool = False  # keep the position table in checkpoints, as foreign weights do
     # of the sinusoids of time: adm = 10000^(-i/128), as in DiT and SiT; ddpm = 10000^(-i/127), as in diffusers
     time_frequencies: Spacing = "adm"
     time_period: Annotated[float, Field(gt=0)] = MAX_PERIOD  # of the slowest sinusoid over 2 pi
-    time_scale: Annotated[float, Field(gt=0)] = (
-        1.0  # by which the path's model time is multiplied before them
-    )
-    registers: Annotated[int, Field(ge=0)] = (
-        0  # learned tokens in the sequence that become no patch (arXiv 2309.16588)
-    )
+    # by which the path's model time is multiplied before them
+    time_scale: Annotated[float, Field(gt=0)] = 1.0
+    # learned tokens in the sequence that become no patch (arXiv 2309.16588)
+    registers: Annotated[int, Field(ge=0)] = 0
     # numbers that a patch is pressed into before the width (arXiv 2511.13720); null = none
     bottleneck: Annotated[int, Field(ge=1)] | None = None
     context_from: Annotated[int, Field(ge=0)] = 0  # first block whose sequence has the tokens of `cond`
@@ -81,20 +84,9 @@ class DiTConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         """Refuse an unknown size, and a size given in two ways or in half of one."""
-        given = [name for name in Size._fields if getattr(self, name) is not None]
-        if self.size is not None and self.size not in SIZES:
-            raise ConfigError(f"unknown size '{self.size}'{did_you_mean(self.size, SIZES)}")
-        if self.size is not None and given:
-            raise ConfigError(
-                f"got size '{self.size}' and also {', '.join(given)}; leave out one of the two ways to say it"
-            )
-        if self.heads is not None and self.head_width is not None:
-            raise ConfigError(
-                f"got heads {self.heads} and head_width {self.head_width}; leave out one of the two"
-            )
-        if given and len(given) + (self.head_width is not None) < len(Size._fields):
-            raise ConfigError(f"got only {', '.join(given)}; without `size`, give width, depth and heads")
+        check_size(self.size, {name: getattr(self, name) for name in Size._fields}, self.head_width)
         self._check_context()
+        _ = self.recompute
         if any(c.gives_tokens for c in self.cond) and not self.block.reads_tokens:
             raise ConfigError(
                 f"block {BLOCKS.name_of(self.block)} does not read the tokens that `cond` gives"
@@ -105,6 +97,16 @@ class DiTConfig(ModelConfig):
         self.parametrization.base(dims)
         if self.block.rope is not None:
             self.block.rope.check(dims.head_width)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the whole network."""
+        return self._size().depth
+
+    @property
+    def recompute(self) -> Recompute:
+        """What is computed again in the backward pass; ConfigError for more blocks than there are."""
+        return Recompute.of(self.checkpoint_blocks, self.checkpoint_keep, self.blocks)
 
     @property
     def context(self) -> int:
@@ -189,7 +191,7 @@ class DiT(nn.Module):
     def __init__(self, cfg: DiTConfig, dims: Dims, generator: torch.Generator | None = None):
         super().__init__()
         block, width = cfg.block, dims.width
-        self.cfg, self.dims, self.checkpoint_blocks = cfg, dims, cfg.checkpoint_blocks
+        self.cfg, self.dims, self.recompute = cfg, dims, cfg.recompute
         extra = sum(c.extra_channels for c in cfg.cond)
         self.patch_embed = PatchEmbed(dims, extra_channels=extra, bottleneck=cfg.bottleneck)
         self.time_embed = TimeEmbed(
@@ -298,7 +300,7 @@ class DiT(nn.Module):
             h = self._joined_by(given.context, h, i)  # (B, N + T, D): tokens beside the image's come first
             if self.rotation is not None:
                 carried["rotation"] = self.rotation[:, -h.shape[1] :]  # (2, N + T, d/2)
-            h = run_block(block, self.checkpoint_blocks, carried, h, c, *tokens)  # (B, N + T, D)
+            h = run_block(block, self.recompute.at(i), carried, h, c, *tokens)  # (B, N + T, D)
             if i < len(given.residuals):
                 h = h + F.pad(given.residuals[i], (0, 0, h.shape[1] - self.dims.tokens, 0))  # (B, N + T, D)
             if i + 1 in taps:

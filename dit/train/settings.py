@@ -216,5 +216,6 @@ OPERATIONAL = (
     "data.mix", "data.val", "data.prefetch", "data.readers", "data.max_quarantined", "data.cache",
     "train.steps", "train.micro_batch", "train.log_every", "train.max_skipped", "train.compile", "train.threads",
     "train.hang_timeout", "ema.snapshot_every", "init.branch",
-    "model.checkpoint_blocks", "classifier.checkpoint_blocks", "perceptual.weights",
+    "model.checkpoint_blocks", "model.checkpoint_keep", "train.memory_gb", "classifier.checkpoint_blocks",
+    "perceptual.weights",
 )  # fmt: skip

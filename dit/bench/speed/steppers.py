@@ -19,7 +19,7 @@ from dit.rng import Draws
 from dit.train.ema import Ema, EmaConfig
 from dit.train.engines.base import Engine
 from dit.train.engines.local import LocalEngine
-from dit.train.engines.zero_config import Stage, ZeroConfig
+from dit.train.engines.zero_config import Offload, Stage, ZeroConfig
 from dit.train.meters import Meters
 from dit.train.optim import OptimConfig
 from dit.train.task import LatentTask, batch_samples, loss_of
@@ -33,7 +33,7 @@ class StepBench:
 
     size: tuple[str, ...] = ("S",)  # of the models: S, B, L, XL; nano, micro, tiny
     patch: int = 2  # latent pixels of a patch, on a side
-    batch: int = 8  # samples a step
+    batch: int = 8  # samples a step and rank
     micro_batch: int | None = None  # samples a forward pass; null = the batch, or on a GPU as many as fit
     precision: Literal["fp32", "bf16"] = "fp32"  # of every contender
     compile: bool = False  # ours with compiled blocks, and a compiled plain loop besides
@@ -76,6 +76,7 @@ class Setting:
         self.label = (torch.arange(cfg.batch) % CLASSES).to(self.device)
         self.model = DiTConfig(size=size, patch=cfg.patch)
         self.flops = cost(self.model, SIDE, CHANNELS, CLASSES).training_flops  # of a step, an image
+        self.offload: Offload = "none"
 
     def ours(self) -> DiT:
         """Our network, its blocks compiled where that is asked for."""
@@ -122,14 +123,14 @@ class OurStep:
         norm = LatentNorm(mean=(0.0,) * CHANNELS, std=(1.0,) * CHANNELS)
         self.task = LatentTask(Objective(), norm, LABEL_DROP, has_unit_variance=True)
         self.meters = Meters(setting.device)
-        slots = torch.arange(setting.cfg.batch)
+        slots = torch.arange(setting.cfg.batch) + setting.world.rank * setting.cfg.batch
         self.batch = Batch(
             setting.latents.unsqueeze(1), setting.label, slots, torch.zeros_like(slots), slots, 0
         )
 
     def step(self) -> None:
         """What Loop.train_step does."""
-        draws = Draws(0, self.number, self.batch.slots, self.setting.cfg.batch)
+        draws = Draws(0, self.number, self.batch.slots, self.setting.cfg.batch * self.setting.world.size)
         samples, fingerprints = batch_samples(self.batch, self.task, draws, self.engine.device)
         losses = []
         for micro in samples.micro_batches(self.micro):
@@ -186,8 +187,8 @@ def _engine(setting: Setting, micro: int, stage: Stage | None) -> Engine:
         module,
         OptimConfig(),
         setting.world,
-        zero=ZeroConfig(stage=stage),
-        global_batch=cfg.batch,
+        zero=ZeroConfig(stage=stage, offload=setting.offload),
+        global_batch=cfg.batch * setting.world.size,
         accumulation=many,
         precision=cfg.precision,
         leaf_modules=tuple({type(block) for block in module.blocks}),
