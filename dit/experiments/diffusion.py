@@ -24,6 +24,7 @@ from dit.experiments.latents import (
 from dit.flow.objective import Objective
 from dit.model.cost import Cost, Memory, cost
 from dit.model.models import MODELS, DiTConfig
+from dit.model.recompute import Recompute
 from dit.ranks.group import World
 from dit.sample.generate import SamplerSpec
 from dit.train.optim import freeze
@@ -77,6 +78,9 @@ class DiffusionTrainConfig(TrainConfig):
 
     label_drop: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of labels replaced by the null condition
     compile: bool = False  # compile each block with torch.compile
+    # GB (1e9 bytes) that a rank may fill: as few activations are computed again as fit, in place of what
+    # model.checkpoint_blocks says; null = no budget
+    memory_gb: Annotated[float, Field(gt=0)] | None = None
 
 
 @config
@@ -95,6 +99,11 @@ class Experiment(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.objective.check()
+        if self.train.memory_gb is not None and self.model.checkpoint_blocks:
+            raise ConfigError(
+                "train.memory_gb decides which blocks are computed again, and model.checkpoint_blocks says it too: "
+                "leave one of them out"
+            )
         self.objective.check_depth(self.model.dims(self.model.patch, 1, 0).depth)
         if self.model.learn_sigma and not self.objective.uses_variance:
             raise ConfigError(
@@ -136,15 +145,28 @@ class Experiment(RunConfig):
         """Parameters, FLOPs and memory of the model on these data."""
         return cost(self.model, manifest.input_size, manifest.channels, len(manifest.classes))
 
-    def memory(self, manifest: Manifest, world: World, stage: int, frozen: int = 0) -> Memory:
-        """What a rank holds at a ZeRO stage. frozen: numbers in parameters that are not trained."""
+    def memory(
+        self,
+        manifest: Manifest,
+        world: World,
+        stage: int,
+        frozen: int = 0,
+        recompute: Recompute | None = None,
+    ) -> Memory:
+        """What a rank holds at a ZeRO stage. frozen: numbers in parameters that are not trained.
+
+        recompute: in place of what the model says.
+        """
+        micro = self.train.micro(world)
         return self.cost(manifest).memory(
-            self.train.micro(world),
+            micro,
             zero_stage=stage,
             world_size=world.size,
             precision=self.train.precision,
             averages=self.ema.count,
             frozen=frozen,
+            accumulation=self.train.local_batch(world) // micro,
+            recompute=recompute,
         )
 
     def frozen(self, manifest: Manifest) -> int:

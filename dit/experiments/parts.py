@@ -18,12 +18,15 @@ from dit.experiments.drawer import Drawer, ShownTally
 from dit.experiments.figures import costs_of, figures_hook
 from dit.experiments.latents import codec_doubts, latent_contract
 from dit.flow.times import shift_of
+from dit.model.cost import Memory
 from dit.model.dit import MODELS, DiT
 from dit.model.parametrization import PARAMETRIZATIONS
+from dit.model.recompute import Recompute
 from dit.progress import Bar
 from dit.ranks.group import World
 from dit.sample.generate import image_grid
 from dit.train.engines.base import Engine
+from dit.train.engines.budget import Budget
 from dit.train.held_out import held_out_hook
 from dit.train.hooks import Hook, SampleGrid
 from dit.train.plan import Parts
@@ -54,9 +57,21 @@ def make_parts(cfg: Experiment, manifest: Manifest, world: World) -> Parts:
         hooks=hooks,
         leaf_modules=tuple({type(b) for b in blocks}),
         memory=lambda stage, frozen: cfg.memory(manifest, world, stage, frozen),
+        budget=_budget(cfg, manifest, world),
         about=_about(cfg, manifest) | costs_of(hooks),
         doubts=codec_doubts(cfg.codec, manifest.codec, cfg.data.name, reads=not draws),
     )
+
+
+def _budget(cfg: Experiment, manifest: Manifest, world: World) -> Budget | None:
+    """What a rank may fill, where train.memory_gb says it."""
+    if cfg.train.memory_gb is None:
+        return None
+
+    def memory(stage: int, frozen: int, recompute: Recompute) -> Memory:
+        return cfg.memory(manifest, world, stage, frozen, recompute)
+
+    return Budget(int(1e9 * cfg.train.memory_gb), cfg.model.blocks, memory)
 
 
 def _about(cfg: Experiment, manifest: Manifest) -> dict[str, str]:

@@ -189,7 +189,7 @@ class Cost:
         )
 
     def _passing(self, precision: Precision, recompute: Recompute, is_gathered: bool) -> list[_Passing]:
-        """What each block holds for its backward pass, and in it. is_gathered: its weights are, for that, at stage 3."""
+        """What each block holds for its backward pass, and in it. is_gathered: weights are, for that, at stage 3."""
         found = []
         for i, block in enumerate(self.blocks):
             keep = recompute.at(i)
@@ -225,7 +225,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class _Passing:
-    """Of one block. kept: bytes an image; working: more in its backward pass; weights: bytes in the graph; gathered: then."""
+    """Bytes of one block, kept and in its backward pass: kept, working: of an image; weights, gathered: of weights."""
 
     kept: int
     working: int

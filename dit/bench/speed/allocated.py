@@ -59,7 +59,7 @@ def _on_cpu(build: Callable[[], Any], work: Callable[[Any], object]) -> int:
         base = live_bytes() - before
         with record_function(MARK):
             work(built)
-    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events = profiler.profiler.kineto_results.events()
     [mark] = [event for event in events if event.name() == MARK]
     begun, ended = mark.start_ns(), mark.start_ns() + mark.duration_ns()
     changes = sorted(
