@@ -109,7 +109,7 @@ class Memory:
     def peak(self, buffers: Callable[[float], int], update: int = 0) -> int:
         """The most at a time. buffers: an engine's, when a share of the gradients is made; update: in the update."""
         if not self.moments:
-            return self.states + self.gradients + self.copies + self.activations + max(buffers(1.0), update)
+            return self.states + self.gradients + max(self.copies + self.activations + buffers(1.0), update)
         passes = [
             moment.held
             + round(self.gradients * (1.0 if self.gradients_stay else moment.done))

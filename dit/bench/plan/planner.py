@@ -221,7 +221,6 @@ def as_json(found: Estimate, price: float | None = None) -> dict[str, Any]:
         "images_per_s": found.rate if fits else None,
         "mfu": found.mfu if fits else None,
         "memory_bytes": found.memory,
-        "recompute": way.recompute.words(len(found.job.cost.blocks)) if way else None,
         "gpu_hours": found.hours * found.ranks if fits else None,
         "communication_share": way.sent / way.seconds if way else None,
         "assumptions": found.assumptions,
@@ -237,6 +236,7 @@ def as_json(found: Estimate, price: float | None = None) -> dict[str, Any]:
         "samples": found.job.samples,
         "parameters": found.job.cost.parameters.trainable,
         "training_flops": found.job.cost.training_flops,
+        "recompute": way.recompute.words(len(found.job.cost.blocks)) if way else None,
     }
     if way is None:
         return made
