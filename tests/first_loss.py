@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from dit.flow.objective import FirstLoss, Objective
+from dit.flow.loss import FirstLoss
+from dit.flow.objective import Objective
 
 
 def first_loss(objective: Objective, numel: int, correlation: float = 0.0) -> FirstLoss:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from dit.flow.objective import Loss
+from dit.flow.loss import Loss
 from dit.ranks import group
 
 QUARTERS = 4

@@ -15,7 +15,7 @@ from dit.data.codecs.norm import LatentNorm, latent_norm
 from dit.data.shards.manifest import Manifest
 from dit.experiments.about import named
 from dit.experiments.latents import LatentsConfig, latent_contract
-from dit.flow.objective import Loss
+from dit.flow.loss import Loss
 from dit.flow.path import PATHS, Linear, NoisePath
 from dit.flow.predict import call_network
 from dit.flow.spread import SPREADS, IndependentDraws, Spread

@@ -27,6 +27,7 @@ from dit.model import sdpa
 from dit.model.cost import Cost, Memory, cost
 from dit.model.fp8 import FP8, Fp8
 from dit.model.models import MODELS, DiTConfig
+from dit.model.recompute import Recompute
 from dit.ranks.group import World
 from dit.sample.generate import SamplerSpec
 from dit.train.optim import freeze
@@ -83,6 +84,9 @@ class DiffusionTrainConfig(TrainConfig):
     compile: bool = False
     # multiply the blocks' linear layers in float8 (torchao): tensorwise, rowwise; needs bf16; pays compiled alone
     fp8: Annotated[Fp8, FP8] | None = None
+    # GB (1e9 bytes) that a rank may fill: as few activations are computed again as fit, in place of what
+    # model.checkpoint_blocks says; null = no budget
+    memory_gb: Annotated[float, Field(gt=0)] | None = None
 
 
 @config
@@ -101,6 +105,11 @@ class Experiment(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.objective.check()
+        if self.train.memory_gb is not None and self.model.checkpoint_blocks:
+            raise ConfigError(
+                "train.memory_gb decides which blocks are computed again, and model.checkpoint_blocks says it too: "
+                "leave one of them out"
+            )
         self.objective.check_depth(self.model.dims(self.model.patch, 1, 0).depth)
         if self.model.learn_sigma and not self.objective.uses_variance:
             raise ConfigError(
@@ -168,15 +177,28 @@ class Experiment(RunConfig):
         model = cost(self.model, manifest.input_size, manifest.channels, len(manifest.classes))
         return replace(model, forwards=self.objective.forwards)
 
-    def memory(self, manifest: Manifest, world: World, stage: int, frozen: int = 0) -> Memory:
-        """What a rank holds at a ZeRO stage. frozen: numbers in parameters that are not trained."""
+    def memory(
+        self,
+        manifest: Manifest,
+        world: World,
+        stage: int,
+        frozen: int = 0,
+        recompute: Recompute | None = None,
+    ) -> Memory:
+        """What a rank holds at a ZeRO stage. frozen: numbers in parameters that are not trained.
+
+        recompute: in place of what the model says.
+        """
+        micro = self.train.micro(world)
         return self.cost(manifest).memory(
-            self.train.micro(world),
+            micro,
             zero_stage=stage,
             world_size=world.size,
             precision=self.train.precision,
             averages=self.ema.count,
             frozen=frozen,
+            accumulation=self.train.local_batch(world) // micro,
+            recompute=recompute,
         )
 
     def frozen(self, manifest: Manifest) -> int:

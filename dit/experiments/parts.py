@@ -21,13 +21,16 @@ from dit.experiments.figures import costs_of, figures_hook
 from dit.experiments.latents import codec_doubts, latent_contract
 from dit.flow.couple import COUPLINGS, Coupling
 from dit.flow.times import shift_of
+from dit.model.cost import Memory
 from dit.model.dit import DiT
 from dit.model.kinds import MODELS
 from dit.model.parametrization import PARAMETRIZATIONS
+from dit.model.recompute import Recompute
 from dit.progress import Bar
 from dit.ranks.group import World
 from dit.sample.generate import image_grid
 from dit.train.engines.base import Engine
+from dit.train.engines.budget import Budget
 from dit.train.held_out import held_out_hook
 from dit.train.hooks import Hook, SampleGrid
 from dit.train.plan import Parts
@@ -62,6 +65,7 @@ def make_parts(cfg: Experiment, manifest: Manifest, world: World) -> Parts:
         hooks=hooks,
         leaf_modules=tuple({type(b) for b in blocks}),
         memory=lambda stage, frozen: cfg.memory(manifest, world, stage, frozen),
+        budget=_budget(cfg, manifest, world),
         about=_about(cfg, manifest) | _compilation(cfg) | costs_of(hooks),
         on_host=_on_host(cfg.objective.coupling),
         compiled_task=replace(task, compiled=True) if cfg.train.compile else None,
@@ -74,6 +78,17 @@ def _on_host(coupling: Coupling) -> str:
     return (
         f"objective.coupling = {COUPLINGS.name_of(coupling)} is solved on the CPU" if coupling.on_host else ""
     )
+
+
+def _budget(cfg: Experiment, manifest: Manifest, world: World) -> Budget | None:
+    """What a rank may fill, where train.memory_gb says it."""
+    if cfg.train.memory_gb is None:
+        return None
+
+    def memory(stage: int, frozen: int, recompute: Recompute) -> Memory:
+        return cfg.memory(manifest, world, stage, frozen, recompute)
+
+    return Budget(int(1e9 * cfg.train.memory_gb), cfg.model.blocks, memory)
 
 
 def _about(cfg: Experiment, manifest: Manifest) -> dict[str, str]:

@@ -14,7 +14,7 @@ from dit.model.dit import DiT, DiTConfig
 
 SHAPES = ("size", "width", "depth", "heads", "head_width", "patch", "mlp_ratio", "num_classes", "learn_sigma")
 # keys of a model that change none of its numbers but by rounding
-UNSEEN = ("checkpoint_blocks", "kernels.name", "stored_position", "attention", "residual")
+UNSEEN = ("checkpoint_blocks", "checkpoint_keep", "kernels.name", "stored_position", "attention", "residual")
 
 
 def to_theirs(model: DiT) -> dict[str, Tensor]:

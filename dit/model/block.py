@@ -9,14 +9,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, NamedTuple, cast
 
 import torch
 from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from dit.config import Registry, config
 from dit.model.dims import Dims
@@ -25,6 +23,7 @@ from dit.model.kernels.choice import Kerneled
 from dit.model.mlp import MLPS, GeluMlp, MlpConfig
 from dit.model.modulation import MODULATIONS, FullModulation, FullRows, Modulation, cut, modulate
 from dit.model.norms import EPSILON, NORMS, QK_NORMS, LayerNorm, NoNorm, Norm
+from dit.model.recompute import Keep, may_keep_products, run_kept
 from dit.model.rope import ROPES, Rope
 from dit.model.sdpa import Backend, attend
 
@@ -39,6 +38,11 @@ class BlockCost:
     saved_narrow: int  # numbers kept for the backward pass, per image, in the dtype of the matrix products
     saved_wide: int  # the same in float32
     input: int  # numbers it is given, per image, in float32
+    products: int = 0  # numbers of `saved_narrow` that matrix products and attention gave out
+    working_narrow: int = (
+        0  # gradients of activations that its backward pass holds at a time, an image, narrow
+    )
+    working_wide: int = 0  # the same in float32
     shared_parameters: int = 0  # of what all blocks share, once
     shared_multiply_adds: int = 0
 
@@ -136,6 +140,11 @@ class AdaLNZero(BlockConfig):
             saved_narrow=narrow,
             saved_wide=wide_,
             input=t * d,
+            # of qkv, attention, proj and the MLP's layers; the modulation
+            products=t * (5 * d + mlp.products) + dims.modulated * self.rows * d,
+            # behind proj or the MLP, and inside the MLP; the residual's, before and behind the addition
+            working_narrow=t * (d + (mlp.saved - 2 * d) // 2),
+            working_wide=t * 2 * d,
             shared_parameters=rows.shared_parameters,
             shared_multiply_adds=rows.shared_multiply_adds,
         )
@@ -166,6 +175,7 @@ class AdaLNZeroBlock(Kerneled):
         layers: list[nn.Module] = self.modulation.zero_layers()  # type: ignore[operator]
         return layers
 
+    @may_keep_products
     def forward(
         self,
         x: Tensor,
@@ -217,17 +227,13 @@ class OutputLayer(nn.Module):
         return out
 
 
-def run_block(block: nn.Module, is_checkpointed: bool, carried: dict[str, Tensor], *inputs: Tensor) -> Tensor:
+def run_block(block: nn.Module, keep: Keep | None, carried: dict[str, Tensor], *inputs: Tensor) -> Tensor:
     """Run one block: (B, T, D), ... -> (B, T, D).
 
-    is_checkpointed: whether its activations are dropped, and computed again in the backward pass. carried: what goes
-    from block to block by name; takes the first block's values.
+    keep: what it keeps for the backward pass; None = everything. carried: what goes from block to block by name; takes
+    the first block's values.
     """
-    run = partial(block, **carried)
-    if is_checkpointed and torch.is_grad_enabled():
-        out = checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)
-    else:
-        out = run(*inputs)
+    out = run_kept(block, keep, carried, *inputs)
     if isinstance(out, tuple):
         out, carried["value"] = out
     return cast(Tensor, out)

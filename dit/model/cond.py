@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dit.config import Registry, config
+from dit.config import ConfigError, Registry, config
 from dit.flow.predict import Cond, check_labels
 from dit.model.dims import Dims
 
@@ -131,3 +131,20 @@ class ClassConditioner(nn.Module):
             return Injection(vector=vector)
         places = self.places(torch.arange(self.context, device=vector.device))  # (N, D)
         return Injection(vector=vector, context=vector.unsqueeze(1) + places)
+
+
+def check_context(context: int, context_from: int, depth: int, carries_value: bool) -> None:
+    """Raise ConfigError for tokens that would join behind the last block, or a place to join where there are none.
+
+    context: tokens in the sequence. context_from: the first of `depth` blocks that has them. carries_value: whether
+    values go from the first block to the others.
+    """
+    if context_from and carries_value:
+        raise ConfigError(
+            "value_residual needs the same tokens in every block: leave it out, or context_from at 0"
+        )
+    if context_from and (not context or context_from >= depth):
+        raise ConfigError(
+            f"context_from is {context_from}: it says which of the {depth} blocks is the first with tokens of `cond` "
+            "in its sequence, and needs some: cond: [{name: class, context: 32}]"
+        )

@@ -7,7 +7,9 @@ are matrix products alone, as by `torch.utils.flop_counter`: norms, activations 
 from __future__ import annotations
 
 import copy
+import math
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -20,6 +22,7 @@ from dit.model.block import BlockCost
 from dit.model.dims import Dims
 from dit.model.dit import DiTConfig
 from dit.model.embed import FREQUENCIES
+from dit.model.recompute import Recompute
 
 # Dense bfloat16 matrix products with float32 accumulation, FLOP/s, as the makers state them. A name fits if
 # all its words are in the device's name; the first that fits counts. A CPU has no entry: measure it.
@@ -72,6 +75,14 @@ class Parameters:
 
 
 @dataclass(frozen=True)
+class Moment:
+    """One moment of the backward pass: what of the activations is held, with the gradients that go through them."""
+
+    held: int  # bytes
+    done: float  # share of the parameters whose gradients are made
+
+
+@dataclass(frozen=True)
 class Memory:
     """Bytes on one rank, by what holds them."""
 
@@ -81,13 +92,31 @@ class Memory:
     optimizer: int  # Adam's two moments
     ema: int
     copies: int  # of weights in half precision, while a forward and backward pass are under way
-    activations: int
+    activations: int  # at the end of a forward pass
+    moments: tuple[Moment, ...] = ()  # of the backward pass, in order; none where it is not known
+    gradients_stay: bool = False  # all through the pass, from the micro-batch before or as stage 3 has them
+
+    @property
+    def states(self) -> int:
+        """What is there between steps too."""
+        return self.parameters + self.master + self.optimizer + self.ema
 
     @property
     def total(self) -> int:
-        """The sum."""
-        parts: int = sum(getattr(self, f.name) for f in fields(self))
-        return parts
+        """The most at a time, but for what an engine has besides: not all gradients are there with all activations."""
+        return self.peak(lambda done: 0)
+
+    def peak(self, buffers: Callable[[float], int], update: int = 0) -> int:
+        """The most at a time. buffers: an engine's, when a share of the gradients is made; update: in the update."""
+        if not self.moments:
+            return self.states + self.gradients + max(self.copies + self.activations + buffers(1.0), update)
+        passes = [
+            moment.held
+            + round(self.gradients * (1.0 if self.gradients_stay else moment.done))
+            + buffers(moment.done)
+            for moment in self.moments
+        ]
+        return self.states + max(*passes, self.gradients + max(buffers(1.0), update))
 
 
 @dataclass(frozen=True)
@@ -101,7 +130,7 @@ class Cost:
     )
     parameters: Parameters
     multiply_adds: int  # of a forward pass, per image
-    checkpoint_blocks: bool
+    recompute: Recompute
     forwards: int = 0  # passes of an objective's terms, without gradients, beside the one that is trained
 
     @property
@@ -113,7 +142,7 @@ class Cost:
     def training_flops(self) -> int:
         """Count those of a training step, per image: 3 × forward, and the objective's other forward passes.
 
-        What checkpointing computes again is not counted.
+        What is computed again is not counted, nor in MFU.
         """
         return (3 + self.forwards) * self.forward_flops
 
@@ -130,13 +159,16 @@ class Cost:
         precision: str = "fp32",
         averages: int = 1,
         frozen: int = 0,
+        accumulation: int = 1,
+        recompute: Recompute | None = None,
     ) -> Memory:
-        """Bytes on one rank at the end of a forward pass of `micro_batch` images, gradients allocated.
+        """Bytes on one rank in a step of `accumulation` micro-batches of `micro_batch` images.
 
-        Stage 1 shares the optimizer's and the EMA's state, 2 also gradients, 3 also parameters. `frozen`
-        parameters have no gradients and no optimizer's state. For eager execution; compiled blocks keep less. Not
-        counted: communication buckets, the blocks that stage 3 has gathered, kernels' work space, the allocator's
-        fragments.
+        Stage 1 shares the optimizer's and the EMA's state, 2 also gradients, 3 also parameters; of a block that keeps
+        its activations it keeps the gathered weights too, from the forward to the backward pass. `frozen` parameters
+        have no gradients and no optimizer's state. recompute: in place of the configuration's. For eager execution;
+        compiled blocks keep less. Not counted: an engine's buffers (ZeroConfig.needs counts DeepSpeed's), kernels' work
+        space, the allocator's fragments.
         """
         if precision not in PRECISIONS:
             raise ConfigError(f"unknown precision '{precision}'{did_you_mean(precision, PRECISIONS)}")
@@ -145,25 +177,65 @@ class Cost:
                 "expected a ZeRO stage of 0 to 3, a world size of 1 or more and a micro-batch of 0 or more, "
                 f"got {zero_stage}, {world_size} and {micro_batch}"
             )
-        linear = sum(block.linear_parameters for block in self.blocks)
+        again = self.recompute if recompute is None else recompute
         kept = PRECISIONS[precision]
         states = state_memory(self.parameters.trainable, zero_stage, world_size, averages, frozen)
+        passing = self._passing(kept, again, zero_stage == 3 and world_size > 1)
+        moments = tuple(self._moments(micro_batch, passing))
+        copies = sum(part.weights for part in passing) if zero_stage < 3 else 0
         return replace(
             states,
             parameters=states.parameters + 4 * self.parameters.position,
-            copies=kept.copies * linear if zero_stage < 3 else 0,
-            activations=micro_batch * self._activations(kept),
+            copies=copies,
+            activations=micro_batch * (self._ends() + sum(part.kept for part in passing)),
+            moments=moments,
+            gradients_stay=accumulation > 1 or zero_stage == 3,
         )
 
-    def _activations(self, precision: Precision) -> int:
-        """Bytes kept for the backward pass, per image."""
+    def _passing(self, precision: Precision, recompute: Recompute, is_gathered: bool) -> list[_Passing]:
+        """What each block holds for its backward pass, and in it. is_gathered: weights are, for that, at stage 3."""
+        found = []
+        for i, block in enumerate(self.blocks):
+            keep = recompute.at(i)
+            whole = precision.compute * block.saved_narrow + 4 * block.saved_wide
+            products = 4 * block.input + precision.compute * block.products
+            kept = {None: whole, "input": 4 * block.input, "products": products}[keep]
+            working = precision.compute * block.working_narrow + 4 * block.working_wide
+            # A half-precision copy stays in the graph, and so do gathered weights unless all of the block is run again.
+            weight = precision.copies or 4 * is_gathered
+            held = weight * block.linear_parameters * (not is_gathered or keep is None)
+            gathered = 2 * 4 * block.parameters * is_gathered  # with the next one's
+            found.append(_Passing(kept, whole - kept + working, held, gathered, block.parameters))
+        return found
+
+    def _moments(self, micro_batch: int, passing: list[_Passing]) -> Iterator[Moment]:
+        """The backward pass as it begins, and in each block, from the last to the first."""
+        # noise, noisy latents, prediction and its gradient
+        latents = 4 * 4 * self.dims.channels * math.prod(self.dims.image_size)
+        kept, weights = sum(part.kept for part in passing), sum(part.weights for part in passing)
+        yield Moment(micro_batch * (kept + self._ends() + latents) + weights, 0.0)
+        ends = self._ends() - 4 * self.output_saved + latents
+        done = self.parameters.output - sum(part.parameters for part in passing[self.dims.depth :])
+        for part in reversed(passing):
+            held = micro_batch * (kept + part.working + ends) + weights + part.gathered
+            yield Moment(held, done / self.parameters.trainable)
+            kept, weights, done = kept - part.kept, weights - part.weights, done + part.parameters
+
+    def _ends(self) -> int:
+        """Bytes kept for the backward pass outside of blocks, per image: patches, time, what comes after the blocks."""
         d, t = self.dims.width, self.dims.tokens
-        kept = [precision.compute * block.saved_narrow + 4 * block.saved_wide for block in self.blocks]
-        # patches, time embedding, and what comes after the blocks
-        ends = t * self.dims.channels * self.dims.patch**2 + FREQUENCIES + 3 * d + self.output_saved
-        if self.checkpoint_blocks:  # every block's input, and one block in full while it is computed again
-            return 4 * ends + 4 * sum(block.input for block in self.blocks) + max(kept)
-        return 4 * ends + sum(kept)
+        return 4 * (t * self.dims.channels * self.dims.patch**2 + FREQUENCIES + 3 * d + self.output_saved)
+
+
+@dataclass(frozen=True)
+class _Passing:
+    """Bytes of one block, kept and in its backward pass: kept, working: of an image; weights, gathered: of weights."""
+
+    kept: int
+    working: int
+    weights: int
+    gathered: int
+    parameters: int
 
 
 def cost(cfg: DiTConfig, input_size: int | tuple[int, int], channels: int, num_classes: int) -> Cost:
@@ -194,7 +266,7 @@ def cost(cfg: DiTConfig, input_size: int | tuple[int, int], channels: int, num_c
         + sum(block.multiply_adds for block in blocks)
         + blocks[0].shared_multiply_adds
         + output.multiply_adds,
-        checkpoint_blocks=cfg.checkpoint_blocks,
+        recompute=cfg.recompute,
     )
 
 

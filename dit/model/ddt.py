@@ -23,6 +23,7 @@ from dit.model.dims import Dims
 from dit.model.dit import DiT, DiTConfig, Tapped
 from dit.model.embed import PatchEmbed, WideLinear
 from dit.model.kinds import MODELS
+from dit.model.recompute import NOTHING, Recompute
 from dit.model.stream import as_stream
 
 
@@ -48,6 +49,11 @@ class DDTConfig(DiTConfig):
         decoder = self.decoder(self.dims(self.patch, 1, 0))
         if self.block.rope is not None:
             self.block.rope.check(decoder.head_width)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of encoder and decoder."""
+        return super().blocks + self.decoder_depth
 
     def decoder(self, dims: Dims) -> Dims:
         """The decoder's shapes, of the encoder's."""
@@ -116,7 +122,8 @@ class DDT(DiT):
         With taps (n = behind the encoder's n-th block) the prediction and their tokens, as a DiT gives them.
         """
         h, _, time, tapped = self.hidden(x, model_time, cond, taps)  # (B, T, D), (B, D)
-        said = self.as_image(self.output(x, F.silu(time.unsqueeze(1) + h)), x)
+        again = self.recompute.after(len(self.blocks))
+        said = self.as_image(self.output(x, F.silu(time.unsqueeze(1) + h), again), x)
         return (said, tapped) if taps else said
 
     def encode(self, x: Tensor, model_time: Tensor, cond: Cond) -> Tensor:
@@ -136,7 +143,7 @@ class Decoder(nn.Module):
 
     def __init__(self, cfg: DDTConfig, dims: Dims):
         super().__init__()
-        self.dims, self.checkpoint_blocks = cfg.decoder(dims), cfg.checkpoint_blocks
+        self.dims = cfg.decoder(dims)
         self.residual = cfg.residual
         width = self.dims.width
         self.patch_embed = PatchEmbed(self.dims)
@@ -148,13 +155,13 @@ class Decoder(nn.Module):
         )
         self.register_buffer("rotation", turns, persistent=False)
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, recompute: Recompute = NOTHING) -> Tensor:
         """x (B, C, H, W), c (B, T, D) what the encoder says of each token -> (B, T, p·p·C)."""
         if self.bridge is not None:
             c = self.bridge(c)  # (B, T, D')
         h = as_stream(self.patch_embed(x), self.residual, self.patch_embed.proj.weight.dtype)  # (B, T, D')
         carried = {} if self.rotation is None else {"rotation": self.rotation}
-        for block in self.blocks:
-            h = run_block(block, self.checkpoint_blocks, carried, h, c)  # (B, T, D')
+        for i, block in enumerate(self.blocks):
+            h = run_block(block, recompute.at(i), carried, h, c)  # (B, T, D')
         out: Tensor = self.end(h, c)  # (B, T, p·p·C)
         return out

@@ -18,10 +18,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dit.compiling import compile_forward
-from dit.config import ConfigError, config, did_you_mean
+from dit.config import ConfigError, config
 from dit.flow.predict import Cond
 from dit.model.block import BLOCKS, AdaLNZero, BlockConfig, OutputCost, OutputLayer, output_cost, run_block
-from dit.model.cond import CONDITIONERS, ClassLabel, ConditionerConfig, joined
+from dit.model.cond import CONDITIONERS, ClassLabel, ConditionerConfig, check_context, joined
 from dit.model.dims import Dims, grid_of
 from dit.model.embed import MAX_PERIOD, PatchEmbed, Spacing, TimeEmbed, position_table, unpatchify, wide
 from dit.model.kernels.choice import KERNELS, Auto, Kernels, use
@@ -29,8 +29,9 @@ from dit.model.kinds import MODELS, ModelConfig
 from dit.model.modulation import FullRows
 from dit.model.norms import NORMS, Norm
 from dit.model.parametrization import PARAMETRIZATIONS, Parametrization, Standard, scale
+from dit.model.recompute import Keep, Recompute
 from dit.model.sdpa import Backend
-from dit.model.sizes import SIZES, Size
+from dit.model.sizes import SIZES, Size, check_size
 from dit.model.stream import Residual, as_stream
 
 Tapped = tuple[Tensor, tuple[Tensor, ...]]  # a prediction, and tokens behind blocks
@@ -53,7 +54,11 @@ class DiTConfig(ModelConfig):
     learn_sigma: bool = False  # twice the output channels: a prediction, then its log-variance
     # of what lies between a block's matrix products: plain torch (which torch.compile fuses), triton, or auto
     kernels: Annotated[Kernels, KERNELS] = Auto()
-    checkpoint_blocks: bool = False  # recompute blocks in the backward pass: a third more work, less memory
+    # recompute blocks in the backward pass: less memory, a third more work; a number = the first so many of them
+    checkpoint_blocks: bool | Annotated[int, Field(ge=1)] = False
+    checkpoint_keep: Keep = (
+        "input"  # of such a block; products = also what matrix products and attention give
+    )
     residual: Residual = "float32"  # of the tokens between blocks; bfloat16 needs train.precision: bf16
     # torch's kernel of attention in training: auto = torch's choice; cudnn and efficient need a GPU
     attention: Backend = "auto"
@@ -78,20 +83,9 @@ class DiTConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         """Refuse an unknown size, and a size given in two ways or in half of one."""
-        given = [name for name in Size._fields if getattr(self, name) is not None]
-        if self.size is not None and self.size not in SIZES:
-            raise ConfigError(f"unknown size '{self.size}'{did_you_mean(self.size, SIZES)}")
-        if self.size is not None and given:
-            raise ConfigError(
-                f"got size '{self.size}' and also {', '.join(given)}; leave out one of the two ways to say it"
-            )
-        if self.heads is not None and self.head_width is not None:
-            raise ConfigError(
-                f"got heads {self.heads} and head_width {self.head_width}; leave out one of the two"
-            )
-        if given and len(given) + (self.head_width is not None) < len(Size._fields):
-            raise ConfigError(f"got only {', '.join(given)}; without `size`, give width, depth and heads")
-        self._check_context()
+        check_size(self.size, {name: getattr(self, name) for name in Size._fields}, self.head_width)
+        check_context(self.context, self.context_from, self.blocks, self.block.carries_value)
+        _ = self.recompute
         if any(c.gives_tokens for c in self.cond) and not self.block.reads_tokens:
             raise ConfigError(
                 f"block {BLOCKS.name_of(self.block)} does not read the tokens that `cond` gives"
@@ -104,22 +98,19 @@ class DiTConfig(ModelConfig):
             self.block.rope.check(dims.head_width)
 
     @property
+    def blocks(self) -> int:
+        """Blocks of the whole network."""
+        return self._size().depth
+
+    @property
+    def recompute(self) -> Recompute:
+        """What is computed again in the backward pass; ConfigError for more blocks than there are."""
+        return Recompute.of(self.checkpoint_blocks, self.checkpoint_keep, self.blocks)
+
+    @property
     def context(self) -> int:
         """Tokens that `cond` puts into the sequence."""
         return sum(c.context for c in self.cond)
-
-    def _check_context(self) -> None:
-        """Refuse tokens that would join behind the last block, or a place to join where there are none."""
-        depth = self._size().depth
-        if self.context_from and self.block.carries_value:
-            raise ConfigError(
-                "value_residual needs the same tokens in every block: leave it out, or context_from at 0"
-            )
-        if self.context_from and (not self.context or self.context_from >= depth):
-            raise ConfigError(
-                f"context_from is {self.context_from}: it says which of the {depth} blocks is the first with tokens of "
-                "`cond` in its sequence, and needs some: cond: [{name: class, context: 32}]"
-            )
 
     def _size(self) -> Size:
         """Width, depth and heads."""
@@ -191,7 +182,7 @@ class DiT(nn.Module):
     def __init__(self, cfg: DiTConfig, dims: Dims, generator: torch.Generator | None = None):
         super().__init__()
         block, width = cfg.block, dims.width
-        self.cfg, self.dims, self.checkpoint_blocks = cfg, dims, cfg.checkpoint_blocks
+        self.cfg, self.dims, self.recompute = cfg, dims, cfg.recompute
         extra = sum(c.extra_channels for c in cfg.cond)
         self.patch_embed = PatchEmbed(dims, extra_channels=extra, bottleneck=cfg.bottleneck)
         self.time_embed = TimeEmbed(
@@ -302,7 +293,7 @@ class DiT(nn.Module):
             h = self._joined_by(given.context, h, i)  # (B, N + T, D): tokens beside the image's come first
             if self.rotation is not None:
                 carried["rotation"] = self.rotation[:, -h.shape[1] :]  # (2, N + T, d/2)
-            h = run_block(block, self.checkpoint_blocks, carried, h, c, *tokens)  # (B, N + T, D)
+            h = run_block(block, self.recompute.at(i), carried, h, c, *tokens)  # (B, N + T, D)
             if i < len(given.residuals):
                 more = F.pad(given.residuals[i], (0, 0, h.shape[1] - self.dims.tokens, 0))  # (B, N + T, D)
                 h = (h + more).to(h.dtype)

@@ -22,6 +22,7 @@ class MlpCost:
     parameters: int
     multiply_adds: int  # a token
     saved: int  # numbers kept for the backward pass, a token, in the dtype of the matrix products
+    products: int  # those of them that its matrix products give out
 
 
 class MlpConfig(ABC):
@@ -53,7 +54,7 @@ class GeluMlp(MlpConfig):
     def cost(self, dims: Dims) -> MlpCost:
         """Weights d·m twice; kept are the input, GELU's input and output, and what comes out."""
         d, m = dims.width, dims.mlp_width
-        return MlpCost(2 * d * m + (m + d) * self.bias, 2 * d * m, 2 * d + 2 * m)
+        return MlpCost(2 * d * m + (m + d) * self.bias, 2 * d * m, 2 * d + 2 * m, d + m)
 
 
 @MLPS.register("swiglu")
@@ -73,7 +74,7 @@ class SwiGluMlp(MlpConfig):
     def cost(self, dims: Dims) -> MlpCost:
         """Weights d·h three times; kept are the input, gate and value, the gate's SiLU, its product, what comes out."""
         d, h = dims.width, self._hidden(dims)
-        return MlpCost(3 * d * h + (2 * h + d) * self.bias, 3 * d * h, 2 * d + 4 * h)
+        return MlpCost(3 * d * h + (2 * h + d) * self.bias, 3 * d * h, 2 * d + 4 * h, d + 2 * h)
 
     def _hidden(self, dims: Dims) -> int:
         return max(1, int(2 / 3 * dims.mlp_width)) if self.hidden is None else self.hidden

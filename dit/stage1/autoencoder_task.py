@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dit.config import Registry, config
-from dit.flow.objective import Loss
+from dit.flow.loss import Loss
 from dit.rng import Purpose
 from dit.stage1.autoencoder import AutoencoderConfig, Terms
 from dit.stage1.discriminator import DiscriminatorConfig, WithGradient, adaptive_weight, hinge

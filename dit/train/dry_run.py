@@ -108,7 +108,7 @@ def measured(plan: Plan, peak: float) -> Speed | str:
 def _time(plan: Plan, samples: int) -> float:
     """Seconds of a step on this rank."""
     cfg, world = plan.cfg, plan.world
-    module = plan.parts.build()
+    module = plan.network()
     freeze(module, cfg.train.freeze)
     alone = World(local_rank=world.local_rank)
     engine = LocalEngine(module, cfg.optim, alone, precision=cfg.train.precision)

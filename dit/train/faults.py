@@ -21,7 +21,7 @@ from torch import Tensor
 from dit.config import ConfigError, config
 from dit.errors import UserError
 from dit.files import write_atomically
-from dit.flow.objective import Loss
+from dit.flow.loss import Loss
 
 
 class TrainingError(UserError):

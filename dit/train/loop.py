@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from dit.data.loading.stream import Batch
 from dit.errors import Interrupted, InterruptTold, Stopped
-from dit.flow.objective import Loss
+from dit.flow.loss import Loss
 from dit.progress import Bar
 from dit.ranks import group
 from dit.rng import Draws

@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from dit.evals import record
 from dit.evals.valloss import QUARTERS, sums_by_quarter
-from dit.flow.objective import Loss
+from dit.flow.loss import Loss
 from dit.ranks import group
 from dit.train.rows import HELD_OUT, METRICS, truncate
 

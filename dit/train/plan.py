@@ -10,7 +10,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -30,6 +30,7 @@ from dit.train import branch
 from dit.train.checkpoints import checkpoint
 from dit.train.checkpoints.archive import checkpoints_of
 from dit.train.checkpoints.checkpoint import Checkpoint, CheckpointError, Reader
+from dit.train.engines.budget import Budget, Fitted, fit
 from dit.train.engines.local import check_alone
 from dit.train.engines.zero_config import BEFORE, Choice, Device, choose, unsharded
 from dit.train.hooks import Hook
@@ -48,6 +49,7 @@ class Parts:
     contract: JSON values that travel with every checkpoint (latent statistics, codec, ...).
     flops_per_image: of a training step. leaf_modules: see DeepSpeedEngine.
     memory: (ZeRO stage, numbers in frozen parameters) -> what a rank holds; None: all but the activations is counted.
+    budget: what a rank may fill, where that decides which activations of the network are computed again.
     about: rows of what is printed at the start, by name ("model", "objective", "codec").
     on_host: what of the loss the host decides in each step, so that no CUDA graph can hold it; "" for nothing.
     doubts: what in the configuration contradicts the data: refused in a new run, warned of in one that goes on.
@@ -61,6 +63,7 @@ class Parts:
     hooks: list[Hook] = field(default_factory=list)
     leaf_modules: tuple[type[nn.Module], ...] = ()
     memory: Callable[[int, int], Memory] | None = None
+    budget: Budget | None = None
     about: dict[str, str] = field(default_factory=dict)
     on_host: str = ""
     doubts: tuple[str, ...] = ()
@@ -140,7 +143,19 @@ class Plan:
         if self.cfg.is_plain:
             return unsharded(self.cfg.zero, self.memory(0), self.device)
         self.cfg.zero.check(self.world)
+        if self.fitted is not None:
+            return self.fitted.choice
         return choose(self.cfg.zero, self.memory, self.device, kept=self.stage_before)
+
+    @cached_property
+    def fitted(self) -> Fitted | None:
+        """What is computed again to stay within the parts' budget; None where there is none."""
+        budget, zero = self.parts.budget, self.cfg.zero
+        if budget is None:
+            return None
+        if self.cfg.engine == "local":
+            zero = replace(zero, stage=0)
+        return fit(zero, budget, self.outline.frozen, self.device, kept=self.stage_before)
 
     def check_engine(self) -> None:
         """ConfigError for the local engine on several ranks, and for CUDA graphs where there can be none."""
@@ -161,6 +176,8 @@ class Plan:
     def memory(self, stage: int) -> Memory:
         """What a rank holds at a ZeRO stage."""
         frozen = self.outline.frozen
+        if self.parts.budget is not None and self.fitted is not None:
+            return self.parts.budget.memory(stage, frozen, self.fitted.recompute)
         if self.parts.memory is not None:
             return self.parts.memory(stage, frozen)
         return state_memory(self.outline.parameters, stage, self.world.size, self.cfg.ema.count, frozen)
@@ -206,10 +223,17 @@ class Plan:
             "torch": torch.__version__,
         }
 
+    def network(self) -> nn.Module:
+        """The network as the parts make it, with what the budget decides."""
+        module = self.parts.build()
+        if self.fitted is not None:
+            module.recompute = self.fitted.recompute  # type: ignore[assignment]
+        return module
+
     def build(self) -> nn.Module:
         """The network, with weights of the run's seed or of `init`, and what is to be frozen frozen."""
         torch.manual_seed(self.cfg.seed)
-        module = self.parts.build()
+        module = self.network()
         source = self.init
         if source is not None:
             weights = self.cfg.init.weights

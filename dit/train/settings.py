@@ -245,5 +245,6 @@ OPERATIONAL = (
     "data.mix", "data.val", "data.prefetch", "data.readers", "data.max_quarantined", "data.cache",
     "train.steps", "train.micro_batch", "train.log_every", "train.max_skipped", "train.compile", "train.graphs",
     "train.threads", "train.hang_timeout", "ema.snapshot_every", "init.branch",
-    "model.checkpoint_blocks", "model.kernels", "model.attention", "classifier.checkpoint_blocks", "perceptual.weights",
+    "train.memory_gb", "model.checkpoint_blocks", "model.checkpoint_keep", "model.kernels", "model.attention",
+    "classifier.checkpoint_blocks", "perceptual.weights",
 )  # fmt: skip

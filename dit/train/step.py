@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit.flow.objective import Loss
+from dit.flow.loss import Loss
 from dit.rng import Draws
 from dit.train.engines.base import Engine
 from dit.train.engines.plain import PlainEngine

@@ -39,6 +39,7 @@ def rows(plan: Plan) -> dict[str, str]:
         "steps": _steps(plan),
         "rate": _rate(plan),
         "ema": _averages(plan.cfg.ema, plan.cfg.train.steps),
+        **({"recompute": plan.fitted.why} if plan.fitted is not None else {}),
         **({"sharding": plan.sharding.why} if plan.sharding.why else {}),
     }
 

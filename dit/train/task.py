@@ -13,7 +13,8 @@ from torch import Tensor
 from dit.data.codecs.norm import LatentNorm
 from dit.data.loading.stream import Batch
 from dit.flow.couple import COST_DROP
-from dit.flow.objective import FirstLoss, Loss, Objective
+from dit.flow.loss import FirstLoss, Loss
+from dit.flow.objective import Objective
 from dit.rng import Draws, Purpose, keyed
 
 

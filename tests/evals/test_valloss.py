@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dit.evals.valloss import held_out_loss, sums_by_quarter
-from dit.flow.objective import Loss
+from dit.flow.loss import Loss
 
 
 def loss(per_sample, t):

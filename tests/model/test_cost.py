@@ -129,10 +129,14 @@ def test_checkpointing_keeps_one_residual_a_block_and_one_block():
         cost(DiTConfig(size="S", checkpoint_blocks=c), 32, 4, 1000).memory(8) for c in (False, True)
     )
     residual = 8 * 256 * 384 * 4
-    per_block = (whole.activations - less.activations + 12 * residual) / 11
+    per_block = (whole.activations - less.activations) / 12 + residual
     assert per_block > 10 * residual
-    assert 12 * residual + per_block < less.activations < 13 * residual + 1.2 * per_block
-    assert whole.total - less.total == whole.activations - less.activations
+    assert 12 * residual < less.activations < 17 * residual  # and what comes after the blocks
+    last = less.moments[1].held  # of the last block's backward pass, the others' inputs still there
+    assert 12 * residual + per_block < last < 17 * residual + 1.5 * per_block
+    # the first block's is the last: all gradients are there by then, and all weights' of the others
+    assert less.moments[-1].done > 0.8
+    assert less.total < whole.total
 
 
 def test_states_are_shared_stage_by_stage():
@@ -150,7 +154,9 @@ def test_states_are_shared_stage_by_stage():
         memory = estimate.memory(0, zero_stage=stage, world_size=4)
         got = (memory.parameters, memory.gradients, memory.master, memory.optimizer, memory.ema)
         assert got == parts
-        assert memory.total == sum(parts)
+        # at stage 3 the backward pass has the blocks' weights in its graph, and two blocks' gathered
+        weights = 4 * 12 * estimate.blocks[0].linear_parameters + 8 * estimate.blocks[0].parameters
+        assert memory.total == sum(parts) + (weights if stage == 3 else 0)
     assert estimate.memory(0, averages=0).ema == 0
     assert estimate.memory(0, averages=3).ema == 3 * estimate.memory(0).ema
 

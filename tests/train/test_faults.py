@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dit.config import ConfigError, from_dict
-from dit.flow.objective import Loss
+from dit.flow.loss import Loss
 from dit.train.faults import Faults, FaultsConfig
 from dit.train.loop import Loop
 from dit.train.task import guarded

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from dit.flow.objective import Loss
+from dit.flow.loss import Loss
 from dit.ranks import group
 from dit.ranks.group import World
 from dit.train.meters import Meters, RunLog

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dit.config import ConfigError
-from dit.flow.objective import Loss
+from dit.flow.loss import Loss
 from dit.flow.spread import SPREADS
 from dit.flow.times import TIMES
 from dit.model import cond

@@ -11,7 +11,8 @@ import torch
 from dit.config import from_dict
 from dit.data.codecs.norm import LatentNorm
 from dit.data.loading.stream import Batch
-from dit.flow.objective import Loss, Objective
+from dit.flow.loss import Loss
+from dit.flow.objective import Objective
 from dit.rng import Draws, Purpose
 from dit.train.task import LatentTask, Samples, batch_samples, synthetic_samples
 from tests.first_loss import first_loss

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from dit.bench.plan.devices import DeviceFacts
 from dit.bench.plan.job import Job
+from dit.model.recompute import Recompute
 
 # Bytes of memory traffic outside matrix products, forward and backward, for each token, block and channel: norms,
 # modulations, gates and residuals in float32, GELU on four times the width. Eager: counted operation by operation.
@@ -41,10 +42,10 @@ class Work:
     share: float
 
 
-def pass_seconds(job: Job, micro: int, device: DeviceFacts) -> float:
-    """Forward and backward pass of `micro` images, gradients added up."""
+def pass_seconds(job: Job, micro: int, device: DeviceFacts, recompute: Recompute | None = None) -> float:
+    """Forward and backward pass of `micro` images, gradients added up. recompute: in place of the configuration's."""
     cost, dims = job.cost, job.cost.dims
-    again = 4 / 3 if cost.checkpoint_blocks else 1.0  # the forward pass twice
+    again = 1 + (recompute or cost.recompute).work(len(cost.blocks)) / 3  # a forward pass is a third
     attention = 6 * 2 * dims.depth * dims.tokens**2 * dims.width
     peak = device.products(job.precision)
     products = (cost.training_flops - attention) / (peak * device.gemm_share)

@@ -16,6 +16,7 @@ from dit.experiments.diffusion import Experiment
 from dit.files import expand
 from dit.model.cost import Cost, Memory, cost
 from dit.model.dit import DiTConfig
+from dit.model.recompute import Recompute
 from dit.train.engines.zero_config import ZeroConfig
 from dit.train.optim import freeze
 from dit.train.plan import stored_shape
@@ -92,9 +93,12 @@ class Job:
     sample_bytes: int = 0
     samples: int = 0
     data: str = ""
+    budget: int | None = None  # bytes a rank, within which activations are computed again
 
-    def memory(self, micro: int, stage: int, ranks: int) -> Memory:
-        """What a rank holds, as the trainer reckons it."""
+    def memory(
+        self, micro: int, stage: int, ranks: int, accumulation: int = 1, recompute: Recompute | None = None
+    ) -> Memory:
+        """What a rank holds, as the trainer reckons it. recompute: in place of what the configuration says."""
         return self.cost.memory(
             micro,
             zero_stage=stage,
@@ -102,6 +106,8 @@ class Job:
             precision=self.precision,
             averages=self.averages,
             frozen=self.frozen,
+            accumulation=accumulation,
+            recompute=recompute,
         )
 
 
@@ -124,6 +130,7 @@ def job_of(cfg: Experiment, asked: Asked) -> Job:
         sample_bytes=shape.stored,
         samples=asked.samples or cfg.train.steps * cfg.train.global_batch,
         data=shape.origin,
+        budget=None if cfg.train.memory_gb is None else int(1e9 * cfg.train.memory_gb),
     )
 
 

@@ -13,7 +13,10 @@ from dit.bench.plan.job import Asked, Job, job_of
 from dit.bench.plan.measured import Curve, Point, curve_for
 from dit.config import ConfigError
 from dit.experiments.diffusion import Experiment
+from dit.model.cost import Memory
+from dit.model.recompute import NOTHING, Recompute
 from dit.ranks.group import World
+from dit.train.engines.budget import Budget, fit
 from dit.train.engines.local import check_alone
 from dit.train.engines.zero_config import USABLE, Device, choose
 from dit.train.settings import TrainConfig
@@ -30,6 +33,7 @@ class Way:
     accumulation: int
     stage: int
     memory: int
+    recompute: Recompute = NOTHING
     passes: float = 0.0
     update: float = 0.0
     sent: float = 0.0  # what is not hidden behind the passes
@@ -145,7 +149,8 @@ def on_all(job: Job, device: DeviceFacts, ranks: int, curve: Curve) -> Estimate:
             f"{job.group}, the group of objective.coupling or objective.auxiliary"
         )
         return replace(found, reason=reason)
-    usable = Device(int(USABLE * device.memory), device.on_host, ranks)
+    most = int(USABLE * device.memory)
+    usable = Device(min(job.budget or most, most), device.on_host, ranks)
     ways = [_way(found, micro, local, usable) for micro in sizes]
     fitting = [way for way, _ in ways if way.memory <= usable.usable]
     if not fitting:
@@ -156,16 +161,26 @@ def on_all(job: Job, device: DeviceFacts, ranks: int, curve: Curve) -> Estimate:
 
 
 def _way(found: Estimate, micro: int, local: int, usable: Device) -> tuple[Way, str]:
-    """A step in micro-batches of this size, at the stage that the trainer would take; and what that needs, in words."""
-    job, ranks = found.job, found.ranks
-    if job.is_plain or job.is_local:
-        stage, why, needed = 0, "", job.memory(micro, 0, ranks).total
+    """A step in micro-batches of this size, as the trainer would take it; and what that needs, in words."""
+    job, ranks, accumulation = found.job, found.ranks, local // micro
+    recompute = job.cost.recompute
+
+    def memory(stage: int, way: Recompute = recompute) -> Memory:
+        return job.memory(micro, stage, ranks, accumulation, way)
+
+    if job.budget is not None:
+        zero = replace(job.zero, stage=0) if job.is_plain or job.is_local else job.zero
+        budget = Budget(usable.usable, len(job.cost.blocks), lambda stage, _, way: memory(stage, way))
+        fitted = fit(zero, budget, 0, usable)
+        recompute, stage, why, needed = fitted.recompute, fitted.choice.stage, fitted.why, fitted.needed
+    elif job.is_plain or job.is_local:
+        stage, why, needed = 0, "", memory(0).total
     else:
-        choice = choose(job.zero, lambda stage: job.memory(micro, stage, ranks), usable)
+        choice = choose(job.zero, memory, usable)
         stage, why = choice.stage, choice.why
-        needed = job.zero.needs(job.memory(micro, stage, ranks), stage, usable)
+        needed = job.zero.needs(memory(stage), stage, usable)
     gib = f"stage {stage} needs {needed / 2**30:.1f} GiB of {usable.usable / 2**30:.1f}"
-    way = Way(micro, local // micro, stage, needed)
+    way = Way(micro, accumulation, stage, needed, recompute)
     return _timed(found, way), f"with micro-batches of {micro}: {why or gib}"
 
 
@@ -175,7 +190,7 @@ def _timed(found: Estimate, way: Way) -> Way:
     share = 1 / ranks if way.stage else 1.0
     work = Work(way.micro, way.accumulation, way.stage, share)
     factor = found.curve.factor(way.stage, way.micro * job.cost.training_flops)
-    passes = factor * way.accumulation * compute.pass_seconds(job, way.micro, device)
+    passes = factor * way.accumulation * compute.pass_seconds(job, way.micro, device, way.recompute)
     update = factor * compute.update_seconds(job, work, device)
     trained = job.cost.parameters.trainable - job.frozen
     sent = communication.traffic(
@@ -221,6 +236,7 @@ def as_json(found: Estimate, price: float | None = None) -> dict[str, Any]:
         "samples": found.job.samples,
         "parameters": found.job.cost.parameters.trainable,
         "training_flops": found.job.cost.training_flops,
+        "recompute": way.recompute.words(len(found.job.cost.blocks)) if way else None,
     }
     if way is None:
         return made

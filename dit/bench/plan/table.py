@@ -26,6 +26,7 @@ def lines(plan: Mapping[str, Any]) -> Iterator[str]:
             f"fits         yes: ZeRO stage {plan['stage']}, {plan['micro_batch']} x {plan['accumulation']} accumulated "
             f"a rank, {plan['memory_bytes'] / gib:.1f} of {plan['device_memory_bytes'] / gib:.1f} GiB"
         )
+        yield f"recompute    {plan['recompute']}; FLOPs and MFU without what is done again"
         ms, mfu = plan["step_ms"], plan["mfu"]
         yield f"speed        {plan['images_per_s']:,.4g} images/s, {ms:.4g} ms a step, MFU {mfu:.1%}"
         money = f", cost {plan['cost']:,.6g}" if plan["cost"] is not None else ""

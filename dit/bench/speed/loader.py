@@ -13,7 +13,8 @@ import queue
 import resource
 import tarfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Barrier
@@ -308,14 +309,9 @@ def _results(processes: Sequence[BaseProcess], results: Any) -> list[tuple[float
 def _rank(manifest: Manifest, cfg: LoaderBench, rank: int, size: int, barrier: Barrier, results: Any) -> None:
     torch.set_num_threads(1)
     stream = open_stream(manifest, cfg, rank, size)
-    _drain(stream.iterate(0, cfg.steps, cfg.prefetch))
+    deque(stream.iterate(0, cfg.steps, cfg.prefetch), maxlen=0)
     barrier.wait()
     start, cpu = time.perf_counter(), time.process_time()
-    _drain(stream.iterate(cfg.steps, 2 * cfg.steps, cfg.prefetch))
+    deque(stream.iterate(cfg.steps, 2 * cfg.steps, cfg.prefetch), maxlen=0)
     results.put((time.perf_counter() - start, time.process_time() - cpu))
     stream.close()
-
-
-def _drain(batches: Iterator[Any]) -> None:
-    for _ in batches:
-        pass

@@ -23,7 +23,7 @@ from dit.train.ema import Ema, EmaConfig
 from dit.train.engines.base import Engine
 from dit.train.engines.local import LocalEngine
 from dit.train.engines.plain import PlainEngine
-from dit.train.engines.zero_config import Stage, ZeroConfig
+from dit.train.engines.zero_config import Offload, Stage, ZeroConfig
 from dit.train.meters import Meters
 from dit.train.optim import OptimConfig
 from dit.train.step import StepGraph, passes
@@ -38,7 +38,7 @@ class StepBench:
 
     size: tuple[str, ...] = ("S",)  # of the models: S, B, L, XL; nano, micro, tiny
     patch: int = 2  # latent pixels of a patch, on a side
-    batch: int = 8  # samples a step
+    batch: int = 8  # samples a step and rank
     micro_batch: int | None = None  # samples a forward pass; null = the batch, or on a GPU as many as fit
     precision: Literal["fp32", "bf16"] = "fp32"  # of every contender
     compile: bool = False  # ours with compiled blocks, and a compiled plain loop besides
@@ -98,6 +98,7 @@ class Setting:
         self.label = (torch.arange(cfg.batch) % CLASSES).to(self.device)
         self.model = cfg.model(size)
         self.flops = cost(self.model, SIDE, CHANNELS, CLASSES).training_flops  # of a step, an image
+        self.offload: Offload = "none"
 
     def ours(self) -> DiT:
         """Our network, its blocks compiled where that is asked for."""
@@ -152,14 +153,14 @@ class OurStep:
             self.graph = StepGraph(self.task, self.engine, micro, None)
             self.about += ", a CUDA graph a step"
         self.meters = Meters(setting.device)
-        slots = torch.arange(setting.cfg.batch)
+        slots = torch.arange(setting.cfg.batch) + setting.world.rank * setting.cfg.batch
         self.batch = Batch(
             setting.latents.unsqueeze(1), setting.label, slots, torch.zeros_like(slots), slots, 0
         )
 
     def step(self) -> None:
         """What Loop.train_step does."""
-        draws = Draws(0, self.number, self.batch.slots, self.setting.cfg.batch)
+        draws = Draws(0, self.number, self.batch.slots, self.setting.cfg.batch * self.setting.world.size)
         samples, fingerprints = batch_samples(self.batch, self.task, draws, self.engine.device)
         if self.graph is not None:
             losses, applied = self.graph(samples, OptimConfig().lr)
@@ -218,8 +219,8 @@ def _engine(setting: Setting, micro: int, stage: Stage | None) -> Engine:
         module,
         OptimConfig(),
         setting.world,
-        zero=ZeroConfig(stage=stage),
-        global_batch=cfg.batch,
+        zero=ZeroConfig(stage=stage, offload=setting.offload),
+        global_batch=cfg.batch * setting.world.size,
         accumulation=many,
         precision=cfg.precision,
         leaf_modules=tuple({type(block) for block in module.blocks}),

@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -17,6 +18,8 @@ from dit.ranks.group import World
 
 # Gradients that are communicated at once, at most: 200 MB, so that the next ones are computed meanwhile.
 BUCKET = 50_000 * 1024
+# Gradients that stage 0 averages at once, in DeepSpeed's own words 5e8 of them, in a copy.
+FLAT = 4 * 500_000_000
 # Share of the memory; kernels' work space, the allocator's fragments and the driver take the rest.
 USABLE = 0.9
 Stage = Literal[0, 1, 2, 3]
@@ -65,15 +68,31 @@ class ZeroConfig:
             raise ConfigError(f"zero.hpz = {self.hpz} does not divide {world.size} ranks; use one of {fit}")
 
     def needs(self, memory: Memory, stage: int, device: Device) -> int:
-        """Bytes that a rank's device must have for `memory`, which is this stage's."""
+        """Bytes that a rank's device must have for `memory`, which is this stage's, with DeepSpeed's own buffers."""
         away = 0
         if self.offload != "none" and not device.on_host:
             away = memory.master + memory.optimizer + memory.ema + (memory.gradients if stage >= 2 else 0)
             away += memory.parameters if self.offload == "all" else 0
         whole = memory.parameters * (device.ranks if stage >= 3 else 1)
         copy = whole // self.hpz if self.hpz > 1 else 0
-        buckets = min(2 * 4 * BUCKET, 2 * whole) if stage else 0  # one for each of two dtypes
-        return memory.total - away + copy + buckets
+        gradients = memory.gradients * (device.ranks if stage >= 2 else 1)
+        share = -(-gradients // device.ranks) if stage else 0
+        # the gradients of a partition, and from stage 1 on a flat copy of them
+        update = {0: 0, 3: share}.get(stage, 2 * share - memory.gradients)
+        return memory.peak(partial(self._buffers, stage, gradients, device), update) - away + copy
+
+    def _buffers(self, stage: int, gradients: int, device: Device, done: float) -> int:
+        """DeepSpeed's, in the backward pass when a share of all `gradients` (bytes) is made."""
+        bucket = min(4 * BUCKET, gradients)
+        if (
+            stage == 3
+        ):  # one for as long as it lives; what is sent and received when it is full, or at the end
+            return 3 * bucket if done * gradients >= bucket else bucket
+        if device.ranks == 1 and self.offload == "none":
+            return 0
+        if stage == 0:
+            return min(FLAT, gradients) if done == 1 else 0
+        return bucket
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from dit.config import ConfigError, from_dict
 from dit.configfile import load
 from dit.errors import UserError
 from dit.experiments.diffusion import Experiment
-from dit.model.cost import cost
+from dit.model.cost import Memory, cost
 from dit.model.dit import DiTConfig
 from dit.ranks.group import World
 from dit.train.engines.zero_config import STAGES, USABLE, Device, ZeroConfig, choose
@@ -161,10 +161,31 @@ def test_the_stage_is_the_one_that_the_trainer_would_choose(device: str, size: s
     assert found.way is not None
     way, its = found.way, found.job
     room = Device(int(USABLE * facts.memory), False, gpus)
-    taken = choose(ZeroConfig(), lambda stage: its.memory(way.micro, stage, gpus), room)
+
+    def memory(stage: int) -> Memory:
+        return its.memory(way.micro, stage, gpus, way.accumulation)
+
+    taken = choose(ZeroConfig(), memory, room)
     assert way.stage == taken.stage
     assert (device == "tight") == (way.stage > 0)
-    assert found.memory == ZeroConfig().needs(its.memory(way.micro, way.stage, gpus), way.stage, room)
+    assert found.memory == ZeroConfig().needs(memory(way.stage), way.stage, room)
+
+
+def test_a_budget_makes_micro_batches_as_large_as_fit_with_the_least_work_done_again() -> None:
+    """Of ways that fit it takes the quickest; FLOPs and MFU do not count what is done again."""
+    facts, rates, works = GPUS["h100"], [], []
+    for gigabytes in (70, 40, 20):
+        planned = job(**{"train.memory_gb": str(gigabytes), "train.precision": "bf16"})
+        found = estimate(planned, facts, 1)
+        assert found.way is not None
+        assert found.way.memory <= 1e9 * gigabytes
+        rates.append(found.rate)
+        works.append(found.way.recompute.work(28))
+        assert found.mfu == pytest.approx(found.rate * planned.cost.training_flops / facts.peak)
+    assert works[0] == 0.0 < works[-1]
+    assert works == sorted(works)
+    assert rates == sorted(rates, reverse=True)
+    assert "train.memory_gb" in reason(estimate(job(**{"train.memory_gb": "2"}), facts, 1))
 
 
 @pytest.mark.parametrize("stage", STAGES)
