@@ -18,6 +18,7 @@ import numpy as np
 from scipy import stats
 
 from dit.config import ConfigError
+from dit.files import write_picture
 
 ERROR = 0.05  # of studies in which chance alone makes a rate clearly worse than the best
 Outcome = Literal["the same", "not distinguishable", "another"]
@@ -240,5 +241,5 @@ def draw(curves: Sequence[Curve], file: Any) -> None:
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     axes[0][0].set_ylabel("held-out loss")
-    figure.savefig(file, dpi=130)
+    write_picture(file, figure, dpi=130)
     plt.close(figure)
