@@ -12,7 +12,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from scipy import stats
@@ -214,7 +215,7 @@ def _cell(curve: Curve, place: int) -> str:
     return f"**{text}**" if place == curve.best else text if curve.behind(place).is_clear else f"{text} \\*"
 
 
-def draw(curves: Sequence[Curve], file: Any) -> None:
+def draw(curves: Sequence[Curve], file: Path) -> None:
     """Write a PNG: loss against the rate, a panel a parametrization, a line a width, bars of a standard deviation."""
     import matplotlib as mpl
 
