@@ -214,6 +214,13 @@ def write_atomically(path: Path, data: bytes, tag: str = "") -> None:
     sync(path.parent)
 
 
+def write_picture(path: Path, figure: Any, dpi: int) -> None:
+    """Write a figure of matplotlib as a PNG, whole or not at all. Raises OSError as `write_atomically`."""
+    held = io.BytesIO()
+    figure.savefig(held, format="png", dpi=dpi)
+    write_atomically(path, held.getvalue())
+
+
 def sync(path: Path) -> None:
     """Make a file's content, or the names in a folder (files made, renamed), last through a stop of the machine."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -11,7 +11,7 @@ import torch
 from dit.evals.plane import EULER_STEPS, PROBLEMS, PlaneProblem, carry, even, times
 from dit.evals.protocol import protocol_hash
 from dit.evals.transport import trajectory
-from dit.files import write_atomically
+from dit.files import write_atomically, write_picture
 from dit.outputs import write_record
 from dit.sample.denoise import Denoiser
 from dit.sample.solve import Euler
@@ -100,5 +100,5 @@ def draw_picture(
         axis.legend(fontsize=9, loc="upper left", markerscale=2, handletextpad=0.2, borderpad=0.3)
     figure.suptitle(f"{problem.title}: paths of the ODE (above), samples after four Euler steps (below)")
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=110)
+    write_picture(file, figure, dpi=110)
     plt.close(figure)

@@ -8,6 +8,7 @@ from typing import Any
 
 from dit.evals.sweep.results import Group, Results
 from dit.evals.sweep.table import varying, words_of
+from dit.files import write_picture
 
 WIDTH, HEIGHT = 4.6, 3.9  # inches of a panel
 BY_SCALE, BY_NFE = "scale of the guidance", "evaluations of the denoiser per image"
@@ -43,7 +44,7 @@ def draw(results: Results, file: Path) -> None:
                 axis.legend(fontsize=7)
         row[0].set_ylabel(f"{name} in {space}")
     figure.tight_layout()
-    figure.savefig(file, dpi=130)
+    write_picture(file, figure, dpi=130)
     plt.close(figure)
 
 

@@ -34,6 +34,8 @@ def write_report(material: Material, out: Path, overwrite: bool = False) -> list
     spec = {"fit": protocol_hash(material.fit.as_json())}
     claim([out / PAGE, *images, out / RECORD], spec, record=out / RECORD, overwrite=overwrite)
     out.mkdir(parents=True, exist_ok=True)
+    told = {**spec, "flops": material.budget, "predictions": _predictions(material)}
+    write_record(out / RECORD, told)  # first: what is stopped behind it is made anew by the same command
     with Bar[None](total=len(found), unit="picture", desc="drawing", delay=2) as bar:
         pictures = []
         for figure, file in zip(found, images, strict=True):
@@ -42,8 +44,6 @@ def write_report(material: Material, out: Path, overwrite: bool = False) -> list
             pictures.append(_figure(figure, vector))
             bar.update()
     write_atomically(out / PAGE, as_page(material, pictures).encode())
-    budget = material.budget
-    write_record(out / RECORD, {**spec, "flops": budget, "predictions": _predictions(material)})
     return [out / PAGE, *images]
 
 

@@ -85,8 +85,10 @@ def run_toy(ladder: ToyLadder, out: Path, overwrite: bool = False) -> dict[str, 
     """
     protocol = _protocol(ladder)
     record = out / RECORD
-    claim([record, out / TABLE], {"protocol": protocol}, record=record, overwrite=overwrite)
+    held = claim([record, out / TABLE], {"protocol": protocol}, record=record, overwrite=overwrite)
     (out / CELLS).mkdir(parents=True, exist_ok=True)
+    if held is None:  # says whose the table is, if it is stopped behind that
+        write_record(record, {"protocol": protocol})
     data, eps = PLANE[ladder.problem]
     known = floor(Objective(), data, eps, samples=FLOOR_SAMPLES)
     digest = protocol_hash(protocol)

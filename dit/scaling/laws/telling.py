@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from dit.errors import Notice
-from dit.outputs import MENDING, OutputError, claim, read_record
+from dit.files import write_picture
+from dit.outputs import OutputError, claim, read_record
 from dit.scaling.laws.intervals import NAMES
 from dit.scaling.laws.record import FILE, KIND, FitRecord
 
@@ -22,16 +23,16 @@ def claim_fit(folder: Path) -> None:
     claim(files, overwrite=True)
     there = [file for file in files if file.exists()]
     if there and not (files[0].is_file() and read_record(files[0]).get("kind") == KIND):
-        raise OutputError(
-            f"{there[0]} is there already, and is not of a fit: {MENDING.partition(', or ')[2]}"
-        )
+        raise OutputError(f"{there[0]} is there already, and is not of a fit: give another place to write to")
 
 
 def write_fit(record: FitRecord, folder: Path) -> None:
     """Write fit.json and residuals.png."""
     folder.mkdir(parents=True, exist_ok=True)
+    record.save(
+        folder / FILE
+    )  # first: what is stopped behind it is a fit's, which the same command makes anew
     draw_residuals(record, folder / PICTURE)
-    record.save(folder / FILE)
 
 
 def warn(texts: list[str]) -> None:
@@ -116,7 +117,7 @@ def draw_residuals(record: FitRecord, file: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("loss over the law's, %")
     figure.suptitle(f"residuals of {len(percent)} runs, standard deviation {percent.std():.3g}%", fontsize=10)
-    figure.savefig(file, dpi=130)
+    write_picture(file, figure, dpi=130)
     plt.close(figure)
 
 

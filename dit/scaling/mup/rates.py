@@ -12,12 +12,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from scipy import stats
 
 from dit.config import ConfigError
+from dit.files import write_picture
 
 ERROR = 0.05  # of studies in which chance alone makes a rate clearly worse than the best
 Outcome = Literal["the same", "not distinguishable", "another"]
@@ -220,7 +222,7 @@ def _cell(curve: Curve, place: int) -> str:
     return f"**{text}**" if place == curve.best else text if curve.behind(place).is_clear else f"{text} \\*"
 
 
-def draw(curves: Sequence[Curve], file: Any) -> None:
+def draw(curves: Sequence[Curve], file: Path) -> None:
     """Write a PNG: loss against the rate, a panel a parametrization, a line a width, bars of a standard deviation."""
     import matplotlib as mpl
 
@@ -247,5 +249,5 @@ def draw(curves: Sequence[Curve], file: Any) -> None:
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     axes[0][0].set_ylabel("held-out loss")
-    figure.savefig(file, dpi=130)
+    write_picture(file, figure, dpi=130)
     plt.close(figure)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dit.config import to_dict
-from dit.files import as_csv, write_atomically
+from dit.files import as_csv, write_atomically, write_picture
 from dit.outputs import claim, write_record
 from dit.scaling.mup.coordinates import Check, Coordinates, Setting
 
@@ -36,11 +36,12 @@ def claim_files(out: Path, made: Mapping[str, Any], overwrite: bool) -> None:
 
 def write(found: Coordinates, out: Path, made: Mapping[str, Any]) -> None:
     """Write the picture, the CSV of all sizes, and the record: protocol, slopes and verdicts."""
-    write_csv(out / FILES[1], [asdict(size) for size in found.sizes])
-    draw(found, out / FILES[0])
     verdicts = {name: found.verdict(name) for name in found.check.parametrizations}
     slopes = [asdict(slope) for slope in found.slopes]
+    # the record first: what is stopped behind it is made anew by the same command
     write_record(out / FILES[2], {"protocol": made, "slopes": slopes, "verdicts": verdicts})
+    write_csv(out / FILES[1], [asdict(size) for size in found.sizes])
+    draw(found, out / FILES[0])
 
 
 def write_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -94,7 +95,7 @@ def draw(found: Coordinates, file: Path) -> None:
         axis.set_xlabel("width")
     handles = {h.get_label(): h for row in axes for axis in row for h in axis.get_lines()}
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=7)
-    figure.savefig(file, dpi=130)
+    write_picture(file, figure, dpi=130)
     plt.close(figure)
 
 

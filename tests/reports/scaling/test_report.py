@@ -255,3 +255,14 @@ def test_a_far_budget_is_told_to_be_far(made) -> None:
     material = read_material(FitRecord.load(made[0]), "runs.csv", budget=1e24)
     assert "it is a guess" in tables(material)[0].note
     assert "1e+24" in as_text(material)
+
+
+@pytest.mark.parametrize("name", ["isoflop.png", "report.html"])
+def test_a_report_that_was_stopped_is_made_by_the_same_command(made, tmp_path, one_figure, name) -> None:
+    material, way = read_material(FitRecord.load(made[0]), "runs.csv"), tmp_path / f".{name}.partial"
+    way.mkdir()
+    with pytest.raises(IsADirectoryError):
+        write_report(material, tmp_path)
+    way.rmdir()
+    write_report(material, tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {"report.html", "report.json", "isoflop.png"}

@@ -36,7 +36,14 @@ def test_a_ladder_goes_on_and_its_table_is_fitted(quick, tmp_path, capsys, monke
         trained.append(budget)
         return fit(pairs, budget, progress)
 
+    def interrupted(runs):
+        raise KeyboardInterrupt
+
     monkeypatch.setattr(toy.plane, "fit", counted)
+    with monkeypatch.context() as at_the_end:
+        at_the_end.setattr(toy, "predictions", interrupted)
+        assert call(tools.scaling.toy, *words) == 130
+    assert (tmp_path / "runs.csv").is_file()
     assert call(tools.scaling.toy, *words) == 0
     assert len(trained) == 16
     first = (tmp_path / "runs.csv").read_bytes()

@@ -12,6 +12,7 @@ from dit.errors import UserError
 from dit.scaling.laws.fitting import Order, fit_file
 from dit.scaling.laws.intervals import NAMES
 from dit.scaling.laws.record import FitRecord
+from dit.scaling.laws.telling import claim_fit, write_fit
 from tests.scaling.laws.surfaces import CHINCHILLA, HOFFMANN, Grid, table, write
 
 KEYS = {
@@ -128,3 +129,18 @@ def test_what_is_no_fit_is_named(text: str, said: str, tmp_path: Path) -> None:
         FitRecord.load(tmp_path)
     with pytest.raises(UserError, match="there is no such file"):
         FitRecord.load(tmp_path / "other.json")
+
+
+@pytest.mark.parametrize("name", ["fit.json", "residuals.png"])
+def test_what_a_stop_leaves_is_replaced_by_the_same_command(
+    record: FitRecord, tmp_path: Path, name: str
+) -> None:
+    """As of a full disk: here something is in the way of one of the two."""
+    way = tmp_path / f".{name}.partial"
+    way.mkdir()
+    with pytest.raises(IsADirectoryError):
+        write_fit(record, tmp_path)
+    way.rmdir()
+    claim_fit(tmp_path)
+    write_fit(record, tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {"fit.json", "residuals.png"}

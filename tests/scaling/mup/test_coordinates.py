@@ -165,6 +165,10 @@ def test_the_command_takes_the_configurations_model_and_data(
     file, out = tmp_path / "config.yaml", tmp_path / "check"
     file.write_text(yaml.safe_dump(given))
     small = {"widths": [32, 64], "steps": [2], "seeds": [0], "batch": 4}
+    (out / ".coordinates.json.partial").mkdir(parents=True)  # in the way, as a full disk would be
+    with pytest.raises(IsADirectoryError):
+        coordinates(str(file), out=str(out), **small)
+    (out / ".coordinates.json.partial").rmdir()
     coordinates(str(file), out=str(out), **small)
     said = capsys.readouterr().out
     assert "| output.proj |" in said
