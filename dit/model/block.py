@@ -26,6 +26,7 @@ from dit.model.mlp import MLPS, GeluMlp, MlpConfig
 from dit.model.modulation import MODULATIONS, FullModulation, FullRows, Modulation, cut, modulate
 from dit.model.norms import EPSILON, NORMS, QK_NORMS, LayerNorm, NoNorm, Norm
 from dit.model.rope import ROPES, Rope, rotate
+from dit.model.stacked import stacked
 
 
 @dataclass(frozen=True)
@@ -254,7 +255,7 @@ class Attention(nn.Module):
     ):
         super().__init__()
         self.heads, self.scale = heads, scale
-        self.qkv = nn.Linear(width, 3 * width, qkv_bias)
+        self.qkv = stacked(nn.Linear(width, 3 * width, qkv_bias), 3)
         self.proj = nn.Linear(width, width)
         self.q_norm = qk_norm.build(width // heads)
         self.k_norm = qk_norm.build(width // heads)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dit.config import ConfigError, Registry, config, did_you_mean
+from dit.train.muon import MuonConfig
 
 
 class Schedule:
@@ -119,8 +120,10 @@ def _stable(decay: float, total: int) -> int:
 
 @config
 class OptimConfig:
-    """AdamW (Loshchilov & Hutter, arXiv 1711.05101) with gradient clipping."""
+    """AdamW (Loshchilov & Hutter, arXiv 1711.05101) with gradient clipping; or Muon for hidden matrices beside it."""
 
+    # adamw; muon = hidden matrices by Muon, which makes their momentum orthogonal, and all others by AdamW
+    name: Literal["adamw", "muon"] = "adamw"
     lr: float = 1e-4  # peak learning rate
     betas: tuple[float, float] = (0.9, 0.999)  # decay of Adam's first and second moments, per update
     eps: float = 1e-8  # added to the root of Adam's second moment
@@ -128,8 +131,11 @@ class OptimConfig:
     clip: float | None = 1.0  # norm of the whole gradient; null = no clipping
     warmup: int = 0  # updates of linear warm-up from lr / warmup
     schedule: Annotated[Schedule, SCHEDULES] = ConstantRate()  # of the learning rate after warm-up
+    muon: MuonConfig = MuonConfig()  # how optim.name: muon updates matrices
 
     def __post_init__(self) -> None:
+        if self.name != "muon" and self.muon != MuonConfig():
+            raise ConfigError(f"optim.muon is set, but optim.name is {self.name}: set optim.name: muon")
         if not 0 < self.lr < math.inf or self.warmup < 0 or not (self.clip is None or self.clip > 0):
             raise ConfigError(
                 f"lr must be finite and above 0, clip above 0 or null, warmup at least 0; got lr {self.lr}, "
@@ -177,17 +183,18 @@ def _nearest(pattern: str, names: Iterable[str]) -> str:
 
 
 def parameter_groups(
-    module: nn.Module, weight_decay: float, eps: float = OptimConfig.eps
+    module: nn.Module, weight_decay: float, eps: float = OptimConfig.eps, apart: Iterable[nn.Parameter] = ()
 ) -> list[dict[str, Any]]:
     """Split into decayed matrices and undecayed vectors, by the whole parameters' shapes, also under ZeRO-3.
 
     Parameters that have an attribute lr_factor, decay_factor or eps_factor are in groups of their own, which train at
     that times the rate, the decay and Adam's eps. A decay factor is of `weight_decay`, which AdamW multiplies by the
-    group's rate.
+    group's rate. apart: parameters that are in none.
     """
     groups: dict[tuple[bool, float, float, float], list[nn.Parameter]] = {}
+    elsewhere = {id(p) for p in apart}
     for p in module.parameters():
-        if p.requires_grad:
+        if p.requires_grad and id(p) not in elsewhere:
             plain = not weight_decay or len(getattr(p, "ds_shape", p.shape)) <= 1
             lr, decay, own_eps = (getattr(p, f"{name}_factor", 1.0) for name in ("lr", "decay", "eps"))
             groups.setdefault((plain, lr, 0.0 if plain else decay, own_eps), []).append(p)

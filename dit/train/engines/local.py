@@ -9,9 +9,18 @@ from torch import Tensor, nn
 
 from dit.config import ConfigError
 from dit.ranks.group import World
-from dit.train.engines.base import Fragment, named, set_adam_step, whole_parameters
+from dit.train.engines.base import (
+    Fragment,
+    named,
+    set_adam_step,
+    whole_bundles,
+    whole_parameters,
+    whole_places,
+)
 from dit.train.engines.heap import keep_freed_memory
-from dit.train.optim import GuardedAdamW, OptimConfig, adamw_arguments, parameter_groups, set_lr
+from dit.train.muon import Muon
+from dit.train.optim import OptimConfig, set_lr
+from dit.train.optimizers import guarded
 
 
 def check_alone(world: World) -> None:
@@ -41,8 +50,10 @@ class LocalEngine:
         self.updates = self.skipped = 0
         self.accumulation = accumulation
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16")
-        groups = parameter_groups(self.module, optim.weight_decay, optim.eps)
-        self.optimizer = GuardedAdamW(groups, optim.clip, **adamw_arguments(optim))
+        self.optimizer = guarded(self.module, optim)
+        if isinstance(self.optimizer, Muon):
+            places = whole_places(self.module, self.optimizer)
+            self.optimizer.lay_out(whole_bundles(self.optimizer), places, world)
 
     @property
     def about(self) -> str:
