@@ -10,6 +10,6 @@ Layer = TypeVar("Layer", bound=nn.Linear)
 
 
 def stacked(layer: Layer, count: int) -> Layer:
-    """Mark a layer's weight as `count` matrices of equal height (`dit/train/muon.py` takes each by itself)."""
-    layer.weight.stacked = count  # type: ignore[assignment]
+    """Mark a layer's weight as `count` matrices of equal height (`dit/train/engines/muon.py` takes each by itself)."""
+    layer.weight.stacked = count  # type: ignore[attr-defined]
     return layer

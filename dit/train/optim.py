@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from dit.config import ConfigError, Registry, config, did_you_mean
-from dit.train.muon import MuonConfig
 
 
 class Schedule:
@@ -116,6 +115,28 @@ class WarmupStableDecay(Schedule):
 def _stable(decay: float, total: int) -> int:
     """(1 - decay) * total rounded down, of the decimal number that was written: 0.9 of 10 leaves 1, not 0.999..."""
     return min(total - 1, math.floor((1 - Fraction(repr(decay))) * total))
+
+
+@config
+class MuonConfig:
+    """How hidden matrices are updated, with optim.name: muon."""
+
+    # whose parameters of two axes those are; queries, keys and values are a matrix each, gate and value of SwiGLU too
+    matrices: tuple[str, ...] = ("*.attention.*", "*.mlp.*")
+    momentum: float = 0.95  # share of the momentum that is kept at an update
+    nesterov: bool = True  # take the gradient once more into what is made orthogonal
+    iterations: int = 5  # of Newton and Schulz
+    dtype: Literal["bfloat16", "float32", "float64"] = (
+        "bfloat16"  # of the iterations, and of what ranks send for them
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.momentum < 1:
+            raise ConfigError(f"optim.muon.momentum must be at least 0 and below 1, got {self.momentum}")
+        if self.iterations < 1:
+            raise ConfigError(f"optim.muon.iterations must be at least 1, got {self.iterations}")
+        if not self.matrices:
+            raise ConfigError("optim.muon.matrices is empty: name some, or take optim.name: adamw")
 
 
 @config

@@ -12,6 +12,7 @@ from dit.data.storage.nodecache import NodeCacheConfig
 from dit.files import FileError, expand
 from dit.ranks.group import World
 from dit.train.ema import EmaConfig
+from dit.train.engines.optimizers import OPTIMIZERS
 from dit.train.engines.zero_config import ZeroConfig
 from dit.train.faults import FaultsConfig
 from dit.train.optim import OptimConfig
@@ -204,6 +205,11 @@ class RunConfig:
             raise ConfigError(
                 f"checkpoint.at = {beyond} lies beyond train.steps = {self.train.steps} and would never be saved: take "
                 "those steps out, or train longer"
+            )
+        if self.zero.offload != "none" and not OPTIMIZERS[self.optim.name].may_offload:
+            raise ConfigError(
+                f"zero.offload is {self.zero.offload}, and optim.name {self.optim.name} makes matrices orthogonal on the "
+                "device: leave the offload out, or take optim.name: adamw"
             )
         self.optim.schedule.check(self.optim.warmup, self.train.steps)
 

@@ -120,9 +120,7 @@ def state_kinds(group: Mapping[str, Any]) -> tuple[str, ...]:
     return MOMENTUM if group.get("matrices") else ADAM_STATE
 
 
-def ensure_state(
-    optimizer: torch.optim.Optimizer, flat: Tensor, kinds: tuple[str, ...]
-) -> dict[str, Tensor]:
+def ensure_state(optimizer: torch.optim.Optimizer, flat: Tensor, kinds: tuple[str, ...]) -> dict[str, Tensor]:
     """The optimizer's state for `flat`, made as AdamW itself would at its first step if it is not there."""
     state = optimizer.state[flat]
     if "step" not in state:

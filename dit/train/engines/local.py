@@ -18,9 +18,9 @@ from dit.train.engines.base import (
     whole_places,
 )
 from dit.train.engines.heap import keep_freed_memory
-from dit.train.muon import Muon
+from dit.train.engines.muon import Muon
+from dit.train.engines.optimizers import guarded
 from dit.train.optim import OptimConfig, set_lr
-from dit.train.optimizers import guarded
 
 
 def check_alone(world: World) -> None:

@@ -29,10 +29,10 @@ from dit.train.engines.base import (
     whole_places,
 )
 from dit.train.engines.heap import keep_freed_memory
+from dit.train.engines.muon import Muon
+from dit.train.engines.optimizers import guarded, plain
 from dit.train.engines.zero_config import BUCKET, ZeroConfig
-from dit.train.muon import Muon
 from dit.train.optim import OptimConfig, set_lr
-from dit.train.optimizers import guarded, plain
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or it probes for every accelerator it knows, aloud
@@ -274,9 +274,7 @@ def _in_partition(engine: DeepSpeedEngine) -> list[Place]:
             here, group = piece.hp_fragment_address, piece.param_group_index
             offset = int(piece.lp_fragment_address.start)
             shape, flat = tuple(p.shape), flats[group]
-            found.append(
-                Place(name, shape, offset, flat, here.start, here.numel, group, group, stacked(p))
-            )
+            found.append(Place(name, shape, offset, flat, here.start, here.numel, group, group, stacked(p)))
     return found
 
 
@@ -286,8 +284,13 @@ def _in_parameters(engine: DeepSpeedEngine) -> list[Place]:
     for name, p, offset, numel in _pieces(engine):
         if p.requires_grad:
             bundle, start, _ = optimizer.grad_position[optimizer.get_param_id(p)]
-            group, flat = optimizer.sub_group_to_group_id[bundle], optimizer.fp32_partitioned_groups_flat[bundle]
-            found.append(Place(name, tuple(p.ds_shape), offset, flat, start, numel, group, bundle, stacked(p)))
+            group, flat = (
+                optimizer.sub_group_to_group_id[bundle],
+                optimizer.fp32_partitioned_groups_flat[bundle],
+            )
+            found.append(
+                Place(name, tuple(p.ds_shape), offset, flat, start, numel, group, bundle, stacked(p))
+            )
     return found
 
 

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from dit.config import ConfigError, from_dict
-from dit.model.dit import DiTConfig
 from dit.model.stacked import stacked
 from dit.ranks.group import World
 from dit.train.engines.base import Engine
 from dit.train.engines.local import LocalEngine
+from dit.train.engines.muon import QUINTIC, MuonConfig
 from dit.train.engines.zero_config import STAGES, ZeroConfig
-from dit.train.muon import QUINTIC, MuonConfig, hidden_matrices, orthogonalised, updates_of
 from dit.train.optim import OptimConfig
-from dit.train.optimizers import OPTIMIZERS
 from tests.rank_processes import Server
 
 STEPS = 4
@@ -78,7 +74,7 @@ def slopes(step: int, rank: int) -> dict[str, Tensor]:
 
 
 def trained(engine: Engine, rank: int, steps: int = STEPS) -> dict[str, Tensor]:
-    """Weights and state after some steps, of this rank's pieces: "model/name", "momentum/name", ... -> (offset, tensor)"""
+    """Of this rank's pieces after some steps: "model/name", "momentum/name", ... -> (offset, tensor)."""
     for step in range(steps):
         engine.backward(engine(slopes(step, rank)))
         assert engine.step(OPTIM.lr)
@@ -99,8 +95,8 @@ def reference(ranks: int) -> dict[str, np.ndarray]:
         each = [{n: g.double().numpy() for n, g in slopes(step, r).items()} for r in range(ranks)]
         grads = {n: sum(some[n] for some in each) / ranks for n in weights}
         norm = math.sqrt(sum(float((g**2).sum()) for g in grads.values()))
-        for name, grad in grads.items():
-            grad = grad * min(1.0, 1.5 / (norm + 1e-6))
+        for name, raw in grads.items():
+            grad = raw * min(1.0, 1.5 / (norm + 1e-6))
             is_matrix = ".deep." in name or name == "wide.weight"
             if is_matrix and grad.ndim == 2:
                 momenta[name] = 0.9 * momenta[name] + 0.1 * grad
@@ -110,7 +106,10 @@ def reference(ranks: int) -> dict[str, np.ndarray]:
             else:
                 momenta[name] = 0.9 * momenta[name] + 0.1 * grad
                 squares[name] = 0.999 * squares[name] + 0.001 * grad**2
-                mean, square = momenta[name] / (1 - 0.9 ** (step + 1)), squares[name] / (1 - 0.999 ** (step + 1))
+                mean, square = (
+                    momenta[name] / (1 - 0.9 ** (step + 1)),
+                    squares[name] / (1 - 0.999 ** (step + 1)),
+                )
                 moved = mean / (np.sqrt(square) + 1e-8)
             decay = 0.1 if grad.ndim == 2 else 0.0
             weights[name] = (1 - 0.05 * decay) * weights[name] - 0.05 * moved
@@ -143,7 +142,10 @@ def check(found: list[Mapping[str, Any]], ranks: int) -> None:
         elif kind in ("momentum", "exp_avg"):
             there = expected[f"momenta/{parameter}"].ravel()
             np.testing.assert_allclose(whole, there, rtol=1e-5, atol=1e-7, err_msg=name)
-    kept = {kind: {n.split("/", 1)[1] for n in seen if n.startswith(kind + "/")} for kind in ("momentum", "exp_avg_sq")}
+    kept = {
+        kind: {n.split("/", 1)[1] for n in seen if n.startswith(kind + "/")}
+        for kind in ("momentum", "exp_avg_sq")
+    }
     matrices = {"blocks.0.deep.qkv.weight", "blocks.1.deep.qkv.weight"}
     matrices |= {"blocks.0.deep.out.weight", "blocks.1.deep.out.weight", "wide.weight"}
     assert kept["momentum"] == matrices

@@ -14,41 +14,24 @@ import fnmatch
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dit.config import ConfigError, config
+from dit.config import ConfigError
 from dit.ranks.group import World
 from dit.train.engines.base import MOMENTUM, Bundles, Place, ensure_state
-from dit.train.matrices import Exchange, Piece
+from dit.train.engines.matrices import Exchange, Piece
+from dit.train.optim import MuonConfig
 
-# of the iteration x <- a x + b (x x^T) x + c (x x^T)^2 x: they raise small singular values fastest, and end at 0.7 to 1.2
+# Of the iteration x <- a x + b (x x^T) x + c (x x^T)^2 x: small singular values grow fastest, and end at 0.7 to 1.2.
 QUINTIC = (3.4445, -4.7750, 2.0315)
 RMS = 0.2  # of an update's elements, before the learning rate
-TOGETHER = 1 << 25  # numbers of equal matrices that are worked on in one batch, which takes about 4 times that
+TOGETHER = (
+    1 << 25
+)  # numbers of equal matrices that are worked on in one batch, which takes about 4 times that
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
-
-
-@config
-class MuonConfig:
-    """How hidden matrices are updated, with optim.name: muon."""
-
-    # whose parameters of two axes those are; queries, keys and values are a matrix each, gate and value of SwiGLU too
-    matrices: tuple[str, ...] = ("*.attention.*", "*.mlp.*")
-    momentum: float = 0.95  # share of the momentum that is kept at an update
-    nesterov: bool = True  # take the gradient once more into what is made orthogonal
-    iterations: int = 5  # of Newton and Schulz
-    dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"  # of the iterations, and of what ranks send for them
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.momentum < 1:
-            raise ConfigError(f"optim.muon.momentum must be at least 0 and below 1, got {self.momentum}")
-        if self.iterations < 1:
-            raise ConfigError(f"optim.muon.iterations must be at least 1, got {self.iterations}")
-        if not self.matrices:
-            raise ConfigError("optim.muon.matrices is empty: name some, or take optim.name: adamw")
 
 
 def hidden_matrices(module: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Parameter]:
@@ -83,7 +66,12 @@ def matrix_groups(matrices: Iterable[nn.Parameter], weight_decay: float) -> list
         lr, decay = (math.sqrt(getattr(p, f"{name}_factor", 1.0)) for name in ("lr", "decay"))
         groups.setdefault((lr, decay), []).append(p)
     return [
-        {"params": groups[key], "weight_decay": weight_decay * key[1], "name": "matrices", "lr_factor": key[0]}
+        {
+            "params": groups[key],
+            "weight_decay": weight_decay * key[1],
+            "name": "matrices",
+            "lr_factor": key[0],
+        }
         | {"matrices": True}
         for key in sorted(groups)
     ]
@@ -124,7 +112,7 @@ def updates_of(matrices: Sequence[Tensor], iterations: int) -> list[Tensor]:
 class Bundle:
     """What one call of `step` updates at once: flat tensors (or whole parameters), and the exchange of their pieces."""
 
-    tensors: Sequence[Tensor]
+    tensors: list[Tensor]
     exchange: Exchange
 
 
@@ -158,7 +146,7 @@ class Muon(torch.optim.AdamW):
                 if p.bundle == number
             ]
             exchange = Exchange(pieces, world, DTYPES[self.settings.dtype])
-            self.bundles[tensors[0]] = Bundle(tensors, exchange)
+            self.bundles[tensors[0]] = Bundle(list(tensors), exchange)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]

@@ -77,7 +77,11 @@ class Shared:
 
     def gives(self, rank: int) -> bool:
         """Whether a rank has to send its piece to the owner, which does not have the whole."""
-        return rank != self.owner and self.held[rank] is not None and not _is_whole(self.key, self.held[self.owner])
+        return (
+            rank != self.owner
+            and self.held[rank] is not None
+            and not _is_whole(self.key, self.held[self.owner])
+        )
 
     def gets(self, rank: int) -> bool:
         """Whether a rank is sent what the owner made of the elements that it holds."""
@@ -145,7 +149,10 @@ class Exchange:
             [self._mine(tensors, m) for m in self.matrices if m.owner == r and m.gives(self.rank)]
             for r in self.ranks
         ]
-        parts = [iter(p) for p in self._swap(out, [[m.length(r) for m in self.own if m.gives(r)] for r in self.ranks])]
+        parts = [
+            iter(p)
+            for p in self._swap(out, [[m.length(r) for m in self.own if m.gives(r)] for r in self.ranks])
+        ]
         found = []
         for m in self.own:
             if _is_whole(m.key, m.held[self.rank]):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dit.train.engines.base import ADAM_STATE, MOMENTUM
-from dit.train.muon import Muon, hidden_matrices, matrix_groups
+from dit.train.engines.muon import Muon, hidden_matrices, matrix_groups
 from dit.train.optim import GuardedAdamW, OptimConfig, adamw_arguments, parameter_groups
 
 
