@@ -208,8 +208,8 @@ class RunConfig:
             )
         if self.zero.offload != "none" and not OPTIMIZERS[self.optim.name].may_offload:
             raise ConfigError(
-                f"zero.offload is {self.zero.offload}, and optim.name {self.optim.name} makes matrices orthogonal on the "
-                "device: leave the offload out, or take optim.name: adamw"
+                f"zero.offload is {self.zero.offload}, and optim.name {self.optim.name} needs its state on the device: "
+                "leave the offload out, or take optim.name: adamw"
             )
         self.optim.schedule.check(self.optim.warmup, self.train.steps)
 

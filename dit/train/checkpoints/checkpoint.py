@@ -71,10 +71,8 @@ class Checkpoint:
     def kinds(self) -> tuple[str, ...]:
         """What it holds of parameters that are trained: the weights of each, and what its optimizer keeps of it."""
         optim = self.meta.get("config", {}).get("optim", {})
-        return (
-            *self.weights,
-            *OPTIMIZERS[optim.get("name", "adamw")].state,
-        )  # not there: from before there was another
+        name = optim.get("name", "adamw")  # not there: from before there was another
+        return (*self.weights, *OPTIMIZERS[name].state)
 
 
 @dataclass(frozen=True)
