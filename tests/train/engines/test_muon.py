@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dit.bench.speed.collectives import CollectiveCounter
 from dit.config import ConfigError, from_dict
 from dit.experiments.parts import make_parts
 from dit.model.dit import DiTConfig
@@ -189,6 +190,37 @@ def test_at_every_stage_it_is_the_reference(ranks: Server, size: int) -> None:
             assert all(torch.equal(each[0][name][1], other[name][1]) for other in each[1:] for name in other)
             each = each[:1]
         check(each, size)
+
+
+def bytes_of_a_step(stages: list[int]) -> list[tuple[float, int]]:
+    """What a rank sends to be made orthogonal, as counted and as stated."""
+    from dit.train.engines.zero_engine import DeepSpeedEngine
+
+    world, found = World.from_env(), []
+    for stage in stages:
+        engine = DeepSpeedEngine(
+            Sloped(), OPTIM, world, zero=ZeroConfig(stage=stage), global_batch=world.size, accumulation=1
+        )
+        engine.backward(engine(slopes(0, world.rank)))
+        with CollectiveCounter() as counter:
+            engine.step(OPTIM.lr)
+        counted = sum(kind.sent * n for kind, n in counter.found.items() if kind.op == "all_to_all")
+        optimizer: Any = engine._base_optimizer()
+        found.append((counted, sum(bundle.exchange.sent for bundle in optimizer.bundles.values())))
+        engine.close()
+    return found
+
+
+def test_it_sends_what_it_says(ranks: Server) -> None:
+    """Of both ranks: all matrices at stage 0; at 3 those that both have of, which of three in one is one; less at 1."""
+    numbers = 8 * (2 * (18 * 6 + 9 * 6) + 3 * 11)  # bytes of all matrices in float64
+    found = ranks.run(2, bytes_of_a_step, [0, 1, 3])
+    shared = 8 * (2 * (36 + 54) + 33)  # the middle one of q, k, v; half of it is sent and half sent back
+    for i, (stage, most) in enumerate(((0, numbers), (1, numbers / 4), (3, shared))):
+        both = [own[i] for own in found]
+        assert all(counted == stated for counted, stated in both)
+        total = sum(counted for counted, _ in both)
+        assert 0 < total <= most if stage == 1 else total == pytest.approx(most, rel=0.05), stage
 
 
 # --- the iteration -----------------------------------------------------------------------------------------
