@@ -15,6 +15,7 @@ from torch import Tensor
 from dit.config import ConfigError, config, from_dict
 from dit.errors import Notice
 from dit.train.engines.base import Engine
+from dit.train.engines.one_pass import OnePassAdamW
 from dit.train.posthoc import WIDEST, power_of, power_share
 
 MAIN = "ema"  # the average that is sampled from while training and unless another is asked for
@@ -204,7 +205,15 @@ class Ema:
         self.engine, self.cfg = engine, cfg
         self._live, self._has_warned = [f.weight for f in engine.fragments()], False
         names = (*cfg.decays, *cfg.powers)
-        self.averages: dict[str, list[Tensor]] = {n: [w.clone() for w in self._live] for n in names}
+        self.averages: dict[str, list[Tensor]]
+        self._along: dict[
+            Tensor, dict[str, Tensor]
+        ] = {}  # those that the optimizer takes along, by its tensors
+        self._rest = list(range(len(self._live)))  # of the fragments, those whose averages are updated here
+        if isinstance(engine.optimizer, OnePassAdamW):
+            self.averages = self._taken_along(names, engine.optimizer)
+        else:
+            self.averages = {n: [w.clone() for w in self._live] for n in names}
 
     @property
     def pieces(self) -> list[Tensor]:
@@ -232,11 +241,37 @@ class Ema:
     @torch.no_grad()
     def update(self) -> None:
         """average <- average + share * (weights - average), where it is due. Call it after each applied update."""
-        updates = self.engine.updates
-        if updates != self.cfg.averaged(updates):
-            return  # nothing has to be kept for it but how many updates there were
-        for name, share in self.cfg.shares(updates).items():
-            torch._foreach_lerp_(self.averages[name], self._live, share)
+        for name, share in self._due(self.engine.updates).items():
+            pieces, live = ([some[i] for i in self._rest] for some in (self.averages[name], self._live))
+            if pieces:
+                torch._foreach_lerp_(pieces, live, share)
+
+    def _due(self, updates: int) -> dict[str, float]:
+        """The shares of an update; none where it is not one of those that are averaged.
+
+        Nothing has to be kept of the others but how many there were.
+        """
+        return self.cfg.shares(updates) if updates == self.cfg.averaged(updates) else {}
+
+    def _taken_along(self, names: tuple[str, ...], optimizer: OnePassAdamW) -> dict[str, list[Tensor]]:
+        """Averages in tensors like the optimizer's, which updates them with the weights; of frozen ones as ever."""
+        found: dict[str, list[Tensor]] = {name: [] for name in names}
+        places = [fragment.place for fragment in self.engine.fragments()]
+        for place, live in zip(places, self._live, strict=True):
+            if place is not None and place.flat not in self._along:
+                self._along[place.flat] = {name: place.flat.detach().clone() for name in names}
+            for name in names:
+                whole = live.clone() if place is None else self._along[place.flat][name].view(-1)
+                found[name].append(whole if place is None else whole.narrow(0, place.start, place.numel))
+        self._rest = [i for i, place in enumerate(places) if place is None]
+        optimizer.along = self._shares_of
+        return found
+
+    def _shares_of(self, tensor: Tensor) -> list[tuple[Tensor, float]]:
+        """A tensor's averages, and the shares of the update that is being made."""
+        averages = self._along.get(tensor, {})
+        due = self._due(self.engine.updates + 1)
+        return [(average, due[name]) for name, average in averages.items() if name in due]
 
     @contextlib.contextmanager
     def swapped_in(self) -> Iterator[None]:

@@ -153,6 +153,8 @@ class OptimConfig:
     warmup: int = 0  # updates of linear warm-up from lr / warmup
     schedule: Annotated[Schedule, SCHEDULES] = ConstantRate()  # of the learning rate after warm-up
     muon: MuonConfig = MuonConfig()  # how optim.name: muon updates matrices
+    # clip, update and average in one pass over memory, compiled; the same up to rounding, adamw alone
+    one_pass: bool = False
 
     def __post_init__(self) -> None:
         if self.name != "muon" and self.muon != MuonConfig():
@@ -267,5 +269,9 @@ class GuardedAdamW(torch.optim.AdamW):
             return
         limit = math.inf if self.clip is None else self.clip
         if self._global_grad_norm + 1e-6 > 0.999 * limit:  # else the factor is 1
-            torch._foreach_mul_(grads, torch.clamp(limit / (norm + 1e-6), max=1.0))
+            self.scale(grads, torch.clamp(limit / (norm + 1e-6), max=1.0))
         super().step()
+
+    def scale(self, grads: list[Tensor], factor: Tensor) -> None:
+        """Multiply the gradients by clipping's factor."""
+        torch._foreach_mul_(grads, factor)

@@ -13,6 +13,7 @@ from dit.files import FileError, expand
 from dit.ranks.group import World
 from dit.train.ema import EmaConfig
 from dit.train.engines.optimizers import OPTIMIZERS
+from dit.train.engines.optimizers import check as check_optimizer
 from dit.train.engines.zero_config import ZeroConfig
 from dit.train.faults import FaultsConfig
 from dit.train.optim import OptimConfig
@@ -206,6 +207,7 @@ class RunConfig:
                 f"checkpoint.at = {beyond} lies beyond train.steps = {self.train.steps} and would never be saved: take "
                 "those steps out, or train longer"
             )
+        check_optimizer(self.optim)
         if self.zero.offload != "none" and not OPTIMIZERS[self.optim.name].may_offload:
             raise ConfigError(
                 f"zero.offload is {self.zero.offload}, and optim.name {self.optim.name} needs its state on the device: "
@@ -221,6 +223,6 @@ OPERATIONAL = (
     "run_dir", "engine", "zero", "checkpoint", "faults", "sample", "evaluate", "val", "codec", "data.path",
     "data.mix", "data.val", "data.prefetch", "data.readers", "data.max_quarantined", "data.cache",
     "train.steps", "train.micro_batch", "train.log_every", "train.max_skipped", "train.compile", "train.threads",
-    "train.hang_timeout", "ema.snapshot_every", "init.branch",
+    "train.hang_timeout", "optim.one_pass", "ema.snapshot_every", "init.branch",
     "model.checkpoint_blocks", "classifier.checkpoint_blocks", "perceptual.weights",
 )  # fmt: skip

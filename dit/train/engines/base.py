@@ -27,6 +27,7 @@ class Fragment:
     weight: (numel,) fp32, a view of the master copy: writing to it changes the master.
     state: the optimizer's tensors for the same elements, views likewise; none of a frozen parameter.
     is_owned: whether this rank writes it to checkpoints (replicas on other ranks do not).
+    place: in the optimizer's tensors; None of a frozen parameter.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Fragment:
     weight: Tensor
     state: dict[str, Tensor] = field(default_factory=dict)
     is_owned: bool = True
+    place: Place | None = None
 
     @property
     def numel(self) -> int:
@@ -67,7 +69,7 @@ class Place:
         state = ensure_state(optimizer, self.flat, kinds)
         views = {kind: state[kind].view(-1).narrow(0, self.start, self.numel) for kind in kinds}
         weight = self.flat.detach().view(-1).narrow(0, self.start, self.numel)
-        return Fragment(self.name, self.shape, self.offset, weight, views, is_owned)
+        return Fragment(self.name, self.shape, self.offset, weight, views, is_owned, self)
 
 
 class Engine(Protocol):
@@ -85,6 +87,10 @@ class Engine(Protocol):
     @property
     def about(self) -> str:
         """Which engine and which optimizer really run, in a few words."""
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer that updates the fragments."""
 
     @property
     def module(self) -> nn.Module:
@@ -176,7 +182,8 @@ def frozen_parameters(module: nn.Module, is_owned: bool = True) -> list[Fragment
 def named(optimizer: torch.optim.Optimizer) -> str:
     """Tell an optimizer's kind, and whether its kernel is fused."""
     fused = bool(optimizer.param_groups[0].get("fused"))
-    return f"{type(optimizer).__name__} {'fused' if fused else 'not fused'}"
+    how = getattr(optimizer, "how", "fused" if fused else "not fused")
+    return f"{type(optimizer).__name__} {how}"
 
 
 def set_adam_step(optimizer: torch.optim.Optimizer, updates: int) -> None:

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from dit.config import ConfigError
 from dit.train.engines.base import ADAM_STATE, MOMENTUM
 from dit.train.engines.muon import Muon, hidden_matrices, matrix_groups
+from dit.train.engines.one_pass import GuardedOnePass, OnePassAdamW
 from dit.train.optim import GuardedAdamW, OptimConfig, adamw_arguments, parameter_groups
 
 
@@ -23,13 +25,15 @@ class Kind:
     """One value of `optim.name`.
 
     make: (module, config, class) -> the optimizer, of that class. plain: behind ZeRO, which clips. guarded: by itself.
-    state: what it keeps of parameters, not all of each. may_offload: whether its state can be in host memory. matrices:
-    (module, config) -> numbers of which it keeps one number each in place of two.
+    in_one_pass: the two of optim.one_pass, or None. state: what it keeps of parameters, not all of each. may_offload:
+    whether its state can be in host memory. matrices: (module, config) -> numbers of which it keeps one number each in
+    place of two.
     """
 
     make: Callable[[nn.Module, OptimConfig, Any], torch.optim.Optimizer]
     plain: Callable[..., torch.optim.Optimizer]
     guarded: Callable[..., GuardedAdamW]
+    in_one_pass: tuple[Callable[..., torch.optim.Optimizer], Callable[..., GuardedAdamW]] | None
     state: tuple[str, ...]
     may_offload: bool
     matrices: Callable[[nn.Module, OptimConfig], int]
@@ -56,24 +60,46 @@ def _numbers(module: nn.Module, cfg: OptimConfig) -> int:
 
 
 OPTIMIZERS: dict[str, Kind] = {
-    "adamw": Kind(_adamw, torch.optim.AdamW, GuardedAdamW, ADAM_STATE, True, lambda module, cfg: 0),
-    "muon": Kind(_muon, Muon, GuardedMuon, (*ADAM_STATE, *MOMENTUM), False, _numbers),
+    "adamw": Kind(
+        _adamw,
+        torch.optim.AdamW,
+        GuardedAdamW,
+        (OnePassAdamW, GuardedOnePass),
+        ADAM_STATE,
+        True,
+        lambda module, cfg: 0,
+    ),
+    "muon": Kind(_muon, Muon, GuardedMuon, None, (*ADAM_STATE, *MOMENTUM), False, _numbers),
 }
+
+
+def check(cfg: OptimConfig) -> None:
+    """ConfigError where the optimizer cannot do what other keys ask for."""
+    if cfg.one_pass and OPTIMIZERS[cfg.name].in_one_pass is None:
+        raise ConfigError(
+            f"optim.one_pass is not there for optim.name {cfg.name}: leave it out, or take optim.name: adamw"
+        )
+
+
+def _classes(cfg: OptimConfig) -> tuple[Callable[..., torch.optim.Optimizer], Callable[..., GuardedAdamW]]:
+    """The two classes of a configuration."""
+    check(cfg)
+    kind = OPTIMIZERS[cfg.name]
+    return kind.in_one_pass if cfg.one_pass and kind.in_one_pass else (kind.plain, kind.guarded)
 
 
 def plain(module: nn.Module, cfg: OptimConfig) -> torch.optim.Optimizer:
     """The optimizer behind ZeRO at stages 1 to 3, which clips and skips by itself."""
-    kind = OPTIMIZERS[cfg.name]
-    return kind.make(module, cfg, kind.plain)
+    return OPTIMIZERS[cfg.name].make(module, cfg, _classes(cfg)[0])
 
 
 def guarded(module: nn.Module, cfg: OptimConfig) -> GuardedAdamW:
     """The optimizer of unsharded gradients."""
-    kind = OPTIMIZERS[cfg.name]
+    cls = _classes(cfg)[1]
 
     def with_clip(groups: Any, **kwargs: Any) -> GuardedAdamW:
-        return kind.guarded(groups, cfg.clip, **kwargs)
+        return cls(groups, cfg.clip, **kwargs)
 
-    made = kind.make(module, cfg, with_clip)
+    made = OPTIMIZERS[cfg.name].make(module, cfg, with_clip)
     assert isinstance(made, GuardedAdamW)
     return made

@@ -30,6 +30,7 @@ from dit.train.engines.base import (
 )
 from dit.train.engines.heap import keep_freed_memory
 from dit.train.engines.muon import Muon
+from dit.train.engines.one_pass import OnePassAdamW, clip_along
 from dit.train.engines.optimizers import guarded, plain
 from dit.train.engines.zero_config import BUCKET, ZeroConfig
 from dit.train.optim import OptimConfig, set_lr
@@ -158,7 +159,9 @@ class DeepSpeedEngine:
         if world.size == 1:
             self._leave_out_averaging(is_rounded=precision == "bf16" and zero.communication != "fp32")
         self._fragments: list[Fragment] | None = None
-        base = self._base_optimizer()
+        base = self.optimizer
+        if self.stage and isinstance(base, OnePassAdamW):
+            clip_along(self._engine.optimizer, base, optim.clip)
         if isinstance(base, Muon):
             base.lay_out(_bundles(self), _PLACES[self.stage](self), world)
 
@@ -179,9 +182,7 @@ class DeepSpeedEngine:
     def about(self) -> str:
         kind = type(self._engine.optimizer).__name__
         outer = f" ({kind})" if self.stage else ""
-        return (
-            f"DeepSpeed {deepspeed.__version__} at stage {self.stage}{outer}: {named(self._base_optimizer())}"
-        )
+        return f"DeepSpeed {deepspeed.__version__} at stage {self.stage}{outer}: {named(self.optimizer)}"
 
     @property
     def module(self) -> nn.Module:
@@ -207,7 +208,8 @@ class DeepSpeedEngine:
         norm = self._engine.get_global_grad_norm()
         return float("nan") if norm is None else float(norm)
 
-    def _base_optimizer(self) -> torch.optim.Optimizer:
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
         optimizer = self._engine.optimizer
         return optimizer.optimizer if self.stage else optimizer  # type: ignore[no-any-return]
 
@@ -232,7 +234,7 @@ class DeepSpeedEngine:
     def set_updates(self, updates: int) -> None:
         self.updates = updates
         self.fragments()  # creates the state
-        set_adam_step(self._base_optimizer(), updates)
+        set_adam_step(self.optimizer, updates)
 
     def close(self) -> None:
         self._fragments = None
@@ -243,7 +245,7 @@ class DeepSpeedEngine:
 
 def _fragments(engine: DeepSpeedEngine) -> list[Fragment]:
     """This rank's pieces of trained parameters, and of frozen ones."""
-    optimizer, is_owned = engine._base_optimizer(), bool(engine.stage) or engine.world.is_main
+    optimizer, is_owned = engine.optimizer, bool(engine.stage) or engine.world.is_main
     found = [place.fragment(optimizer, is_owned) for place in _PLACES[engine.stage](engine)]
     if engine.stage == 3:
         return found + _frozen_pieces(engine)
@@ -262,7 +264,7 @@ def _bundles(engine: DeepSpeedEngine) -> Bundles:
 
 
 def _whole(engine: DeepSpeedEngine) -> list[Place]:
-    return whole_places(engine.module, engine._base_optimizer())
+    return whole_places(engine.module, engine.optimizer)
 
 
 def _in_partition(engine: DeepSpeedEngine) -> list[Place]:

@@ -205,7 +205,7 @@ def bytes_of_a_step(stages: list[int]) -> list[tuple[float, int]]:
         with CollectiveCounter() as counter:
             engine.step(OPTIM.lr)
         counted = sum(kind.sent * n for kind, n in counter.found.items() if kind.op == "all_to_all")
-        optimizer: Any = engine._base_optimizer()
+        optimizer: Any = engine.optimizer
         found.append((counted, sum(bundle.exchange.sent for bundle in optimizer.bundles.values())))
         engine.close()
     return found
