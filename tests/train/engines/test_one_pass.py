@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from dit.config import ConfigError, from_dict
+from dit.config import ConfigError, from_dict, merge
 from dit.experiments.diffusion import Experiment
 from dit.ranks.group import World
 from dit.train.ema import Ema, EmaConfig
@@ -27,7 +27,8 @@ EMA = {"decay": 0.9, "also": [0.99], "power": [0.1], "every": 2}
 
 def given(digits: Digits, run_dir: Path, one_pass: bool, **sections: Any) -> Values:
     """A run that clips, decays and keeps several averages, some of its parameters frozen."""
-    made = values(digits, run_dir, ema=EMA, train={"freeze": ["blocks.0.mlp.*"]}, **sections)
+    frozen = {"train": {"freeze": ["blocks.0.mlp.*"]}}
+    made = values(digits, run_dir, ema=EMA, **merge(frozen, sections))
     return {**made, "optim": {**made["optim"], "clip": 0.1, "one_pass": one_pass}}
 
 
@@ -65,11 +66,10 @@ def test_at_every_stage_it_is_each_by_itself(digits: Digits, ranks: Server, tmp_
     """Offloaded too, where all of it lies on the host."""
     zeros: list[dict[str, Any]] = [{"stage": stage} for stage in (0, 1, 2, 3)]
     zeros += [{"stage": stage, "offload": "optimizer"} for stage in (1, 3)]
-    choices = [{"zero": zero, "train": {"precision": "bf16"}} for zero in zeros]
-    for given_ in (found := ranks.run(2, short_runs, pairs(digits, tmp_path, choices), STEPS)):
-        for plain, together in zip(given_[::2], given_[1::2], strict=True):
+    choices = [{"zero": zero} for zero in zeros]
+    for found in ranks.run(2, short_runs, pairs(digits, tmp_path, choices), STEPS):
+        for plain, together in zip(found[::2], found[1::2], strict=True):
             check(together, plain)
-    assert len(found) == 2
 
 
 def held(engine: LocalEngine, ema: Ema) -> list[torch.Tensor]:
@@ -95,8 +95,10 @@ def test_a_few_updates_are_the_same_and_a_gradient_that_is_not_finite_leaves_eve
         for module, engine, ema in runs:
             before = held(engine, ema)
             engine.backward(module(x).square().sum() * (float("nan") if is_bad else 10.0 ** (step - 3)))
-            assert engine.step(0.05) is not is_bad
-            ema.update()
+            applied = engine.step(0.05)
+            assert applied is not is_bad
+            if applied:
+                ema.update()
             assert all(torch.equal(a, b) == is_bad for a, b in zip(held(engine, ema), before, strict=True))
         plain, together = (held(engine, ema) for _, engine, ema in runs)
         for a, b in zip(together, plain, strict=True):
