@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from dit.config import (
     Complaint,
     ConfigError,
+    Registry,
     annotation_at,
     class_at,
     flatten,
@@ -35,8 +36,13 @@ from dit.yamlfile import YamlError, dump_yaml, parse_yaml
 C = TypeVar("C")
 
 
-def read_yaml(path: str | Path, _seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
-    """A YAML file with its `base:` files merged below it, and for each dotted key the file it came from."""
+def read_yaml(
+    path: str | Path, _seen: tuple[Path, ...] = (), cls: type | None = None
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """A YAML file with its `base:` files merged below it, and for each dotted key the file it came from.
+
+    cls: the config class that the files are of, where that is known (`merge_as`).
+    """
     path = Path(expand(str(path)))
     if path.resolve() in _seen:
         raise ConfigError(f"{path}: its base files lead back to itself")
@@ -47,11 +53,11 @@ def read_yaml(path: str | Path, _seen: tuple[Path, ...] = ()) -> tuple[dict[str,
     if not path.is_file():
         near = difflib.get_close_matches(path.stem, [p.stem for p in path.parent.glob("*.yaml")], n=1)
         raise ConfigError(f"{path}: no such config file" + "".join(f"; did you mean {n}.yaml?" for n in near))
-    return _on_base(read_own(path), str(path), path.parent, (*_seen, path.resolve()))
+    return _on_base(read_own(path), str(path), path.parent, cls, (*_seen, path.resolve()))
 
 
 def _on_base(
-    own: dict[str, Any], named: str, folder: Path, seen: tuple[Path, ...] = ()
+    own: dict[str, Any], named: str, folder: Path, cls: type | None, seen: tuple[Path, ...] = ()
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Values with those of the `base:` that they name below them, and where each is from: `named`, or a file.
 
@@ -63,8 +69,22 @@ def _on_base(
     if not isinstance(base_name, str | None):
         raise ConfigError(f"{named}: base: expected one file name, got {shown(base_name)}")
     if base_name is not None:
-        values, sources = read_yaml(folder / expand(base_name), seen)
-    return merge(values, own), _over(sources, own, named)
+        values, sources = read_yaml(folder / expand(base_name), seen, cls)
+    return merge_as(cls, values, own), _over(sources, own, named)
+
+
+def merge_as(cls: type | None, base: Any, over: Any) -> Any:
+    """As `merge`; in a config class's own sections, of which there is no choice, `name` is a key like any other."""
+    if cls is None or not isinstance(base, Mapping) or not isinstance(over, Mapping):
+        return merge(base, over)
+    return {**base, **{key: merge_as(_section(cls, key), base.get(key), own) for key, own in over.items()}}
+
+
+def _section(cls: type, key: str) -> type | None:
+    """The config class of a key; None where there is none, or a choice of several."""
+    hint = annotation_at(cls, key)
+    is_open = is_many(hint) or any(isinstance(part, Registry) for part in parts_of(hint))
+    return None if is_open else class_at(cls, (key,))
 
 
 def _over(sources: Mapping[str, str], values: Mapping[str, Any], source: str) -> dict[str, str]:
@@ -137,7 +157,7 @@ def overridden(
         nested: Any = _from_text(cls, key, text, merged) if isinstance(text, str) else to_dict(text)
         for part in reversed(key):
             nested = {part: nested}
-        merged, alone = merge(merged, nested), merge(alone, nested)
+        merged, alone = merge_as(cls, merged, nested), merge_as(cls, alone, nested)
     return merged, alone
 
 
@@ -170,9 +190,9 @@ def load(
     """
     named = "the values given" if isinstance(source, Mapping) else str(source)
     if isinstance(source, Mapping):
-        values, sources = _on_base(to_dict(dict(source)), named, Path())
+        values, sources = _on_base(to_dict(dict(source)), named, Path(), cls)
     else:
-        values, sources = read_yaml(source)
+        values, sources = read_yaml(source, cls=cls)
     values, from_text = overridden(cls, values, overrides or {})
     sources = _over(sources, from_text, said)
     problems = _empty_texts(cls, values)

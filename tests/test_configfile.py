@@ -284,6 +284,28 @@ def test_a_choices_name_goes_before_its_fields_in_any_order(write) -> None:
         assert load(Run, write("x.yaml", "shape: round\n"), overrides).shape == Square(side=2.0)
 
 
+@config
+class Rule:
+    name: str = "plain"
+    rate: float = 1.0
+
+
+@config
+class Ruled:
+    rule: Rule = Rule()
+    shape: Annotated[Shape, SHAPES] = Round()
+
+
+def test_a_name_that_is_no_choice_of_a_class_leaves_the_keys_beside_it(write) -> None:
+    """optim.name is one: another optimizer has the same rate. Of a choice the other fields go with its name."""
+    write("base.yaml", "rule:\n  rate: 7\nshape: {name: square, side: 3}\n")
+    path = write("x.yaml", "base: base.yaml\nrule:\n  name: steep\n")
+    assert load(Ruled, path).rule == Rule(name="steep", rate=7.0)
+    assert load(Ruled, path, {"rule.name": "odd"}).rule == Rule(name="odd", rate=7.0)
+    assert load(Ruled, {"rule": {"rate": 7}}, {"rule.name": "odd"}).rule == Rule(name="odd", rate=7.0)
+    assert load(Ruled, path, {"shape.name": "round"}).shape == Round()
+
+
 def test_overrides_without_a_file() -> None:
     base = {"shape": "square", "train": {"steps": 7}}
     merged, alone = overridden(Run, base, {"shape.side": "1e1", "note": "3"})

@@ -26,6 +26,7 @@ from dit.model.norms import EPSILON, NORMS, QK_NORMS, LayerNorm, NoNorm, Norm
 from dit.model.recompute import Keep, may_keep_products, run_kept
 from dit.model.rope import ROPES, Rope
 from dit.model.sdpa import Backend, attend
+from dit.model.stacked import stacked
 
 
 @dataclass(frozen=True)
@@ -269,7 +270,7 @@ class Attention(Kerneled):
     ):
         super().__init__()
         self.heads, self.scale, self.backend = heads, scale, backend
-        self.qkv = nn.Linear(width, 3 * width, qkv_bias)
+        self.qkv = stacked(nn.Linear(width, 3 * width, qkv_bias), 3)
         self.proj = nn.Linear(width, width)
         self.q_norm = qk_norm.build(width // heads)
         self.k_norm = qk_norm.build(width // heads)

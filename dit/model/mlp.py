@@ -13,6 +13,7 @@ from dit.config import Registry, config
 from dit.model.dims import Dims
 from dit.model.kernels.activation import GELU, SWIGLU
 from dit.model.kernels.choice import Kerneled
+from dit.model.stacked import stacked
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class SwiGlu(Kerneled):
 
     def __init__(self, width: int, hidden: int, bias: bool = True):
         super().__init__()
-        self.fc1 = nn.Linear(width, 2 * hidden, bias)
+        self.fc1 = stacked(nn.Linear(width, 2 * hidden, bias), 2)
         self.fc2 = nn.Linear(hidden, width, bias)
 
     def forward(self, x: Tensor) -> Tensor:

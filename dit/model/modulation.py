@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dit.config import Registry, config
 from dit.model.embed import wide
+from dit.model.stacked import stacked
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class FullModulation(Modulation):
 
     def build(self, width: int, rows: int) -> nn.Module:
         """The layer."""
-        return FullRows(width, rows * width)
+        return stacked(FullRows(width, rows * width), rows)
 
     def cost(self, width: int, rows: int) -> ModulationCost:
         """A matrix and a bias."""

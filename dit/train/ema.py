@@ -15,6 +15,7 @@ from torch import Tensor
 from dit.config import ConfigError, config, from_dict
 from dit.errors import Notice
 from dit.train.engines.base import Engine
+from dit.train.engines.one_pass import OnePassAdamW
 from dit.train.posthoc import WIDEST, power_of, power_share
 
 MAIN = "ema"  # the average that is sampled from while training and unless another is asked for
@@ -27,6 +28,8 @@ class EmaConfig:
     """Averaging follows updates: a skipped update leaves every average as it is."""
 
     decay: float = 0.9999  # of the average, per update, from 0 to less than 1
+    # updates from one averaging to the next, which has the decay of them all: decay^every; at least 1
+    every: int = 1
     # At update n the decays are (1 + n) / (10 + n) at most, so that the weights of the beginning are soon forgotten.
     warmup: bool | None = None  # null = true in a new run, and as it was in one that goes on (false of old)
     also: tuple[float, ...] = ()  # more decays: each is an average more, "ema_0.999" for 0.999
@@ -45,6 +48,8 @@ class EmaConfig:
         for name in ("also", "power"):
             if len(set(getattr(self, name))) != len(getattr(self, name)):
                 raise ConfigError(f"ema.{name} has a value twice: {getattr(self, name)}")
+        if self.every < 1:
+            raise ConfigError(f"ema.every must be at least 1 (update), got {self.every}")
         if self.snapshot_every < 0:
             raise ConfigError(f"ema.snapshot_every must be at least 0, got {self.snapshot_every}")
         if self.snapshot_every and len(self.power) < 2:
@@ -74,11 +79,30 @@ class EmaConfig:
         if name not in there:
             raise ConfigError(f"there are no weights '{name}'; this run has {', '.join(there)}")
 
+    def averaged(self, updates: int) -> int:
+        """Count the updates, of so many, up to the one whose weights went into the averages last."""
+        return updates - updates % self.every
+
     def shares(self, updates: int) -> dict[str, float]:
-        """The share of the newest weights that update number `updates`, at least 1, brings into each average."""
-        most = 9 / (10 + updates) if self.warmup else 0.0  # 1 - (1 + n) / (10 + n)
-        shares = {name: max(1 - decay, most) for name, decay in self.decays.items()}
-        return shares | {name: power_share(power_of(width), updates) for name, width in self.powers.items()}
+        """The share of the newest weights that update number `updates`, at least 1, brings into each average.
+
+        It is a multiple of `every`. The newest weights stand for those of all updates since the last averaging: of
+        weights that do not change in between, the averages are those of every = 1.
+        """
+        shares = {name: self._share(decay, updates) for name, decay in self.decays.items()}
+        return shares | {
+            name: power_share(power_of(width), updates, self.every) for name, width in self.powers.items()
+        }
+
+    def _share(self, decay: float, updates: int) -> float:
+        """1 - the product of the decays of the `every` updates up to this one."""
+
+        def one(update: int) -> float:
+            return max(1 - decay, 9 / (10 + update) if self.warmup else 0.0)  # 1 - (1 + n) / (10 + n)
+
+        if self.every == 1:
+            return one(updates)
+        return 1 - math.prod(1 - one(updates - i) for i in range(self.every))
 
     def start_share(self, name: str, updates: int) -> float:
         """The share in [0, 1] of the weights before the first update that an average still holds after so many.
@@ -87,6 +111,7 @@ class EmaConfig:
         prod (1 + k) / (10 + k) = 10! / ((m + 2) ... (m + 10)), times decay^(n - m). Of a power-function average the
         first update replaces all. KeyError for a name that is no average of these.
         """
+        updates = self.averaged(updates)
         if name in self.powers:
             return 0.0 if updates else 1.0
         decay, warm = self.decays[name], 0
@@ -112,11 +137,12 @@ class Average:
     @classmethod
     def of(cls, cfg: EmaConfig, name: str, updates: int) -> Average:
         """One of a run's averages after so many updates; LIVE is the weights themselves."""
+        every = f", every {cfg.every} updates" if cfg.every > 1 else ""
         if name in cfg.powers:
-            return cls(name, cfg.start_share(name, updates), f"width {cfg.powers[name]:g}")
+            return cls(name, cfg.start_share(name, updates), f"width {cfg.powers[name]:g}{every}")
         if name not in cfg.decays:
             return cls(name)
-        how = f"decay {cfg.decays[name]:g}{', warmed up' if cfg.warmup else ''}"
+        how = f"decay {cfg.decays[name]:g}{', warmed up' if cfg.warmup else ''}{every}"
         return cls(name, cfg.start_share(name, updates), how)
 
     @classmethod
@@ -179,7 +205,15 @@ class Ema:
         self.engine, self.cfg = engine, cfg
         self._live, self._has_warned = [f.weight for f in engine.fragments()], False
         names = (*cfg.decays, *cfg.powers)
-        self.averages: dict[str, list[Tensor]] = {n: [w.clone() for w in self._live] for n in names}
+        self.averages: dict[str, list[Tensor]]
+        self._along: dict[
+            Tensor, dict[str, Tensor]
+        ] = {}  # those that the optimizer takes along, by its tensors
+        self._rest = list(range(len(self._live)))  # of the fragments, those whose averages are updated here
+        if isinstance(engine.optimizer, OnePassAdamW):
+            self.averages = self._taken_along(names, engine.optimizer)
+        else:
+            self.averages = {n: [w.clone() for w in self._live] for n in names}
 
     @property
     def pieces(self) -> list[Tensor]:
@@ -206,9 +240,38 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
-        """average <- average + share * (weights - average). Call it after an update that was applied."""
-        for name, share in self.cfg.shares(self.engine.updates).items():
-            torch._foreach_lerp_(self.averages[name], self._live, share)
+        """average <- average + share * (weights - average), where it is due. Call it after each applied update."""
+        for name, share in self._due(self.engine.updates).items():
+            pieces, live = ([some[i] for i in self._rest] for some in (self.averages[name], self._live))
+            if pieces:
+                torch._foreach_lerp_(pieces, live, share)
+
+    def _due(self, updates: int) -> dict[str, float]:
+        """The shares of an update; none where it is not one of those that are averaged.
+
+        Nothing has to be kept of the others but how many there were.
+        """
+        return self.cfg.shares(updates) if updates == self.cfg.averaged(updates) else {}
+
+    def _taken_along(self, names: tuple[str, ...], optimizer: OnePassAdamW) -> dict[str, list[Tensor]]:
+        """Averages in tensors like the optimizer's, which updates them with the weights; of frozen ones as ever."""
+        found: dict[str, list[Tensor]] = {name: [] for name in names}
+        places = [fragment.place for fragment in self.engine.fragments()]
+        for place, live in zip(places, self._live, strict=True):
+            if place is not None and place.flat not in self._along:
+                self._along[place.flat] = {name: place.flat.detach().clone() for name in names}
+            for name in names:
+                whole = live.clone() if place is None else self._along[place.flat][name].view(-1)
+                found[name].append(whole if place is None else whole.narrow(0, place.start, place.numel))
+        self._rest = [i for i, place in enumerate(places) if place is None]
+        optimizer.along = self._shares_of
+        return found
+
+    def _shares_of(self, tensor: Tensor) -> list[tuple[Tensor, float]]:
+        """A tensor's averages, and the shares of the update that is being made."""
+        averages = self._along.get(tensor, {})
+        due = self._due(self.engine.updates + 1)
+        return [(average, due[name]) for name, average in averages.items() if name in due]
 
     @contextlib.contextmanager
     def swapped_in(self) -> Iterator[None]:

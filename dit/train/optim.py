@@ -118,9 +118,33 @@ def _stable(decay: float, total: int) -> int:
 
 
 @config
-class OptimConfig:
-    """AdamW (Loshchilov & Hutter, arXiv 1711.05101) with gradient clipping."""
+class MuonConfig:
+    """How hidden matrices are updated, with optim.name: muon."""
 
+    # whose parameters of two axes those are; queries, keys and values are a matrix each, gate and value of SwiGLU too
+    matrices: tuple[str, ...] = ("*.attention.*", "*.mlp.*")
+    momentum: float = 0.95  # share of the momentum that is kept at an update
+    nesterov: bool = True  # take the gradient once more into what is made orthogonal
+    iterations: int = 5  # of Newton and Schulz
+    dtype: Literal["bfloat16", "float32", "float64"] = (
+        "bfloat16"  # of the iterations, and of what ranks send for them
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.momentum < 1:
+            raise ConfigError(f"optim.muon.momentum must be at least 0 and below 1, got {self.momentum}")
+        if self.iterations < 1:
+            raise ConfigError(f"optim.muon.iterations must be at least 1, got {self.iterations}")
+        if not self.matrices:
+            raise ConfigError("optim.muon.matrices is empty: name some, or take optim.name: adamw")
+
+
+@config
+class OptimConfig:
+    """AdamW (Loshchilov & Hutter, arXiv 1711.05101) with gradient clipping; or Muon for hidden matrices beside it."""
+
+    # adamw; muon = hidden matrices by Muon, which makes their momentum orthogonal, and all others by AdamW
+    name: Literal["adamw", "muon"] = "adamw"
     lr: float = 1e-4  # peak learning rate
     betas: tuple[float, float] = (0.9, 0.999)  # decay of Adam's first and second moments, per update
     eps: float = 1e-8  # added to the root of Adam's second moment
@@ -128,8 +152,13 @@ class OptimConfig:
     clip: float | None = 1.0  # norm of the whole gradient; null = no clipping
     warmup: int = 0  # updates of linear warm-up from lr / warmup
     schedule: Annotated[Schedule, SCHEDULES] = ConstantRate()  # of the learning rate after warm-up
+    muon: MuonConfig = MuonConfig()  # how optim.name: muon updates matrices
+    # clip, update and average in one pass over memory, compiled; the same up to rounding, adamw alone
+    one_pass: bool = False
 
     def __post_init__(self) -> None:
+        if self.name != "muon" and self.muon != MuonConfig():
+            raise ConfigError(f"optim.muon is set, but optim.name is {self.name}: set optim.name: muon")
         if not 0 < self.lr < math.inf or self.warmup < 0 or not (self.clip is None or self.clip > 0):
             raise ConfigError(
                 f"lr must be finite and above 0, clip above 0 or null, warmup at least 0; got lr {self.lr}, "
@@ -177,17 +206,18 @@ def _nearest(pattern: str, names: Iterable[str]) -> str:
 
 
 def parameter_groups(
-    module: nn.Module, weight_decay: float, eps: float = OptimConfig.eps
+    module: nn.Module, weight_decay: float, eps: float = OptimConfig.eps, apart: Iterable[nn.Parameter] = ()
 ) -> list[dict[str, Any]]:
     """Split into decayed matrices and undecayed vectors, by the whole parameters' shapes, also under ZeRO-3.
 
     Parameters that have an attribute lr_factor, decay_factor or eps_factor are in groups of their own, which train at
     that times the rate, the decay and Adam's eps. A decay factor is of `weight_decay`, which AdamW multiplies by the
-    group's rate.
+    group's rate. apart: parameters that are in none.
     """
     groups: dict[tuple[bool, float, float, float], list[nn.Parameter]] = {}
+    elsewhere = {id(p) for p in apart}
     for p in module.parameters():
-        if p.requires_grad:
+        if p.requires_grad and id(p) not in elsewhere:
             plain = not weight_decay or len(getattr(p, "ds_shape", p.shape)) <= 1
             lr, decay, own_eps = (getattr(p, f"{name}_factor", 1.0) for name in ("lr", "decay", "eps"))
             groups.setdefault((plain, lr, 0.0 if plain else decay, own_eps), []).append(p)
@@ -239,5 +269,9 @@ class GuardedAdamW(torch.optim.AdamW):
             return
         limit = math.inf if self.clip is None else self.clip
         if self._global_grad_norm + 1e-6 > 0.999 * limit:  # else the factor is 1
-            torch._foreach_mul_(grads, torch.clamp(limit / (norm + 1e-6), max=1.0))
+            self.scale(grads, torch.clamp(limit / (norm + 1e-6), max=1.0))
         super().step()
+
+    def scale(self, grads: list[Tensor], factor: Tensor) -> None:
+        """Multiply the gradients by clipping's factor."""
+        torch._foreach_mul_(grads, factor)

@@ -32,6 +32,7 @@ from dit.train.checkpoints.archive import checkpoints_of
 from dit.train.checkpoints.checkpoint import Checkpoint, CheckpointError, Reader
 from dit.train.engines.budget import Budget, Fitted, fit
 from dit.train.engines.local import check_alone
+from dit.train.engines.optimizers import OPTIMIZERS
 from dit.train.engines.zero_config import BEFORE, Choice, Device, choose, unsharded
 from dit.train.hooks import Hook
 from dit.train.optim import freeze
@@ -79,6 +80,7 @@ class Outline:
 
     module: nn.Module
     frozen: int  # numbers in parameters that train.freeze keeps from training
+    matrices: int = 0  # numbers of which the optimizer keeps one number each, and not two
 
     @property
     def parameters(self) -> int:
@@ -131,11 +133,12 @@ class Plan:
 
     @cached_property
     def outline(self) -> Outline:
-        """The network without its weights; ConfigError where a pattern of train.freeze fits nothing."""
+        """The network without its weights; ConfigError where a pattern, as of train.freeze, fits nothing."""
         build = self.parts.build  # made outside: data and codecs are no outlines
         with torch.device("meta"):
             module = build()
-        return Outline(module, freeze(module, self.cfg.train.freeze))
+        frozen = freeze(module, self.cfg.train.freeze)
+        return Outline(module, frozen, OPTIMIZERS[self.cfg.optim.name].matrices(module, self.cfg.optim))
 
     @cached_property
     def sharding(self) -> Choice:
@@ -179,8 +182,11 @@ class Plan:
         if self.parts.budget is not None and self.fitted is not None:
             return self.parts.budget.memory(stage, frozen, self.fitted.recompute)
         if self.parts.memory is not None:
-            return self.parts.memory(stage, frozen)
-        return state_memory(self.outline.parameters, stage, self.world.size, self.cfg.ema.count, frozen)
+            found = self.parts.memory(stage, frozen)
+        else:
+            found = state_memory(self.outline.parameters, stage, self.world.size, self.cfg.ema.count, frozen)
+        lacking = 4 * self.outline.matrices // (self.world.size if stage else 1)
+        return replace(found, optimizer=found.optimizer - lacking)
 
     @cached_property
     def stream(self) -> Stream:

@@ -32,9 +32,9 @@ def power_of(width: float) -> float:
     return float(roots.real.max())
 
 
-def power_share(power: float, updates: int) -> float:
-    """The share of the newest weights in the average after so many updates, at least 1."""
-    return -math.expm1((power + 1) * math.log1p(-1 / updates)) if updates > 1 else 1.0
+def power_share(power: float, updates: int, every: int = 1) -> float:
+    """The share of the newest weights in the average after so many updates, at least 1, averaged every `every`."""
+    return -math.expm1((power + 1) * math.log1p(-every / updates)) if updates > every else 1.0
 
 
 def combination(snapshots: Sequence[Profile], wanted: Profile) -> tuple[np.ndarray, float]:

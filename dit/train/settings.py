@@ -12,6 +12,8 @@ from dit.data.storage.nodecache import NodeCacheConfig
 from dit.files import FileError, expand
 from dit.ranks.group import World
 from dit.train.ema import EmaConfig
+from dit.train.engines.optimizers import OPTIMIZERS
+from dit.train.engines.optimizers import check as check_optimizer
 from dit.train.engines.zero_config import ZeroConfig
 from dit.train.faults import FaultsConfig
 from dit.train.optim import OptimConfig
@@ -205,6 +207,12 @@ class RunConfig:
                 f"checkpoint.at = {beyond} lies beyond train.steps = {self.train.steps} and would never be saved: take "
                 "those steps out, or train longer"
             )
+        check_optimizer(self.optim)
+        if self.zero.offload != "none" and not OPTIMIZERS[self.optim.name].may_offload:
+            raise ConfigError(
+                f"zero.offload is {self.zero.offload}, and optim.name {self.optim.name} needs its state on the device: "
+                "leave the offload out, or take optim.name: adamw"
+            )
         self.optim.schedule.check(self.optim.warmup, self.train.steps)
 
     @property
@@ -218,6 +226,10 @@ class RunConfig:
             raise ConfigError(
                 "train.graphs needs engine: plain: DeepSpeed decides on the host between a step's kernels, which no "
                 "CUDA graph can hold. Set engine: plain, or leave train.graphs out"
+            )
+        if self.train.graphs and (self.optim.name != "adamw" or self.optim.one_pass):
+            raise ConfigError(
+                "train.graphs captures torch's AdamW: leave it out, or optim.name: muon and optim.one_pass"
             )
         if not self.is_plain:
             return
@@ -244,7 +256,7 @@ OPERATIONAL = (
     "run_dir", "engine", "zero", "checkpoint", "faults", "sample", "evaluate", "val", "codec", "data.path",
     "data.mix", "data.val", "data.prefetch", "data.readers", "data.max_quarantined", "data.cache",
     "train.steps", "train.micro_batch", "train.log_every", "train.max_skipped", "train.compile", "train.graphs",
-    "train.threads", "train.hang_timeout", "ema.snapshot_every", "init.branch",
+    "train.threads", "train.hang_timeout", "optim.one_pass", "ema.snapshot_every", "init.branch",
     "train.memory_gb", "model.checkpoint_blocks", "model.checkpoint_keep", "model.kernels", "model.attention",
     "classifier.checkpoint_blocks", "perceptual.weights",
 )  # fmt: skip

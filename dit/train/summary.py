@@ -101,9 +101,18 @@ def _rate(plan: Plan) -> str:
     warmup = f", {optim.warmup} updates of warm-up" if optim.warmup else ""
     last = optim.lr_at(max(0, steps - 1), steps)
     return (
-        f"{optim.lr:g}, {SCHEDULES.name_of(optim.schedule)}{warmup} ({last:.3g} at the end); AdamW, betas "
+        f"{optim.lr:g}, {SCHEDULES.name_of(optim.schedule)}{warmup} ({last:.3g} at the end); {_optimizer(plan)}, betas "
         f"{optim.betas[0]:g} {optim.betas[1]:g}, weight decay {optim.weight_decay:g}, clip {optim.clip}"
     )
+
+
+def _optimizer(plan: Plan) -> str:
+    """AdamW, and of how many numbers it is not."""
+    matrices, settings = plan.outline.matrices, plan.cfg.optim.muon
+    muon = (
+        f"Muon of {matrices:,} numbers in matrices (momentum {settings.momentum:g}, {settings.dtype}), else "
+    )
+    return f"{muon if matrices else ''}AdamW"
 
 
 def _averages(cfg: EmaConfig, updates: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from tests.datasets import Digits
 from tests.rank_processes import Server
 from tests.train.conftest import Poisoned
 from tests.train.on_ranks import steps_beside_reference
-from tests.train.runs import ENGINES, at_step, engine_of, forked, go, state, values
+from tests.train.runs import ENGINES, at_step, differing, engine_of, forked, go, state, values
 from tests.train.runs import STEPS as STEPS_OF_A_RUN
 
 STEPS = 5
@@ -115,6 +116,95 @@ def test_the_share_of_the_first_weights_is_what_is_left_of_them(warmup: bool | N
             assert cfg.start_share(name, n) == pytest.approx(float(average), rel=1e-4, abs=1e-30), (name, n)
 
 
+# --- every few updates -------------------------------------------------------------------------------------
+
+KINDS = {"decay": 0.9, "also": (0.0, 0.999), "power": (0.05, 0.2)}
+
+
+@pytest.mark.parametrize("every", [2, 7, 40])
+@pytest.mark.parametrize("warmup", [False, True])
+def test_of_weights_that_stand_still_in_between_it_is_the_average_of_every_update(
+    every: int, warmup: bool
+) -> None:
+    """Of every kind, once it is due; before that it stands."""
+    often, seldom = (single(EmaConfig(**KINDS, warmup=warmup, every=n), 1.0) for n in (1, every))
+    for n in range(1, 10 * every):
+        value = float((-1) ** (-(-n // every)) * -(-n // every))  # changes when an averaging has just been
+        before = {name: float(piece[0]) for name, piece in seldom.averages.items()}
+        update(often, value)
+        update(seldom, value)
+        for name, (piece,) in seldom.averages.items():
+            if n % every:
+                assert float(piece) == before[name]
+            else:
+                assert float(piece) == pytest.approx(float(often.averages[name][0]), rel=1e-5), (name, n)
+
+
+@pytest.mark.parametrize("every", [1, 4, 10])
+def test_of_weights_that_drift_it_lags_by_the_closed_form(every: int) -> None:
+    """Of weights n after n updates: n - D * every / (1 - D) right after an averaging, D = decay^every."""
+    decay = 0.9
+    ema = single(EmaConfig(decay=decay, every=every), 0.0)
+    for n in range(1, 401):
+        update(ema, float(n))
+    kept = decay**every
+    assert float(ema.pieces[0]) == pytest.approx(400 - every * kept / (1 - kept), rel=1e-6)
+
+
+def test_a_power_average_of_every_few_updates_weighs_those_by_its_profile() -> None:
+    """After n = k * every: the sum over j of ((j/k)^(g+1) - ((j-1)/k)^(g+1)) w_(j * every)."""
+    every, k = 5, 12
+    ema, weights = single(EmaConfig(power=(0.1,), every=every), -9.0), np.cos(np.arange(1, 5 * 12 + 1))
+    for weight in weights:
+        update(ema, float(weight))
+    shares = np.diff((np.arange(k + 1) / k) ** (power_of(0.1) + 1))
+    assert float(ema.averages["power_0.1"][0]) == pytest.approx(
+        shares @ weights[every - 1 :: every], rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("warmup", [True, False])
+def test_the_share_of_the_first_weights_follows_what_was_averaged(warmup: bool) -> None:
+    cfg = EmaConfig(decay=0.9, also=(0.0, 0.5), power=(0.1,), warmup=warmup, every=6)
+    ema = single(cfg, 1.0)
+    for n in range(1, 100):
+        update(ema, 0.0)
+        for name, (average,) in ema.averages.items():
+            assert cfg.start_share(name, n) == pytest.approx(float(average), rel=1e-4, abs=1e-12), (name, n)
+    assert "every 6 updates" in str(ema.main)
+
+
+def test_every_update_is_as_it_was_to_the_bit() -> None:
+    """The shares of ema.every: 1 are the numbers of before the key was there."""
+    cfg = EmaConfig(decay=0.9999, also=(0.3,), power=(0.1,), warmup=True)
+    for n in (1, 2, 77, 10**6):
+        most, power = 9 / (10 + n), power_of(0.1)
+        assert cfg.shares(n) == {
+            "ema": max(1 - 0.9999, most),
+            "ema_0.3": max(1 - 0.3, most),
+            "power_0.1": -math.expm1((power + 1) * math.log1p(-1 / n)) if n > 1 else 1.0,
+        }
+
+
+def test_a_run_goes_on_in_the_middle_of_an_interval(digits: Digits, ranks: Server, tmp_path: Path) -> None:
+    """Saved after 10 of 20 updates, averaged every 4: to the bit alone, and to rounding at another stage."""
+    sections = {"ema": {"decay": 0.9, "power": [0.1], "every": 4}, "engine": "local"}
+    ranks.run(1, go, values(digits, tmp_path / "whole", **sections))
+    cut = forked(tmp_path / "whole", 10, tmp_path / "cut")
+    away = forked(tmp_path / "whole", 10, tmp_path / "away")
+    ranks.run(1, go, values(digits, cut, **sections))
+    sections["engine"] = "deepspeed"
+    ranks.run(2, go, values(digits, away, zero={"stage": 3}, **sections))
+    whole, there = state(at_step(tmp_path / "whole", 20)), state(at_step(away, 20))
+    assert differing(whole, state(at_step(cut, 20))) == []
+    for name in whole:
+        torch.testing.assert_close(there[name], whole[name], rtol=1e-3, atol=1e-5, msg=name)
+    middle = state(at_step(tmp_path / "whole", 10))
+    assert not torch.equal(middle["ema/output.proj.weight"], whole["ema/output.proj.weight"])
+    with pytest.raises(Exception, match=r"ema\.every: 4 there, 5 now"):
+        ranks.run(1, go, values(digits, cut, **{**sections, "ema": {**sections["ema"], "every": 5}}))
+
+
 def test_what_digits_held_and_hold_now() -> None:
     """The default after a short run, and the quickstart's decay."""
     off, on = EmaConfig(), EmaConfig(warmup=True)
@@ -186,6 +276,7 @@ def test_a_decay_out_of_range_is_refused(decay: float) -> None:
         ({"power": [0.3]}, r"a width is above 0 and below 0.289, got 0.3"),
         ({"snapshot_every": 10, "power": [0.1]}, r"at least two widths: set ema.power: \[0.05, 0.1\]"),
         ({"snapshot_every": -1}, "ema.snapshot_every must be at least 0"),
+        ({"every": 0}, "ema.every must be at least 1"),
     ],
 )
 def test_averages_that_mean_nothing_are_refused(wrong: dict, words: str) -> None:

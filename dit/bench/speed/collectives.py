@@ -43,6 +43,7 @@ RING: Mapping[str, Callable[[int], float]] = {
     "all_gather": _once,
     "reduce": _once,  # to one rank, in a pipeline along the ring: all but the receiver send it on
     "broadcast": _once,
+    "all_to_all": lambda n: 1.0,  # counted is what a rank sends to others
 }
 
 # c10d's operators: the name above, the argument that holds the whole tensor, and the one with the group.
@@ -57,6 +58,7 @@ OPERATORS = {
     "reduce_scatter_": ("reduce_scatter", 1, 2),
     "_reduce_scatter_base_": ("reduce_scatter", 1, 2),
     "reduce_scatter_tensor_coalesced_": ("reduce_scatter", 1, 2),
+    "alltoall_base_": ("all_to_all", 1, 2),  # unevenly cut, with nothing to itself: as Muon's exchange is
 }
 
 

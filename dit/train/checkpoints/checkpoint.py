@@ -23,7 +23,8 @@ from dit.config import flatten
 from dit.errors import UserError, shown
 from dit.files import expand, sought
 from dit.train.checkpoints.nearby import no_run, suggestion
-from dit.train.engines.base import ADAM_STATE, Fragment
+from dit.train.engines.base import Fragment
+from dit.train.engines.optimizers import OPTIMIZERS
 
 EXPORT = "dit"  # key of an exported file's metadata
 _PREFIX = "step-"
@@ -68,8 +69,10 @@ class Checkpoint:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """What it holds of every parameter that is trained."""
-        return (*self.weights, *ADAM_STATE)
+        """What it holds of parameters that are trained: the weights of each, and what its optimizer keeps of it."""
+        optim = self.meta.get("config", {}).get("optim", {})
+        name = optim.get("name", "adamw")  # not there: from before there was another
+        return (*self.weights, *OPTIMIZERS[name].state)
 
 
 @dataclass(frozen=True)

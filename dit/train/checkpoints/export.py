@@ -18,7 +18,7 @@ from dit.progress import Bar
 from dit.train.checkpoints import checkpoint
 from dit.train.checkpoints.checkpoint import EXPORT, Checkpoint, CheckpointError, Reader
 from dit.train.checkpoints.tensorfile import holds, write_tensors
-from dit.train.ema import MAIN, Average
+from dit.train.ema import MAIN, Average, ema_of
 from dit.train.posthoc import WIDEST, Profile, combination, power_of
 
 KEPT = ("config", "contract", "step", "updates", "code", "torch", "data")  # of meta.json
@@ -83,15 +83,21 @@ def of_width(run_dir: Path, width: float) -> tuple[Weights, float]:
     """
     if not 0 < width < WIDEST:
         raise ConfigError(f"the width must be above 0 and below {WIDEST:.3f}, got {width:g}")
-    found = [s for s in checkpoint.snapshots(run_dir / "snapshots") if s.meta["updates"]]
+    there = checkpoint.snapshots(run_dir / "snapshots")
+    found = [s for s in there if ema_of(s.meta["config"]).averaged(s.meta["updates"])]
     if not found:
         raise CheckpointError(
             f"{run_dir}/snapshots has no averages to make others of; train with --ema.power='[0.05, 0.1]' "
             "--ema.snapshot_every=STEPS"
         )
     sources = [(s, kind) for s in found for kind in s.weights]
-    profiles = [Profile(power_of(float(k.removeprefix("power_"))), s.meta["updates"]) for s, k in sources]
-    factors, off = combination(profiles, Profile(power_of(width), found[-1].meta["updates"]))
+    averaged = [ema_of(s.meta["config"]).averaged(s.meta["updates"]) for s in found]
+    profiles = [
+        Profile(power_of(float(k.removeprefix("power_"))), n)
+        for s, n in zip(found, averaged, strict=True)
+        for k in s.weights
+    ]
+    factors, off = combination(profiles, Profile(power_of(width), averaged[-1]))
     readers = {s.path: Reader(s) for s in found}
     newest = readers[found[-1].path]
     tensors: dict[str, Tensor] = {}

@@ -15,10 +15,20 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from dit.ranks.group import World
-from dit.train.engines.base import ADAM_STATE, Fragment, named, set_adam_step, whole_parameters
+from dit.train.engines.base import (
+    ADAM_STATE,
+    Fragment,
+    named,
+    set_adam_step,
+    whole_bundles,
+    whole_parameters,
+    whole_places,
+)
 from dit.train.engines.heap import keep_freed_memory
+from dit.train.engines.muon import Muon
+from dit.train.engines.optimizers import guarded
 from dit.train.engines.reduction import GradientBuckets
-from dit.train.optim import GuardedAdamW, OptimConfig, adamw_arguments, parameter_groups, set_lr
+from dit.train.optim import GuardedAdamW, OptimConfig, set_lr
 
 
 class PlainEngine:
@@ -41,13 +51,15 @@ class PlainEngine:
         self.updates = self.skipped = 0
         self.accumulation, self._passes = accumulation, 0  # backward passes a step; those of this one
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16")
-        groups = parameter_groups(self.module, optim.weight_decay, optim.eps)
-        self.optimizer = GuardedAdamW(groups, optim.clip, **adamw_arguments(optim))
+        self.optimizer = guarded(self.module, optim)
         self._buckets: GradientBuckets | None = None
         if world.size > 1:
             _take_rank_0s(self.module)
             trained = [p for p in self.module.parameters() if p.requires_grad]
             self._buckets = GradientBuckets(trained, world.size)
+        if isinstance(self.optimizer, Muon):
+            places = whole_places(self.module, self.optimizer)
+            self.optimizer.lay_out(whole_bundles(self.optimizer), places, world)
 
     @property
     def about(self) -> str:

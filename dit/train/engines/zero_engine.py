@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,17 +19,22 @@ from dit.config import ConfigError
 from dit.model.fp8 import float8_classes
 from dit.ranks.group import World
 from dit.train.engines.base import (
-    ADAM_STATE,
+    Bundles,
     Fragment,
-    ensure_adam_state,
+    Place,
     frozen_parameters,
     named,
     set_adam_step,
-    whole_parameters,
+    stacked,
+    whole_bundles,
+    whole_places,
 )
 from dit.train.engines.heap import keep_freed_memory
+from dit.train.engines.muon import Muon
+from dit.train.engines.one_pass import OnePassAdamW, clip_along
+from dit.train.engines.optimizers import guarded, plain
 from dit.train.engines.zero_config import BUCKET, ZeroConfig
-from dit.train.optim import GuardedAdamW, OptimConfig, adamw_arguments, parameter_groups, set_lr
+from dit.train.optim import OptimConfig, set_lr
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or it probes for every accelerator it knows, aloud
@@ -154,13 +159,7 @@ class DeepSpeedEngine:
         module = module.to(self.device)
         if self.stage == 3 and leaf_modules:
             set_z3_leaf_modules(module, list(leaf_modules))
-        by_group = parameter_groups(module, optim.weight_decay, optim.eps)
-        arguments = adamw_arguments(optim)
-        optimizer = (
-            torch.optim.AdamW(by_group, **arguments)
-            if self.stage
-            else GuardedAdamW(by_group, optim.clip, **arguments)
-        )
+        optimizer = plain(module, optim) if self.stage else guarded(module, optim)
         sizes = (global_batch, global_batch // (accumulation * world.size), accumulation)
         trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
         _forget_earlier_engines()
@@ -172,6 +171,11 @@ class DeepSpeedEngine:
         if world.size == 1:
             self._leave_out_averaging(is_rounded=precision == "bf16" and zero.communication != "fp32")
         self._fragments: list[Fragment] | None = None
+        base = self.optimizer
+        if self.stage and isinstance(base, OnePassAdamW):
+            clip_along(self._engine.optimizer, base, optim.clip)
+        if isinstance(base, Muon):
+            base.lay_out(_bundles(self), _PLACES[self.stage](self), world)
 
     def _leave_out_averaging(self, is_rounded: bool) -> None:
         """On one rank: gradients are the mean over ranks already, and need not be gone through for that.
@@ -190,9 +194,7 @@ class DeepSpeedEngine:
     def about(self) -> str:
         kind = type(self._engine.optimizer).__name__
         outer = f" ({kind})" if self.stage else ""
-        return (
-            f"DeepSpeed {deepspeed.__version__} at stage {self.stage}{outer}: {named(self._base_optimizer())}"
-        )
+        return f"DeepSpeed {deepspeed.__version__} at stage {self.stage}{outer}: {named(self.optimizer)}"
 
     @property
     def module(self) -> nn.Module:
@@ -218,13 +220,14 @@ class DeepSpeedEngine:
         norm = self._engine.get_global_grad_norm()
         return float("nan") if norm is None else float(norm)
 
-    def _base_optimizer(self) -> torch.optim.Optimizer:
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
         optimizer = self._engine.optimizer
         return optimizer.optimizer if self.stage else optimizer  # type: ignore[no-any-return]
 
     def fragments(self) -> list[Fragment]:
         if self._fragments is None:
-            self._fragments = _FRAGMENTS[self.stage](self)
+            self._fragments = _fragments(self)
         return self._fragments
 
     def sync_weights(self) -> None:
@@ -243,7 +246,7 @@ class DeepSpeedEngine:
     def set_updates(self, updates: int) -> None:
         self.updates = updates
         self.fragments()  # creates the state
-        set_adam_step(self._base_optimizer(), updates)
+        set_adam_step(self.optimizer, updates)
 
     def close(self) -> None:
         self._fragments = None
@@ -252,57 +255,77 @@ class DeepSpeedEngine:
             _forget_module(self.module)
 
 
-def _whole(engine: DeepSpeedEngine) -> list[Fragment]:
-    return whole_parameters(engine.module, engine._base_optimizer(), is_owned=engine.world.is_main)
-
-
-def _pieces_of_partition(engine: DeepSpeedEngine) -> list[Fragment]:
-    """Stages 1 and 2: this rank's partition of each group's flat fp32 master."""
-    optimizer, found = engine._engine.optimizer, []
-    flats = optimizer.single_partition_of_fp32_groups
-    states = [ensure_adam_state(engine._base_optimizer(), flat) for flat in flats]
-    for name, p in engine.module.named_parameters():
-        piece = getattr(p, "_hp_mapping", None)  # None where this rank holds nothing of it
-        if piece is not None:
-            where, group = piece.hp_fragment_address, piece.param_group_index
-            found.append(
-                _piece(
-                    name,
-                    p.shape,
-                    piece.lp_fragment_address.start,
-                    flats[group],
-                    states[group],
-                    where.start,
-                    where.numel,
-                )
-            )
+def _fragments(engine: DeepSpeedEngine) -> list[Fragment]:
+    """This rank's pieces of trained parameters, and of frozen ones."""
+    optimizer, is_owned = engine.optimizer, bool(engine.stage) or engine.world.is_main
+    found = [place.fragment(optimizer, is_owned) for place in _PLACES[engine.stage](engine)]
+    if engine.stage == 3:
+        return found + _frozen_pieces(engine)
     return found + frozen_parameters(engine.module, is_owned=engine.world.is_main)
 
 
-def _pieces_of_parameters(engine: DeepSpeedEngine) -> list[Fragment]:
-    """Stage 3: this rank's piece of every parameter."""
-    optimizer, found = engine._engine.optimizer, []
+def _bundles(engine: DeepSpeedEngine) -> Bundles:
+    """What each step of the optimizer updates."""
+    optimizer = engine._engine.optimizer
+    if engine.stage == 0:
+        return whole_bundles(optimizer)
+    if engine.stage < 3:
+        return [(i, [flat]) for i, flat in enumerate(optimizer.single_partition_of_fp32_groups)]
     flats = optimizer.fp32_partitioned_groups_flat
-    states = [ensure_adam_state(engine._base_optimizer(), flat) for flat in flats]
-    p: Any  # DeepSpeed's additions to a parameter
+    return [(optimizer.sub_group_to_group_id[i], [flat]) for i, flat in enumerate(flats)]
+
+
+def _whole(engine: DeepSpeedEngine) -> list[Place]:
+    return whole_places(engine.module, engine.optimizer)
+
+
+def _in_partition(engine: DeepSpeedEngine) -> list[Place]:
+    """Stages 1 and 2: this rank's partition of each group's flat fp32 master."""
+    flats, found = engine._engine.optimizer.single_partition_of_fp32_groups, []
     for name, p in engine.module.named_parameters():
-        size = p.ds_tensor.ds_numel  # of every rank's piece, the last one padded
-        offset = size * engine.world.rank
-        numel = max(0, min(size, p.ds_numel - offset))
-        if numel and p.requires_grad:
-            group, start, _ = optimizer.grad_position[optimizer.get_param_id(p)]
-            found.append(_piece(name, p.ds_shape, offset, flats[group], states[group], start, numel))
-        elif numel:
-            piece = p.ds_tensor.detach().narrow(0, 0, numel)
-            found.append(Fragment(name, tuple(p.ds_shape), offset, piece))
+        piece = getattr(p, "_hp_mapping", None)  # None where this rank holds nothing of it
+        if piece is not None:
+            here, group = piece.hp_fragment_address, piece.param_group_index
+            offset = int(piece.lp_fragment_address.start)
+            shape, flat = tuple(p.shape), flats[group]
+            found.append(Place(name, shape, offset, flat, here.start, here.numel, group, group, stacked(p)))
     return found
 
 
-def _piece(
-    name: str, shape: Any, offset: int, flat: Tensor, state: dict[str, Tensor], start: int, numel: int
-) -> Fragment:
-    views = {key: state[key].narrow(0, start, numel) for key in ADAM_STATE}
-    return Fragment(name, tuple(shape), int(offset), flat.detach().narrow(0, start, numel), views)
+def _in_parameters(engine: DeepSpeedEngine) -> list[Place]:
+    """Stage 3: this rank's piece of every parameter that is trained; a group may be of several flat tensors."""
+    optimizer, found = engine._engine.optimizer, []
+    for name, p, offset, numel in _pieces(engine):
+        if p.requires_grad:
+            bundle, start, _ = optimizer.grad_position[optimizer.get_param_id(p)]
+            group, flat = (
+                optimizer.sub_group_to_group_id[bundle],
+                optimizer.fp32_partitioned_groups_flat[bundle],
+            )
+            found.append(
+                Place(name, tuple(p.ds_shape), offset, flat, start, numel, group, bundle, stacked(p))
+            )
+    return found
 
 
-_FRAGMENTS = {0: _whole, 1: _pieces_of_partition, 2: _pieces_of_partition, 3: _pieces_of_parameters}
+def _frozen_pieces(engine: DeepSpeedEngine) -> list[Fragment]:
+    """Stage 3: this rank's pieces of the others, without an optimizer's state."""
+    return [
+        Fragment(name, tuple(p.ds_shape), offset, p.ds_tensor.detach().narrow(0, 0, numel))
+        for name, p, offset, numel in _pieces(engine)
+        if not p.requires_grad
+    ]
+
+
+def _pieces(engine: DeepSpeedEngine) -> Iterator[tuple[str, Any, int, int]]:
+    """Stage 3: each parameter of which this rank holds a piece, the first element of that, and how many."""
+    p: Any  # DeepSpeed's additions to a parameter
+    for name, p in engine.module.named_parameters():
+        size = p.ds_tensor.ds_numel  # of every rank's piece, the last one padded
+        offset = int(size * engine.world.rank)
+        numel = max(0, min(size, p.ds_numel - offset))
+        if numel:
+            yield name, p, offset, numel
+
+
+_PLACES = {0: _whole, 1: _in_partition, 2: _in_partition, 3: _in_parameters}

@@ -130,16 +130,17 @@ def room(site: Site) -> str:
 
 def _room(plan: Plan) -> str:
     every = plan.outline.parameters
-    return space(plan.cfg, every, every - plan.outline.frozen)
+    return space(plan.cfg, every, every - plan.outline.frozen, plan.outline.matrices)
 
 
-def space(cfg: RunConfig, parameters: int, trained: int) -> str:
-    """Room on disk for the checkpoints to come; called on one rank. parameters: numbers in them; trained: of them.
+def space(cfg: RunConfig, parameters: int, trained: int, matrices: int = 0) -> str:
+    """Room on disk for the checkpoints to come; called on one rank. parameters: numbers in them; trained: of them;
+    matrices: of those, with one number of the optimizer's and not two.
 
     Raises PreflightError where not one fits, and warns where those that checkpoint.keep asks for do not.
     """
     run = cfg.folder.absolute()
-    numbers = (1 + cfg.ema.count) * parameters + 2 * trained  # weights, averages; two moments
+    numbers = (1 + cfg.ema.count) * parameters + 2 * trained - matrices  # weights, averages; two moments
     size, free = 4 * numbers, shutil.disk_usage(existing(run)).free
     free += _left_over(run / "checkpoints")  # which goes before anything is written
     there = len([p for p in (run / "checkpoints").glob("step-*") if p.suffix != ".partial"])
