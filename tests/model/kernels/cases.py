@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from tests.model.kernels.oracles import EPSILON, compare, doubled, drawn
 from tests.model.modern import COMPONENTS, modern
 from tests.model.test_block import perturbed
 
+slow = partial(pytest.param, marks=pytest.mark.slow)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 centred = pytest.mark.parametrize("centred", [True, False], ids=["layer", "rms"])
 gated = pytest.mark.parametrize("gated", [False, True], ids=["gelu", "swiglu"])
@@ -45,7 +47,7 @@ def device() -> Iterator[None]:
 
 @dtypes
 @centred
-@pytest.mark.parametrize("shape", [(1, 1, 72), (2, 9, 37)])  # an odd width, several parts
+@pytest.mark.parametrize("shape", [(2, 9, 37), slow((1, 1, 72))])  # an odd width, several parts
 @pytest.mark.parametrize("parts", ["x h gate weight shift", "x h gate weight", "x h gate", "x weight shift"])
 def test_half_block(shape: tuple[int, int, int], parts: str, centred: bool, dtype: torch.dtype) -> None:
     batch, _, width = shape
@@ -94,7 +96,7 @@ def test_sums_over_tokens_are_the_same_to_the_bit() -> None:
 @dtypes
 @gated
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "none"])
-@pytest.mark.parametrize("shape", [(1, 3), (70, 37), (3, 600)])  # several tiles of rows, of columns
+@pytest.mark.parametrize("shape", [(70, 37), slow((1, 3)), slow((3, 600))])  # several tiles
 def test_activation(shape: tuple[int, int], bias: bool, gated: bool, dtype: torch.dtype) -> None:
     rows, width = shape
     wide = width * (1 + gated)
@@ -122,7 +124,7 @@ def test_activations_far_out_are_finite() -> None:
 
 
 @dtypes
-@pytest.mark.parametrize("shape", [(1, 3, 2, 6), (2, 17, 8, 64), (1, 2, 3, 72)])
+@pytest.mark.parametrize("shape", [(1, 3, 2, 6), slow((2, 17, 8, 64)), slow((1, 2, 3, 72))])
 @pytest.mark.parametrize(
     ("norm", "parts"),
     [("rms", "gain turn"), ("rms", "turn"), ("layer", "gain bias turn"), ("layer", ""), ("none", "turn")],
@@ -184,6 +186,7 @@ def test_networks_of_all_components_compute_and_learn_the_same(name: str) -> Non
     check_same(modern(name))
 
 
+@pytest.mark.slow
 def test_a_network_in_bfloat16() -> None:
     cfg = modern("plain", kernels="triton")
     found, exact = (
@@ -194,6 +197,7 @@ def test_a_network_in_bfloat16() -> None:
         assert (a - b).norm() <= 0.05 * b.norm() + 1e-6
 
 
+@pytest.mark.slow
 def test_a_decoupled_network_whose_tokens_each_have_their_modulation() -> None:
     check_same(from_dict(DDTConfig, {"width": 16, "depth": 1, "heads": 2, "patch": 2, "decoder_width": 20}))
 

@@ -71,7 +71,7 @@ def compare(
     for name, a, b in [("value", *v) for v in zip(found, expected, strict=True)] + [
         (f"gradient {i}", *v) for i, v in enumerate(zip(*gradients, strict=True))
     ]:
-        off = float((a.double() - b).norm() / b.norm())
+        off = float(((a.double() - b).norm() / b.norm()).detach())
         assert off <= LIMITS[dtype], f"{name}: {off:.1e} from the oracle, of shape {tuple(b.shape)}"
 
 

@@ -35,9 +35,9 @@ def run_cases(report: Path, marker: str) -> int:
 
 
 def test_the_kernels_compute_what_they_must(tmp_path: Path) -> None:
-    assert run_cases(tmp_path / "report.xml", "not slow") > 60
+    assert run_cases(tmp_path / "report.xml", "not slow") > 30
 
 
 @pytest.mark.slow
-def test_networks_of_all_components_compute_the_same(tmp_path: Path) -> None:
-    assert run_cases(tmp_path / "report.xml", "slow") == len(COMPONENTS)
+def test_they_do_at_other_shapes_and_in_networks_of_all_components(tmp_path: Path) -> None:
+    assert run_cases(tmp_path / "report.xml", "slow") > len(COMPONENTS) + 40
