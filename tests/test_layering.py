@@ -108,6 +108,7 @@ ONLY_IN = {
     "torchao": {"dit.model.fp8"},
     "gradio": {"dit.serving.page", "dit.serving.server"},
     "fastapi": {"dit.serving.server"},
+    "triton": {f"dit.model.kernels.{part}_triton" for part in ("activation", "heads", "residual")},
     "uvicorn": {"dit.serving.server"},
 }
 # (from, to): no chain of imports may lead from a module under the first to one under the second.
