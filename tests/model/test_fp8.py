@@ -179,3 +179,27 @@ def test_without_torchao_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch
             ConfigError, match=r"train.fp8 needs torchao 0.18 or newer: pip install 'dit\[fp8\]'"
         ):
             use()
+
+
+@pytest.mark.gpu
+@recipes
+def test_a_gpu_s_products_are_the_emulated_ones(recipe: str) -> None:
+    """Eager and compiled, values and gradients: sums are of the same rounded numbers, in bfloat16 at the end."""
+    device = torch.device("cuda")
+    torch.compiler.reset()
+    FP8[recipe]().check(device, 64)
+    x, found = drawn(64, 32).to(device), []
+    for emulate, is_compiled in ((True, False), (False, False), (False, True)):
+        torch.manual_seed(0)
+        model = FP8[recipe](emulate=emulate).convert(One(32, 48).to(device))
+        if is_compiled:
+            model.compile(fullgraph=True)
+        with torch.autocast("cuda", torch.bfloat16):
+            out = model(x)
+        out.float().square().mean().backward()
+        found.append(
+            [out.detach().float(), *(p.grad.float() for p in model.parameters() if p.grad is not None)]
+        )
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            assert (a - b).norm() < 2e-2 * a.norm()
