@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Any
 
@@ -179,6 +180,12 @@ def test_without_torchao_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch
             ConfigError, match=r"train.fp8 needs torchao 0.18 or newer: pip install 'dit\[fp8\]'"
         ):
             use()
+
+
+def test_what_torchao_tells_at_its_import_is_not_heard() -> None:
+    """Diffusers imports it wherever it is, with warnings of parts that nobody uses here on every command's stderr."""
+    for name in ("torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
+        assert not logging.getLogger(name).isEnabledFor(logging.WARNING)
 
 
 @pytest.mark.gpu
