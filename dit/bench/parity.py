@@ -193,7 +193,7 @@ def verdict(more: Difference, loss: float) -> str:
     if not math.isfinite(more.half):
         return "not decided: one seed does not tell it from chance"
     if more.mean + more.half <= MARGIN * loss:
-        return f"parity: at most {MARGIN:.0%} worse, whatever chance does"
+        return f"parity: {'clearly worse, by ' if more.is_clear else ''}at most {MARGIN:.0%}, whatever chance does"
     if more.is_clear:
         return "worse"
     return f"not decided: it may be more than {MARGIN:.0%} worse; take more seeds"

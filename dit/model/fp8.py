@@ -80,7 +80,7 @@ class Tensorwise(Fp8):
 @FP8.register("rowwise")
 @config
 class Rowwise(Fp8):
-    """A scale, a power of 2, of each row and column: closer, and slower; all in e4m3."""
+    """A scale, a power of 2, of each row and column; all in e4m3."""
 
 
 def product_layers(model: nn.Module) -> dict[str, nn.Linear]:

@@ -36,8 +36,9 @@ def test_differences_are_of_the_same_seed_with_students_interval() -> None:
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        ((0.001, 0.002, 0.003), "parity: at most 1% worse, whatever chance does"),
-        ((-0.05, -0.051, -0.049), "parity"),
+        ((-0.001, 0.002, 0.003), "parity: at most 1%, whatever chance does"),
+        ((0.001, 0.002, 0.003), "parity: clearly worse, by at most 1%, whatever chance does"),
+        ((-0.05, -0.051, -0.049), "parity: at most 1%"),
         ((0.05, 0.051, 0.049), "worse"),
         ((0.0, 0.03, -0.03), "not decided: it may be more than 1% worse; take more seeds"),
         ((0.001,), "not decided: one seed does not tell it from chance"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Any
 
@@ -179,3 +180,33 @@ def test_without_torchao_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch
             ConfigError, match=r"train.fp8 needs torchao 0.18 or newer: pip install 'dit\[fp8\]'"
         ):
             use()
+
+
+def test_what_torchao_tells_at_its_import_is_not_heard() -> None:
+    """Diffusers imports it wherever it is, with warnings of parts that nobody uses here on every command's stderr."""
+    for name in ("torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
+        assert not logging.getLogger(name).isEnabledFor(logging.WARNING)
+
+
+@pytest.mark.gpu
+@recipes
+def test_a_gpu_s_products_are_the_emulated_ones(recipe: str) -> None:
+    """Eager and compiled, values and gradients: sums are of the same rounded numbers, in bfloat16 at the end."""
+    device = torch.device("cuda")
+    torch.compiler.reset()
+    FP8[recipe]().check(device, 64)
+    x, found = drawn(64, 32).to(device), []
+    for emulate, is_compiled in ((True, False), (False, False), (False, True)):
+        torch.manual_seed(0)
+        model = FP8[recipe](emulate=emulate).convert(One(32, 48).to(device))
+        if is_compiled:
+            model.compile(fullgraph=True)
+        with torch.autocast("cuda", torch.bfloat16):
+            out = model(x)
+        out.float().square().mean().backward()
+        found.append(
+            [out.detach().float(), *(p.grad.float() for p in model.parameters() if p.grad is not None)]
+        )
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            assert (a - b).norm() < 2e-2 * a.norm()

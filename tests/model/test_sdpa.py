@@ -148,3 +148,23 @@ def test_stacks_are_all_that_attends() -> None:
     assert [(s.sequence, s.head_width) for s in cfg.stacks(cfg.dims(8, 4, 10))] == [(21, 32)]
     ddt = built("ddt").cfg
     assert [s.head_width for s in ddt.stacks(ddt.dims(8, 4, 10))] == [8, 8]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_width", [64, 72, 128])
+def test_a_gpu_s_kernels_compute_the_same_eager_and_compiled(head_width: int) -> None:
+    """All that the device has for bf16, of which flash and math are everywhere."""
+    device = torch.device("cuda")
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 256, head_width, generator=generator) for _ in range(3))
+    exact = sdpa.attend(q.double(), k.double(), v.double())
+    here = [x.to(device, torch.bfloat16).requires_grad_() for x in (q, k, v)]
+    able = [name for name in sdpa.BACKENDS if sdpa.can(name, device, torch.bfloat16, head_width, 256)]
+    assert {"flash", "math"} <= set(able)
+    for backend in ("auto", *able):
+        torch.compiler.reset()
+        compiled = torch.compile(sdpa.attend, fullgraph=True)
+        for attend in (sdpa.attend, compiled):
+            out = attend(*here, None, backend)
+            assert (out.cpu().double() - exact).norm() < 2e-2 * exact.norm(), backend
+            assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), here)), backend
