@@ -161,7 +161,8 @@ def keep_on_disk() -> Path:
     into place when it is whole, under locks that hold within a machine: ranks and runs of a machine share it, and
     machines that share a file system do not meet.
     """
-    if given := os.environ.get(FOLDER):
+    given = os.environ.get(FOLDER)
+    if given and not _is_torchs_own(Path(given)):
         return Path(given)
     folder = Path(tempfile.gettempdir()) / f"dit-compiled-{os.getuid()}" / _machine()
     try:
@@ -177,6 +178,11 @@ def keep_on_disk() -> Path:
         folder = Path(tempfile.mkdtemp(prefix="dit-compiled-"))
     os.environ[FOLDER] = str(folder)
     return folder
+
+
+def _is_torchs_own(folder: Path) -> bool:
+    """Whether torch itself has set it, as it does when it looks for it first: /tmp/torchinductor_USER."""
+    return folder.parent == Path(tempfile.gettempdir()) and folder.name.startswith("torchinductor_")
 
 
 def _check_private(folder: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.runtime.runtime_utils import cache_dir
 
 from dit import compiling
 from dit.compiling import Compiled, CompileWatch, compile_for_one_size, compile_forward, keep_on_disk
@@ -146,6 +147,14 @@ def test_a_folder_that_was_named_is_taken(temporary: Path, monkeypatch: pytest.M
     monkeypatch.setenv(compiling.FOLDER, str(temporary / "mine"))
     assert keep_on_disk() == temporary / "mine"
     assert not list(temporary.iterdir())
+
+
+def test_torchs_own_folder_was_named_by_nobody(temporary: Path) -> None:
+    assert (
+        cache_dir() == os.environ[compiling.FOLDER]
+    )  # which it sets, as anything of torch's may have before a run
+    assert keep_on_disk().parent.name.startswith("dit-compiled-")
+    assert cache_dir() == str(keep_on_disk())
 
 
 @pytest.mark.parametrize("how", ["writable", "link", "file"])

@@ -43,7 +43,7 @@ class Loop:
             run.ema.update()
         run.meters.add_step(losses, fingerprints)
         run.step += 1
-        run.look_at_compiling("training step")
+        run.meters.pause(run.look_at_compiling("training step"))
         return self._judged(applied, batch, losses)
 
     def train(self, stop: StopRequest) -> None:

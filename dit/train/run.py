@@ -88,10 +88,9 @@ class Run:
         """Print on rank 0."""
         self.records.say(text)
 
-    def look_at_compiling(self, part: str) -> None:
-        """Tell what `part` of a run's cycle, which has just run, has compiled: it counts for no speed."""
-        if self.compile_watch is not None:
-            self.meters.pause(self.compile_watch.look(part))
+    def look_at_compiling(self, part: str) -> float:
+        """Tell what `part` of a run's cycle, which has just run, has compiled; give the seconds that this took."""
+        return 0.0 if self.compile_watch is None else self.compile_watch.look(part)
 
     # --- saving --------------------------------------------------------------------------------------------
 

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dit.compiling import compile_for_one_size
 from dit.config import ConfigError, from_dict, to_dict
+from dit.flow import objective as objectives
 from dit.flow.couple import COST_DROP, OptimalTransport, Reflow, Sinkhorn
 from dit.flow.discrete import DiscreteVP
 from dit.flow.objective import Objective
@@ -466,6 +468,41 @@ def test_the_loss_compiles_in_one_graph(path: str, weight: str) -> None:
     at = normal(4, 3, dtype=torch.float32), normal(4, 3, seed=1, dtype=torch.float32), torch.rand(4)
     compiled = torch.compile(step, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(*at), step(*at))
+
+
+def compiled_with(monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+    """Have what is around the network compiled by another backend, or with other options, of torch.compile."""
+    torch._dynamo.reset()
+    ends = [compile_for_one_size(function, fullgraph=True, **options) for function in objectives.EAGER]
+    monkeypatch.setattr(objectives, "_compiled", lambda: objectives._Ends(*ends))
+
+
+def loss_and_gradient(chosen: Objective, compiled: bool) -> tuple[Tensor, Tensor]:
+    """Of a network that is a number times its input, at latents whose sizes fill no vector register."""
+    data, factor = normal(5, 3, 3, 3, dtype=torch.float32), torch.tensor(0.7, requires_grad=True)
+    cond = {"label": torch.arange(5)}
+    loss = chosen.loss(lambda x, t, cond: factor * x, data, cond, draws(5), compiled=compiled)
+    loss.mean.backward()
+    assert factor.grad is not None
+    return loss.per_sample.detach(), factor.grad
+
+
+@pytest.mark.parametrize(("path", "weight"), list(zip(PATHS.names(), cycle(WEIGHTS.names()))))
+def test_what_is_around_the_network_compiles_to_the_same(
+    monkeypatch: pytest.MonkeyPatch, path: str, weight: str
+) -> None:
+    compiled_with(monkeypatch, backend="eager")
+    chosen = Objective(path=PATHS[path](), prediction=V(), weight=WEIGHTS[weight]())
+    for found, expected in zip(*(loss_and_gradient(chosen, c) for c in (True, False)), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.slow
+def test_it_is_the_same_to_rounding_by_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled_with(monkeypatch)
+    chosen = Objective(weight=VelocityWeight(), prediction=Eps())
+    for found, expected in zip(*(loss_and_gradient(chosen, c) for c in (True, False)), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
 
 # --- configuration and what is refused ---------------------------------------------------------------------

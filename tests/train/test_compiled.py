@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from dit.flow import objective
 from dit.train.loop import Loop
 from tests.datasets import Digits
 from tests.rank_processes import Server
-from tests.train.runs import Values, go, metrics, values
+from tests.train.runs import Values, column, go, metrics, values
 
 CYCLE = 3  # steps from one held-out loss, picture and checkpoint to the next
 BLOCK, NUMBERS = "AdaLNZeroBlock.forward", {"_polar_of": 1, "_words_of": 1}
@@ -128,6 +129,10 @@ def test_a_run_compiles_few_graphs_in_its_first_cycle_and_none_later(
     assert "compile     blocks, integers of the draws, the loss around the network; kept in " in told
     assert "training step: compiled 5 graph(s) in " in told
     assert "held-out loss: compiled 1 graph(s) in " in told
+    (seconds,) = re.findall(r"training step: compiled 5 graph\(s\) in ([\d.]+) s", told)
+    first, second = column(folder, "step_ms")
+    assert CYCLE * first < 1e3 * float(seconds)  # that is no time of the steps
+    assert second > 1  # nor is that of the held-out loss, and it is taken from nothing else
 
 
 def test_so_does_a_process_that_goes_on_whose_first_batch_is_a_checkpoints_probe(

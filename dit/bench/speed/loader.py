@@ -150,12 +150,7 @@ def _write_plain(folder: Path, array: np.ndarray, per_shard: int = 5000) -> list
 # --- contenders --------------------------------------------------------------------------------------------
 
 
-def open_stream(
-    manifest: Manifest,
-    cfg: LoaderBench,
-    rank: int = 0,
-    size: int = 1,
-) -> Stream:
+def open_stream(manifest: Manifest, cfg: LoaderBench, rank: int = 0, size: int = 1) -> Stream:
     """Open the stream that is measured."""
     return Stream(manifest, 0, cfg.batch, rank, size, cfg.lanes, cfg.window, readers=cfg.readers)
 
