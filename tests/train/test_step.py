@@ -74,10 +74,11 @@ def both(given: Values, other: Values) -> list[tuple[list[Any], dict[str, Tensor
 
 
 def given(digits: Digits, folder: Path, poisoned: Poisoned, **sections: Any) -> Values:
-    """Accumulation, clipping in some steps, two groups of parameters, a rate that falls, NaN in the third step and
-    in the sixth, of the next epoch."""
+    """Accumulation, clipping in some steps, groups with rates and eps of their own, a rate that falls, NaN in the third
+    step and in the sixth, of the next epoch."""
     train = {"micro_batch": 8, **sections.pop("train", {})}
-    return values(digits, folder, data={"path": str(poisoned.folder)}, train=train, **sections)
+    model = {"parametrization": {"name": "mup", "base_width": 16}}
+    return values(digits, folder, data={"path": str(poisoned.folder)}, model=model, train=train, **sections)
 
 
 def check_same(found: list[tuple[list[Any], dict[str, Tensor]]]) -> None:

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from dit.ranks.group import World
 from dit.train.engines.plain import PlainEngine
 from dit.train.optim import OptimConfig
+from tests.datasets import Digits
 from tests.rank_processes import Server
-from tests.train.runs import STEPS, Engine, at_step, column, differing, state
+from tests.train.runs import STEPS, Engine, at_step, column, differing, engine_of, state, values
+from tests.train.short_runs import short_runs
 
 
 def test_two_ranks_compute_the_bits_of_stage_0(sharded: Callable[[Engine], Path]) -> None:
@@ -26,6 +28,16 @@ def test_two_ranks_compute_the_bits_of_stage_0(sharded: Callable[[Engine], Path]
         assert column(plain, name) == column(deepspeed, name), name
     for step in (STEPS // 2, STEPS):
         assert differing(state(at_step(plain, step)), state(at_step(deepspeed, step))) == []
+
+
+def test_in_bf16_too(digits: Digits, ranks: Server, tmp_path: Path) -> None:
+    runs = [
+        values(digits, tmp_path / str(engine), train={"precision": "bf16"}, **engine_of(engine))
+        for engine in ("plain", 0)
+    ]
+    for plain, deepspeed in ranks.run(2, short_runs, runs, 4):
+        assert (plain.losses, plain.norms) == (deepspeed.losses, deepspeed.norms)
+        assert differing(plain.states, deepspeed.states) == []
 
 
 def network() -> nn.Module:
