@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
 from dit.flow.discrete import DiscreteVP
 from dit.flow.path import VP, Linear, NoisePath
-from dit.flow.predict import Cond, Eps, Prediction, V, usable
+from dit.flow.predict import Cond, Endpoints, Eps, Prediction, V, Velocity, usable
+from dit.model.dit import DiTConfig
 from dit.sample.denoise import Denoiser, with_precision
+from dit.sample.generate import Sampler, SamplerSpec
 from tests.gaussian import PAIR_IDS, PAIRS, Gaussian, golden, normal
 
 every_pair = pytest.mark.parametrize(("path", "prediction"), PAIRS, ids=PAIR_IDS)
@@ -79,3 +83,37 @@ def test_matrix_products_run_in_the_precision_asked_for() -> None:
     cpu, t = torch.device("cpu"), torch.zeros(3)
     assert torch.equal(with_precision(model, cpu, "fp32")(x, t, {}), x @ weight)
     assert with_precision(model, cpu, "bf16")(x, t, {}).dtype == torch.bfloat16
+
+
+def test_in_bf16_the_blocks_are_narrow_and_the_ends_and_the_solver_wide() -> None:
+    """Patches, output and every state of the solver are float32; what the blocks multiply is bfloat16."""
+    torch.manual_seed(0)
+    model = DiTConfig(width=64, depth=2, heads=2, patch=2).build(8, 4, 3).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.02 * torch.randn(p.shape))
+    seen: dict[str, set[torch.dtype]] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda module, given, out: seen.setdefault(name, set()).add(out.dtype)
+
+    inside = {"block": model.blocks[0].attention.qkv, "patches": model.patch_embed, "output": model.output}
+    for name, module in inside.items():
+        module.register_forward_hook(note(name))
+    made = {}
+    for precision in ("fp32", "bf16"):
+        network = with_precision(model, torch.device("cpu"), precision)
+        spec = SamplerSpec(num_steps=4, cfg_scale=2.0)
+        sampler = Sampler(network, Linear(), Velocity(), lambda x: x, (4, 8, 8), spec, torch.device("cpu"))
+        states: list[Tensor] = []
+
+        def watched(x: Tensor, t: Tensor, cond: Cond, states=states, sampler=sampler) -> Endpoints:
+            states.append(x)
+            return sampler.denoise(x, t, cond)
+
+        made[precision] = sampler.latents(torch.arange(2), torch.tensor([0, 2]), denoise=watched)
+        assert {x.dtype for x in (*states, made[precision])} == {torch.float32}
+    assert seen["block"] == {torch.float32, torch.bfloat16}
+    assert seen["patches"] == seen["output"] == {torch.float32}
+    gap = float((made["bf16"] - made["fp32"]).norm() / made["fp32"].norm())
+    assert 0 < gap < 2e-2

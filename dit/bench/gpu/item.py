@@ -18,13 +18,17 @@ class Found:
     figures: dict[str, Any]
 
 
+def unheard(found: Found) -> None:
+    """Tell nobody; a function with a name, which a new process can be handed."""
+
+
 @dataclass(frozen=True)
 class Place:
     """Where an item runs. out: the folder of results. tell: takes what is known so far, which a time limit keeps."""
 
     is_toy: bool
     out: Path
-    tell: Callable[[Found], object] = lambda found: None
+    tell: Callable[[Found], object] = unheard
 
     def pick(self, full: T, toy: T) -> T:
         """A setting at full size, for a GPU, or at toy size, to see on any machine that the item runs."""

@@ -14,7 +14,7 @@ from dit.bench.gpu.item import Item
 ITEMS: tuple[Item, ...] = (
     Item("ceilings", 20, "what the device reaches: a large product, a large copy", measures.ceilings),
     Item(
-        "step-XL", 120, "P1, whole: training step of XL/2", partial(training.step, size="XL", is_whole=True)
+        "step-XL", 140, "P1, whole: training step of XL/2", partial(training.step, size="XL", is_whole=True)
     ),
     Item("step-S", 60, "P1, whole: training step of S/2", partial(training.step, size="S", is_whole=True)),
     Item("tests", 60, "the tests that need a GPU", measures.tests),

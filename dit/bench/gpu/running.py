@@ -19,13 +19,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from dit.bench.gpu.item import Found, Item, Place
 
 Status = Literal["ok", "failed", "cut short", "not reached"]
 SPARE = 3.0  # times its estimate that an item may take
 MOST_TEXT = 4000  # characters of an error that are kept, the last
-# What CUDA says in a process that was forked from one that has used it.
-FORKED = ("re-initialize CUDA in forked", "initialization error", "cudaErrorInitializationError")
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class Runner:
     out: Path
     until: float
     start: Literal["fork", "spawn"] = "fork"
+    has_no_device: bool = field(default=False, init=False)  # the last item, in its process
 
     @property
     def left(self) -> float:
@@ -68,13 +69,14 @@ class Runner:
             known(item, Outcome("not reached", item.seconds))
             return
         outcome = self.one(item, partial(known, item))
-        if outcome.status == "failed" and self.start == "fork" and any(s in outcome.error for s in FORKED):
+        if self.has_no_device and self.start == "fork":  # as where something has used CUDA before the fork
             self.start = "spawn"
             outcome = self.one(item, partial(known, item))
         known(item, outcome)
 
     def one(self, item: Item, known: Callable[[Outcome], object]) -> Outcome:
         """Run one item to its end, or to the end of its time. known: what it has told so far."""
+        self.has_no_device = False
         context: Any = multiprocessing.get_context(self.start)
         ours, theirs = context.Pipe(duplex=False)
         place = Place(self.is_toy, self.out)
@@ -102,6 +104,7 @@ class Runner:
                 if kind == "done":
                     outcome = _told(outcome, begun, "ok", value.text, value.figures, "")
                 else:
+                    self.has_no_device = kind == "no device"
                     outcome = _told(outcome, begun, status="failed", error=value)
                 break
         finally:
@@ -140,6 +143,12 @@ def _end(process: Any) -> None:
 def _work(item: Item, place: Place, told: Connection) -> None:
     """The item, in its process."""
     os.setsid()
+    if not place.is_toy:
+        try:
+            torch.cuda.init()  # or all would run on the CPU where that fails
+        except (RuntimeError, AssertionError):
+            told.send(("no device", traceback.format_exc()[-MOST_TEXT:]))
+            return
     try:
         found = item.run(Place(place.is_toy, place.out, lambda so_far: told.send(("found", so_far))))
         told.send(("done", Found(found.text, found.figures)))

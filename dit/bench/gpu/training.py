@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import math
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -24,57 +25,117 @@ from dit.rng import Draws
 from dit.train.task import batch_samples, loss_of
 
 USABLE = 0.92  # of a GPU's memory; the rest is for the context, fragments and work space of kernels
+Tell = Callable[[dict[str, Any]], object]
 CLOSE = {"bf16": 2e-2, "fp32": 1e-5}  # relative difference between the compiled loss and the eager one
 
 
 def step(place: Place, size: str, *, is_whole: bool) -> Found:
     """P1: our compiled step without DeepSpeed. is_whole: 20 warm-up steps and 5 turns of 30; else 5 and 4 of 5."""
-    warmup, turns, steps = (20, 5, 30) if is_whole else (5, 4, 5)
+    with group.session() as world:
+        amount, tell = WHOLE if is_whole else SHORT, _telling(place)
+        figures = measured(place, size, amount, world, {}, tell)
+    return Found(text_of(figures), figures)
+
+
+def variants(place: Place, size: str, key: str, values: Sequence[Any], **more: Any) -> Found:
+    """The same, short, for each value of a key of the step's bench, the first of which the others are compared with.
+
+    more: other keys of the bench. A value whose step fails is recorded with its error, and the others go on.
+    """
+    rows: dict[str, Any] = {}
+
+    def found() -> Found:
+        rates = {name: row["images_per_s"]["median"] for name, row in rows.items() if "images_per_s" in row}
+        first = next(iter(rates.values()), math.nan)
+        told = [f"{key}={name} {rate:.4g} images/s ({rate / first:.3g} x)" for name, rate in rates.items()]
+        told += [f"{key}={name} failed: {row['error']}" for name, row in rows.items() if "error" in row]
+        return Found("; ".join(told), {"rows": rows})
+
+    with group.session() as world:
+        for value in values:
+            try:
+                rows[str(value)] = measured(place, size, SHORT, world, {**more, key: value})
+            except (RuntimeError, ValueError) as error:
+                rows[str(value)] = {"error": str(error).splitlines()[0][:300]}
+            _clear(world.device)
+            place.tell(found())
+    if all("error" in row for row in rows.values()):
+        raise RuntimeError(found().text)
+    return found()
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How many steps are done before, and in how many turns of how many steps it is measured."""
+
+    warmup: int
+    turns: int
+    steps: int
+
+
+WHOLE, SHORT = Amount(20, 5, 30), Amount(5, 4, 5)
+
+
+def measured(
+    place: Place,
+    size: str,
+    amount: Amount,
+    world: group.World,
+    more: Mapping[str, Any],
+    tell: Tell = lambda figures: None,
+) -> dict[str, Any]:
+    """The figures of one step, as JSON values. more: keys of the step's bench, over those of P1. tell: gets the speed.
+
+    RuntimeError where the loss is not the eager one's.
+    """
     how: dict[str, Any] = {
         "size": [place.pick(size, "nano")],
         "patch": place.pick(2, 8),
         "batch": place.pick(BATCH, 4),
         "precision": precision(place),
         "compile": True,
-        "steps": place.pick(steps, 1),
-        "repeats": place.pick(turns, 2),
+        "steps": place.pick(amount.steps, 1),
+        "repeats": place.pick(amount.turns, 2),
+        **more,
     }
-    cfg = from_dict(StepBench, how)
-    with group.session() as world:
-        product = product_rate(world.device, cfg.precision)
-        setting = Setting(cfg, cfg.size[0], world)
-        micro, stepper = _built(setting, place.pick(cfg.batch, 2))
-        for _ in range(place.pick(warmup, 2) - 1):  # one was done to see that it fits
-            stepper.step()
-        rates = _timed(stepper, cfg)
-        rate = MedianRange.of(rates)
-        flops = setting.flops * rate.median
-        figures = {
-            "protocol": how | {"warmup_steps": warmup, "micro_batch": micro, "engine": stepper.about},
-            "images_per_s": asdict(rate),
-            "step_ms": 1e3 * cfg.batch / rate.median,
-            "flops_per_image": setting.flops,
-            "mfu": flops / PEAK,
-            "product_flops": product,
-            "of_product": flops / product,
-            "predicted_bytes": predicted(cfg, micro),
-            **_peak(world.device),
-        }
-        place.tell(_found(figures))
-        figures |= losses(stepper, micro, cfg.precision)
-        stepper.close()
-    return _found(figures)
+    cfg, warmup = from_dict(StepBench, how), place.pick(amount.warmup, 2)
+    product = product_rate(world.device, cfg.precision)
+    setting = Setting(cfg, cfg.size[0], world)
+    micro, stepper = _built(setting, place.pick(cfg.batch, 2))
+    for _ in range(warmup - 1):  # one was done to see that it fits
+        stepper.step()
+    rate = MedianRange.of(_timed(stepper, cfg))
+    flops = setting.flops * rate.median
+    figures = {
+        "protocol": how | {"warmup_steps": warmup, "micro_batch": micro, "engine": stepper.about},
+        "images_per_s": asdict(rate),
+        "step_ms": 1e3 * cfg.batch / rate.median,
+        "flops_per_image": setting.flops,
+        "mfu": flops / PEAK,
+        "product_flops": product,
+        "of_product": flops / product,
+        "predicted_bytes": predicted(cfg, micro),
+        **_peak(world.device),
+    }
+    tell(figures)
+    figures |= losses(stepper, micro, cfg.precision)
+    stepper.close()
+    return figures
 
 
-def _found(figures: dict[str, Any]) -> Found:
+def _telling(place: Place) -> Tell:
+    return lambda figures: place.tell(Found(text_of(figures), dict(figures)))
+
+
+def text_of(figures: dict[str, Any]) -> str:
+    """The figures of one step in a line."""
     rate, peak = MedianRange(**figures["images_per_s"]), figures.get("peak_bytes")
     memory = "" if peak is None else f", peak {peak / 2**30:.1f} GiB"
     gap = figures.get("loss_gap")
     loss = "" if gap is None else f", loss {figures['loss']:.4g}, off the eager one by {gap:.1e}"
-    return Found(
+    return (
         f"{rate} images/s, MFU {figures['mfu']:.1%}, {figures['of_product']:.1%} of a product"
-        f"{memory}, micro-batch {figures['protocol']['micro_batch']}{loss}",
-        figures,
+        f"{memory}, micro-batch {figures['protocol']['micro_batch']}{loss}"
     )
 
 
@@ -110,9 +171,14 @@ def _fitting(setting: Setting, micro: int) -> OurStep | None:
     except torch.cuda.OutOfMemoryError:
         stepper = None
     if stepper is None:  # not where the error is handled, which holds the frames that hold the tensors
-        gc.collect()
-        torch.cuda.empty_cache()
+        _clear(setting.device)
     return stepper
+
+
+def _clear(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _timed(stepper: OurStep, cfg: StepBench) -> list[float]:

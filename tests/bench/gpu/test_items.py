@@ -74,3 +74,17 @@ def test_the_share_of_the_peak_is_that_of_six_flops_a_multiply_add() -> None:
     assert setting.flops == 6 * multiply_adds
     held = {micro: training.predicted(cfg, micro) for micro in (64, 128, 256)}
     assert held[64] < held[128] < held[256]
+
+
+def test_values_of_a_key_are_compared_and_one_that_fails_costs_itself_alone(tmp_path: Path) -> None:
+    told: list[Found] = []
+    place = Place(True, tmp_path, told.append)
+    found = training.variants(place, "S", "patch", (8, 3, 16), compile=False)
+    assert list(found.figures["rows"]) == ["8", "3", "16"]
+    assert "patch=3 failed: " in found.text
+    assert "patch=8" in found.text
+    assert "(1 x)" in found.text
+    assert found.figures["rows"]["16"]["flops_per_image"] < found.figures["rows"]["8"]["flops_per_image"]
+    assert len(told) >= 3
+    with pytest.raises(RuntimeError, match="patch=3 failed"):
+        training.variants(place, "S", "patch", (3,), compile=False)

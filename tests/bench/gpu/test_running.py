@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from dit.bench.gpu.item import Found, Item, Place
 from dit.bench.gpu.running import Outcome, Runner
@@ -39,14 +40,6 @@ def endless(place: Place) -> Found:
     place.tell(Found("so far", {"child": child}))
     while True:
         signal.pause()
-
-
-def refused(place: Place) -> Found:
-    """As CUDA is in a process that was forked from one that has used it."""
-    if os.getppid() == int((place.out / "parent").read_text()) and not (place.out / "again").exists():
-        (place.out / "again").touch()
-        raise RuntimeError("Cannot re-initialize CUDA in forked subprocess")
-    return Found("spawned", {})
 
 
 ITEMS = [Item(f.__name__, 1.0, f"what {f.__name__} says", f) for f in (good, bad, dead)]
@@ -101,11 +94,20 @@ def test_what_does_not_fit_does_not_begin(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_where_a_fork_cannot_use_the_device_processes_are_new_ones(tmp_path: Path) -> None:
-    (tmp_path / "parent").write_text(str(os.getpid()))
-    runner, said = Runner(True, tmp_path, time.monotonic() + 200), list[Outcome]()
-    runner.run(Item("refused", 1.0, "", refused), lambda item, so_far: said.append(so_far))
-    assert (runner.start, said[-1].status, said[-1].text) == ("spawn", "ok", "spawned")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a device that a fork cannot use is needed")
+def test_where_a_fork_has_no_device_a_new_process_is_tried_and_nothing_runs_on_the_cpu(
+    tmp_path: Path,
+) -> None:
+    runner, said = Runner(False, tmp_path, time.monotonic() + 200), list[Outcome]()
+    runner.run(ITEMS[0], lambda item, so_far: said.append(so_far))
+    assert (runner.start, said[-1].status, said[-1].figures) == ("spawn", "failed", {})
+    assert "cuda" in said[-1].error
+
+
+@pytest.mark.slow
+def test_a_new_process_does_the_same(tmp_path: Path) -> None:
+    found = Runner(True, tmp_path, time.monotonic() + 200, "spawn").one(ITEMS[0], lambda so_far: None)
+    assert (found.status, found.text) == ("ok", "good at toy size")
 
 
 def figures(out: Path) -> dict[str, dict]:
