@@ -137,7 +137,9 @@ def build(plan: Plan) -> Run:
     samples = synthetic_samples(stored_shape(plan.manifest), len(plan.manifest.classes), world.device)
     graph = None
     if cfg.train.graphs and isinstance(engine, PlainEngine):
-        graph = StepGraph(parts.task, engine, cfg.train.micro(world), cfg.faults.max_loss)
+        graph = StepGraph(
+            parts.compiled_task or parts.task, engine, cfg.train.micro(world), cfg.faults.max_loss
+        )
     return Run(
         cfg=cfg,
         folder=folder,

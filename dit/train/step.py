@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dit.config import ConfigError
 from dit.flow.loss import Loss
 from dit.rng import Draws
 from dit.train.engines.base import Engine
 from dit.train.engines.plain import PlainEngine
 from dit.train.faults import TrainingError
+from dit.train.optim import GuardedAdamW
 from dit.train.task import Samples, Task, guarded, loss_of
 
 EAGER = 3  # steps before one is captured: compilers, NCCL and cuBLAS set up in them what no graph may
@@ -51,6 +53,12 @@ class StepGraph:
     """
 
     def __init__(self, task: Task, engine: PlainEngine, micro: int, max_loss: float | None):
+        """ConfigError for an optimizer whose update is another than `launch_update`'s."""
+        if type(engine.optimizer) is not GuardedAdamW:
+            raise ConfigError(
+                f"train.graphs captures AdamW's update, and the optimizer is {type(engine.optimizer).__name__}: leave "
+                "train.graphs out, or take AdamW as it is by default"
+            )
         self.task, self.engine, self.micro, self.max_loss = task, engine, micro, max_loss
         engine.fragments()  # the optimizer's state must be there before anything is captured
         self._rates = [_rate(engine.device) for _ in engine.optimizer.param_groups]

@@ -20,6 +20,7 @@ from dit.flow.times import TIMES
 from dit.model import cond
 from dit.train.engines.plain import PlainEngine
 from dit.train.loop import Loop
+from dit.train.optim import GuardedAdamW
 from dit.train.run import Run
 from dit.train.step import StepGraph
 from dit.train.task import Samples
@@ -188,6 +189,18 @@ def test_addresses_stay_when_a_checkpoint_is_loaded(digits: Digits, tmp_path: Pa
     Loop(run).train_step(run.feed.stream.batch(2))
     assert addresses() == before
     run.feed.stream.close()
+
+
+def test_an_update_of_another_kind_is_not_captured_as_adamws(digits: Digits, tmp_path: Path) -> None:
+    class Another(GuardedAdamW):
+        pass
+
+    run = built(values(digits, tmp_path, engine="local"))
+    run.feed.stream.close()
+    assert isinstance(run.engine, PlainEngine)
+    run.engine.optimizer = Another(run.engine.optimizer.param_groups, None, fused=True)
+    with pytest.raises(ConfigError, match="captures AdamW's update, and the optimizer is Another"):
+        graphed(run)
 
 
 def test_graphs_are_refused_where_there_can_be_none(digits: Digits, tmp_path: Path) -> None:
