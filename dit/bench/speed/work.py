@@ -1,8 +1,9 @@
 """How a training step's time grows with its work (P8): exponents of batch, tokens, width, depth and ranks.
 
 Each axis is varied alone, from one base; the sizes of an axis take turns, so that a busy machine slows all of them. The
-exponent is the slope of log time over log size by least squares: 1 is linear. The step is the one that
-`dit/bench/speed/step.py` times, on plain torch. Ranks are processes with gloo, each with a batch of its own, and the
+exponent is the slope of log time over log size by least squares: 1 is linear. A step has a part that does not grow (the
+update, the draws), so the exponent of what grows is told besides: of time added for size added. The step is that which
+`dit/bench/speed/step.py` times, on plain torch. Ranks are processes with gloo, each with a batch of its own, and their
 time is CPU time of one of them: 0 is what ranks that cost each other nothing would have.
 """
 
@@ -11,8 +12,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +35,7 @@ from dit.train.engines.zero_config import Stage
 AXES = ("batch", "tokens", "width", "depth")
 RANKS = "ranks"
 LINEAR = ("batch", "depth")  # what P8 asks to be linear
-WITHIN = 0.15  # of 1, that such an exponent may be off
+WITHIN = 0.15  # of 1, that such an exponent of growth may be off
 HEAD = 32  # channels of a head
 
 
@@ -151,6 +154,7 @@ def _axis(cfg: WorkBench, axis: str, world: World, progress: Callable[[], object
     for stepper in steppers:
         stepper.close()
     flops = [_flops(one) for one in settings]
+    medians = [statistics.median(seconds[name]) for name in names]
     sizes = [(SIDE // size) ** 2 if axis == "tokens" else size for size in cfg.sizes(axis)]
     by_turn = [[seconds[name][turn] for name in names] for turn in range(cfg.repeats)]
     return {
@@ -158,6 +162,7 @@ def _axis(cfg: WorkBench, axis: str, world: World, progress: Callable[[], object
         "seconds": [vars(MedianRange.of(seconds[name])) for name in names],
         "flops": flops,
         "exponent": vars(MedianRange.of([slope(sizes, row) for row in by_turn])),
+        "exponent_of_growth": growth(sizes, medians) if len(sizes) > 2 else None,
         "of_flops": slope(sizes, flops),
     }
 
@@ -186,14 +191,28 @@ def slope(sizes: Sequence[float], values: Sequence[float]) -> float:
     return over / sum((a - mean_x) ** 2 for a in x)
 
 
+def growth(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """Fit the exponent p of value = a + c * size^p, whatever a is, from three sizes or more.
+
+    By the slope p - 1 of what each step from a size to the next adds for a unit of size. NaN where one adds
+    nothing.
+    """
+    pairs = sorted(zip(sizes, values, strict=True))
+    middles = [math.sqrt(a * b) for (a, _), (b, _) in pairwise(pairs)]
+    added = [(w - v) / (b - a) for (a, v), (b, w) in pairwise(pairs)]
+    return 1 + slope(middles, added) if min(added) > 0 else math.nan
+
+
 def lines(found: dict[str, Any]) -> Iterator[str]:
     """Write the table: an axis each line, its exponent, and milliseconds at each size."""
-    yield f"{'':8s} {'exponent of time':>24s} {'of FLOPs':>9s}  ms a step at each size"
+    yield f"{'':8s} {'exponent of time':>24s} {'of growth':>9s} {'of FLOPs':>9s}  ms a step at each size"
     for axis, row in found.items():
         at = ", ".join(
             f"{size}: {1e3 * seconds['median']:.3g}"
             for size, seconds in zip(row["sizes"], row["seconds"], strict=True)
         )
         exponent = MedianRange(**row["exponent"])
-        off = "  NOT LINEAR" if axis in LINEAR and abs(exponent.median - 1) > WITHIN else ""
-        yield f"{axis:8s} {exponent!s:>24s} {row['of_flops']:9.3f}  {at}{off}"
+        grown = row.get("exponent_of_growth")
+        off = "  NOT LINEAR" if axis in LINEAR and grown is not None and not abs(grown - 1) <= WITHIN else ""
+        growing = "-" if grown is None else f"{grown:.3f}"
+        yield f"{axis:8s} {exponent!s:>24s} {growing:>9s} {row['of_flops']:9.3f}  {at}{off}"

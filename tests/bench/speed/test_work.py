@@ -1,9 +1,11 @@
 """Exponents of time against work: the fit, and the figures of a very small run."""
 
+import math
+
 import pytest
 
 from dit.bench.speed import work
-from dit.bench.speed.work import AXES, WorkBench, lines, slope, turns
+from dit.bench.speed.work import AXES, WorkBench, growth, lines, slope, turns
 from dit.config import ConfigError, from_dict
 
 SMALL = {
@@ -26,6 +28,14 @@ def test_a_power_is_found_again(power):
     assert slope(sizes, [7.0 * size**power for size in sizes]) == pytest.approx(power)
 
 
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
+def test_a_power_is_found_behind_a_part_that_does_not_grow(power):
+    sizes = [2, 4, 8, 16]
+    assert growth(sizes, [100.0 + 3.0 * size**power for size in sizes]) == pytest.approx(power)
+    assert growth([3, 1, 2], [10.0, 6.0, 8.0]) == pytest.approx(1)
+    assert math.isnan(growth([1, 2, 3], [2.0, 1.0, 3.0]))
+
+
 def test_every_axis_is_measured_alone():
     cfg = from_dict(WorkBench, SMALL)
     seen = []
@@ -33,13 +43,8 @@ def test_every_axis_is_measured_alone():
     assert list(found) == list(AXES)
     assert len(seen) == turns(cfg) == 24
     assert found["tokens"]["sizes"] == [4, 16]
-    for axis in (
-        "batch",
-        "depth",
-    ):  # products are counted, and these are exact, but for what comes before the blocks
-        assert found[axis]["of_flops"] == pytest.approx(1.0, abs=0.35)
-        assert found[axis]["flops"][1] > 1.6 * found[axis]["flops"][0]
-    assert found["batch"]["of_flops"] == 1.0
+    assert 0 < found["depth"]["of_flops"] < 1  # less what comes before and after the blocks
+    assert found["batch"]["of_flops"] == pytest.approx(1)
     assert found["width"]["of_flops"] > 1.5
     assert all(0 < row["low"] <= row["high"] for one in found.values() for row in one["seconds"])
     text = list(lines(found))
