@@ -94,7 +94,7 @@ MAY_IMPORT = {
     "interop": "errors files version config configfile ranks flow model data evals train experiments outputs",
     "bench.plan": "errors files progress config configfile ranks model data.codecs data.loading data.shards"
     " train.engines train.optim train.plan train.settings experiments bench",
-    "bench.parity": "config configfile model train experiments scaling",
+    "bench.parity": "config configfile data.codecs data.encoding data.sources model train experiments scaling",
     "bench": "errors files version progress config rng ranks flow model sample data train outputs",
     "api": "ambient errors files progress config configfile rng ranks flow model sample data train experiments",
     "tools": "errors files progress config configfile ranks sample data evals train stage1 experiments"

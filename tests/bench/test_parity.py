@@ -12,6 +12,7 @@ from dit.bench import parity
 from dit.bench.parity import STUDIES, ParityBench, Study, compared, lines
 from dit.config import ConfigError
 from dit.configfile import load, write_yaml
+from dit.data.shards.manifest import Manifest
 from dit.experiments.diffusion import Experiment
 from tests.datasets import Digits
 from tests.train.runs import experiment, values
@@ -76,6 +77,17 @@ def test_every_variant_of_every_study_is_a_configuration_of_its_own(study: str, 
     ]
     assert len(set(map(repr, made))) == len(made) > 1
     assert {cfg.train.precision for cfg in made} == {"bf16"}
+
+
+def test_digits_are_made_where_there_are_no_other_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(STUDIES, "residual", Study({"alone": {"train.precision": "bf16"}}))
+    cfg = ParityBench(digits=8, steps=2, batch=8, seeds=(0,))
+    found = parity.run(cfg, tmp_path, lambda text: None)
+    assert 0.5 < found["variants"]["alone"]["losses"][0] < 3
+    manifest = Manifest.load(tmp_path / "digits-8" / "train")
+    assert (manifest.samples, manifest.channels, manifest.input_size) == (1297, 3, (8, 8))
 
 
 def test_what_cannot_be_compared_is_refused() -> None:
