@@ -41,7 +41,7 @@ def compile_forward(module: nn.Module, **options: Any) -> None:
     def compiled(*inputs: Tensor, **given: Any) -> Any:
         if torch.is_grad_enabled():
             return trained(*inputs, **given)
-        for tensor in inputs:
+        for tensor in () if torch.compiler.is_compiling() else inputs:  # else it is part of a larger graph
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
         return drawn(*inputs, **given)
 

@@ -67,6 +67,18 @@ def test_all_layers_share_a_graph_a_size_with_gradients_and_one_for_all_sizes_wi
     assert [isinstance(size[0], int) for size in sizes] == [False, True]  # the training batch's is static
 
 
+@pytest.mark.parametrize("with_gradients", [True, False])
+def test_compiled_layers_go_into_a_larger_graph(with_gradients: bool) -> None:
+    layers, counter = [Layer() for _ in range(2)], CompileCounterWithBackend("eager")
+    with torch.set_grad_enabled(with_gradients):
+        expected = called(layers, 3)
+        for layer in layers:
+            compile_forward(layer, backend="eager")
+        whole = torch.compile(lambda x, c: layers[1](layers[0](x, c), c), backend=counter, fullgraph=True)
+        assert torch.equal(whole(torch.ones(3, 4), torch.ones(3, 4)), expected)
+    assert counter.frame_count == 1
+
+
 def test_another_size_is_another_graph_and_never_one_for_both() -> None:
     counter = CompileCounterWithBackend("eager")
     double = compile_for_one_size(lambda x: 2 * x, backend=counter)
