@@ -91,7 +91,7 @@ def beside_plain(place: Place, size: str, stages: tuple[int, ...] = ()) -> Found
         "micro_batch": place.pick({"XL": 64, "L": 128}.get(size, BATCH), 4),
         "precision": precision(place),
         "compile": True,
-        "stages": stages,
+        "stages": [*stages],
         "steps": place.pick(5, 1),
         "repeats": place.pick(4, 1),
     }
