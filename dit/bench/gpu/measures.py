@@ -82,8 +82,11 @@ def tests(place: Place) -> Found:
     return found
 
 
-def beside_plain(place: Place, size: str, stages: tuple[int, ...] = ()) -> Found:
-    """Our step beside a plain DiT's, eager and compiled; with `stages` of ZeRO, beside the eager one alone."""
+def beside_plain(place: Place, size: str, stages: tuple[int, ...] = (), also: tuple[str, ...] = ()) -> Found:
+    """Our step beside a plain DiT's, eager and compiled; with `stages` of ZeRO, beside the eager one alone.
+
+    also: further contenders of the step's bench, by their names there.
+    """
     how: dict[str, Any] = {
         "size": [place.pick(size, "nano")],
         "patch": place.pick(2, 8),
@@ -98,7 +101,7 @@ def beside_plain(place: Place, size: str, stages: tuple[int, ...] = ()) -> Found
     cfg = from_dict(StepBench, how)
     compiled = () if stages else (step_bench.PLAIN_COMPILED,)
     ours = [f"ours, stage {stage}" for stage in stages]
-    only = frozenset({step_bench.PLAIN, step_bench.LOCAL, *compiled, *ours})
+    only = frozenset({step_bench.PLAIN, step_bench.LOCAL, *compiled, *ours, *also})
 
     def found(figures: dict[str, Any]) -> Found:
         return Found("; ".join(_compared(figures)), {"protocol": how, **figures})
