@@ -55,7 +55,7 @@ class Trained:
     average: Average = field(
         default_factory=lambda: Average("ema")
     )  # which one these are, and how much of the first weights it holds
-    compiled: bool = False  # the blocks, for a batch size each
+    compiled: bool = False  # the blocks
 
     @classmethod
     def load(
@@ -63,8 +63,7 @@ class Trained:
     ) -> Trained:
         """Load a run directory's newest good checkpoint, or one checkpoint. weights: "ema" or "model".
 
-        compiled: blocks are compiled, once for each batch size that they meet: at most two where guidance has an
-        interval, and one without.
+        compiled: the blocks are.
         """
         found = checkpoint.resolve(run_or_checkpoint)
         if not found.is_sharded and weights == MAIN:
@@ -89,7 +88,7 @@ class Trained:
         norm = from_dict(LatentNorm, contract["norm"])
         model = model.to(device).eval()
         if compiled:
-            model.compile_blocks(dynamic=False)
+            model.compile_blocks()
         facts = (found.step, found.path, weights, found.updates, found.digest)
         average = Average.of_checkpoint(found.meta, weights)
         return cls(model, experiment, norm, contract, *facts, average, compiled)

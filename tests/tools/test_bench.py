@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dit.bench.speed.steppers import StepBench
 from dit.bench.speed.turns import MedianRange
@@ -177,6 +178,31 @@ def test_zero(tmp_path):
         assert (
             rows["plain"]["of_plain"] == rows["plain"]["cpu_of_plain"] == {"median": 1, "low": 1, "high": 1}
         )
+
+
+def test_sample(tmp_path: Path) -> None:
+    json_file = tmp_path / "found.json"
+    sizes = ("--size=nano", "--patch=8", "--batch=2", "--num_steps=2", "--repeats=1")
+    done = execute("bench.py", "sample", *sizes, f"--json_file={json_file}")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(json_file.read_text())
+    assert found["protocol"]["interval"] == [0.25, 0.6]
+    of_plain = MedianRange(**found["figures"]["of_plain"])
+    assert f"ours / plain loop            {of_plain} (at least 1)" in done.stdout
+
+
+def test_solvers(tmp_path: Path) -> None:
+    done = execute("bench.py", "solvers", "--evaluations=20,200", "--points=2")
+    assert done.returncode == 0, done.stderr
+    assert "better at 20 evaluations than Euler at 200: heun, midpoint, rk4" in done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without a GPU is needed")
+def test_without_a_gpu_nothing_is_measured_on_the_cpu_at_full_size(tmp_path: Path) -> None:
+    done = execute("bench.py", "gpu", f"--out={tmp_path / 'out'}")
+    assert done.returncode == 1
+    assert "there is no CUDA device here; --toy runs every item" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_batch_that_cannot_be_shared_is_refused_first():

@@ -82,8 +82,11 @@ def tests(place: Place) -> Found:
     return found
 
 
-def beside_plain(place: Place, size: str, stages: tuple[int, ...] = ()) -> Found:
-    """Our step beside a plain DiT's, eager and compiled; with `stages` of ZeRO, beside the eager one alone."""
+def beside_plain(place: Place, size: str, stages: tuple[int, ...] = (), also: tuple[str, ...] = ()) -> Found:
+    """Our step beside a plain DiT's, eager and compiled; with `stages` of ZeRO, beside the eager one alone.
+
+    also: further contenders of the step's bench, by their names there.
+    """
     how: dict[str, Any] = {
         "size": [place.pick(size, "nano")],
         "patch": place.pick(2, 8),
@@ -91,14 +94,14 @@ def beside_plain(place: Place, size: str, stages: tuple[int, ...] = ()) -> Found
         "micro_batch": place.pick({"XL": 64, "L": 128}.get(size, BATCH), 4),
         "precision": precision(place),
         "compile": True,
-        "stages": stages,
+        "stages": [*stages],
         "steps": place.pick(5, 1),
         "repeats": place.pick(4, 1),
     }
     cfg = from_dict(StepBench, how)
     compiled = () if stages else (step_bench.PLAIN_COMPILED,)
     ours = [f"ours, stage {stage}" for stage in stages]
-    only = frozenset({step_bench.PLAIN, step_bench.LOCAL, *compiled, *ours})
+    only = frozenset({step_bench.PLAIN, step_bench.LOCAL, *compiled, *ours, *also})
 
     def found(figures: dict[str, Any]) -> Found:
         return Found("; ".join(_compared(figures)), {"protocol": how, **figures})

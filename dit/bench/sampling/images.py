@@ -72,7 +72,7 @@ class Bench:
         module = model.build(SIDE, CHANNELS, CLASSES).eval().requires_grad_(False)
         stir(module)
         if cfg.compile:
-            module.compile_blocks(dynamic=False)
+            module.compile_blocks()
         self.network = with_precision(module.to(device), device, cfg.precision)
         self.label = torch.arange(cfg.batch) % CLASSES
         self.flops = cost(model, SIDE, CHANNELS, CLASSES).forward_flops  # of one row
