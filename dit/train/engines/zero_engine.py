@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -29,11 +29,12 @@ from dit.train.engines.base import (
     whole_bundles,
     whole_places,
 )
+from dit.train.engines.deepspeed_config import deepspeed_config
 from dit.train.engines.heap import keep_freed_memory
 from dit.train.engines.muon import Muon
 from dit.train.engines.one_pass import OnePassAdamW, clip_along
 from dit.train.engines.optimizers import guarded, plain
-from dit.train.engines.zero_config import BUCKET, ZeroConfig
+from dit.train.engines.zero_config import ZeroConfig
 from dit.train.optim import OptimConfig, set_lr
 
 if not torch.cuda.is_available():
@@ -51,68 +52,10 @@ with warnings.catch_warnings():
 deepspeed_logger.setLevel(logging.ERROR)
 
 
-def deepspeed_config(
-    zero: ZeroConfig,
-    optim: OptimConfig,
-    sizes: tuple[int, int, int],
-    precision: str,
-    numbers: int,
-    linear: Sequence[str] = (),
-) -> dict[str, Any]:
-    """DeepSpeed's own configuration. sizes: (global batch, micro-batch, accumulation). numbers: that are trained.
-
-    linear: classes of linear layers that DeepSpeed does not know, whose gradients are sent as those of the others.
-    """
-    is_alone = sizes[0] == sizes[1] * sizes[2]
-    global_batch, micro_batch, accumulation = sizes
-    made: dict[str, Any] = {
-        "train_batch_size": global_batch,
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": (optim.clip or 0.0) if zero.stage else 0.0,  # stage 0: GuardedAdamW clips
-        "zero_optimization": _sharding(zero, numbers, is_alone),
-        "torch_autocast": {"enabled": precision == "bf16", "dtype": "bfloat16"},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW for the CPU is as quick, and needs no C++ build
-        "steps_per_print": 2**31,
-        "timers": {"throughput": {"enabled": False}},  # it waits for the device twice a micro-batch
-    }
-    if zero.communication != "auto":
-        made["communication_data_type"] = zero.communication
-    if linear:
-        known = torch_autocast.get_default_autocast_lower_precision_modules()
-        made["torch_autocast"]["lower_precision_safe_modules"] = [*known, *linear]
-    if zero.communication == "fp32":  # under autocast the key above is for stage 0 alone
-        made["torch_autocast"]["lower_precision_safe_modules"] = []
-    return made
-
-
-def _sharding(zero: ZeroConfig, numbers: int, is_alone: bool) -> dict[str, Any]:
-    """The section zero_optimization. is_alone: there is one rank."""
-    # DeepSpeed's own, 5e8, would take 2 GB a dtype, used or not; it must be even
-    bucket = min(BUCKET, -(-numbers // 1024) * 1024)
-    made: dict[str, Any] = {
-        "stage": zero.stage,
-        "reduce_bucket_size": bucket,
-        "allgather_bucket_size": bucket,
-        "use_multi_rank_bucket_allreduce": False,  # a reduce to each owner: half the bytes of an all-reduce for all
-    }
-    if is_alone and zero.stage in (1, 2) and zero.offload == "none":
-        # Nothing is sent: a bucket of one gradient is that gradient, and none is copied to one.
-        made |= {"contiguous_gradients": False, "reduce_bucket_size": 2}
-    if zero.stage == 3:
-        # Eager stage 3 with the memory-efficient linear gives wrong gradients under selective checkpointing.
-        made |= {"memory_efficient_linear": False, "stage3_param_persistence_threshold": 0}
-        # By DeepSpeed's own figures a model of less than 1e9 parameters stays gathered from the forward to the backward
-        # pass, and sharding saves nothing; so it does where more than a block is fetched ahead. See speed/wire.py.
-        made |= {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": min(BUCKET, numbers // 64)}
-        made["zero_hpz_partition_size"] = zero.hpz
-    host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    if zero.offload != "none":
-        made["offload_optimizer"] = host
-    if zero.offload == "all":
-        made["offload_param"] = host
-    return made
+def _in_half_precision(module: nn.Module) -> list[str]:
+    """Classes of layers that torch_autocast takes for linear ones; none where those are DeepSpeed's own choice."""
+    more = float8_classes(module)
+    return [*torch_autocast.get_default_autocast_lower_precision_modules(), *more] if more else []
 
 
 def _forget_earlier_engines() -> None:
@@ -166,7 +109,7 @@ class DeepSpeedEngine:
         self._engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
-            config=deepspeed_config(zero, optim, sizes, precision, trained, float8_classes(module)),
+            config=deepspeed_config(zero, optim, sizes, precision, trained, _in_half_precision(module)),
         )
         if world.size == 1:
             self._leave_out_averaging(is_rounded=precision == "bf16" and zero.communication != "fp32")

@@ -109,7 +109,7 @@ def test_what_shards_nothing_needs_what_stage_0_does_and_says_where_that_is_too_
     need = zero().needs(memory(0), 0, Device(0, False, 8))
     fits, full = (unsharded(zero(), memory(0), Device(usable, False, 8)) for usable in (need, need - 1))
     assert (fits.stage, fits.why, full.stage) == (0, "", 0)
-    assert re.search(r"needs 22.6 GiB of 22.6; engine: deepspeed shards", full.why)
+    assert re.search(r"needs (\d+\.\d) GiB of \1; engine: deepspeed shards", full.why)
 
 
 @pytest.mark.parametrize("ranks", [1, 8])

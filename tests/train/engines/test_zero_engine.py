@@ -114,7 +114,7 @@ def test_bf16_is_not_fp32_and_keeps_fp32_weights(reference: Path, bf16_reference
 @pytest.mark.parametrize("numbers", [1, 7, 1_000_001, 10**10])
 def test_buckets_are_even_and_no_larger_than_they_need_be(stage: int, numbers: int) -> None:
     """DeepSpeed refuses odd ones, and a model may well have an odd number of parameters."""
-    from dit.train.engines.zero_engine import deepspeed_config
+    from dit.train.engines.deepspeed_config import deepspeed_config
 
     zero = from_dict(ZeroConfig, {"stage": stage})
     made = deepspeed_config(zero, OptimConfig(), (8, 4, 1), "fp32", numbers)["zero_optimization"]
