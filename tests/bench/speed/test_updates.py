@@ -24,7 +24,8 @@ def test_a_turn_updates_and_averages(way) -> None:
         assert not torch.equal(weight, f.weight)
         assert not torch.equal(average, a)
     assert sum(f.numel for f in made.engine.fragments()) == made.numbers
-    assert made.engine.grad_norm() > 0.999 * way.optim.clip  # it clips still, so that those bytes are moved
+    if way.bytes is not None:  # it clips still, so that those bytes are moved; Muon overwrites gradients
+        assert made.engine.grad_norm() > 0.999 * way.optim.clip
 
 
 def test_bytes_are_sums_of_what_each_part_moves() -> None:
