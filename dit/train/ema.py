@@ -209,6 +209,7 @@ class Ema:
         self._along: dict[
             Tensor, dict[str, Tensor]
         ] = {}  # those that the optimizer takes along, by its tensors
+        self._planned: tuple[int, dict[str, float]] = (0, {})  # an update, and its shares
         self._rest = list(range(len(self._live)))  # of the fragments, those whose averages are updated here
         if isinstance(engine.optimizer, OnePassAdamW):
             self.averages = self._taken_along(names, engine.optimizer)
@@ -269,9 +270,11 @@ class Ema:
 
     def _shares_of(self, tensor: Tensor) -> list[tuple[Tensor, float]]:
         """A tensor's averages, and the shares of the update that is being made."""
-        averages = self._along.get(tensor, {})
-        due = self._due(self.engine.updates + 1)
-        return [(average, due[name]) for name, average in averages.items() if name in due]
+        updates = self.engine.updates + 1
+        if self._planned[0] != updates:  # or of each tensor anew
+            self._planned = updates, self._due(updates)
+        due = self._planned[1]
+        return [(average, due[name]) for name, average in self._along.get(tensor, {}).items() if name in due]
 
     @contextlib.contextmanager
     def swapped_in(self) -> Iterator[None]:
