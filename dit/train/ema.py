@@ -28,10 +28,10 @@ class EmaConfig:
     """Averaging follows updates: a skipped update leaves every average as it is."""
 
     decay: float = 0.9999  # of the average, per update, from 0 to less than 1
-    # updates from one averaging to the next, which has the decay of them all: decay^every; at least 1
-    every: int = 1
     # At update n the decays are (1 + n) / (10 + n) at most, so that the weights of the beginning are soon forgotten.
     warmup: bool | None = None  # null = true in a new run, and as it was in one that goes on (false of old)
+    # updates from one averaging to the next, which has the decay of them all: decay^every; at least 1
+    every: int = 1
     also: tuple[float, ...] = ()  # more decays: each is an average more, "ema_0.999" for 0.999
     power: tuple[float, ...] = ()  # widths (sigma_rel) of power-function averages; EDM2 takes 0.05, 0.1
     snapshot_every: int = 0  # steps; keep the power-function averages in RUN/snapshots for good; 0 = never
