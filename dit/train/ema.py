@@ -28,10 +28,10 @@ class EmaConfig:
     """Averaging follows updates: a skipped update leaves every average as it is."""
 
     decay: float = 0.9999  # of the average, per update, from 0 to less than 1
-    # updates from one averaging to the next, which has the decay of them all: decay^every; at least 1
-    every: int = 1
     # At update n the decays are (1 + n) / (10 + n) at most, so that the weights of the beginning are soon forgotten.
     warmup: bool | None = None  # null = true in a new run, and as it was in one that goes on (false of old)
+    # updates from one averaging to the next, which has the decay of them all: decay^every; at least 1
+    every: int = 1
     also: tuple[float, ...] = ()  # more decays: each is an average more, "ema_0.999" for 0.999
     power: tuple[float, ...] = ()  # widths (sigma_rel) of power-function averages; EDM2 takes 0.05, 0.1
     snapshot_every: int = 0  # steps; keep the power-function averages in RUN/snapshots for good; 0 = never
@@ -209,6 +209,7 @@ class Ema:
         self._along: dict[
             Tensor, dict[str, Tensor]
         ] = {}  # those that the optimizer takes along, by its tensors
+        self._planned: tuple[int, dict[str, float]] = (0, {})  # an update, and its shares
         self._rest = list(range(len(self._live)))  # of the fragments, those whose averages are updated here
         if isinstance(engine.optimizer, OnePassAdamW):
             self.averages = self._taken_along(names, engine.optimizer)
@@ -269,9 +270,11 @@ class Ema:
 
     def _shares_of(self, tensor: Tensor) -> list[tuple[Tensor, float]]:
         """A tensor's averages, and the shares of the update that is being made."""
-        averages = self._along.get(tensor, {})
-        due = self._due(self.engine.updates + 1)
-        return [(average, due[name]) for name, average in averages.items() if name in due]
+        updates = self.engine.updates + 1
+        if self._planned[0] != updates:  # or of each tensor anew
+            self._planned = updates, self._due(updates)
+        due = self._planned[1]
+        return [(average, due[name]) for name, average in self._along.get(tensor, {}).items() if name in due]
 
     @contextlib.contextmanager
     def swapped_in(self) -> Iterator[None]:

@@ -24,7 +24,7 @@ from dit.train.optim import OptimConfig
 
 LATENT, CLASSES = (4, 32, 32), 1000
 NORM, FACTOR, ADAMW, AVERAGE, TOGETHER = 4, 8, 28, 12, 36  # bytes that are read and written, a number
-CLIP = 1e-6  # below every gradient's norm
+CLIP = 1.0  # which the gradients' norm is far above, and then at: they are clipped in place, in every update
 
 
 @config

@@ -70,10 +70,12 @@ class OnePassAdamW(torch.optim.AdamW):
         super().__init__(params, **{**kwargs, "fused": False})  # by which steps are counted on the host
         self.factor: Tensor | None = None
         self.along: Callable[[Tensor], Shares] = _none
+        self._shares: dict[float, Tensor] = {}  # of this step, as tensors
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One update. `closure` is not used."""
+        self._shares.clear()
         for group in self.param_groups:
             scalars: dict[float, tuple[Tensor, ...]] = {}  # by the number of the update
             for p in group["params"]:
@@ -90,14 +92,18 @@ class OnePassAdamW(torch.optim.AdamW):
         assert p.grad is not None
         flat = [t.detach().view(-1) for t in (p, p.grad, *(state[kind] for kind in ADAM_STATE))]
         averages = self.along(p)
-        factor = torch.ones((), device=p.device) if self.factor is None else self.factor
+        for _, share in averages:
+            if share not in self._shares:
+                self._shares[share] = torch.tensor(share)
+        if self.factor is None:
+            self.factor = torch.ones((), device=p.device)
         compiled()(
             flat[0],
             flat[1].to(flat[0].dtype),
             (flat[2], flat[3]),
             [average.view(-1) for average, _ in averages],
-            [torch.tensor(share) for _, share in averages],
-            factor.to(p.device),
+            [self._shares[share] for _, share in averages],
+            self.factor.to(p.device),
             scalars,
         )
 
