@@ -53,7 +53,7 @@ class Kernels(ABC):
 
     @abstractmethod
     def added(self, x: Tensor, gate: Tensor, h: Tensor) -> Tensor:
-        """Give x + gate·h."""
+        """Give x + gate·h, in x's dtype."""
 
     @abstractmethod
     def heads(
@@ -92,8 +92,8 @@ class _Plain(Kernels):
         return x, modulate(norm(x), shift, scale)
 
     def added(self, x: Tensor, gate: Tensor, h: Tensor) -> Tensor:
-        """In float32 at least, by promotion."""
-        return x + gate * h
+        """The sum in float32 at least, by promotion."""
+        return (x + gate * h).to(x.dtype)
 
     def heads(
         self, qkv: Tensor, heads: int, q_norm: nn.Module, k_norm: nn.Module, rotation: Tensor | None
@@ -159,7 +159,7 @@ class Triton(_Plain):
         return out.view_as(x), y.view_as(x)
 
     def added(self, x: Tensor, gate: Tensor, h: Tensor) -> Tensor:
-        """In the dtype of x and the gate."""
+        """In one pass."""
         if not _fits(x, h.dtype):
             return super().added(x, gate, h)
         return residual(_lines(x, gate), _lines(h, gate), _rows(x, gate))[0].view_as(x)
