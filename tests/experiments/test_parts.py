@@ -54,6 +54,14 @@ def test_a_group_of_the_coupling_must_divide_the_micro_batch(digits: Digits) -> 
     make_parts(cfg, manifest, World(0, 4))  # 12 a rank
 
 
+def test_kernels_that_cannot_run_on_the_device_are_refused(digits: Digits) -> None:
+    manifest = Manifest.load(digits.moments)
+    for kernels in ("auto", "plain"):
+        make_parts(experiment(model={"size": "nano", "kernels": kernels}), manifest, World())
+    with pytest.raises(ConfigError, match=r"model\.kernels: triton cannot run here: .*choose model\.kernels: auto"):
+        make_parts(experiment(model={"size": "nano", "kernels": "triton"}), manifest, World())
+
+
 def test_guidance_of_the_grids_is_opened_before_training_starts(
     digits: Digits, run: Path, tmp_path: Path
 ) -> None:

@@ -62,7 +62,7 @@ OPERATIONAL_CHANGES = {
     "val": {"every": 3},
     "sample": {"every": 7, "cfg_scale": 2.0},
     "codec": {"name": "vae", "path": "moved"},
-    "model": {"checkpoint_blocks": True},
+    "model": {"checkpoint_blocks": True, "kernels": "triton"},
 }
 
 
