@@ -58,7 +58,9 @@ def test_kernels_that_cannot_run_on_the_device_are_refused(digits: Digits) -> No
     manifest = Manifest.load(digits.moments)
     for kernels in ("auto", "plain"):
         make_parts(experiment(model={"size": "nano", "kernels": kernels}), manifest, World())
-    with pytest.raises(ConfigError, match=r"model\.kernels: triton cannot run here: .*choose model\.kernels: auto"):
+    with pytest.raises(
+        ConfigError, match=r"model\.kernels: triton cannot run here: .*choose model\.kernels: auto"
+    ):
         make_parts(experiment(model={"size": "nano", "kernels": "triton"}), manifest, World())
 
 
