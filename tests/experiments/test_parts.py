@@ -64,6 +64,16 @@ def test_a_kernel_that_the_device_lacks_is_refused_before_anything_is_built(digi
             make_parts(cfg, manifest, World())
 
 
+def test_kernels_that_cannot_run_on_the_device_are_refused(digits: Digits) -> None:
+    manifest = Manifest.load(digits.moments)
+    for kernels in ("auto", "plain"):
+        make_parts(experiment(model={"size": "nano", "kernels": kernels}), manifest, World())
+    with pytest.raises(
+        ConfigError, match=r"model\.kernels: triton cannot run here: .*choose model\.kernels: auto"
+    ):
+        make_parts(experiment(model={"size": "nano", "kernels": "triton"}), manifest, World())
+
+
 def test_guidance_of_the_grids_is_opened_before_training_starts(
     digits: Digits, run: Path, tmp_path: Path
 ) -> None:

@@ -35,6 +35,12 @@ def test_a_network_that_computes_something_else_with_the_same_weights_is_not_giv
         to_theirs(model)
 
 
+@pytest.mark.parametrize("fields", [{"kernels": "plain"}, {"kernels": "triton"}, {"checkpoint_blocks": True}])
+def test_a_network_that_computes_the_same_in_another_way_is_given_out(fields: dict) -> None:
+    model = from_dict(DiTConfig, {"size": "nano", **fields}).build(8, 4, 10)
+    assert to_theirs(model).keys() == to_theirs(DiTConfig(size="nano").build(8, 4, 10)).keys()
+
+
 def test_only_squares_are_given_out() -> None:
     with pytest.raises(WeightsError, match="square inputs only"):
         to_theirs(DiTConfig(size="nano").build((8, 16), 4, 10))

@@ -62,7 +62,7 @@ OPERATIONAL_CHANGES = {
     "val": {"every": 3},
     "sample": {"every": 7, "cfg_scale": 2.0},
     "codec": {"name": "vae", "path": "moved"},
-    "model": {"checkpoint_blocks": True, "attention": "math"},
+    "model": {"checkpoint_blocks": True, "attention": "math", "kernels": "triton"},
 }
 
 

@@ -53,7 +53,7 @@ class Kernels(ABC):
 
     @abstractmethod
     def added(self, x: Tensor, gate: Tensor, h: Tensor) -> Tensor:
-        """Give x + gate·h in the dtype of x."""
+        """Give x + gate·h, in x's dtype."""
 
     @abstractmethod
     def heads(

@@ -42,12 +42,11 @@ def residual(
     """Add gate·h to the stream, and norm and modulate it: (x, y), each (N, T, D); empty where it is not asked for.
 
     x, h: (N, T, D). gate, weight, shift: (N, D). h with its gate, or weight, may be None, and shift. centred: whether
-    the mean is taken off (LayerNorm), or not (RMSNorm). stream: dtype of x afterwards, by default as gate·h + x has it.
+    the mean is taken off (LayerNorm), or not (RMSNorm). stream: dtype of x afterwards, by default as before.
     dtype: of y, by default float32.
     """
-    if stream is None:
-        stream = x.dtype if gate is None else torch.promote_types(x.dtype, gate.dtype)
-    return _residual(x, h, gate, weight, shift, epsilon, centred, stream, dtype or torch.float32)  # type: ignore[no-any-return]
+    stream, dtype = stream or x.dtype, dtype or torch.float32
+    return _residual(x, h, gate, weight, shift, epsilon, centred, stream, dtype)  # type: ignore[no-any-return]
 
 
 class _Normed(torch.autograd.Function):
