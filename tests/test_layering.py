@@ -95,7 +95,7 @@ MAY_IMPORT = {
     "bench.plan": "errors files progress config configfile ranks model data.codecs data.loading data.shards"
     " train.engines train.optim train.plan train.settings experiments bench",
     "bench.parity": "config configfile data.codecs data.encoding data.sources model train experiments scaling",
-    "bench": "errors files version progress config rng ranks flow model sample data train outputs",
+    "bench": "errors files version progress config rng ranks flow model sample data train outputs bench.parity",
     "api": "ambient errors files progress config configfile rng ranks flow model sample data train experiments",
     "tools": "errors files progress config configfile ranks sample data evals train stage1 experiments"
     " model scaling reports interop bench serving commandline outputs",
