@@ -26,12 +26,14 @@ from dit.errors import Notice
 
 FOLDER = "TORCHINDUCTOR_CACHE_DIR"  # the variable by which torch is told where to keep what it has compiled
 
+BATCHED = ("shared", "value")  # keywords of blocks whose first dimension is the batch
+
 
 def compile_forward(module: nn.Module, **options: Any) -> None:
     """Compile a module's forward in place, with torch.compile's options: its own graph for gradients and without.
 
     With gradients each size of a batch is a graph. Without, one graph takes all sizes above 1: their first dimension is
-    the batch, as is that of every tensor given by position.
+    the batch, as is that of every tensor given by position, and of those whose names are in BATCHED.
     """
     forward = module.forward
     trained = compile_for_one_size(forward, **options)
@@ -41,7 +43,8 @@ def compile_forward(module: nn.Module, **options: Any) -> None:
     def compiled(*inputs: Tensor, **given: Any) -> Any:
         if torch.is_grad_enabled():
             return trained(*inputs, **given)
-        for tensor in () if torch.compiler.is_compiling() else inputs:  # else it is part of a larger graph
+        batched = [*inputs, *(given[name] for name in BATCHED if given.get(name) is not None)]
+        for tensor in () if torch.compiler.is_compiling() else batched:  # else it is part of a larger graph
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
         return drawn(*inputs, **given)
 

@@ -84,8 +84,7 @@ class DiffusionTrainConfig(TrainConfig):
     compile: bool = False
     # multiply the blocks' linear layers in float8 (torchao): tensorwise, rowwise; needs bf16; pays compiled alone
     fp8: Annotated[Fp8, FP8] | None = None
-    # GB (1e9 bytes) that a rank may fill: as few activations are computed again as fit, in place of what
-    # model.checkpoint_blocks says; null = no budget
+    # GB (1e9 bytes) a rank may fill: as few activations as fit are computed again; null = no budget
     memory_gb: Annotated[float, Field(gt=0)] | None = None
 
 
@@ -127,6 +126,8 @@ class Experiment(RunConfig):
                 f"objective.auxiliary {needing[0]} needs a network that knows the dropped condition too, and "
                 "train.label_drop is 0; set it to 0.1"
             )
+        if needing and not self.model.cond:
+            raise ConfigError(f"objective.auxiliary {needing[0]} needs a condition, and model.cond is empty")
         if self.model.residual == "bfloat16" and self.train.precision != "bf16":
             raise ConfigError(
                 f"model.residual: bfloat16 rounds nothing at train.precision: {self.train.precision}; set "
@@ -157,6 +158,11 @@ class Experiment(RunConfig):
             raise ConfigError(
                 f"a micro-batch of {micro} samples is no multiple of {self.objective.group}, the group of "
                 "objective.coupling or objective.auxiliary; change train.micro_batch or the group"
+            )
+        if not manifest.classes and any(term.needs_drop for term in self.objective.terms):
+            raise ConfigError(
+                f"{self.data.name} has no classes, and objective.auxiliary has a term that compares what the network "
+                "says with and without one: take it out, or encode the images with their labels"
             )
         # the statistics of generated latents are not their own
         has_unit_variance = self.latents.norm == "dataset" and not manifest.eps

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dit.config import config
+from dit.config import ConfigError, config
 from dit.flow.auxiliary import AUXILIARIES, Auxiliary, Context
 from dit.flow.predict import split_channels
 
@@ -29,6 +29,12 @@ class ModelGuidance(Auxiliary):
     metric: ClassVar[str] = "model_guidance"
     forwards: ClassVar[int] = 1
     needs_drop: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.since >= self.until:
+            raise ConfigError(
+                f"since is {self.since:g} and until {self.until:g}: no target would be moved; set since below until"
+            )
 
     def term(self, context: Context) -> Tensor:
         is_moved = (context.t >= self.since) & (context.t <= self.until) & told(context)

@@ -121,7 +121,7 @@ def _stable(decay: float, total: int) -> int:
 class MuonConfig:
     """How hidden matrices are updated, with optim.name: muon."""
 
-    # whose parameters of two axes those are; queries, keys and values are a matrix each, gate and value of SwiGLU too
+    # names of hidden matrices; queries, keys and values are one each, SwiGLU's gate and value too
     matrices: tuple[str, ...] = ("*.attention.*", "*.mlp.*")
     momentum: float = 0.95  # share of the momentum that is kept at an update
     nesterov: bool = True  # take the gradient once more into what is made orthogonal

@@ -156,9 +156,10 @@ class Plan:
         budget, zero = self.parts.budget, self.cfg.zero
         if budget is None:
             return None
-        if self.cfg.engine == "local":
-            zero = replace(zero, stage=0)
-        return fit(zero, budget, self.outline.frozen, self.device, kept=self.stage_before)
+        held = replace(budget, memory=lambda stage, *how: self._held(budget.memory(stage, *how), stage))
+        if self.cfg.is_plain:
+            return fit(replace(zero, stage=0), held, self.outline.frozen, self.device)
+        return fit(zero, held, self.outline.frozen, self.device, kept=self.stage_before)
 
     def check_engine(self) -> None:
         """ConfigError for the local engine on several ranks, and for CUDA graphs where there can be none."""
@@ -180,13 +181,18 @@ class Plan:
         """What a rank holds at a ZeRO stage."""
         frozen = self.outline.frozen
         if self.parts.budget is not None and self.fitted is not None:
-            return self.parts.budget.memory(stage, frozen, self.fitted.recompute)
+            return self._held(self.parts.budget.memory(stage, frozen, self.fitted.recompute), stage)
         if self.parts.memory is not None:
             found = self.parts.memory(stage, frozen)
         else:
             found = state_memory(self.outline.parameters, stage, self.world.size, self.cfg.ema.count, frozen)
+        return self._held(found, stage)
+
+    def _held(self, found: Memory, stage: int) -> Memory:
+        """The same with this run's optimizer and engine: the plain one's gradients stay in buckets on several ranks."""
         lacking = 4 * self.outline.matrices // (self.world.size if stage else 1)
-        return replace(found, optimizer=found.optimizer - lacking)
+        stay = found.gradients_stay or (self.cfg.is_plain and self.world.size > 1)
+        return replace(found, optimizer=found.optimizer - lacking, gradients_stay=stay)
 
     @cached_property
     def stream(self) -> Stream:

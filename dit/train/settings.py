@@ -227,6 +227,10 @@ class RunConfig:
                 "train.graphs needs engine: plain: DeepSpeed decides on the host between a step's kernels, which no "
                 "CUDA graph can hold. Set engine: plain, or leave train.graphs out"
             )
+        if self.train.graphs and (self.optim.name != "adamw" or self.optim.one_pass):
+            raise ConfigError(
+                "train.graphs captures torch's own AdamW: leave it out, or optim.name and optim.one_pass"
+            )
         if not self.is_plain:
             return
         if self.zero.offload != "none" or self.zero.hpz > 1:

@@ -48,7 +48,7 @@ def test_a_group_of_the_coupling_must_divide_the_micro_batch(digits: Digits) -> 
         train={"global_batch": 48, "micro_batch": 16},
     )
     with pytest.raises(
-        ConfigError, match=r"micro-batch of 16 samples is no multiple of objective.coupling.group = 12"
+        ConfigError, match=r"micro-batch of 16 samples is no multiple of 12, the group of objective.coupling"
     ):
         make_parts(cfg, manifest, World())
     make_parts(cfg, manifest, World(0, 4))  # 12 a rank

@@ -78,3 +78,7 @@ def test_it_needs_a_network_that_knows_the_dropped_condition_and_counts_its_pass
     assert from_dict(Experiment, given).objective.forwards == 1
     with pytest.raises(ConfigError, match=r"train\.label_drop is 0"):
         from_dict(Experiment, given | {"train": {"label_drop": 0}})
+    with pytest.raises(ConfigError, match=r"needs a condition, and model\.cond is empty"):
+        from_dict(Experiment, given | {"model": {"cond": []}})
+    with pytest.raises(ConfigError, match="set since below until"):
+        ModelGuidance(since=0.8, until=0.2)

@@ -199,7 +199,7 @@ def test_held_out_data_of_fewer_than_a_group_are_refused(digits: Digits, tmp_pat
     manifest = Manifest.load(digits.moments)
     task = LatentTask(cfg.objective, cfg.norm(manifest), 0.1, has_unit_variance=True)
     with pytest.raises(
-        ConfigError, match=r"48 samples of .* are fewer than the 64 that objective.coupling.group takes"
+        ConfigError, match=r"48 samples of .* are fewer than the 64 that the objective takes together"
     ):
         held_out_hook(cfg, manifest, task, World(0, 2))
 

@@ -62,7 +62,9 @@ def copy_rate(device: torch.device, size: int) -> float:
 def tests(place: Place) -> Found:
     """The tests that need a GPU; at toy size they are only collected."""
     files = [
-        str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()
+        str(path)
+        for path in sorted((ROOT / "tests").rglob("test_*.py"))
+        if "mark.gpu" in path.read_text(encoding="utf-8")
     ]
     words = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *files]
     done = subprocess.run(

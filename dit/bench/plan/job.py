@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -99,7 +99,7 @@ class Job:
         self, micro: int, stage: int, ranks: int, accumulation: int = 1, recompute: Recompute | None = None
     ) -> Memory:
         """What a rank holds, as the trainer reckons it. recompute: in place of what the configuration says."""
-        return self.cost.memory(
+        found = self.cost.memory(
             micro,
             zero_stage=stage,
             world_size=ranks,
@@ -109,6 +109,8 @@ class Job:
             accumulation=accumulation,
             recompute=recompute,
         )
+        stay = found.gradients_stay or (self.is_plain and ranks > 1)  # in the plain engine's buckets
+        return replace(found, gradients_stay=stay)
 
 
 def job_of(cfg: Experiment, asked: Asked) -> Job:

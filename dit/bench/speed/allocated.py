@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 MARK = "allocated: what is measured"
@@ -32,7 +33,9 @@ def live_bytes() -> int:
     """Sum up the storages of all tensors on the CPU that Python knows, and of their gradients."""
     found: dict[int, int] = {}
     for thing in gc.get_objects():
-        if issubclass(type(thing), Tensor):
+        if issubclass(type(thing), Tensor) and not issubclass(
+            type(thing), FakeTensor
+        ):  # which a compiler leaves
             for tensor in (thing, thing.grad if thing.is_leaf else None):
                 if tensor is not None and tensor.device.type == "cpu" and tensor.layout == torch.strided:
                     storage = tensor.untyped_storage()

@@ -44,14 +44,14 @@ class WorkBench:
     """Sizes. Each axis has sizes of its own; on the others the step has the base's. A turn is `steps` steps."""
 
     axes: tuple[str, ...] = AXES  # batch, tokens, width, depth
-    base_batch: int = 8  # samples
+    base_batch: int = 8  # samples of the base step
     base_patch: int = 4  # latent pixels of a patch, on a side: 64 tokens of latents of 32 x 32
     base_width: int = 128  # channels of a token
-    base_depth: int = 4  # blocks
+    base_depth: int = 4  # blocks of the base model
     batch: tuple[int, ...] = (4, 8, 16, 32)  # samples a step
     patch: tuple[int, ...] = (8, 4, 2)  # latent pixels of a patch; tokens are 16, 64, 256
     width: tuple[int, ...] = (64, 128, 256)  # multiples of 32, a head's
-    depth: tuple[int, ...] = (2, 4, 8, 16)  # blocks
+    depth: tuple[int, ...] = (2, 4, 8, 16)  # blocks of the models that are compared
     ranks: tuple[int, ...] = (1, 2)  # processes; one alone, or a GPU: that axis is left out
     stage: Stage = 1  # of ZeRO, on the axis of ranks
     steps: int = 1  # training steps a turn

@@ -70,7 +70,8 @@ class OnePassAdamW(torch.optim.AdamW):
         super().__init__(params, **{**kwargs, "fused": False})  # by which steps are counted on the host
         self.factor: Tensor | None = None
         self.along: Callable[[Tensor], Shares] = _none
-        self._shares: dict[float, Tensor] = {}  # of this step, as tensors
+        # of this step, as tensors: one for each average, since a compiler tells apart where two are the same
+        self._shares: dict[tuple[int, float], Tensor] = {}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -92,9 +93,10 @@ class OnePassAdamW(torch.optim.AdamW):
         assert p.grad is not None
         flat = [t.detach().view(-1) for t in (p, p.grad, *(state[kind] for kind in ADAM_STATE))]
         averages = self.along(p)
-        for _, share in averages:
-            if share not in self._shares:
-                self._shares[share] = torch.tensor(share)
+        shares = [share for _, share in averages]
+        for key in enumerate(shares):
+            if key not in self._shares:
+                self._shares[key] = torch.tensor(key[1])
         if self.factor is None:
             self.factor = torch.ones((), device=p.device)
         compiled()(
@@ -102,7 +104,7 @@ class OnePassAdamW(torch.optim.AdamW):
             flat[1].to(flat[0].dtype),
             (flat[2], flat[3]),
             [average.view(-1) for average, _ in averages],
-            [self._shares[share] for _, share in averages],
+            [self._shares[key] for key in enumerate(shares)],
             self.factor.to(p.device),
             scalars,
         )

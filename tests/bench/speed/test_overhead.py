@@ -11,7 +11,7 @@ import pytest
 from dit.bench.speed.overhead import AVERAGE, LOG, PASSES, REST, WAIT, OverheadBench, lines, run, turns
 from dit.config import ConfigError, from_dict
 from dit.train.ema import Ema
-from dit.train.engines.local import LocalEngine
+from dit.train.engines.plain import PlainEngine
 
 TINY = {"size": "nano", "batch": 2, "stage": None, "steps": 2, "repeats": 2, "log_every": 2}
 NAP = 0.05  # seconds
@@ -38,18 +38,18 @@ def test_parts_add_up_to_the_step_and_the_share_is_what_the_engine_does_not_take
 
 def test_time_goes_to_the_part_that_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = measured(tmp_path / "plain")["ms"]
-    update, step = Ema.update, LocalEngine.step
+    update, step = Ema.update, PlainEngine.step
 
     def slow_average(self: Ema) -> None:
         time.sleep(NAP)
         update(self)
 
-    def slow_step(self: LocalEngine, lr: float) -> bool:
+    def slow_step(self: PlainEngine, lr: float) -> bool:
         time.sleep(2 * NAP)
         return step(self, lr)
 
     monkeypatch.setattr(Ema, "update", slow_average)
-    monkeypatch.setattr(LocalEngine, "step", slow_step)
+    monkeypatch.setattr(PlainEngine, "step", slow_step)
     slow = measured(tmp_path / "slow")["ms"]
     assert slow[AVERAGE]["low"] > 1e3 * NAP > plain[AVERAGE]["median"]
     assert slow[PASSES]["low"] > 2e3 * NAP

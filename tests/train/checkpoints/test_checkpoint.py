@@ -436,7 +436,7 @@ def test_any_topology_loads_what_any_other_saved_and_saves_the_same_bits(
 
     stages = [engine_of(chosen) for chosen in (0, 1, 2, 3)]
     several, alone, again = (
-        links(*stages, engine_of("plain")),
+        links(*stages, {"engine": "plain", "zero": {"stage": "auto"}}),
         links(stages[3], {"engine": "local"}, *stages[:3]),
         links(stages[3]),
     )

@@ -13,6 +13,7 @@ from dit.model.cost import Memory, cost
 from dit.model.dit import DiTConfig
 from dit.model.recompute import NOTHING, Recompute, ways
 from dit.ranks import group
+from dit.ranks.world import World
 from dit.train.dry_run import report
 from dit.train.engines.budget import Budget, fit
 from dit.train.engines.zero_config import Device, ZeroConfig
@@ -90,3 +91,15 @@ def test_two_ways_to_say_it_are_refused(digits: Digits, tmp_path: Path) -> None:
         experiment(both)
     with pytest.raises(ConfigError, match="memory_gb"):
         experiment(given(digits, tmp_path, 0.0))
+
+
+def test_the_plain_engine_shards_nothing_for_it_and_keeps_its_gradients(
+    digits: Digits, tmp_path: Path
+) -> None:
+    """On two ranks they lie in buckets that stay, whatever part of the pass it is."""
+    given_ = {**given(digits, tmp_path, 0.009), "engine": "plain"}
+    plan = Plan(experiment(given_), make_parts, World(size=2))
+    assert plan.fitted is not None
+    assert "at stage 0" in plan.fitted.why
+    assert plan.sharding.stage == 0
+    assert plan.memory(0).gradients_stay
