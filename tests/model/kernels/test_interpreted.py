@@ -34,6 +34,7 @@ def run_cases(report: Path, marker: str) -> int:
     return int(suite.get("tests", 0))
 
 
+@pytest.mark.slow
 def test_the_kernels_compute_what_they_must(tmp_path: Path) -> None:
     assert run_cases(tmp_path / "report.xml", "not slow") > 30
 

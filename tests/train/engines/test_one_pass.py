@@ -78,6 +78,7 @@ def held(engine: LocalEngine, ema: Ema) -> list[torch.Tensor]:
     return [t.clone() for t in (*found, *ema.pieces)]
 
 
+@pytest.mark.slow
 def test_a_few_updates_are_the_same_and_a_gradient_that_is_not_finite_leaves_every_bit() -> None:
     torch.manual_seed(0)
     runs = []
