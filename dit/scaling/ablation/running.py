@@ -50,6 +50,7 @@ def run_ablation(ablation: Ablation, way: Way) -> str:
             raise ConfigError(
                 f"there is no change {name}{did_you_mean(name, known)}; changes are {', '.join(known)}"
             )
+    ablation.warn_of_evaluations()
     if not way.tuned and (waits := _round(ablation, way, ablation.tuning(way.changes), "rates")):
         return waits
     rates = ablation.rates()
@@ -89,6 +90,7 @@ def as_plan(ablation: Ablation) -> str:
     """Tell what will be run: each change's cost and steps, the number of runs, and all FLOPs. Writes nothing."""
     spec, rows = ablation.spec, []
     rates = len(spec.lrs) if spec.is_tuned else 0
+    ablation.warn_of_evaluations()
     for variant in ablation.variants:
         cost, steps = ablation.cost(variant), ablation.steps(variant)
         samples = steps * ablation.configs[variant.change].train.global_batch

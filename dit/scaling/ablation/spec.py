@@ -24,6 +24,7 @@ from dit.errors import shown
 from dit.experiments.diffusion import Experiment
 from dit.scaling.rules import Positive
 from dit.scaling.spec import RunsSpec, read_spec
+from dit.scaling.study import as_run
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+]*")
 # Keys that no change may set, and where they are said instead: of all changes alike, or the ablation's own to choose.
@@ -150,6 +151,7 @@ def load_ablation(path: str | Path, out: str | None = None) -> AblationSpec:
             raise ConfigError(
                 "training.data.val is not set: rates are chosen by the held-out loss; name a folder of held-out shards"
             )
+        as_run(cfg, spec.folder, name, seed=0, lr=spec.lrs[0], figures=cfg.evaluate.reference is not None)
         same = seen.setdefault(repr(to_dict(cfg)), name)
         if same != name:
             raise ConfigError(

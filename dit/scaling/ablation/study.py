@@ -6,6 +6,8 @@ forward passes included. What is measured between, held-out loss and drawn image
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,6 +16,7 @@ from typing import Any
 
 from dit.config import ConfigError
 from dit.data.shards.manifest import Manifest
+from dit.errors import Notice
 from dit.experiments.diffusion import Experiment
 from dit.model.cost import Cost
 from dit.scaling.ablation.spec import AblationSpec
@@ -75,6 +78,25 @@ class Ablation:
     def cost(self, variant: Variant) -> Cost:
         """What a sample costs with the change."""
         return self.configs[variant.change].cost(self.manifest)
+
+    def evaluations(self, change: str) -> int | None:
+        """Count calls of the network for an image; None where the solver chooses its steps."""
+        cfg, shape = self.configs[change], (self.manifest.channels, *self.manifest.input_size)
+        return cfg.evaluate.nfe(cfg.objective.path, cfg.objective.prediction, math.prod(shape))
+
+    def warn_of_evaluations(self) -> None:
+        """Give a Notice where images will be drawn in unlike numbers of evaluations, before anything is run."""
+        if next(iter(self.configs.values())).evaluate.reference is None:
+            return
+        counts = {name: self.evaluations(name) for name in self.configs}
+        if len(set(counts.values())) > 1:
+            told = ", ".join(f"{count} with {name}" for name, count in counts.items())
+            warnings.warn(
+                f"images take unlike numbers of evaluations ({told}), and figures of those are not compared: take a "
+                "solver of one evaluation a step, such as unipc",
+                Notice,
+                stacklevel=2,
+            )
 
     def steps(self, variant: Variant) -> int:
         """Steps that come nearest to the budget. ConfigError where the warm-up alone would take it."""

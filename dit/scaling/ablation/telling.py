@@ -59,7 +59,7 @@ def _means(ablation: Ablation, found: Found, variants: Sequence[Variant]) -> str
     rows = []
     for v in variants:
         rate = found.rates.get(v)
-        tried = "none worked" if rate is None else f"{rate.lr:g}" + " †" * rate.is_at_edge
+        tried = "none complete" if rate is None else f"{rate.lr:g}" + " †" * rate.is_at_edge
         cells = [_mean(figure, v) for figure in found.main]
         name = v.change + " (baseline)" * (v.change in ablation.spec.baselines)
         rows.append([name, tried, f"{ablation.steps(v):,}", f"{ablation.cost(v).training_flops:.4g}", *cells])

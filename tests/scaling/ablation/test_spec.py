@@ -15,6 +15,7 @@ from dit.scaling.ablation.spec import load_ablation
 from tests.datasets import Digits
 from tests.scaling.ablation.ablations import CHANGES, ablation_values, spec_of
 
+LEARNED = {"name": "ddpm", "variance": "learned"}  # which the network does not give
 CONFIGS = sorted((Path(__file__).resolve().parents[3] / "configs" / "ablations").glob("*.yaml"))
 
 
@@ -62,6 +63,7 @@ def test_changes_are_laid_over_the_base_alone_and_together(digits: Digits, tmp_p
         ({"seeds": [1, 1]}, "seeds must be there, each once"),
         ({"budgets": [0]}, "budgets.0"),
         ({"training": {"data": {"val": None}}}, "data.val is not set"),
+        ({"training": {"evaluate": {"reference": "x", "solver": LEARNED}}}, "pictures drawn during training"),
     ],
 )  # fmt: skip
 def test_what_is_no_ablation_is_refused(

@@ -12,10 +12,12 @@ import pytest
 
 from dit.config import ConfigError
 from dit.configfile import load
+from dit.errors import Notice
 from dit.experiments.diffusion import Experiment
 from dit.scaling.ablation.running import Way, as_plan, run_ablation
 from dit.scaling.ablation.spec import load_ablation
 from dit.scaling.ablation.study import FILES, Ablation, Rate, Variant
+from dit.scaling.arrays import TRUNKS
 from dit.scaling.configs import config_file
 from dit.scaling.planned import ScalingError
 from dit.scaling.running import Orders, Start
@@ -79,6 +81,31 @@ def test_what_is_planned_is_told(digits: Digits, tmp_path: Path) -> None:
 def test_a_change_that_there_is_none_of_is_named(digits: Digits, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is no change rsm; did you mean rms"):
         run_ablation(Ablation(spec_of(digits, tmp_path)), Way(None, changes=("rsm",)))
+
+
+def test_unlike_evaluations_are_told_before_anything_is_run(digits: Digits, tmp_path: Path) -> None:
+    """Heun's method takes its last step to clean data, where a straight path ends and a discrete one does not."""
+    changes = {"eps": {"objective": {"path": "ddpm", "prediction": "eps"}}}
+    drawn = {"reference": "digits:test", "solver": "heun", "num_steps": 4}
+    heun = Ablation(spec_of(digits, tmp_path, changes=changes, training={"evaluate": drawn}))
+    with pytest.warns(Notice, match="8 with plain, .*7 with eps"):
+        as_plan(heun)
+    drawn["solver"] = "unipc"
+    unipc = Ablation(spec_of(digits, tmp_path, changes=changes, training={"evaluate": drawn}))
+    assert {unipc.evaluations(name) for name in unipc.configs} == {4}
+    as_plan(unipc)  # a Notice would be an error here
+
+
+def test_a_cluster_gets_one_round_after_the_other(
+    digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DRY_RUN", "1")  # launch/sweep.sh prints
+    ablation = Ablation(spec_of(digits, tmp_path / "out"))
+    said = run_ablation(ablation, Way(None, slurm="--time=1", changes=("rms",)))
+    assert said.startswith("2 runs of rates to go: give the same command")
+    lines = (ablation.out / TRUNKS).read_text().splitlines()
+    for lr, line in zip((1e-3, 4e-3), lines, strict=True):
+        assert f"{Variant('rms', 2e9).run(lr, 0)}.yaml" in line
 
 
 def forked(start: Start) -> Forked:
@@ -147,8 +174,11 @@ def test_an_ablation_is_run_goes_on_and_is_told(digits: Digits, tmp_path: Path) 
 def test_a_run_that_fails_is_named_and_the_others_are_told(digits: Digits, tmp_path: Path) -> None:
     values = {**ablation_values(digits, tmp_path / "out"), **SMALL, "lrs": [1e-3], "seeds": [1, 2]}
     ablation = Ablation(load_ablation(saved(tmp_path, values)))
-    (ablation.out / "runs").mkdir(parents=True)
-    (ablation.out / "runs" / Variant("eps", 4e8).run(1e-3, 2)).write_text("in the way")
-    said = run_ablation(ablation, Way(Orders(starter=forked)))
-    assert f"Missing, and no part of any mean: {Variant('eps', 4e8).run(1e-3, 2)}" in said
+    bad = Variant("eps", 4e8).run(1e-3, 2)
+
+    def starter(start: Start) -> Forked:
+        return Forked("train.py", "nothing.yaml") if start.run.name == bad else forked(start)
+
+    said = run_ablation(ablation, Way(Orders(starter=starter)))
+    assert f"Missing, and no part of any mean: {bad} (not begun)" in said
     assert "| eps |" in said
