@@ -85,8 +85,9 @@ MAY_IMPORT = {
     " train stage1 outputs unfinished",
     "scaling": "errors files progress config configfile ranks model data evals train experiments outputs"
     " scaling.laws",
-    "scaling.mup": "errors files progress config configfile rng ranks flow model data train experiments outputs"
-    " scaling",
+    "scaling.mup": "errors files progress config rng ranks flow model data train experiments outputs scaling",
+    "scaling.ablation": "errors files progress config configfile rng ranks flow model sample data evals train"
+    " experiments outputs scaling scaling.mup",
     "scaling.floor": "files progress config flow evals sample outputs scaling.laws",
     "reports": "errors files scalars progress config configfile model evals train experiments scaling.laws outputs",
     "scaling.laws": "errors files progress config rng outputs",

@@ -18,6 +18,19 @@ ACCURACY = "class_accuracy"
 FLOOR = "_held_out"  # ends the names of figures that are of real images, and of no samples
 RATIO = "_ratio"  # ends that of the samples' figure divided by it
 PARTS = ("features", "samples", "reference")  # of every protocol
+# Figures of which more is better; of all others less is.
+HIGHER_IS_BETTER = (
+    "precision",
+    "recall",
+    "density",
+    "coverage",
+    "inception_score",
+    "logits_score",
+    "class_accuracy",
+    "held-out accuracy",
+    "held-out psnr",
+    "held-out ssim",
+)
 
 
 def names_in(network: FeatureNetwork) -> Mapping[str, str]:

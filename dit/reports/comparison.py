@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from dit.evals.figures import FLOOR, hash_of
+from dit.evals.figures import FLOOR, HIGHER_IS_BETTER, hash_of
 from dit.evals.protocol import Told
 from dit.evals.record import ends, titled, told
 from dit.reports.told import RunTold
@@ -21,18 +21,6 @@ DECIDES_LOSS = (
     "objective", "data", "latents", "model.learn_sigma", "train.label_drop",
     "autoencoder.name", "kl_weight", "pixel", "perceptual", "discriminator",
 )  # fmt: skip
-HIGHER_IS_BETTER = (
-    "precision",
-    "recall",
-    "density",
-    "coverage",
-    "inception_score",
-    "logits_score",
-    "class_accuracy",
-    "held-out accuracy",
-    "held-out psnr",
-    "held-out ssim",
-)
 HELD_OUT_LOSS = "held-out loss"
 HELD_OUT = (
     "loss",

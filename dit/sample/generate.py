@@ -99,6 +99,15 @@ class SamplerSpec:
             )
         self.grid.sized(BASE_DIMENSION)(self.num_steps, path, prediction)
 
+    def times(self, path: NoisePath, prediction: Prediction, dimension: int) -> Tensor:
+        """The grid for latents of so many numbers, (num_steps + 1,) float64."""
+        return self.grid.sized(dimension)(self.num_steps, path, prediction)
+
+    def nfe(self, path: NoisePath, prediction: Prediction, dimension: int) -> int | None:
+        """Calls of the guided denoiser an image; None where the solver chooses its own steps."""
+        end = self.times(path, prediction, dimension)[-1:]
+        return self.solver.nfe(self.num_steps, to_data=float(path.alpha_sigma(end)[1][0]) != 0.0)
+
     def guided(self, denoise: DenoiseFn, context: Context) -> DenoiseFn:
         """The denoiser under all the guidance; the very same one where there is none."""
         for guidance in self.in_turn:
@@ -141,13 +150,11 @@ class Sampler:
     @property
     def nfe(self) -> int | None:
         """Calls of the guided denoiser an image; None where the solver chooses its own steps."""
-        times = self.times()
-        ends_clean = float(self.path.alpha_sigma(times[-1:])[1][0]) == 0.0
-        return self.spec.solver.nfe(self.spec.num_steps, to_data=not ends_clean)
+        return self.spec.nfe(self.path, self.prediction, math.prod(self.shape))
 
     def times(self) -> Tensor:
         """The grid, (num_steps + 1,) float64."""
-        return self.spec.grid.sized(math.prod(self.shape))(self.spec.num_steps, self.path, self.prediction)
+        return self.spec.times(self.path, self.prediction, math.prod(self.shape))
 
     def noise(self, index: Tensor) -> Tensor:
         """(B, C, H, W) the standard normal noise that images `index` (B,) are made from, before the path scales it."""

@@ -27,6 +27,10 @@ COLUMNS = (
 )  # fmt: skip
 
 
+class NothingMeasured(ScalingError):
+    """No run has the figure that was asked for."""
+
+
 @dataclass(frozen=True)
 class Figure:
     """What was measured of a run at a step. more: other columns."""
@@ -54,7 +58,8 @@ def collect(
 
     metric: held_out_loss (EMA weights, on samples and draws that are the same for all), or a figure's name in
     RUN/evaluations.jsonl. protocol: its hash, where there are several. partial: take the newest figure of runs that are
-    not complete too. Raises ScalingError where there is nothing, or figures are of several protocols.
+    not complete too. Raises NothingMeasured where there is nothing, ScalingError where figures are of several
+    protocols.
     """
     found: list[tuple[PlannedRun, bool, list[Figure]]] = []
     missing: dict[str, str] = {}
@@ -74,7 +79,7 @@ def collect(
         else:
             missing[run.name] = f"no {metric} at step {wanted}" if last else f"no {metric}"
     if not found:
-        raise ScalingError(_nothing(out, plan, metric, protocol, missing))
+        raise NothingMeasured(_nothing(out, plan, metric, protocol, missing))
     shared = protocol or _shared_protocol(found)
     rows = [_row(run, done, _of(figures, shared), metric) for run, done, figures in found]
     return Collected(rows, missing, shared, _by_data(out, [run for run, _, _ in found]))
@@ -99,7 +104,7 @@ def write_table(collected: Collected, file: Path) -> None:
 def _nothing(out: Path, plan: Plan, metric: str, protocol: str | None, missing: Mapping[str, str]) -> str:
     of = "" if protocol is None else f" of protocol {protocol}"
     whys = "\n".join(f"  {name}: {why}" for name, why in missing.items())
-    known = sorted({name for run in plan.runs for name in _names(RunState(out, run).folder)})
+    known = sorted({name for run in plan.runs for name in names_of(RunState(out, run).folder)})
     return f"{out} has no {metric}{of} of any run:\n{whys}\nThere are: {', '.join(known) or 'no figures yet'}"
 
 
@@ -144,8 +149,8 @@ def _cost(row: Mapping[str, Any]) -> dict[str, float]:
     return {EVALUATIONS: row[record.COST]} if record.COST in row else {}
 
 
-def _names(run_dir: Path) -> set[str]:
-    """The names of all figures of a run."""
+def names_of(run_dir: Path) -> set[str]:
+    """Name all figures of a run, as `collect` takes them."""
     measured = {record.titled(row, name) for row in record.read(run_dir) for name in row["figures"]}
     return measured | ({FILE} if _held_out(run_dir) else set())
 

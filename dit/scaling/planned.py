@@ -40,7 +40,7 @@ def plan_into(spec: ScalingSpec) -> Plan:
         spec, [name for name, begun in held.items() if begun.get("init", {}).get("branch") is None]
     )
     configs = {run.name: run_config(spec, plan, run) for run in plan.runs}
-    problems = [line for run in plan.runs for line in _changed(out, run, configs[run.name])]
+    problems = [line for run in plan.runs for line in changed(out, run, configs[run.name])]
     gone = [name for name in _names_before(out, held) if name not in plan]
     problems += [f"{name} has begun, and is not planned any more" for name in gone if name in held]
     problems += other_data(out, plan, shared_config(spec))
@@ -146,8 +146,8 @@ def other_data(out: Path, plan: Plan, base: Experiment) -> list[str]:
     ]
 
 
-def _changed(out: Path, run: PlannedRun, cfg: Experiment) -> Iterator[str]:
-    """What a run that has begun would have otherwise, a line each."""
+def changed(out: Path, run: PlannedRun, cfg: Experiment) -> Iterator[str]:
+    """Say what a run that has begun would have otherwise, a line each."""
     before = begun_with(run_folder(out, run.name))
     if before is not None:
         try:

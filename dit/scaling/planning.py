@@ -162,7 +162,12 @@ class _Sized:
 
 def _budget_name(spec: ScalingSpec, point: float) -> str:
     """As c4e11 of FLOPs, r20 of samples over N."""
-    return ("c" if spec.budgets else "r") + re.sub(r"e\+?(-?)0*", r"e\1", f"{point:.6g}")
+    return ("c" if spec.budgets else "r") + in_names(point)
+
+
+def in_names(number: float) -> str:
+    """Write a number as names of runs have it: 4e11."""
+    return re.sub(r"e\+?(-?)0*", r"e\1", f"{number:.6g}")
 
 
 def _family(sized: _Sized, seed: int, trunks: Collection[str]) -> tuple[list[PlannedRun], list[LeftOut]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import Field
 
@@ -72,11 +72,25 @@ class DataShape:
 
 
 @config
-class ScalingSpec:
-    """A ladder of sizes, each trained to several budgets, with what all runs share."""
+class RunsSpec:
+    """What every spec of many runs has."""
 
     out: str  # folder of the experiment: its plan, runs, logs and table
     training: dict[str, Any]  # what all runs share: a training config, `base: FILE` and keys over it
+
+    @property
+    def folder(self) -> Path:
+        """The experiment's folder, ~ and variables filled in."""
+        return Path(expand(self.out))
+
+
+S = TypeVar("S", bound=RunsSpec)
+
+
+@config
+class ScalingSpec(RunsSpec):
+    """A ladder of sizes, each trained to several budgets, with what all runs share."""
+
     ladder: Annotated[Ladder, LADDERS]  # the sizes of the network that are trained
     budgets: tuple[Positive, ...] = ()  # training FLOPs of a run, each at every size: isoFLOP
     samples_per_param: tuple[Positive, ...] = ()  # or samples over N at every size
@@ -144,37 +158,42 @@ class ScalingSpec:
         more = [seed for m in self.more_seeds if m.are_at(size, budget) for seed in m.seeds]
         return list(dict.fromkeys([*self.seeds, *more]))
 
-    @property
-    def folder(self) -> Path:
-        """The experiment's folder, ~ and variables filled in."""
-        return Path(expand(self.out))
+
+# What tells a spec of some kind from a training config: its own key, and what is said of it.
+LIKE = (
+    "ladder",
+    "the spec of a scaling experiment, which names one as `training: {{base: {}}}` and has a `ladder` and `budgets` "
+    "(docs/scaling.md, configs/scaling)",
+)
 
 
-def _refuse_training_config(file: Path) -> None:
+def _refuse_training_config(cls: type, file: Path, like: tuple[str, str]) -> None:
     """Say once what each of its keys would: that a training config was given in place of a spec."""
     there = set(read_yaml(file)[0])
-    names = {cls: {field.name for field in dataclasses.fields(cls)} for cls in (Experiment, ScalingSpec)}
-    if there & (names[Experiment] - names[ScalingSpec]) and not there & {"training", "ladder"}:
-        raise ConfigError(
-            f"{file} is a training config; expected the spec of a scaling experiment, which names one as "
-            f"`training: {{base: {file.name}}}` and has a `ladder` and `budgets` (docs/scaling.md, configs/scaling)"
-        )
+    names = {kind: {field.name for field in dataclasses.fields(kind)} for kind in (Experiment, cls)}
+    if there & (names[Experiment] - names[cls]) and not there & {"training", like[0]}:
+        raise ConfigError(f"{file} is a training config; expected {like[1].format(file.name)}")
 
 
-def load_spec(path: str | Path, out: str | None = None) -> ScalingSpec:
-    """Read and check a spec's YAML file, and the training config that it names.
+def read_spec(cls: type[S], path: str | Path, out: str | None, like: tuple[str, str]) -> S:
+    """Read a spec's YAML file; training.base is relative to it, as every base is.
 
-    out: in place of the file's. training.base is relative to the spec's file, as every base is. ConfigError for
-    whatever is wrong, naming the key and its file.
+    out: in place of the file's. like: a key that only such specs have, and what was expected of a training config.
+    ConfigError for whatever is wrong, naming the key and its file.
     """
     file = Path(expand(str(path)))
-    _refuse_training_config(file)
-    spec = load(ScalingSpec, file, {} if out is None else {"out": out})
+    _refuse_training_config(cls, file, like)
+    spec = load(cls, file, {} if out is None else {"out": out})
     training = dict(spec.training)
     base = training.get("base")
     if isinstance(base, str) and not Path(expand(base)).is_absolute():
         training["base"] = str(file.parent / expand(base))
-    spec = dataclasses.replace(spec, training=training)
+    return dataclasses.replace(spec, training=training)
+
+
+def load_spec(path: str | Path, out: str | None = None) -> ScalingSpec:
+    """Read and check a spec's YAML file, and the training config that it names; raises and takes as `read_spec`."""
+    spec = read_spec(ScalingSpec, path, out, LIKE)
     shared_config(spec)
     return spec
 

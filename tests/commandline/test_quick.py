@@ -31,6 +31,7 @@ slow = {"torch", "numpy", "deepspeed", "diffusers", "timm", "PIL"} & sys.modules
 assert not slow, slow
 """
 MISTYPED = {
+    "ablate": ("a --onyl=x", "did you mean only?"),
     "bench": ("loader --sampels=3", "--sampels; did you mean samples?"),
     "convert": ("sit a b --codec.pth=x", "--codec.pth; did you mean codec.path?"),
     "encode": (
@@ -83,7 +84,8 @@ def quick(name: str, *words: str) -> str:
 
 
 TRAINED = sorted(
-    set((ROOT / "configs").rglob("*.yaml")) - set((ROOT / "configs" / "scaling").rglob("*.yaml"))
+    set((ROOT / "configs").rglob("*.yaml"))
+    - {file for name in ("scaling", "ablations") for file in (ROOT / "configs" / name).rglob("*.yaml")}
 )
 
 

@@ -28,8 +28,9 @@ from dit.train.optim import SCHEDULES
 from tests.datasets import Digits
 
 ROOT = Path(__file__).parents[2]
-SCALING = ROOT / "configs" / "scaling"  # specs of experiments, which tests/scaling/test_spec.py loads
-CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent != SCALING)
+# specs of many runs, which tests/scaling loads
+SPECS = [ROOT / "configs" / name for name in ("scaling", "ablations")]
+CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent not in SPECS)
 CPU = torch.device("cpu")
 
 

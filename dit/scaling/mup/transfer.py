@@ -17,21 +17,18 @@ import numpy as np
 from pydantic import Field
 
 from dit.config import ConfigError, config, to_dict
-from dit.configfile import write_yaml
 from dit.data.shards.manifest import Manifest
 from dit.errors import plural
 from dit.experiments.diffusion import Experiment
 from dit.files import write_atomically
-from dit.outputs import claim, write_record
-from dit.progress import say
+from dit.outputs import write_record
 from dit.scaling.collecting import collect
-from dit.scaling.configs import config_file, run_folder
 from dit.scaling.mup.rates import Curve, draw, table, verdict
 from dit.scaling.mup.telling import write_csv
 from dit.scaling.mup.widths import at_width, base_of, checked_widths, parametrized
-from dit.scaling.plan import Plan, PlannedRun
-from dit.scaling.running import Orders, RunsFailed, run_plan
-from dit.scaling.states import LOGS
+from dit.scaling.plan import Plan
+from dit.scaling.running import Orders
+from dit.scaling.study import as_run, lay_out, planned, run_rest, told_missing
 
 BASE = "base"  # begins the names of runs that all parametrizations share
 FILES = ("transfer.png", "transfer.csv", "transfer.md", "transfer.json")
@@ -102,26 +99,8 @@ class Study:
         cfg = self.cfg
         kind = "standard" if cell.kind == BASE else cell.kind
         model = replace(cfg.model, parametrization=parametrized(cfg.model, kind, self.base_width))
-        return replace(
-            cfg,
-            run_dir=str(run_folder(self.out, cell.name)),
-            seed=cell.seed,
-            model=at_width(model, cell.width),
-            optim=replace(cfg.optim, lr=cell.lr),
-            val=replace(cfg.val, every=cfg.val.every or cfg.train.steps),  # at the last step in any case
-            checkpoint=replace(cfg.checkpoint, keep=1, keep_every=0),
-            sample=replace(cfg.sample, every=0),
-            evaluate=replace(cfg.evaluate, every=0),
-        )
-
-    def planned(self, cell: Cell, manifest: Manifest) -> PlannedRun:
-        """Give a run as the runner takes it."""
-        cfg = self.config(cell)
-        cost = cfg.cost(manifest)
-        return PlannedRun.alone(
-            cell.name, f"w{cost.dims.width}d{cost.dims.depth}", cost, seed=cell.seed, batch=cfg.train.global_batch,
-            lr=cell.lr, steps=cfg.train.steps, there_are=manifest.samples,
-        )  # fmt: skip
+        cfg = replace(cfg, model=at_width(model, cell.width))
+        return as_run(cfg, self.out, cell.name, seed=cell.seed, lr=cell.lr)
 
     def plan(self) -> Plan:
         """Write a configuration for each run, and give all runs. DataError where the data are none.
@@ -133,15 +112,12 @@ class Study:
             raise ConfigError(
                 "data.val (a folder of held-out shards) is not set: rates are compared by their loss"
             )
-        record = self.out / FILES[-1]
-        claim([record], self._identity, record=record)
         manifest = self.cfg.data.open().manifest
-        runs = [self.planned(cell, manifest) for cell in self.cells]
-        (self.out / "plan").mkdir(parents=True, exist_ok=True)
-        for cell in self.cells:
-            write_yaml(config_file(self.out, cell.name), self.config(cell))
-        write_record(record, self._identity)
-        return Plan({}, runs, (), ())
+        configs = {cell.name: self.config(cell) for cell in self.cells}
+        runs = [planned(name, _size(cfg, manifest), cfg, manifest) for name, cfg in configs.items()]
+        plan = Plan({}, runs, (), ())
+        lay_out(self.out / FILES[-1], self._identity, configs, plan)
+        return plan
 
     @property
     def _identity(self) -> dict[str, Any]:
@@ -175,17 +151,13 @@ def run_study(study: Study, orders: Orders) -> str:
     ConfigError where every rate of a width failed; Stopped where a signal ended it: the same command goes on.
     """
     plan = study.plan()
-    try:
-        run_plan(study.out, plan, orders)
-    except RunsFailed as error:
-        say(str(error))
+    run_rest(study.out, plan, orders)
     found = collect(study.out, plan)
     losses = {str(row["run"]): float(row["loss"]) for row in found.rows}
     curves = study.curves(losses)
     said = f"{table(curves)}\n\n{verdict(curves)}\n\n{_protocol(study, found.protocol)}"
-    if found.missing:
-        failed = "; ".join(f"{name} ({why})" for name, why in found.missing.items())
-        said += f"\n\nFailed, and counted as rates that are too high: {failed}. Why is in {LOGS}/."
+    if missing := told_missing(found, "counted as rates that are too high"):
+        said += f"\n\n{missing}"
     write_csv(study.out / FILES[1], list(_rows(study, losses)))
     draw(curves, study.out / FILES[0])
     write_atomically(study.out / FILES[2], f"{said}\n".encode())
@@ -194,6 +166,11 @@ def run_study(study: Study, orders: Orders) -> str:
         study.out / FILES[3], {**identity, "protocol": found.protocol, "verdict": verdict(curves).split("\n")}
     )
     return said
+
+
+def _size(cfg: Experiment, manifest: Manifest) -> str:
+    dims = cfg.cost(manifest).dims
+    return f"w{dims.width}d{dims.depth}"
 
 
 def _protocol(study: Study, losses: str) -> str:

@@ -1,0 +1,1 @@
+"""Ablations: named changes of one training config, compared at equal FLOPs."""
