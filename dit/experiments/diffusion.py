@@ -120,14 +120,7 @@ class Experiment(RunConfig):
                 "objective.auxiliary trains variance channels that the network lacks; "
                 "set model.learn_sigma: true, or leave learned_range out of objective.auxiliary"
             )
-        needing = [AUXILIARIES.name_of(term) for term in self.objective.terms if term.needs_drop]
-        if needing and not self.train.label_drop:
-            raise ConfigError(
-                f"objective.auxiliary {needing[0]} needs a network that knows the dropped condition too, and "
-                "train.label_drop is 0; set it to 0.1"
-            )
-        if needing and not self.model.cond:
-            raise ConfigError(f"objective.auxiliary {needing[0]} needs a condition, and model.cond is empty")
+        self._check_terms()
         if self.model.residual == "bfloat16" and self.train.precision != "bf16":
             raise ConfigError(
                 f"model.residual: bfloat16 rounds nothing at train.precision: {self.train.precision}; set "
@@ -148,6 +141,17 @@ class Experiment(RunConfig):
             raise ConfigError(
                 "evaluate.every is set, but evaluate.reference (real images, or a statistics file) is not"
             )
+
+    def _check_terms(self) -> None:
+        """Refuse, by ConfigError, terms that would compare a network with itself."""
+        needing = [AUXILIARIES.name_of(term) for term in self.objective.terms if term.needs_drop]
+        if needing and not self.train.label_drop:
+            raise ConfigError(
+                f"objective.auxiliary {needing[0]} needs a network that knows the dropped condition too, and "
+                "train.label_drop is 0; set it to 0.1"
+            )
+        if needing and not self.model.cond:
+            raise ConfigError(f"objective.auxiliary {needing[0]} needs a condition, and model.cond is empty")
 
     def task(self, manifest: Manifest, world: World) -> LatentTask:
         """What is trained on these data; ConfigError where the coupling does not fit them or the micro-batch."""

@@ -23,6 +23,8 @@ from dit.flow.couple import COUPLINGS, Coupling
 from dit.flow.times import shift_of
 from dit.model.cost import Memory
 from dit.model.dit import DiT
+from dit.model.fp8 import FP8
+from dit.model.kernels.choice import KERNELS, Auto
 from dit.model.kinds import MODELS
 from dit.model.parametrization import PARAMETRIZATIONS
 from dit.model.recompute import Recompute
@@ -109,9 +111,24 @@ def _about(cfg: Experiment, manifest: Manifest) -> dict[str, str]:
         "forward": f"{cost.multiply_adds / 1e9:.3f} G multiply-adds an image = {cost.forward_flops / 1e9:.3f} GFLOP",
         "objective": named(cfg.objective),
         **_shift(cfg, manifest),
+        **_arithmetic(cfg),
         "codec": f"{codec}{f' in {public(str(place))}' if place else ''} (the data's: {manifest.codec['name']}), "
         f"latents normalised by {cfg.latents.norm}",
     }
+
+
+def _arithmetic(cfg: Experiment) -> dict[str, str]:
+    """What is computed otherwise than usually, and what again, where anything is."""
+    model, again = cfg.model, cfg.model.recompute
+    said = {
+        "kernels": KERNELS.name_of(model.kernels) if model.kernels != Auto() else "",
+        "attention": model.attention if model.attention != "auto" else "",
+        "residual stream": model.residual if model.residual != "float32" else "",
+        "float8": FP8.name_of(cfg.train.fp8) if cfg.train.fp8 is not None else "",
+        "computed again:": again.words(model.blocks) if again.count(model.blocks) else "",
+    }
+    told = ", ".join(f"{name} {text}" for name, text in said.items() if text)
+    return {"arithmetic": told} if told else {}
 
 
 def _compilation(cfg: Experiment) -> dict[str, str]:

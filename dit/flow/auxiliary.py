@@ -57,6 +57,7 @@ class Auxiliary:
 
     uses_variance: ClassVar[bool] = False  # needs a network of twice the channels
     metric: ClassVar[str]  # name of its mean in the log, its weight in it
+    places: ClassVar[str] = ""  # the fields that name blocks
     forwards: ClassVar[int] = (
         0  # forward passes of the network beside the one that is trained, without gradients
     )
@@ -140,6 +141,7 @@ class LayerSync(Auxiliary):
     early: Annotated[int, Field(ge=1)] = 8  # block, counted from 1, whose tokens follow
     late: Annotated[int, Field(ge=2)] = 16  # block whose tokens are followed
     metric: ClassVar[str] = "layersync"
+    places: ClassVar[str] = "early and late"
 
     def __post_init__(self) -> None:
         if self.early >= self.late:

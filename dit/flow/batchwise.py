@@ -43,6 +43,7 @@ class Dispersive(Groupwise):
     # consecutive slots that repel each other; divides the micro-batch
     group: Annotated[int, Field(ge=2)] = 32
     metric: ClassVar[str] = "dispersive"
+    places: ClassVar[str] = "layer"
 
     @property
     def taps(self) -> tuple[int, ...]:

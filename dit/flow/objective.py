@@ -222,7 +222,7 @@ class Objective:
             if term.taps and max(term.taps) > depth:
                 raise ConfigError(
                     f"auxiliary {AUXILIARIES.name_of(term)} looks behind block {max(term.taps)}, and the network has "
-                    f"{depth}: name blocks from 1 to {depth}"
+                    f"{depth}: set {term.places} to blocks from 1 to {depth}"
                 )
 
     def _check_terms(self) -> None:

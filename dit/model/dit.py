@@ -85,6 +85,10 @@ class DiTConfig(ModelConfig):
         """Refuse an unknown size, and a size given in two ways or in half of one."""
         check_size(self.size, {name: getattr(self, name) for name in Size._fields}, self.head_width)
         check_context(self.context, self.context_from, self.blocks, self.block.carries_value)
+        if self.checkpoint_keep != "input" and not self.checkpoint_blocks:
+            raise ConfigError(
+                f"checkpoint_keep is {self.checkpoint_keep}, and no block is computed again: set checkpoint_blocks too"
+            )
         _ = self.recompute
         if any(c.gives_tokens for c in self.cond) and not self.block.reads_tokens:
             raise ConfigError(

@@ -206,6 +206,6 @@ def test_a_term_that_looks_behind_blocks_needs_them() -> None:
     deep = {"data": {"path": "x"}, "model": {"size": "XL"}, "objective": {"auxiliary": ["layersync"]}}
     from_dict(Experiment, deep)
     with pytest.raises(
-        ConfigError, match="layersync looks behind block 16, and the network has 12: name blocks"
+        ConfigError, match="layersync looks behind block 16, and the network has 12: set early and late"
     ):
         from_dict(Experiment, {**deep, "model": {"size": "S"}})

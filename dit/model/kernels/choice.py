@@ -128,7 +128,7 @@ class Plain(_Plain):
 @KERNELS.register("triton")
 @config
 class Triton(_Plain):
-    """Fused kernels on a GPU, and their references elsewhere."""
+    """Fused kernels on a GPU; a run on anything else is refused before it begins."""
 
     def check(self, device: torch.device) -> None:
         """Refuse, by ConfigError, a device without Triton."""

@@ -57,8 +57,8 @@ def _fitted(
     choice = choose(zero, memory, device, kept)
     needed = zero.needs(memory(choice.stage), choice.stage, device)
     why = (
-        f"train.memory_gb: {way.words(budget.blocks)}, at stage {choice.stage}: {needed / 1e9:.2f} GB of "
-        f"{budget.size / 1e9:.2f} predicted, and {way.work(budget.blocks):.0%} of the forward pass done again"
+        f"train.memory_gb: {way.words(budget.blocks)}, at stage {choice.stage}: {needed / 1e9:.3g} GB of "
+        f"{budget.size / 1e9:.3g} predicted, and {way.work(budget.blocks):.0%} of the forward pass done again"
     )
     return Fitted(choice, way, needed, why)
 

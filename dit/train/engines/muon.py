@@ -46,7 +46,13 @@ def hidden_matrices(module: nn.Module, patterns: Sequence[str]) -> dict[str, nn.
                 "optim.muon.matrices, or optim.name: adamw"
             )
         chosen.update(fitting)
-    return {name: p for name, p in there.items() if name in chosen and p.requires_grad}
+    trained = {name: p for name, p in there.items() if name in chosen and p.requires_grad}
+    if not trained:
+        raise ConfigError(
+            f"optim.name is muon, and every matrix of optim.muon.matrices ({', '.join(patterns)}) is frozen: take "
+            "optim.name: adamw, or leave some out of train.freeze"
+        )
+    return trained
 
 
 def _shape(p: Tensor) -> tuple[int, ...]:

@@ -37,7 +37,7 @@ def test_the_least_work_is_done_again_that_fits() -> None:
         found = fit(ZeroConfig(stage=0), Budget(int(share * most), 12, reckoned), 0, device)
         needed = ZeroConfig(stage=0).needs(reckoned(0, 0, found.recompute), 0, device)
         assert found.needed == needed <= share * most
-        assert f"{needed / 1e9:.2f} GB of {share * most / 1e9:.2f} predicted" in found.why
+        assert f"{needed / 1e9:.3g} GB of {int(share * most) / 1e9:.3g} predicted" in found.why
         work.append(found.recompute.work(12))
     assert work == sorted(work)
     assert work[0] == 0.0 < work[2] < work[-1]

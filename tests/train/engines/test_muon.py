@@ -421,3 +421,11 @@ def test_memory_and_disk_have_a_number_less_of_each_matrix(digits: Digits, tmp_p
     assert "Muon of 98,304 numbers in matrices (momentum 0.95, float32), else AdamW" in summary(muon)
     for plan in (adamw, muon):
         plan.close()
+
+
+def test_matrices_that_are_all_frozen_are_no_work_for_muon() -> None:
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    module[0].weight.requires_grad_(False)
+    assert list(hidden_matrices(module, ("*.weight",))) == ["1.weight"]
+    with pytest.raises(ConfigError, match=r"is frozen: take optim\.name: adamw"):
+        hidden_matrices(module, ("0.*",))
