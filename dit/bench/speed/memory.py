@@ -6,22 +6,17 @@ processes with gloo; on a GPU there is one, this process.
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch.multiprocessing.spawn import spawn
 
 from dit.bench.speed.allocated import peak_bytes
+from dit.bench.speed.gloo import on_ranks
 from dit.bench.speed.steppers import CHANNELS, CLASSES, SIDE, OurStep, Setting, StepBench
 from dit.config import ConfigError, config, from_dict
-from dit.files import read_text
 from dit.model.cost import cost
 from dit.model.recompute import Recompute
 from dit.ranks import group
@@ -78,30 +73,16 @@ def run(
     each row as it is measured."""
     if torch.cuda.is_available():
         with group.session() as world:
-            return _rows(cfg, world, row_done)
+            return _rows(world, cfg, row_done)
     found: list[dict[str, Any]] = []
     for size in cfg.ranks:
-        with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder) / "rows.json"
-            spawn(_rank, (size, group.free_port(), cfg, str(out)), nprocs=size)
-            found += json.loads(read_text(out))
+        found += on_ranks(size, _rows, cfg)
         progress()
     return found
 
 
-def _rank(rank: int, size: int, port: int, cfg: MemoryBench, out: str) -> None:
-    """What one process does; rank 0 writes the rows."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES="")
-    torch.set_num_threads(1)
-    with group.session() as world:
-        rows = _rows(cfg, world)
-    if world.is_main:
-        Path(out).write_text(json.dumps(rows), encoding="utf-8")
-
-
 def _rows(
-    cfg: MemoryBench, world: World, done: Callable[[dict[str, Any]], object] = lambda row: None
+    world: World, cfg: MemoryBench, done: Callable[[dict[str, Any]], object] = lambda row: None
 ) -> list[dict[str, Any]]:
     found = []
     for case in cfg.cases():

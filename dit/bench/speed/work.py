@@ -9,23 +9,18 @@ time is CPU time of one of them: 0 is what ranks that cost each other nothing wo
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import statistics
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch.multiprocessing.spawn import spawn
 
+from dit.bench.speed.gloo import on_ranks
 from dit.bench.speed.steppers import CHANNELS, CLASSES, SIDE, OurStep, Setting, StepBench
 from dit.bench.speed.turns import Contender, MedianRange, take_turns
 from dit.config import ConfigError, config, from_dict
-from dit.files import read_text
 from dit.model.cost import cost
 from dit.model.dit import DiTConfig
 from dit.ranks import group
@@ -107,10 +102,7 @@ def _ranks(cfg: WorkBench) -> dict[str, Any]:
     """The same of numbers of ranks: each a job of its own, for they cannot take turns."""
     seconds, flops = [], []
     for size in cfg.ranks:
-        with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder) / "seconds.json"
-            spawn(_rank, (size, group.free_port(), cfg, str(out)), nprocs=size)
-            taken, count = json.loads(read_text(out))
+        taken, count = on_ranks(size, _on_rank, cfg)
         seconds.append(taken)
         flops.append(count)
     by_turn = zip(*seconds, strict=True)
@@ -123,19 +115,13 @@ def _ranks(cfg: WorkBench) -> dict[str, Any]:
     }
 
 
-def _rank(rank: int, size: int, port: int, cfg: WorkBench, out: str) -> None:
-    """What one process does; rank 0 writes CPU seconds a step of each turn, and the FLOPs of a rank's step."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES="")
-    torch.set_num_threads(1)
-    with group.session() as world:
-        setting = cfg.setting("batch", cfg.base_batch, world)
-        stepper = OurStep(setting, cfg.base_batch, cfg.stage)
-        found = take_turns([Contender(RANKS, _turn(stepper, cfg.steps))], cfg.repeats)[RANKS]
-        stepper.close()
-    if world.is_main:
-        figures = [[us / 1e6 for us in found.cpu], _flops(setting)]
-        Path(out).write_text(json.dumps(figures), encoding="utf-8")
+def _on_rank(world: World, cfg: WorkBench) -> tuple[list[float], int]:
+    """CPU seconds a step of each turn, and the FLOPs of a rank's step."""
+    setting = cfg.setting("batch", cfg.base_batch, world)
+    stepper = OurStep(setting, cfg.base_batch, cfg.stage)
+    found = take_turns([Contender(RANKS, _turn(stepper, cfg.steps))], cfg.repeats)[RANKS]
+    stepper.close()
+    return [us / 1e6 for us in found.cpu], _flops(setting)
 
 
 def _axis(cfg: WorkBench, axis: str, world: World, progress: Callable[[], object]) -> dict[str, Any]:

@@ -8,23 +8,18 @@ bounds.
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from dit.bench.speed.collectives import CollectiveCounter, formula
+from dit.bench.speed.gloo import on_ranks
 from dit.bench.speed.turns import Contender, MedianRange, ratio, take_turns
 from dit.config import ConfigError, config
-from dit.files import read_text
 from dit.model.dit import DiT, DiTConfig
 from dit.ranks import group
 from dit.ranks.group import World
@@ -67,42 +62,34 @@ def run(cfg: ZeroBench, progress: Callable[[], object] = lambda: None) -> dict[s
     """Measure {contender: figures} for each number of ranks, as JSON values. progress: called once for each."""
     found = {}
     for size in cfg.ranks:
-        with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder) / "figures.json"
-            spawn(_rank, (size, group.free_port(), cfg, str(out)), nprocs=size)
-            found[str(size)] = json.loads(read_text(out))
+        found[str(size)] = on_ranks(size, _on_rank, cfg)
         progress()
     return found
 
 
-def _rank(rank: int, size: int, port: int, cfg: ZeroBench, out: str) -> None:
-    """What one process does; rank 0 writes the figures."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES="")
-    torch.set_num_threads(1)
-    with group.session() as world:
-        steps = _engines(cfg, world)
-        contenders = [Contender(name, _turn(step, cfg.steps)) for name, step in steps.items()]
-        times = take_turns(contenders, cfg.repeats)
-        seconds = {name: [1 / rate for rate in figures.rate] for name, figures in times.items()}
-        psi = 4 * sum(p.numel() for p in _model(cfg).parameters())
-        figures = {}
-        for name, step in steps.items():
-            with CollectiveCounter() as counter:
-                step()
-            sent, expected = counter.sent(), formula(STAGE_OF[name], psi, size, cfg.accumulation)
-            figures[name] = {
-                "sent_bytes": sent,
-                "formula_bytes": expected,
-                "is_within": abs(sent - expected) <= WITHIN * expected,  # of one rank both are 0
-                "step_seconds": vars(MedianRange.of(seconds[name])),
-                "cpu_seconds": vars(MedianRange.of([us / 1e6 for us in times[name].cpu])),
-                "of_ddp": vars(ratio(seconds[name], seconds[DDP])),
-                "of_plain": vars(ratio(seconds[name], seconds[PLAIN])),
-                "cpu_of_plain": vars(ratio(times[name].cpu, times[PLAIN].cpu)),
-            }
-    if world.is_main:
-        Path(out).write_text(json.dumps(figures), encoding="utf-8")
+def _on_rank(world: World, cfg: ZeroBench) -> dict[str, dict[str, Any]]:
+    """The figures of every engine on these ranks."""
+    steps = _engines(cfg, world)
+    contenders = [Contender(name, _turn(step, cfg.steps)) for name, step in steps.items()]
+    times = take_turns(contenders, cfg.repeats)
+    seconds = {name: [1 / rate for rate in figures.rate] for name, figures in times.items()}
+    psi = 4 * sum(p.numel() for p in _model(cfg).parameters())
+    figures = {}
+    for name, step in steps.items():
+        with CollectiveCounter() as counter:
+            step()
+        sent, expected = counter.sent(), formula(STAGE_OF[name], psi, world.size, cfg.accumulation)
+        figures[name] = {
+            "sent_bytes": sent,
+            "formula_bytes": expected,
+            "is_within": abs(sent - expected) <= WITHIN * expected,  # of one rank both are 0
+            "step_seconds": vars(MedianRange.of(seconds[name])),
+            "cpu_seconds": vars(MedianRange.of([us / 1e6 for us in times[name].cpu])),
+            "of_ddp": vars(ratio(seconds[name], seconds[DDP])),
+            "of_plain": vars(ratio(seconds[name], seconds[PLAIN])),
+            "cpu_of_plain": vars(ratio(times[name].cpu, times[PLAIN].cpu)),
+        }
+    return figures
 
 
 def _turn(step: Callable[[], None], steps: int) -> Callable[[int], int]:
